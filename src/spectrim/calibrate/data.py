@@ -1,0 +1,102 @@
+"""The samples of one calibration, checked against the model that will read them."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+
+from spectrim.errors import SampleError
+from spectrim.samples import (
+    Batch,
+    ImageSample,
+    Modality,
+    data_fingerprint,
+    image_batches,
+    load_images,
+    load_text,
+    text_batches,
+    text_windows,
+)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Token windows, image samples, or both."""
+
+    windows: torch.Tensor | None  # int64 [samples, seqlen]
+    images: Sequence[ImageSample]
+    processor: ProcessorMixin | None  # of the images
+
+    @property
+    def samples(self) -> dict[Modality, int]:
+        """How many samples each modality has; only modalities that have any."""
+        sizes: dict[Modality, int] = {
+            "text": 0 if self.windows is None else len(self.windows),
+            "image": len(self.images),
+        }
+        return {modality: size for modality, size in sizes.items() if size}
+
+    def batches(self, modality: Modality, batch_size: int) -> Iterator[Batch]:
+        """The batches of one modality, in an order that depends on nothing but the samples."""
+        if modality == "text":
+            return iter(()) if self.windows is None else text_batches(self.windows, batch_size)
+        return iter(()) if self.processor is None else image_batches(self.images, self.processor, batch_size)
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the content of all samples."""
+        return data_fingerprint(self.windows, self.images, self.processor)
+
+
+def load_data(
+    model: PreTrainedModel,
+    processor: ProcessorMixin | PreTrainedTokenizerBase,
+    *,
+    text: str | None,
+    images: str | None,
+    samples: int,
+    seqlen: int,
+    seed: int,
+    instruction: str,
+    sees: bool,
+) -> Data:
+    """Load what a calibration asks for; ``sees`` says whether the model has a vision tower.
+
+    Raises:
+        SampleError: there is nothing to load, or it does not fit the model.
+    """
+    if not sees and images not in (None, "builtin"):
+        raise SampleError(f"a language model without a vision tower takes no images; leave out the source '{images}'")
+    if not sees:
+        images = None
+    if text is None and images is None:
+        raise SampleError("calibration needs samples; give a text source, an image source or both")
+    tokenizer: Any = getattr(processor, "tokenizer", processor)
+    windows = None if text is None else _windows(model, tokenizer, text, samples, seqlen, seed)
+    if images is None:
+        return Data(windows, (), None)
+    if not isinstance(processor, ProcessorMixin):
+        raise SampleError("image samples need the model's processor and not its tokenizer alone; pass the processor")
+    return Data(windows, load_images(images, samples=samples, seed=seed, instruction=instruction), processor)
+
+
+def _windows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    source: str,
+    samples: int,
+    seqlen: int,
+    seed: int,
+) -> torch.Tensor:
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and seqlen > limit:
+        raise SampleError(f"windows of {seqlen} tokens exceed the model's {limit} positions; lower the window length")
+    windows = text_windows(load_text(source), tokenizer, samples=samples, seqlen=seqlen, seed=seed)
+    embedding: Any = model.get_input_embeddings()
+    vocabulary = embedding.weight.shape[0]
+    if (largest := int(windows.max())) >= vocabulary:
+        raise SampleError(
+            f"the tokenizer gives token {largest} and the model knows {vocabulary}; use the model's own tokenizer"
+        )
+    return windows

@@ -1,0 +1,134 @@
+"""Snapshots: running sums to disk and back, so that a killed run loses minutes and never its integrity.
+
+A snapshot writes block files under names that carry its generation, then the manifest that names them, then deletes the
+files of earlier generations. Whatever the moment of a kill, the manifest names whole files of one and the same state.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from spectrim.calibrate.manifest import MANIFEST, Gathered, Manifest, TensorFile
+from spectrim.calibrate.moments import MomentSum, Sums
+from spectrim.calibrate.statistics import check_files, read_tensor
+from spectrim.errors import StatisticsError
+from spectrim.samples import Modality
+
+_OURS = re.compile(r".+\.g\d{6}\.safetensors(\.part)?|manifest\.json\.part")
+
+
+class Store:
+    """The statistics directory of a running calibration.
+
+    Args:
+        directory: made if missing.
+        fresh: the manifest of a run that has gathered nothing yet.
+
+    Raises:
+        StatisticsError: the directory holds something else, or statistics that do not fit ``fresh``.
+    """
+
+    def __init__(self, directory: Path, fresh: Manifest) -> None:
+        self._directory = directory
+        if (directory / MANIFEST).exists():
+            manifest = Manifest.read(directory)
+            manifest.check_fits(fresh, directory)
+            check_files(directory, manifest)
+            self.manifest = manifest.model_copy(update={"versions": fresh.versions})
+            return
+        if directory.is_file():
+            raise StatisticsError(f"{directory} is a file; choose another output directory")
+        if directory.exists() and (other := next(_foreign(directory), None)) is not None:
+            raise StatisticsError(f"{directory} holds other files ({other.name}); choose another output directory")
+        self.manifest = fresh
+
+    def restore(self, home: torch.device) -> dict[Modality, Sums]:
+        """The sums of the last snapshot, bit for bit; zero sums when there is none."""
+        return {modality: self._sums(gathered, home) for modality, gathered in self.manifest.gathered.items()}
+
+    def save(self, sums: dict[Modality, Sums], *, complete: bool) -> None:
+        """Write a snapshot; modalities that have not grown since the last one keep their files.
+
+        Raises:
+            StatisticsError: the directory cannot be written.
+        """
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            self._save(sums, complete)
+        except OSError as error:
+            raise StatisticsError(
+                f"{self._directory} cannot be written ({error}); make room or choose another output directory"
+            ) from error
+
+    def _save(self, sums: dict[Modality, Sums], complete: bool) -> None:
+        generation = self.manifest.generation + 1
+        gathered = {modality: self._write(modality, state, generation) for modality, state in sums.items()}
+        update = {"generation": generation, "complete": complete, "gathered": gathered}
+        manifest = self.manifest.model_copy(update=update)
+        content = manifest.model_dump_json(indent=1).encode()
+        _replace(self._directory / MANIFEST, lambda part: part.write_bytes(content))
+        self.manifest = manifest
+        named = {file.name for part in gathered.values() for file in part.files.values()}
+        for path in self._directory.iterdir():
+            if _OURS.fullmatch(path.name) and path.name not in named:
+                path.unlink()
+
+    def _sums(self, gathered: Gathered, home: torch.device) -> Sums:
+        def read(linear: str, part: str) -> torch.Tensor:
+            block = self.manifest.blocks[linear]
+            return read_tensor(self._directory, gathered, block, f"{linear}.{part}").to(home)
+
+        sums = Sums(home, gathered.batches, gathered.samples, dict(gathered.owners))
+        for owner, count in gathered.counts.items():
+            sums.moments[owner] = MomentSum(read(owner, "second"), read(owner, "abs_sum"), count)
+        sums.fisher = {linear: read(linear, "fisher_cols") for linear in gathered.fisher}
+        return sums
+
+    def _write(self, modality: Modality, sums: Sums, generation: int) -> Gathered:
+        if (before := self.manifest.gathered[modality]).batches == sums.batches:
+            return before
+        blocks = self.manifest.blocks
+        files = {}
+        for block in sorted({blocks[linear] for linear in (*sums.moments, *sums.fisher)}):
+            tensors: dict[str, torch.Tensor] = {}
+            for owner, moment in sums.moments.items():
+                if blocks[owner] == block:
+                    tensors |= {f"{owner}.second": moment.second, f"{owner}.abs_sum": moment.abs_sum}
+            tensors |= {f"{name}.fisher_cols": value for name, value in sums.fisher.items() if blocks[name] == block}
+            path = self._directory / f"{modality}.{block}.g{generation:06d}.safetensors"
+            _replace(path, partial(save_file, tensors))
+            files[block] = TensorFile(name=path.name, size=path.stat().st_size)
+        return Gathered(
+            batches=sums.batches,
+            samples=sums.samples,
+            owners=sums.owners,
+            counts={owner: moment.count for owner, moment in sums.moments.items()},
+            fisher=tuple(sums.fisher),
+            files=files,
+        )
+
+
+def _foreign(directory: Path) -> Iterator[Path]:
+    return (path for path in sorted(directory.iterdir()) if not _OURS.fullmatch(path.name))
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file whole or not at all, and make it outlast a power cut."""
+    part = path.with_name(path.name + ".part")
+    write(part)
+    _flush(part)
+    part.replace(path)
+    _flush(path.parent)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

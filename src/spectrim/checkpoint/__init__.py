@@ -1,0 +1,18 @@
+"""Compressed models as standard Hugging Face directories. Importing this package registers the loader."""
+
+from spectrim.checkpoint.names import checkpoint_names, runtime_names
+from spectrim.checkpoint.quantizer import SpectrimConfig, SpectrimQuantizer, attach
+from spectrim.checkpoint.read import load, load_processor, read_provenance
+from spectrim.checkpoint.write import save
+
+__all__ = [
+    "SpectrimConfig",
+    "SpectrimQuantizer",
+    "attach",
+    "checkpoint_names",
+    "load",
+    "load_processor",
+    "read_provenance",
+    "runtime_names",
+    "save",
+]

@@ -1,0 +1,139 @@
+"""The two names of a linear: the one it has at run time, and the one its tensors have in a checkpoint.
+
+transformers 5 renames modules between both (``model.language_model.layers.0…`` at run time is ``model.layers.0…`` in a
+Qwen2.5-VL file). Both directions here run the renaming that transformers itself runs on saving and on loading.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    PrefixChange,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+from spectrim.errors import CheckpointError
+from spectrim.layers import LowRankLinear
+
+FACTOR = ".A.weight"  # the tensor that stands for a factored linear
+
+
+def checkpoint_names(model: PreTrainedModel) -> dict[str, str]:
+    """Run-time name → checkpoint name, without ``.weight``, of every linear that may be stored in factored form.
+
+    Covers dense linears and LowRankLinear layers. Left out are linears that the model's checkpoint format stores merged
+    with other tensors, so that factors have no place in it.
+    """
+    linears = _linears(model)
+    saved = saved_names(model, {*model.state_dict(), *(name + FACTOR for name in linears)})
+    return {
+        name: saved[name + FACTOR].removesuffix(FACTOR)
+        for name in linears
+        if saved.get(name + FACTOR, "").endswith(FACTOR)
+    }
+
+
+def stored_ranks(model: PreTrainedModel) -> dict[str, int]:
+    """Checkpoint name → rank of every LowRankLinear of `model`.
+
+    Raises CheckpointError for a layer that has no name in the checkpoint format or whose name does not lead back to it.
+    """
+    layers = {name: module for name, module in _linears(model).items() if isinstance(module, LowRankLinear)}
+    names = checkpoint_names(model)
+    if unnamed := sorted(layers.keys() - names.keys()):
+        raise CheckpointError(
+            f"the checkpoint format of {type(model).__name__} has no place for factors of {shortened(unnamed)}; keep "
+            "these layers dense"
+        )
+    ranks = {names[name]: layer.rank for name, layer in layers.items()}
+    back = runtime_names(model, ranks, saved_names(model, model.state_dict()).values())
+    if lost := sorted(name for name in layers if back[names[name]] != name):
+        raise CheckpointError(
+            f"the factors of {shortened(lost)} would load into another layer of {type(model).__name__}; keep these "
+            "layers dense"
+        )
+    return ranks
+
+
+def runtime_names(model: PreTrainedModel, names: Iterable[str], tensors: Iterable[str] | None = None) -> dict[str, str]:
+    """Checkpoint name → run-time name of the linears called `names`; the inverse of `checkpoint_names`.
+
+    `tensors` are the names of all tensors of the checkpoint: some renamings of transformers depend on which other
+    tensors there are. Raises CheckpointError for a name whose factors are not among them, or that maps to no linear of
+    `model`.
+    """
+    linears = _linears(model)
+    wanted = {f"{name}{FACTOR}": name for name in names}
+    keys = wanted.keys() if tensors is None else set(tensors)
+    if missing := sorted(wanted.keys() - keys):
+        raise CheckpointError(f"the checkpoint lacks the tensor {shortened(missing)}; copy or compress it again")
+    known: dict[str, Any] = dict.fromkeys(model.state_dict(), True)
+    known |= {f"{name}.{factor}.weight": True for name in linears for factor in "AB"}
+    renamings, converters = _split(get_model_conversion_mapping(model))
+    found = {}
+    for key in sorted(keys, key=dot_natural_key):
+        prefix = model.base_model_prefix
+        renamed, converter = rename_source_key(key, renamings, converters, prefix, known)
+        if renamed not in known and key in known:
+            renamed, converter = rename_source_key(key, [], [], prefix, known)
+        if key in wanted:
+            name = renamed.removesuffix(FACTOR)
+            if converter is not None or name not in linears:
+                raise CheckpointError(
+                    f"the checkpoint's linear {wanted[key]!r} maps to no linear of {type(model).__name__}; load it "
+                    "with the model class that it was saved from"
+                )
+            found[wanted[key]] = name
+    return found
+
+
+def saved_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
+    """Run-time name → checkpoint name of the tensors that ``save_pretrained`` only renames: not merged, not split.
+
+    It applies the transforms that the model was loaded with, reversed.
+    """
+    transforms = getattr(model, "_weight_conversions", None)
+    if transforms is None:  # not loaded from a file: prefixes stay as they are, as in transformers
+        mapping = get_model_conversion_mapping(model, add_legacy=False)
+        transforms = [transform for transform in mapping if not isinstance(transform, PrefixChange)]
+    renamings, converters = _split(transform.reverse_transform() for transform in reversed(transforms))
+    saved = {}
+    for key in sorted(keys, key=dot_natural_key):  # some renamings depend on the keys before
+        renamed, converter = rename_source_key(key, renamings, converters, reverse=True)
+        if converter is None:
+            saved[key] = renamed
+    return saved
+
+
+def shortened(names: Sequence[str], limit: int = 5) -> str:
+    """Up to `limit` names, and how many more there are."""
+    more = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")
+
+
+def _linears(model: nn.Module) -> dict[str, nn.Module]:
+    """Dense and factored linears by run-time name, without the factors themselves."""
+    linears: dict[str, nn.Module] = {}
+    inside = None
+    for name, module in model.named_modules():  # parents come before their children
+        if inside is not None and name.startswith(inside):
+            continue
+        if isinstance(module, LowRankLinear):
+            inside = f"{name}."
+        if isinstance(module, nn.Linear | LowRankLinear):
+            linears[name] = module
+    return linears
+
+
+def _split(transforms: Iterable[Any]) -> tuple[list[WeightRenaming], list[WeightConverter]]:
+    transforms = list(transforms)
+    return (
+        [transform for transform in transforms if isinstance(transform, WeightRenaming)],
+        [transform for transform in transforms if isinstance(transform, WeightConverter)],
+    )

@@ -1,0 +1,241 @@
+"""How transformers learns to load, save and merge a checkpoint with factored linears.
+
+``config.json`` of such a checkpoint carries::
+
+    "quantization_config": {"quant_method": "spectrim", "version": 1, "spectrim_version": "…", "ranks": {name: rank}}
+
+with the checkpoint names of the factored linears; their tensors are ``name.A.weight`` [out, rank], ``name.B.weight``
+[rank, in] and, if the layer has one, ``name.bias`` [out].
+
+Opened without this module, transformers only logs a warning about an unknown quantization method, and fills every
+factored layer with random weights. Two guards in the checkpoint make that an error:
+
+- ``fusion_config`` in config.json names a module fusion that only this module registers, and that is switched off;
+  transformers refuses a name that it does not know, and its message contains the name: our sentence.
+- Every factored linear also has an empty tensor ``name.weight``. Where a dense weight is expected, its shape does not
+  fit; this stops transformers 4, too, which knows nothing of fusions. A loader of factors skips them.
+"""
+
+from collections.abc import Callable, Iterable
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import PreTrainedModel, fusion_mapping
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from spectrim.checkpoint.names import runtime_names, saved_names, shortened, stored_ranks
+from spectrim.errors import CheckpointError, ModelError
+from spectrim.layers import LowRankLinear, replace_linears
+
+METHOD = "spectrim"
+VERSION = 1
+GUARD = (
+    "the layers of this checkpoint are factored: `pip install spectrim` and `import spectrim` before from_pretrained"
+)
+
+# The method by which transformers, after loading, shows a model the report of missing, unexpected and misshapen keys.
+_REPORT = "_adjust_missing_and_unexpected_keys"
+
+# A fusion spec that fuses nothing: it makes the guard's name known.
+fusion_mapping._FUSION_REGISTRY[GUARD] = fusion_mapping.ModuleFusionSpec()
+
+
+def release() -> str | None:
+    """Version of the installed spectrim; None in a source tree that was never installed."""
+    try:
+        return version("spectrim")
+    except PackageNotFoundError:
+        return None
+
+
+@register_quantization_config(METHOD)
+class SpectrimConfig(QuantizationConfigMixin):
+    """``quantization_config`` of a checkpoint with factored linears.
+
+    `ranks` maps checkpoint names of linears, without ``.weight``, to ranks; `spectrim_version` is the release that
+    wrote the checkpoint. Raises CheckpointError for another format version, unknown entries and impossible ranks.
+    """
+
+    def __init__(
+        self,
+        ranks: dict[str, int] | None = None,
+        version: int = VERSION,
+        spectrim_version: str | None = None,
+        quant_method: str = METHOD,
+        **unknown: Any,
+    ) -> None:
+        if version != VERSION:
+            wrote = f"'spectrim>={spectrim_version}'" if spectrim_version else "--upgrade spectrim"
+            raise CheckpointError(
+                f"the checkpoint has format version {version!r} and this spectrim reads version {VERSION}; install the "
+                f"release that wrote it: pip install {wrote}"
+            )
+        if unknown:
+            raise CheckpointError(f"quantization_config has unknown entries: {shortened(sorted(unknown))}; remove them")
+        if not isinstance(ranks, dict) or not ranks:
+            raise CheckpointError("quantization_config has no ranks; copy the checkpoint's config.json again")
+        for name, rank in ranks.items():
+            if type(rank) is not int or rank < 1:
+                raise CheckpointError(f"quantization_config gives {name!r} the rank {rank!r}; ranks are whole and ≥ 1")
+        self.quant_method: Any = quant_method
+        self.version = version
+        self.spectrim_version = spectrim_version or release()
+        self.ranks = dict(ranks)
+
+
+@register_quantizer(METHOD)
+class SpectrimQuantizer(HfQuantizer):
+    """Exchanges dense linears for factored ones before loading, and back on ``model.dequantize()``."""
+
+    requires_calibration = True  # a dense checkpoint cannot be factored while it is loaded
+    quantization_config: SpectrimConfig
+
+    def __init__(self, quantization_config: SpectrimConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._complete = False
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> PreTrainedModel:
+        """Swap the linears on the meta device, and have every missing tensor reported as an error."""
+        ranks = self.quantization_config.ranks
+        tensors = None if checkpoint_files is None else _tensor_names(checkpoint_files)
+        names = runtime_names(model, ranks, tensors)
+        replace_linears(model, {names[name]: rank for name, rank in ranks.items()})
+        sentinels = {f"{name}.weight" for name in names.values()}
+        # Some models initialise `module.q_proj.weight` from the parent, where there is no such weight any more. Parents
+        # without buffers of their own need no initialisation: all their parameters come from the file or are reported.
+        parents = {name.rpartition(".")[0] for name in names.values()}
+        ready = {name for name in parents if not any(True for _ in model.get_submodule(name).buffers(recurse=False))}
+        for name in ready:
+            vars(model.get_submodule(name))["_is_hf_initialized"] = True
+        adjust: Callable[[Any], None] = getattr(model, _REPORT)
+
+        def adjust_and_check(report: Any) -> None:
+            absent = report.missing_and_mismatched()
+            adjust(report)  # drops what the model's class may lack and initialises itself
+            report.unexpected_keys -= sentinels
+            missing = report.missing_and_mismatched() | {key for key in absent if key.rpartition(".")[0] in ready}
+            if missing:
+                report.missing_keys, report.mismatched_keys = set(), set()  # ours is the message that counts
+                raise CheckpointError(
+                    f"the checkpoint lacks {shortened(sorted(missing))}, or holds them in another shape; "
+                    "copy or compress it again"
+                )
+            self._complete = True
+
+        vars(model)[_REPORT] = adjust_and_check
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        if not self._complete:
+            raise CheckpointError(
+                "transformers did not report which tensors it loaded, so random weights cannot be ruled out; load the "
+                "checkpoint from its safetensors files with a transformers release that spectrim was tested with"
+            )
+        del vars(model)[_REPORT]
+        # transformers before 5.23 takes tensors of any shape for a model with a quantizer.
+        linears = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear))
+        if misfits := [f"{name}.weight" for name, x in linears if x.weight.shape != (x.out_features, x.in_features)]:
+            raise CheckpointError(
+                f"the checkpoint holds {shortened(sorted(misfits))} in another shape than its ranks say; copy or "
+                "compress it again"
+            )
+        # On CPU the parameters are views of the mapped file, aligned to 8 bytes only, where some kernels sum in another
+        # order. Copies aligned like any new tensor give the logits from before saving, to the last bit.
+        for parameter in model.parameters():
+            if type(parameter) is nn.Parameter and parameter.device.type == "cpu" and parameter.data_ptr() % 64:
+                parameter.data = parameter.data.clone()
+        vars(model)["is_quantized"] = False  # the factors are ordinary floats; half(), float() and fine-tuning are fine
+        return model
+
+    def get_state_dict_and_metadata(
+        self, model: PreTrainedModel
+    ) -> tuple[dict[str, torch.Tensor] | None, dict[str, Any]]:
+        """What ``save_pretrained`` writes; also brings the ranks in the config up to date with the model."""
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}  # only the adapter is written
+        attach(model)
+        tensors: dict[str, torch.Tensor] = model.state_dict()
+        factored = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, LowRankLinear)]
+        for name in saved_names(model, factored):  # those that the format merges with others stand without the guard
+            tensors[name] = torch.empty(0, dtype=model.dtype)
+        return tensors, {}
+
+    def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """Merge all factors into dense linears, in place, and make `model` a plain one; see LowRankLinear.to_dense."""
+        dense = {name: module.to_dense() for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+        for name, linear in dense.items():
+            model.set_submodule(name, linear if dtype is None else linear.to(dtype))
+        self.remove_quantization_config(model)
+        return model
+
+    def remove_quantization_config(self, model: PreTrainedModel) -> None:
+        """Take every trace of the factored format off a model that is dense again."""
+        super().remove_quantization_config(model)  # type: ignore[no-untyped-call]
+        config = model.config
+        fusions = vars(config).pop("fusion_config", None) or {}
+        if fusions := {name: options for name, options in fusions.items() if name != GUARD}:
+            config.fusion_config = fusions
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel) and hasattr(module.config, "_is_quantized"):
+                del module.config._is_quantized
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """The factors are ordinary tensors."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """The factors are ordinary parameters: full fine-tuning and adapters both work."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """As `is_trainable`: transformers asks this before full fine-tuning."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Two matrix products, no custom kernels."""
+        return True
+
+
+def attach(model: PreTrainedModel) -> PreTrainedModel:
+    """Make a model that holds LowRankLinear layers one that transformers saves, merges and re-loads as such.
+
+    Sets ``model.config.quantization_config`` (ranks by checkpoint name), the guard and ``model.hf_quantizer``; returns
+    `model`. Afterwards ``model.save_pretrained`` and ``model.dequantize`` work. Raises ModelError if there is no such
+    layer, CheckpointError if one cannot be stored or if the model is quantised in another way.
+    """
+    config = model.config
+    present = getattr(config, "quantization_config", None)
+    if present is not None and not isinstance(present, SpectrimConfig):
+        raise CheckpointError("the model is already quantised in another way; compress the unquantised model")
+    layers = [name for name, module in model.named_modules() if isinstance(module, LowRankLinear)]
+    if not layers:
+        raise ModelError("the model holds no factored layer; save it with its own save_pretrained")
+    tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
+    if shared := [name for name in layers if f"{name}.weight" in tied]:
+        raise CheckpointError(f"{shortened(shared)} shares its weight with another layer; keep it dense")
+    config.quantization_config = SpectrimConfig(stored_ranks(model))
+    config.fusion_config = {**(getattr(config, "fusion_config", None) or {}), GUARD: False}
+    vars(model)["hf_quantizer"] = SpectrimQuantizer(config.quantization_config)
+    return model
+
+
+def _tensor_names(files: Iterable[str]) -> list[str]:
+    """Names of all tensors in safetensors files; CheckpointError for a truncated or foreign file."""
+    names: list[str] = []
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                names += tensors.keys()
+        except SafetensorError as error:
+            raise CheckpointError(f"{file} is truncated or not a safetensors file ({error}); copy it again") from error
+    return names

@@ -1,0 +1,1 @@
+"""The built-in model: its tasks, its text, its images, and the checkpoint itself."""

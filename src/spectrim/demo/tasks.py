@@ -1,0 +1,189 @@
+"""The built-in visual question suite: nine generated tasks, each a seeded stream of (image, question, short answer)."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from zlib import crc32
+
+import numpy as np
+from PIL import Image
+
+from spectrim.demo.scene import CELLS, COLOURS, SHAPES, Item, draw_icon, draw_scene, draw_word, icon_names
+from spectrim.errors import SampleError
+
+SPLITS = ("train", "calibration", "test")
+
+_WORDS = (
+    "apple arm army art baby back bag ball band bank base bath bear bed bell bird blade boat body bone book boot "
+    "bowl box boy brain bread brick bus cable cake camp card cat chain chair chalk cheese city clay cloud coal coat "
+    "coin cook corn cow cup dance day desk dish dog door dress drum dust ear earth east egg eye face farm feet field "
+    "film fire fish flag flame floor flour fly food foot fork fruit fuel game garden gate girl glass glove goat gold "
+    "grain grass hair hall hammer hand hat head heart hill home honey hook horn horse hour house ice ink iron jewel "
+    "judge juice jump key king kite knee knife lake lamp land leaf leg lemon light lion lip lock map mask meal meat "
+    "metal milk mine money moon mouse mouth music nail neck nest net night nose ocean oil onion orange oven page "
+    "paint paper park peach pen pencil piano pig pilot pin pipe plane plant plate plum pool pot queen rain rice ring "
+    "river road rock roof room rope rose sail salt sand school sea seat seed sheep shelf ship shirt shoe shop silk "
+    "silver sink skin sky sleep smoke snake snow soap sock soil song soup south spade spoon spring stamp star steam "
+    "steel stick stone store storm street sugar sun swan table tail tea test tiger time tin toe tooth town toy train "
+    "tray tree truck valley vase vine voice wall watch water wave wax wheat wheel whip wind wine wing winter wire "
+    "wolf wood wool word worm yard year zebra"
+).split()
+_LETTERS = "ABCDEFGHJKLMNPRSTUVWXYZ"
+
+
+@dataclass(frozen=True)
+class Question:
+    """An image (RGB, 112x112), a question about it and the one short answer that counts as right."""
+
+    task: str
+    image: Image.Image
+    question: str
+    answer: str
+
+
+def _sample(rng: np.random.Generator, pool: list[str], count: int) -> list[str]:
+    return [pool[i] for i in rng.choice(len(pool), count, replace=False)]
+
+
+def _cells(rng: np.random.Generator, count: int) -> list[tuple[int, int]]:
+    return [divmod(int(i), 3) for i in rng.choice(9, count, replace=False)]
+
+
+def _items(rng: np.random.Generator, count: int) -> list[Item]:
+    """Items whose shapes all differ and whose colours all differ, so that either one names an item."""
+    shapes, colours = _sample(rng, list(SHAPES), count), _sample(rng, list(COLOURS), count)
+    return [
+        Item(shape, colour, row, column, float(rng.uniform(11, 17)))
+        for shape, colour, (row, column) in zip(shapes, colours, _cells(rng, count), strict=True)
+    ]
+
+
+def _colour(rng: np.random.Generator) -> tuple[Image.Image, str, str]:
+    items = _items(rng, int(rng.integers(2, 5)))
+    return draw_scene(items, rng), f"What colour is the {items[0].shape}?", items[0].colour
+
+
+def _shape(rng: np.random.Generator) -> tuple[Image.Image, str, str]:
+    items = _items(rng, int(rng.integers(2, 5)))
+    return draw_scene(items, rng), f"Which shape is {items[0].colour}?", items[0].shape
+
+
+def _count(rng: np.random.Generator) -> tuple[Image.Image, str, str]:
+    wanted, other = _sample(rng, list(SHAPES), 2)
+    count, distractors = int(rng.integers(1, 7)), int(rng.integers(0, 3))
+    colours = list(COLOURS)
+    items = [
+        Item(
+            wanted if i < count else other, colours[rng.integers(len(colours))], row, column, float(rng.uniform(10, 15))
+        )
+        for i, (row, column) in enumerate(_cells(rng, count + distractors))
+    ]
+    noun = {"cross": "crosses"}.get(wanted, wanted + "s")
+    return draw_scene(items, rng), f"How many {noun} are there?", str(count)
+
+
+def _position(rng: np.random.Generator) -> tuple[Image.Image, str, str]:
+    items = _items(rng, int(rng.integers(2, 5)))
+    return draw_scene(items, rng), f"Where is the {items[0].name}?", CELLS[items[0].row][items[0].column]
+
+
+def _relation(rng: np.random.Generator) -> tuple[Image.Image, str, str]:
+    """Two items of one row or one column, and perhaps a third elsewhere: the answer is one of four directions."""
+    line, (first, second) = int(rng.integers(3)), rng.choice(3, 2, replace=False).tolist()
+    horizontal = bool(rng.integers(2))
+    items = _items(rng, int(rng.integers(2, 4)))
+    cells = [(line, first), (line, second)] if horizontal else [(first, line), (second, line)]
+    cells += [cell for cell in _cells(rng, 9) if cell not in cells][: len(items) - 2]
+    placed = [
+        Item(item.shape, item.colour, row, column, item.radius)
+        for item, (row, column) in zip(items, cells, strict=True)
+    ]
+    before, after = ("left", "right") if horizontal else ("above", "below")
+    question = f"Where is the {placed[0].name} relative to the {placed[1].name}?"
+    return draw_scene(placed, rng), question, before if first < second else after
+
+
+def _size(rng: np.random.Generator) -> tuple[Image.Image, str, str]:
+    items = _items(rng, 3)
+    radii = (17.5, 12.5, 8.0) if rng.random() < 0.5 else (18.0, 13.0, 9.0)
+    order = rng.permutation(3).tolist()
+    sized = [Item(i.shape, i.colour, i.row, i.column, radii[r]) for i, r in zip(items, order, strict=True)]
+    largest = bool(rng.integers(2))
+    answer = sized[order.index(0 if largest else 2)].shape
+    return draw_scene(sized, rng), f"Which shape is the {'largest' if largest else 'smallest'}?", answer
+
+
+def _existence(rng: np.random.Generator) -> tuple[Image.Image, str, str]:
+    """Half yes; a no keeps the colour or the shape of something that is there, so that both must be looked at."""
+    items = _items(rng, int(rng.integers(2, 5)))
+    target, present = items[0], bool(rng.integers(2))
+    name = target.name
+    if not present and rng.random() < 0.5:
+        name = f"{items[1].colour} {target.shape}"
+    elif not present:
+        name = f"{_sample(rng, [c for c in COLOURS if c != target.colour], 1)[0]} {target.shape}"
+    article = "an" if name[0] in "aeiou" else "a"
+    return draw_scene(items, rng), f"Is there {article} {name}?", "yes" if present else "no"
+
+
+def _reading(rng: np.random.Generator) -> tuple[Image.Image, str, str]:
+    if rng.random() < 0.75:
+        word = _WORDS[rng.integers(len(_WORDS))]
+    else:
+        word = "".join(_sample(rng, list(_LETTERS), 3))
+    return draw_word(word, rng), "What does the text say?", word
+
+
+def _icon(rng: np.random.Generator) -> tuple[Image.Image, str, str]:
+    name = icon_names()[rng.integers(len(icon_names()))]
+    return draw_icon(name, rng), "What is this icon?", name.replace("_", " ")
+
+
+def _describe(rng: np.random.Generator) -> tuple[Image.Image, str, str]:
+    """A caption that names every item, row by row; the answer to the calibration instruction."""
+    kind = rng.random()
+    if kind < 0.15:
+        image, _, answer = _reading(rng)
+        return image, "Describe this image.", f'the text "{answer}"'
+    if kind < 0.3:
+        image, _, answer = _icon(rng)
+        return image, "Describe this image.", f"an icon: {answer}"
+    items = sorted(_items(rng, int(rng.integers(1, 5))), key=lambda i: (i.row, i.column))
+    caption = ", ".join(f"{item.name} {CELLS[item.row][item.column]}" for item in items)
+    return draw_scene(items, rng), "Describe this image.", caption
+
+
+_MAKERS: dict[str, Callable[[np.random.Generator], tuple[Image.Image, str, str]]] = {
+    "colour": _colour,
+    "shape": _shape,
+    "count": _count,
+    "position": _position,
+    "relation": _relation,
+    "size": _size,
+    "existence": _existence,
+    "reading": _reading,
+    "icon": _icon,
+    "describe": _describe,
+}
+TASKS = tuple(task for task in _MAKERS if task != "describe")
+"""The nine tasks that are scored; `describe` exists besides, for training and calibration."""
+
+
+def stream(task: str, split: str, seed: int = 0) -> Iterator[Question]:
+    """Endless questions of one task. Split, task and seed choose the stream, so splits never share one.
+
+    Raises:
+        SampleError: for a task or a split that does not exist.
+    """
+    if task not in _MAKERS:
+        raise SampleError(f"No built-in task is called '{task}'; choose from {', '.join(_MAKERS)}.")
+    if split not in SPLITS:
+        raise SampleError(f"No split is called '{split}'; choose from {', '.join(SPLITS)}.")
+    rng = np.random.default_rng([SPLITS.index(split), crc32(task.encode()), seed])
+    while True:
+        yield Question(task, *_MAKERS[task](rng))
+
+
+def questions(task: str, split: str, n: int, seed: int = 0) -> list[Question]:
+    """The first `n` questions of :func:`stream`."""
+    source = stream(task, split, seed)
+    return [next(source) for _ in range(n)]

@@ -1,0 +1,37 @@
+"""The exceptions that a user can act on.
+
+Each message is one sentence that names the thing at fault and the remedy. The command line prints it and exits with
+code 2; library callers catch :class:`SpectrimError` or one of its kinds.
+"""
+
+
+class SpectrimError(Exception):
+    """Base of every error that comes from the user's input or environment rather than from a defect."""
+
+
+class ModelError(SpectrimError):
+    """A model that cannot be read, or that holds something that cannot be compressed (NaN weights, no linears)."""
+
+
+class RecipeError(SpectrimError):
+    """A recipe with an unknown key, an impossible value, or a need that the statistics do not meet."""
+
+
+class SampleError(SpectrimError):
+    """Calibration or evaluation samples that are missing, empty or malformed."""
+
+
+class StatisticsError(SpectrimError):
+    """A statistics directory that is truncated, foreign, or does not fit the model or the data."""
+
+
+class BudgetError(SpectrimError):
+    """A byte budget that the model and the recipe cannot meet."""
+
+
+class CheckpointError(SpectrimError):
+    """A compressed checkpoint that cannot be written or read."""
+
+
+class NumericalError(SpectrimError):
+    """NaN or infinity in weights, moments, spectra or logits; the message names the layer."""

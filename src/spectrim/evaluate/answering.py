@@ -1,0 +1,155 @@
+"""Visual question answering: batched greedy generation and exact match."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+
+from spectrim.errors import NumericalError, SampleError
+from spectrim.evaluate.language import Progress, inference
+from spectrim.evaluate.questions import Question, blind_questions
+from spectrim.samples.batches import image_prompt
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said (`given`) to a question whose right answer is `expected`."""
+
+    task: str
+    question: str
+    expected: str
+    given: str
+
+    @property
+    def correct(self) -> bool:
+        """Exact match after :func:`normalise`."""
+        return normalise(self.given) == normalise(self.expected)
+
+
+def normalise(text: str) -> str:
+    """Surrounding white space and one final period go; case is folded."""
+    return text.strip().removesuffix(".").rstrip().casefold()
+
+
+def vqa(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    questions: Sequence[Question],
+    *,
+    batch_size: int = 64,
+    max_new_tokens: int = 8,
+    blind: bool = False,
+    progress: Progress | None = None,
+) -> list[Answer]:
+    """Answers in the order of `questions`, from batched greedy generation.
+
+    The prompt is that of :func:`spectrim.samples.batches.image_prompt`, the same as in calibration. Prompts of similar
+    length share a batch and the shorter ones are padded on the left under the attention mask, so the batch size changes
+    logits by rounding only. The checkpoint's generation config supplies the end tokens; its sampling and repetition
+    settings do not apply. `blind=True` asks each question about the image of another question of its task
+    (:func:`spectrim.evaluate.questions.blind_questions`).
+
+    Raises:
+        SampleError: when there is no question, or `processor` takes no images.
+        NumericalError: when logits are NaN or infinite; names the question and the generated token.
+    """
+    if not questions:
+        raise SampleError("There is no question to answer; give at least one.")
+    if not takes_images(processor):
+        raise SampleError(f"{type(processor).__name__} takes no images, so it cannot answer questions about them.")
+    asked: Sequence[Question] = blind_questions(questions) if blind else questions
+    prompts = [image_prompt(processor, q.question) for q in asked]
+    order = sorted(range(len(asked)), key=lambda i: len(prompts[i]))
+    given: dict[int, str] = {}
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        with inference(model), _finite_logits(model, [asked[i].question for i in batch]):
+            texts = _generate(model, processor, [prompts[i] for i in batch], [asked[i] for i in batch], max_new_tokens)
+        given.update(zip(batch, texts, strict=True))
+        if progress is not None:
+            progress(len(given), len(asked))
+    return [Answer(q.task, q.question, q.answer, given[i]) for i, q in enumerate(questions)]
+
+
+def takes_images(processor: Any) -> bool:
+    """Whether this is a processor with an image side rather than a tokenizer."""
+    return getattr(processor, "image_processor", None) is not None
+
+
+def _generate(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    prompts: list[str],
+    questions: list[Question],
+    max_new_tokens: int,
+) -> list[str]:
+    tokenizer = processor.tokenizer
+    bos = tokenizer.bos_token
+    # A template that writes BOS itself must not get a second one from the tokenizer.
+    options = {"add_special_tokens": False} if bos and prompts[0].startswith(bos) else {}
+    with _padding_token(tokenizer):
+        inputs = processor(
+            text=prompts,
+            images=[[q.image] for q in questions],
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+            **options,
+        ).to(model.device, dtype=model.dtype)
+        greedy = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            temperature=1.0,
+            top_p=1.0,
+            top_k=50,
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        generate: Any = model.generate  # typed as a submodule, since not every PreTrainedModel generates
+        output = generate(**inputs, generation_config=greedy)
+    new = output[:, inputs["input_ids"].shape[1] :]  # [batch, ≤ max_new_tokens]
+    return [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
+
+
+@contextmanager
+def _padding_token(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Lends EOS to a tokenizer without padding token; masked positions never count, whatever they hold."""
+    if tokenizer.pad_token is not None:
+        yield
+        return
+    if tokenizer.eos_token is None:
+        raise SampleError("The tokenizer has neither a padding nor an end token; set tokenizer.pad_token.")
+    tokenizer.pad_token = tokenizer.eos_token
+    try:
+        yield
+    finally:
+        tokenizer.pad_token = None
+
+
+@contextmanager
+def _finite_logits(model: PreTrainedModel, questions: list[str]) -> Iterator[None]:
+    """Checks the logits of every forward pass that generation makes, before any processor may mask some with -inf."""
+    step = 0
+
+    def check(_module: nn.Module, _args: Any, output: Any) -> None:
+        nonlocal step
+        finite = torch.isfinite(output.logits).flatten(1).all(dim=1)  # [batch]
+        if not finite.all():
+            question = questions[int(finite.logical_not().nonzero()[0, 0])]
+            raise NumericalError(
+                f"The logits for the question '{question}' are not finite at generated token {step}; check the model's "
+                "weights or use a wider dtype."
+            )
+        step += 1
+
+    handle = model.register_forward_hook(check)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,85 @@
+"""What a model costs: stored bytes of a checkpoint, peak memory of a process."""
+
+import gc
+import json
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from spectrim.errors import CheckpointError
+
+_INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes; None where the platform cannot tell.
+
+    `start_rss` is the resident memory of the process before the model was loaded (Python, libraries, samples) and
+    `peak_rss` the highest afterwards, weights mapped from disk included; `peak_cuda` is the highest allocation of any
+    one CUDA device.
+    """
+
+    start_rss: int | None
+    peak_rss: int | None
+    peak_cuda: int | None
+
+
+class PeakMemory:
+    """Measures a block of code: `with PeakMemory() as meter: …`, then `meter.memory`.
+
+    Linux keeps one high-water mark per process; it is reset on entry, so that models evaluated one after the other do
+    not inherit each other's peak. Where it cannot be reset, resident memory is reported as None rather than too high.
+    """
+
+    memory: Memory
+
+    def __enter__(self) -> Self:
+        gc.collect()
+        self._start = _resident("VmRSS") if _reset_peak() else None
+        self._devices = range(torch.cuda.device_count())
+        for device in self._devices:
+            torch.cuda.reset_peak_memory_stats(device)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        peak = None if self._start is None else _resident("VmHWM")
+        cuda = max((torch.cuda.max_memory_allocated(device) for device in self._devices), default=None)
+        self.memory = Memory(self._start, peak, cuda)
+
+
+def _reset_peak() -> bool:
+    with suppress(OSError):  # not Linux, or a sandbox without this file
+        Path("/proc/self/clear_refs").write_text("5")
+        return True
+    return False
+
+
+def _resident(field: str) -> int | None:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def stored_bytes(directory: Path) -> int:
+    """Bytes of the safetensors files that hold the model, headers included; files that its index does not name are out.
+
+    Raises:
+        CheckpointError: when the directory holds no safetensors model, or a shard that the index names is missing.
+    """
+    shards = {"model.safetensors"}
+    if (directory / _INDEX).is_file():
+        shards = set(json.loads((directory / _INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+    try:
+        return sum((directory / shard).stat().st_size for shard in shards)
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{directory} lacks {Path(error.filename).name}; save the model as safetensors."
+        ) from error

@@ -1,0 +1,73 @@
+"""An evaluation report as a table for the terminal."""
+
+from pathlib import Path
+
+from rich.table import Table
+
+from spectrim.evaluate.results import DirectoryResult, EvaluationReport, VqaScore
+
+_NONE = "–"
+
+
+def table(report: EvaluationReport) -> Table:
+    """One row per directory: accuracy per task, mean, difference to the reference, perplexity, size.
+
+    Accuracies are in per cent, their difference in percentage points: paired, over all questions, with its 95 %
+    interval below. Below a perplexity (per token) stands its difference to the reference, below a size its share of it.
+    The reference comes first, the blind floor last. Nine tasks need a console of 120 columns.
+    """
+    results = sorted(report.results, key=lambda result: result.directory != report.reference)
+    reference = next((result for result in results if result.directory == report.reference), None)
+    tasks = next(([task.task for task in result.vqa.tasks] for result in results if result.vqa), [])
+    with_text = any(result.perplexity for result in results)
+    legend = "accuracy in %; Δ: paired difference over all questions, 95 % interval, p of McNemar's exact test"
+
+    grid = Table(title="Evaluation", caption=legend if tasks else None, box=None, padding=(0, 1, 0, 0))
+    grid.add_column("model", no_wrap=True)
+    headings = [*tasks, "mean", "Δ"] if tasks else []
+    for heading in [*headings, *(["ppl"] if with_text else []), "size"]:
+        grid.add_column(heading, justify="right", no_wrap=True, min_width=len(heading))
+    for result, name in zip(results, _names([result.directory for result in results]), strict=True):
+        row = [name]
+        if tasks:
+            row += [*_accuracies(result.vqa, len(tasks)), _difference(result)]
+        if with_text:
+            row.append(_perplexity(result, reference))
+        grid.add_row(*row, _size(result, reference))
+    if report.blind:
+        grid.add_row("blind floor", *_accuracies(report.blind, len(tasks)), style="dim")
+    return grid
+
+
+def _names(directories: list[str]) -> list[str]:
+    """Last path parts, or whole paths where those are not unique."""
+    short = [Path(directory).name or directory for directory in directories]
+    return short if len(set(short)) == len(short) else directories
+
+
+def _accuracies(vqa: VqaScore | None, tasks: int) -> list[str]:
+    if vqa is None:
+        return [_NONE] * (tasks + 1)
+    return [f"{100 * rate:.1f}" for rate in (*(task.accuracy for task in vqa.tasks), vqa.mean)]
+
+
+def _difference(result: DirectoryResult) -> str:
+    overall = next((row.difference for row in result.differences if row.task is None), None)
+    if overall is None:
+        return _NONE
+    mean, low, high = (100 * value for value in (overall.mean, overall.low, overall.high))
+    return f"{mean:+.1f} p={overall.p_value:.2g}\n\\[{low:+.1f}, {high:+.1f}]"  # the backslash: [ opens no markup
+
+
+def _perplexity(result: DirectoryResult, reference: DirectoryResult | None) -> str:
+    if result.perplexity is None:
+        return _NONE
+    own = result.perplexity.per_token
+    if reference is None or reference is result or reference.perplexity is None:
+        return f"{own:.2f}"
+    return f"{own:.2f}\n{own - reference.perplexity.per_token:+.2f}"
+
+
+def _size(result: DirectoryResult, reference: DirectoryResult | None) -> str:
+    size = f"{result.bytes / 1e6:.1f} MB"
+    return size if reference is None or reference is result else f"{size}\n{result.bytes / reference.bytes:.1%}"

@@ -1,0 +1,298 @@
+"""Few-layer random models of every supported family, built from the real config classes, and inputs for them.
+
+All are fp32, seeded, and small enough that one forward pass takes milliseconds. `text_inputs` and `example_inputs` give
+keyword arguments of ``model.forward``; no processor is involved.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers as hf
+from transformers import PreTrainedModel
+
+VOCAB = 128
+IMAGE, VIDEO, VISION_START, VISION_END = 120, 121, 122, 123  # token ids; the ids of text lie below
+SIDE, PATCH = 16, 4  # pixels: 4 × 4 patches
+
+# Every family of text backbones: 4 query heads, 2 key/value heads.
+TEXT: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+VISION: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": SIDE,
+    "patch_size": PATCH,
+}
+MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+QWEN_TOKENS = {
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "vision_start_token_id": VISION_START,
+    "vision_end_token_id": VISION_END,
+}
+
+
+def _seeded(model_class: type[PreTrainedModel], config: hf.PreTrainedConfig) -> PreTrainedModel:
+    """Build the model; parameters that start at zero (biases, gates, Gemma 3's projection) get values, so all act."""
+    torch.manual_seed(0)
+    model = model_class(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.is_meta and not parameter.any():
+                parameter.normal_(std=0.1)
+    return model.eval()
+
+
+def _llava() -> PreTrainedModel:
+    config = hf.LlavaConfig(
+        vision_config=hf.CLIPVisionConfig(**VISION), text_config=hf.LlamaConfig(**TEXT), image_token_index=IMAGE
+    )
+    return _seeded(hf.LlavaForConditionalGeneration, config)
+
+
+def _llava_next() -> PreTrainedModel:
+    llama3 = hf.LlamaConfig(**TEXT, rope_parameters={"rope_type": "default", "rope_theta": 500000.0})
+    pinpoints = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE]]
+    config = hf.LlavaNextConfig(
+        vision_config=hf.CLIPVisionConfig(**VISION),
+        text_config=llama3,
+        image_token_index=IMAGE,
+        image_grid_pinpoints=pinpoints,
+    )
+    return _seeded(hf.LlavaNextForConditionalGeneration, config)
+
+
+def _qwen2_vl() -> PreTrainedModel:
+    vision = {"depth": 2, "embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2, "num_heads": 2, "patch_size": PATCH}
+    config = hf.Qwen2VLConfig(text_config={**TEXT, "rope_parameters": MROPE}, vision_config=vision, **QWEN_TOKENS)
+    return _seeded(hf.Qwen2VLForConditionalGeneration, config)
+
+
+def _qwen2_5_vl() -> PreTrainedModel:
+    vision = {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_heads": 2,
+        "patch_size": PATCH,
+        "window_size": 16,
+        "out_hidden_size": 64,
+        "fullatt_block_indexes": [1],
+    }
+    config = hf.Qwen2_5_VLConfig(text_config={**TEXT, "rope_parameters": MROPE}, vision_config=vision, **QWEN_TOKENS)
+    return _seeded(hf.Qwen2_5_VLForConditionalGeneration, config)
+
+
+def _qwen3_vision() -> dict[str, Any]:
+    return {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_heads": 2,
+        "patch_size": PATCH,
+        "out_hidden_size": 64,
+        "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [0, 1],
+    }
+
+
+def _qwen3_vl() -> PreTrainedModel:
+    text = {**TEXT, "head_dim": 16, "rope_parameters": MROPE}
+    config = hf.Qwen3VLConfig(text_config=text, vision_config=_qwen3_vision(), **QWEN_TOKENS)
+    return _seeded(hf.Qwen3VLForConditionalGeneration, config)
+
+
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+
+
+def _qwen3_vl_moe() -> PreTrainedModel:
+    text = {**TEXT, "head_dim": 16, "rope_parameters": MROPE, **MOE}
+    config = hf.Qwen3VLMoeConfig(text_config=text, vision_config=_qwen3_vision(), **QWEN_TOKENS)
+    return _seeded(hf.Qwen3VLMoeForConditionalGeneration, config)
+
+
+def _idefics3() -> PreTrainedModel:
+    config = hf.Idefics3Config(
+        text_config=hf.LlamaConfig(**TEXT), vision_config=VISION, image_token_id=IMAGE, scale_factor=2
+    )
+    return _seeded(hf.Idefics3ForConditionalGeneration, config)
+
+
+def _smolvlm() -> PreTrainedModel:
+    config = hf.SmolVLMConfig(
+        text_config=hf.LlamaConfig(**TEXT), vision_config=VISION, image_token_id=IMAGE, scale_factor=2
+    )
+    return _seeded(hf.SmolVLMForConditionalGeneration, config)
+
+
+def _paligemma() -> PreTrainedModel:
+    config = hf.PaliGemmaConfig(
+        vision_config=hf.SiglipVisionConfig(**VISION, vision_use_head=False),
+        text_config=hf.GemmaConfig(**TEXT, head_dim=16),
+        image_token_index=IMAGE,
+        projection_dim=64,
+    )
+    return _seeded(hf.PaliGemmaForConditionalGeneration, config)
+
+
+def _gemma3() -> PreTrainedModel:
+    config = hf.Gemma3Config(
+        text_config=hf.Gemma3TextConfig(**TEXT, head_dim=16, sliding_window=64),
+        vision_config=hf.SiglipVisionConfig(**VISION, vision_use_head=True),
+        image_token_index=IMAGE,
+        mm_tokens_per_image=4,
+    )
+    return _seeded(hf.Gemma3ForConditionalGeneration, config)
+
+
+def _internvl() -> PreTrainedModel:
+    config = hf.InternVLConfig(
+        vision_config=hf.InternVLVisionConfig(**VISION),
+        text_config=hf.Qwen2Config(**TEXT),
+        image_token_id=IMAGE,
+        tie_word_embeddings=False,
+    )
+    return _seeded(hf.InternVLForConditionalGeneration, config)
+
+
+def _mllama() -> PreTrainedModel:
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_global_layers": 2,
+        "attention_heads": 2,
+        "image_size": SIDE,
+        "patch_size": PATCH,
+        "max_num_tiles": 2,
+        "supported_aspect_ratios": [[1, 1], [1, 2]],
+        "intermediate_layers_indices": [0],
+        "vision_output_dim": 64,
+    }
+    text = {**TEXT, "num_hidden_layers": 3, "cross_attention_layers": [1]}
+    config = hf.MllamaConfig(
+        vision_config=hf.MllamaVisionConfig(**vision), text_config=hf.MllamaTextConfig(**text), image_token_index=VOCAB
+    )  # its image token has an embedding past the vocabulary
+    return _seeded(hf.MllamaForConditionalGeneration, config)
+
+
+def _pixtral() -> PreTrainedModel:
+    config = hf.LlavaConfig(
+        vision_config=hf.PixtralVisionConfig(**VISION),
+        text_config=hf.MistralConfig(**TEXT, head_dim=16),
+        image_token_index=IMAGE,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )
+    return _seeded(hf.LlavaForConditionalGeneration, config)
+
+
+def _mistral3() -> PreTrainedModel:
+    config = hf.Mistral3Config(
+        vision_config=hf.PixtralVisionConfig(**VISION),
+        text_config=hf.MistralConfig(**TEXT, head_dim=24),
+        image_token_index=IMAGE,
+        tie_word_embeddings=False,
+    )
+    return _seeded(hf.Mistral3ForConditionalGeneration, config)
+
+
+def _opt() -> PreTrainedModel:
+    text = {k: v for k, v in TEXT.items() if k not in ("intermediate_size", "num_key_value_heads")}
+    return _seeded(hf.OPTForCausalLM, hf.OPTConfig(**text, ffn_dim=96, word_embed_proj_dim=32))
+
+
+FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
+    "llava": _llava,
+    "llava_next": _llava_next,
+    "qwen2_vl": _qwen2_vl,
+    "qwen2_5_vl": _qwen2_5_vl,
+    "qwen3_vl": _qwen3_vl,
+    "qwen3_vl_moe": _qwen3_vl_moe,
+    "idefics3": _idefics3,
+    "smolvlm": _smolvlm,
+    "paligemma": _paligemma,
+    "gemma3": _gemma3,
+    "internvl": _internvl,
+    "mllama": _mllama,
+    "pixtral": _pixtral,
+    "mistral3": _mistral3,
+    "llama": lambda: _seeded(hf.LlamaForCausalLM, hf.LlamaConfig(**TEXT)),
+    "mistral": lambda: _seeded(hf.MistralForCausalLM, hf.MistralConfig(**TEXT)),
+    "qwen2": lambda: _seeded(hf.Qwen2ForCausalLM, hf.Qwen2Config(**TEXT, tie_word_embeddings=True)),
+    "qwen3": lambda: _seeded(hf.Qwen3ForCausalLM, hf.Qwen3Config(**TEXT, head_dim=24)),
+    "opt": _opt,
+    "gemma": lambda: _seeded(hf.GemmaForCausalLM, hf.GemmaConfig(**{**TEXT, "num_key_value_heads": 1}, head_dim=16)),
+    "qwen3_moe": lambda: _seeded(hf.Qwen3MoeForCausalLM, hf.Qwen3MoeConfig(**TEXT, head_dim=16, **MOE)),
+    "mixtral": lambda: _seeded(
+        hf.MixtralForCausalLM, hf.MixtralConfig(**TEXT, num_local_experts=4, num_experts_per_tok=2)
+    ),
+}
+VLMS = tuple(FAMILIES)[: list(FAMILIES).index("llama")]
+
+
+def text_inputs(model: PreTrainedModel, *, batch: int = 1, length: int = 12, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random text without any special token: int64 [batch, length], every position counted."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, IMAGE, (batch, length), generator=generator)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def example_inputs(model: PreTrainedModel, *, batch: int = 1, seed: int = 0) -> dict[str, torch.Tensor]:
+    """For a vision-language model: text with one random image per row; for a language model: text."""
+    inputs = text_inputs(model, batch=batch, seed=seed)
+    if not hasattr(model.config, "vision_config"):
+        return inputs
+    kind = model.config.model_type
+    tokens, pixel_shape, more = _image_format(model.config, batch)
+    generator = torch.Generator().manual_seed(seed + 1)
+    image = torch.full((batch, tokens), model.config.image_token_id)
+    before, after = inputs["input_ids"].split((2, 10), dim=1)
+    start, end = (torch.full((batch, 1), token) for token in (VISION_START, VISION_END))
+    ids = torch.cat((before, start, image, end, after), dim=1)
+    is_image = (ids == model.config.image_token_id).long()
+    if kind.startswith("qwen"):
+        more["mm_token_type_ids"] = is_image
+    if kind == "gemma3":
+        more["token_type_ids"] = is_image
+    if kind == "mllama":
+        more["cross_attention_mask"] = torch.ones(batch, ids.shape[1], 1, 2, dtype=torch.long)
+    pixels = torch.randn(pixel_shape, generator=generator)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels, **more}
+
+
+def _image_format(config: Any, batch: int) -> tuple[int, tuple[int, ...], dict[str, torch.Tensor]]:
+    """Image tokens per row, shape of `pixel_values`, and the other inputs, which describe the image."""
+    kind, plain = config.model_type, (batch, 3, SIDE, SIDE)
+    sizes = {"image_sizes": torch.tensor([[SIDE, SIDE]] * batch)}
+    if kind.startswith("qwen"):  # flattened patches of two frames, four of them to a token
+        grid = torch.tensor([[1, SIDE // PATCH, SIDE // PATCH]] * batch)
+        return 4, (16 * batch, 3 * 2 * PATCH**2), {"image_grid_thw": grid}
+    if kind == "llava_next":  # the whole image, then two tiles side by side with a line end after each row
+        return 16 + 4 * (8 + 1), (batch, 3, 3, SIDE, SIDE), {"image_sizes": torch.tensor([[SIDE, 2 * SIDE]] * batch)}
+    if kind in ("idefics3", "smolvlm"):
+        mask = {"pixel_attention_mask": torch.ones(batch, 1, SIDE, SIDE, dtype=torch.bool)}
+        return 4, (batch, 1, 3, SIDE, SIDE), mask
+    if kind == "mllama":  # two tiles; one token stands for the image, cross-attention reads it
+        ratios = {"aspect_ratio_ids": torch.full((batch, 1), 2), "aspect_ratio_mask": torch.ones(batch, 1, 2).long()}
+        return 1, (batch, 1, 2, 3, SIDE, SIDE), ratios
+    return {
+        "llava": (16, plain, sizes if config.vision_config.model_type == "pixtral" else {}),
+        "mistral3": (4, plain, sizes),
+        "paligemma": (16, plain, {}),
+        "gemma3": (4, plain, {}),
+        "internvl": (4, plain, {}),
+    }[kind]

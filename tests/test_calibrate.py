@@ -1,0 +1,604 @@
+"""Calibration: moments against independent computations, sharing, resuming, refusals, gradients."""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn import functional
+from transformers import LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration
+
+import families
+from spectrim.anatomy import anatomy
+from spectrim.calibrate import Statistics, calibrate, hooks, run, snapshot
+from spectrim.calibrate.fingerprint import model_print
+from spectrim.calibrate.manifest import MANIFEST
+from spectrim.calibrate.moments import Sums
+from spectrim.calibrate.passes import prepared, run_batch
+from spectrim.calibrate.positions import Positions
+from spectrim.errors import ModelError, NumericalError, SampleError, StatisticsError
+from spectrim.samples import Batch
+from test_samples import image_folder, llava_processor, noise, word_tokenizer, write_jsonl
+
+CPU = torch.device("cpu")
+WORDS = " ".join(f"w{(7 * i * i + 3 * i) % 115 + 2}" for i in range(600))
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> str:
+    path = tmp_path / "words.txt"
+    path.write_text(WORDS)
+    return str(path)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> str:
+    """Six images; their instructions have three lengths."""
+    image_folder(tmp_path / "pictures", 6)
+    rows = [{"image": f"pictures/{i:03}.png", "instruction": " ".join(["w7"] * (1 + i % 3))} for i in range(6)]
+    return write_jsonl(tmp_path / "pictures.jsonl", rows)
+
+
+def tiny(family: str, dtype: torch.dtype = torch.float64):
+    return families.FAMILIES[family]().to(dtype)
+
+
+def record(model, inputs) -> dict[str, list[np.ndarray]]:
+    """What every linear reads in one plain forward pass, float64 ``[positions, in]`` per call."""
+    seen, handles = defaultdict(list), []
+    for linear in anatomy(model).linears:
+
+        def keep(_module, args, name=linear.name):
+            seen[name].append(args[0].detach().double().reshape(-1, args[0].shape[-1]).numpy())
+
+        handles.append(model.get_submodule(linear.name).register_forward_pre_hook(keep))
+    dtype = model.dtype
+    with torch.no_grad():
+        model(**{k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return dict(seen)
+
+
+def gather(model, *inputs, modality="image", **options) -> Sums:
+    sums = Sums(CPU)
+    modules = {linear: model.get_submodule(linear.name) for linear in anatomy(model).linears}
+    with prepared(model):
+        for one in inputs:
+            run_batch(model, modules, Batch(modality, one, len(one["input_ids"])), sums, **options)
+    return sums
+
+
+def assert_moment(moment, rows: np.ndarray, tolerance: float = 1e-10) -> None:
+    assert moment.count == len(rows)
+    scale = max(1.0, np.abs(rows.T @ rows).max())
+    assert np.abs(moment.second.numpy() - rows.T @ rows).max() <= tolerance * scale
+    assert np.abs(moment.abs_sum.numpy() - np.abs(rows).sum(0)).max() <= tolerance * scale
+
+
+def tensors(directory: Path) -> dict[str, torch.Tensor]:
+    """Every tensor that the manifest names."""
+    manifest = json.loads((directory / MANIFEST).read_text())
+    held = {}
+    for modality, gathered in manifest["gathered"].items():
+        for file in gathered["files"].values():
+            held |= {f"{modality} {name}": t for name, t in load_file(directory / file["name"]).items()}
+    return held
+
+
+def assert_same_bits(a: Path, b: Path) -> None:
+    left, right = tensors(a), tensors(b)
+    assert left.keys() == right.keys()
+    assert left
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize("family", [family for family in families.FAMILIES if family != "mllama"])
+def test_moments_are_those_of_the_recorded_inputs(family):
+    fused = family in ("qwen3_moe", "qwen3_vl_moe", "mixtral")  # torch multiplies grouped experts in float32 at most
+    model = tiny(family, torch.float32 if fused else torch.float64)
+    batches = [families.example_inputs(model, batch=2, seed=seed) for seed in (0, 5)]
+    sums = gather(model, *batches)
+    recorded = [record(model, inputs) for inputs in batches]
+    assert recorded[0].keys() | recorded[1].keys() == sums.owners.keys()
+    for name, owner in sums.owners.items():
+        rows = np.concatenate([x for one in recorded for x in one.get(name, [])])
+        assert_moment(sums.moments[owner], rows, 1e-6 if fused else 1e-10)
+
+
+def test_linears_that_read_the_same_input_share_a_moment():
+    model = tiny("qwen2_5_vl")
+    owners = gather(model, families.example_inputs(model)).owners
+    layer, block = "model.language_model.layers.1", "model.visual.blocks.0"
+    assert owners[f"{layer}.self_attn.k_proj"] == owners[f"{layer}.self_attn.v_proj"] == f"{layer}.self_attn.q_proj"
+    assert owners[f"{layer}.mlp.up_proj"] == f"{layer}.mlp.gate_proj"
+    assert owners[f"{block}.mlp.up_proj"] == f"{block}.mlp.gate_proj"
+    for alone in (f"{layer}.self_attn.o_proj", f"{layer}.mlp.down_proj", f"{block}.attn.qkv", f"{block}.attn.proj"):
+        assert owners[alone] == alone
+
+
+def test_cross_attention_keys_and_values_share_the_vision_states():
+    model = tiny("mllama")
+    owners = gather(model, families.example_inputs(model)).owners
+    attention = "model.language_model.layers.1.cross_attn"
+    assert owners[f"{attention}.q_proj"] == f"{attention}.q_proj"
+    assert owners[f"{attention}.k_proj"] == owners[f"{attention}.v_proj"] == f"{attention}.k_proj"
+    text = gather(model, families.text_inputs(model), modality="text")
+    assert f"{attention}.k_proj" not in text.owners
+
+
+class Pair(nn.Module):
+    """Two linears that read the same tensor, a copy of it, or the same memory after a write."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 2), nn.Linear(3, 2)
+
+    def forward(self, x, how):
+        y = self.a(x)
+        if how == "copy":
+            x = x.clone()
+        if how == "write":
+            x.mul_(2)
+        return y + self.b(x.view(x.shape) if how == "view" else x)
+
+
+def watched(model, how, sums, x):
+    modules = {linear: model.get_submodule(linear.name) for linear in anatomy(model).linears}
+    with torch.no_grad(), hooks.Watch(modules, sums, Positions((1, 1), None, None, 0)) as watch:
+        model(x, how)
+    watch.finish("batch")
+
+
+@pytest.mark.parametrize(("how", "owner"), [("same", "a"), ("view", "a"), ("copy", "b"), ("write", "b")])
+def test_sharing_is_by_identity_of_the_input(how, owner):
+    sums, model, x = Sums(CPU), Pair(), torch.randn(5, 3)
+    watched(model, how, sums, x)
+    assert sums.owners == {"a": "a", "b": owner}
+
+
+def test_sharing_that_ends_is_an_error():
+    sums, model = Sums(CPU), Pair()
+    watched(model, "same", sums, torch.randn(5, 3))
+    with pytest.raises(ModelError, match="b read the same input as a in the first batch"):
+        watched(model, "copy", sums, torch.randn(5, 3))
+
+
+def test_padding_does_not_count():
+    model = tiny("llama")
+    rows = [families.text_inputs(model, length=n, seed=n)["input_ids"] for n in (9, 5, 12)]
+    ids, mask = torch.zeros(3, 12, dtype=torch.long), torch.zeros(3, 12, dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, : row.shape[1]], mask[i, : row.shape[1]] = row, 1
+    padded = gather(model, {"input_ids": ids, "attention_mask": mask})
+    alone = gather(model, *({"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows))
+    for name, moment in alone.moments.items():
+        assert padded.moments[name].count == moment.count == 26
+        torch.testing.assert_close(padded.moments[name].second, moment.second)
+
+
+def test_padding_of_mllama_tiles_does_not_count():
+    model = tiny("mllama")
+    inputs = families.example_inputs(model, batch=2)
+    inputs["aspect_ratio_ids"] = torch.tensor([[1], [2]])
+    inputs["aspect_ratio_mask"] = torch.tensor([[[1, 0]], [[1, 1]]])
+    inputs["cross_attention_mask"][0, ..., 1] = 0
+    sums, recorded = gather(model, inputs), record(model, inputs)
+    for linear in anatomy(model).linears:
+        (rows,) = recorded[linear.name]
+        if linear.place != "backbone" or linear.name.endswith(("cross_attn.k_proj", "cross_attn.v_proj")):
+            tiles = rows.reshape(4, -1, linear.in_features)  # two images of two tiles each
+            assert tiles.shape[1] == (24 if linear.place == "tower" else 17)  # 4 × 4 patches, 1 class token, filling
+            rows = tiles[[0, 2, 3], :17].reshape(-1, linear.in_features)
+        assert_moment(sums.moments[sums.owners[linear.name]], rows)
+
+
+def test_image_tokens_only(pictures, words, tmp_path):
+    model = tiny("llava")
+    options = {"processor": llava_processor(), "text": words, "images": pictures, "samples": 6, "seqlen": 8}
+    every = calibrate(model, tmp_path / "every", **options)
+    only = calibrate(model, tmp_path / "only", **options, image_tokens_only=True)
+    down = "model.language_model.layers.1.mlp.down_proj"
+    sums = np.zeros((96, 96))
+    for number in range(6):
+        ids = torch.tensor([[1, *[120] * 16, *[7] * (1 + number % 3), 99]])
+        pixels = llava_processor().image_processor(noise(number), return_tensors="pt")["pixel_values"]
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+        rows = record(model, inputs)[down][0]
+        sums += rows[1:17].T @ rows[1:17]
+    moment = only.moment(down, "image")
+    assert moment.count == 6 * 16
+    np.testing.assert_allclose(moment.second.numpy(), sums, rtol=1e-9, atol=1e-12)
+    assert every.moment(down, "image").count == 6 * 18 + (0 + 1 + 2 + 0 + 1 + 2) + 6
+    tower = anatomy(model).in_place("tower")[0].name
+    assert torch.equal(only.moment(tower, "image").second, every.moment(tower, "image").second)
+    assert torch.equal(only.moment(down, "text").second, every.moment(down, "text").second)
+
+
+def test_samples_of_mixed_length_equal_the_sum_of_each_alone(pictures, tmp_path):
+    model = tiny("llava")
+    options = {"processor": llava_processor(), "text": None, "images": pictures, "samples": 6}
+    together = calibrate(model, tmp_path / "a", **options, batch_size=3)
+    alone = calibrate(model, tmp_path / "b", **options, batch_size=1)
+    assert together.manifest.gathered["image"].batches < alone.manifest.gathered["image"].batches == 6
+    assert "text" not in alone.manifest.gathered
+    for linear in anatomy(model).linears:
+        a, b = together.moment(linear.name, "image"), alone.moment(linear.name, "image")
+        assert a.count == b.count
+        torch.testing.assert_close(a.second, b.second, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(a.abs_sum, b.abs_sum, rtol=1e-10, atol=1e-10)
+        assert alone.moment(linear.name, "text") is None
+
+
+def test_bf16_inputs_are_summed_in_high_precision(words, tmp_path):
+    model = tiny("llama", torch.bfloat16)
+    statistics = calibrate(model, tmp_path / "s", processor=word_tokenizer(), text=words, samples=8, seqlen=16)
+    windows = calibrated_windows(words, samples=8, seqlen=16)
+    recorded = record(model, {"input_ids": windows, "attention_mask": torch.ones_like(windows)})
+    for name, rows in recorded.items():
+        moment = statistics.moment(name, "text")
+        assert_moment(moment, rows[0], tolerance=1e-6)
+        assert torch.equal(moment.second, moment.second.T)
+
+
+def calibrated_windows(source, *, samples, seqlen, seed=0) -> torch.Tensor:
+    from spectrim.samples import load_text, text_windows
+
+    return text_windows(load_text(source), word_tokenizer(), samples=samples, seqlen=seqlen, seed=seed)
+
+
+@pytest.mark.parametrize("family", ["llama", "llava", "opt"])
+def test_fisher_is_that_of_autograd(family, words, tmp_path):
+    model = tiny(family)
+    options = {"processor": word_tokenizer(), "text": words, "images": None, "samples": 3, "seqlen": 10}
+    statistics = calibrate(model, tmp_path / "s", **options, gradients=True)
+    expected = {linear.name: torch.zeros(linear.in_features) for linear in anatomy(model).in_place("backbone")}
+    for ids in calibrated_windows(words, samples=3, seqlen=10):
+        model.zero_grad()
+        logits = model(input_ids=ids[None]).logits[0]
+        functional.cross_entropy(logits[:-1], ids[1:]).backward()
+        for name in expected:
+            expected[name] = expected[name] + model.get_submodule(name).weight.grad.square().sum(0)
+    for name, columns in expected.items():
+        gradient = statistics.gradient(name, "text")
+        assert gradient.count == 3
+        torch.testing.assert_close(gradient.fisher_cols, columns, rtol=1e-6, atol=0)  # norms compute in float32
+        assert statistics.gradient(name, "image") is None
+        assert statistics.moment(name, "text").count == 30
+    for linear in anatomy(model).in_place("tower"):
+        assert statistics.gradient(linear.name, "text") is None
+
+
+class Twice(nn.Module):
+    """A linear that runs twice in one pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(3, 3, bias=False)
+
+    def forward(self, x):
+        return self.a(self.a(x).tanh())
+
+
+def test_fisher_of_a_linear_that_runs_twice_squares_the_whole_gradient():
+    model, x, sums = Twice().double(), torch.randn(4, 3, dtype=torch.float64), Sums(CPU)
+    model(x).square().sum().backward()
+    expected = model.a.weight.grad.square().sum(0)
+    model.requires_grad_(False)
+    everything = Positions((1, 4), None, None, 0)
+    with hooks.Watch({anatomy(model).linears[0]: model.a}, sums, everything, gradient_scale=1.0) as watch:
+        model(x).square().sum().backward()
+    watch.finish("batch")
+    torch.testing.assert_close(sums.fisher["a"], expected)
+    assert sums.moments["a"].count == 8
+
+
+@pytest.fixture
+def snapshots_after_every_batch(monkeypatch):
+    monkeypatch.setattr(run, "_SNAPSHOT_SHARE", float("inf"))
+
+
+class StopError(Exception):
+    pass
+
+
+def stop_at(count):
+    def progress(done, total):
+        if done >= count:
+            raise StopError
+
+    return progress
+
+
+@pytest.mark.usefixtures("snapshots_after_every_batch")
+@pytest.mark.parametrize("stop", [1, 4, 6, 7, 11])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_killed_run_resumes_bit_for_bit(words, pictures, tmp_path, stop, gradients):
+    model = tiny("llava", torch.float32)
+    options = {"processor": llava_processor(), "text": words, "images": pictures, "samples": 6, "seqlen": 12}
+    options |= {"batch_size": 2, "checkpoint_seconds": 0, "gradients": gradients}
+    whole = calibrate(model, tmp_path / "whole", **options)
+    with pytest.raises(StopError):
+        calibrate(model, tmp_path / "killed", **options, progress=stop_at(stop))
+    with pytest.raises(StatisticsError, match="was interrupted; run the same"):
+        Statistics.open(tmp_path / "killed")
+    seen = []
+    resumed = calibrate(model, tmp_path / "killed", **options, progress=lambda done, total: seen.append((done, total)))
+    assert_same_bits(tmp_path / "whole", tmp_path / "killed")
+    assert resumed.manifest.gathered["image"].counts == whole.manifest.gathered["image"].counts
+    assert seen[-1] == (12, 12)
+    # The stop comes before the snapshot of its batch, so that the batch before it counts.
+    before = {1: 0, 4: 3, 6: 5, 7: 6, 11: 10} if gradients else {1: 0, 4: 2, 6: 4, 7: 6, 11: 10}
+    assert seen[0] == (before[stop], 12)
+    files = {file.name for part in resumed.manifest.gathered.values() for file in part.files.values()}
+    assert {path.name for path in (tmp_path / "killed").iterdir()} == files | {MANIFEST}
+
+
+@pytest.mark.usefixtures("snapshots_after_every_batch")
+@pytest.mark.parametrize("write", range(1, 24, 2))
+def test_a_kill_between_two_writes_leaves_one_whole_state(words, pictures, tmp_path, monkeypatch, write):
+    model = tiny("llava", torch.float32)
+    options = {"processor": llava_processor(), "text": words, "images": pictures, "samples": 6, "seqlen": 12}
+    options |= {"batch_size": 2, "checkpoint_seconds": 0}
+    calibrate(model, tmp_path / "whole", **options)
+    replace, writes = snapshot._replace, []
+
+    def dying(path, content):
+        writes.append(path)
+        if len(writes) == write:
+            path.with_name(path.name + ".part").write_bytes(b"half of a fi")
+            raise StopError
+        replace(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(snapshot, "_replace", dying)
+        with pytest.raises(StopError):
+            calibrate(model, tmp_path / "killed", **options)
+    calibrate(model, tmp_path / "killed", **options)
+    assert_same_bits(tmp_path / "whole", tmp_path / "killed")
+    assert not list((tmp_path / "killed").glob("*.part"))
+
+
+def llama_options(words: str) -> dict:
+    return {"processor": word_tokenizer(), "text": words, "samples": 4, "seqlen": 8}
+
+
+def test_same_seed_same_moments(words, tmp_path):
+    model = tiny("llama", torch.float32)
+    calibrate(model, tmp_path / "a", **llama_options(words))
+    calibrate(model, tmp_path / "b", **llama_options(words))
+    calibrate(model, tmp_path / "c", **llama_options(words), seed=1)
+    assert_same_bits(tmp_path / "a", tmp_path / "b")
+    with pytest.raises(AssertionError):
+        assert_same_bits(tmp_path / "a", tmp_path / "c")
+
+
+def test_a_finished_directory_is_opened_and_not_gathered_again(words, tmp_path, monkeypatch):
+    model = tiny("llama")
+    calibrate(model, tmp_path / "s", **llama_options(words))
+    monkeypatch.setattr(run, "run_batch", None)
+    statistics = calibrate(model, tmp_path / "s", **llama_options(words))
+    assert statistics.manifest.complete
+
+
+def test_what_does_not_fit_is_refused_by_name(words, tmp_path):
+    model, options = tiny("llama"), llama_options(words)
+    calibrate(model, tmp_path / "s", **options)
+    with pytest.raises(StatisticsError, match=r"with seqlen 8 \(now 9\).*choose another output"):
+        calibrate(model, tmp_path / "s", **{**options, "seqlen": 9})
+    with pytest.raises(StatisticsError, match=r"with gradients False \(now True\)"):
+        calibrate(model, tmp_path / "s", **options, gradients=True)
+    Path(words).write_text("w5 " + WORDS)
+    with pytest.raises(StatisticsError, match="of other samples"):
+        calibrate(model, tmp_path / "s", **options)
+    Path(words).write_text(WORDS)
+    name = "model.layers.1.mlp.up_proj.weight"
+    with torch.no_grad():
+        model.get_parameter(name)[3, 5] += 1e-9
+    with pytest.raises(StatisticsError, match=f"another model .parameter {name} is float64"):
+        calibrate(model, tmp_path / "s", **options)
+    with pytest.raises(StatisticsError, match=f"another model .parameter {name} is float64"):
+        Statistics.open(tmp_path / "s").check_model(model)
+    with pytest.raises(StatisticsError, match=r"is float64.* and float32"):
+        Statistics.open(tmp_path / "s").check_model(tiny("llama").float())
+    with pytest.raises(StatisticsError, match=r"parameter .* is in one of them only"):
+        Statistics.open(tmp_path / "s").check_model(tiny("qwen3"))
+    Statistics.open(tmp_path / "s").check_model(tiny("llama"))
+
+
+def test_a_directory_that_holds_something_else_is_left_alone(words, tmp_path):
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "thesis.tex").write_text("years of work")
+    with pytest.raises(StatisticsError, match=r"holds other files \(thesis\.tex\)"):
+        calibrate(tiny("llama"), tmp_path / "s", **llama_options(words))
+    assert [path.name for path in (tmp_path / "s").iterdir()] == ["thesis.tex"]
+    with pytest.raises(StatisticsError, match=r"words\.txt is a file"):
+        calibrate(tiny("llama"), Path(words), **llama_options(words))
+
+
+def damage_manifest(directory, **change):
+    content = json.loads((directory / MANIFEST).read_text())
+    (directory / MANIFEST).write_text(json.dumps(content | change))
+
+
+def first_file(directory):
+    return sorted(directory.glob("text.model.layers.0.*"))[0]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: (d / MANIFEST).unlink(), "holds no manifest.json"),
+        (lambda d: (d / MANIFEST).write_bytes((d / MANIFEST).read_bytes()[:-40]), "cannot be read"),
+        (lambda d: (d / MANIFEST).write_text("[]"), "was not written by spectrim"),
+        (lambda d: damage_manifest(d, format="other"), "was not written by spectrim"),
+        (lambda d: damage_manifest(d, version=2), "statistics format 2 and this spectrim reads 1"),
+        (lambda d: damage_manifest(d, extra=2), "is damaged at 'extra'"),
+        (lambda d: damage_manifest(d, complete=False), "was interrupted"),
+        (lambda d: first_file(d).unlink(), "layers.0.*missing or truncated"),
+        (lambda d: first_file(d).write_bytes(first_file(d).read_bytes()[:-8]), "layers.0.*missing or truncated"),
+        (lambda d: first_file(d).write_bytes(b""), "layers.0.*missing or truncated"),
+    ],
+)
+def test_damaged_directories_are_refused(words, tmp_path, damage, message):
+    calibrate(tiny("llama"), tmp_path / "s", **llama_options(words))
+    damage(tmp_path / "s")
+    with pytest.raises(StatisticsError, match=message):
+        Statistics.open(tmp_path / "s")
+
+
+def test_unknown_linears_are_refused(words, tmp_path):
+    statistics = calibrate(tiny("llama"), tmp_path / "s", **llama_options(words))
+    with pytest.raises(StatisticsError, match=r"know no linear model\.layers\.9"):
+        statistics.moment("model.layers.9", "text")
+    with pytest.raises(StatisticsError, match=r"know no linear model\.layers\.9"):
+        statistics.gradient("model.layers.9", "text")
+    with pytest.raises(StatisticsError, match="holds no manifest"):
+        Statistics.open(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_nan_is_named_with_linear_and_batch(words, tmp_path, gradients):
+    model = tiny("llama")
+    with torch.no_grad():
+        model.model.layers[1].input_layernorm.weight[3] = float("nan")
+    with pytest.raises(NumericalError, match=r"the input of model\.layers\.1\.self_attn\.q_proj at text batch 1;"):
+        calibrate(model, tmp_path / "s", **llama_options(words), gradients=gradients)
+
+
+def test_infinite_gradients_are_named(words, tmp_path):
+    model = tiny("llama", torch.float32)
+    with torch.no_grad():  # gradients of 1e25 and more, whose squares overflow
+        model.lm_head.weight.mul_(1e25)
+    with pytest.raises(NumericalError, match=r"the gradient of model\.layers\.1\.mlp\.down_proj at text batch 1;"):
+        calibrate(model, tmp_path / "s", **llama_options(words), gradients=True)
+
+
+@pytest.mark.parametrize("outcome", ["ends", "raises"])
+def test_the_model_is_left_as_it_was(words, tmp_path, outcome):
+    model = tiny("llama", torch.float32).train()
+    model.model.layers[0].eval()
+    model.model.layers[1].mlp.up_proj.weight.requires_grad_(False)
+    training = [module.training for module in model.modules()]
+    trainable = [parameter.requires_grad for parameter in model.parameters()]
+    weights = [parameter.detach().clone() for parameter in model.parameters()]
+    torch.set_float32_matmul_precision("high")
+    try:
+        stop = stop_at(2 if outcome == "raises" else 99)
+        with pytest.raises(StopError) if outcome == "raises" else torch.no_grad():
+            calibrate(model, tmp_path / "s", **llama_options(words), gradients=True, progress=stop)
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert [module.training for module in model.modules()] == training
+    assert [parameter.requires_grad for parameter in model.parameters()] == trainable
+    assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_surroundings_do_not_matter(words, tmp_path):
+    model = tiny("llama", torch.float32)
+    calibrate(model, tmp_path / "plain", **llama_options(words))
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+        calibrate(model, tmp_path / "odd", **llama_options(words))
+    assert_same_bits(tmp_path / "plain", tmp_path / "odd")
+
+
+def test_language_models_take_no_images(words, pictures, tmp_path):
+    statistics = calibrate(tiny("llama"), tmp_path / "s", **llama_options(words), images="builtin")
+    assert list(statistics.manifest.gathered) == ["text"]
+    assert statistics.manifest.data.images is None
+    with pytest.raises(SampleError, match="takes no images"):
+        calibrate(tiny("llama"), tmp_path / "t", **llama_options(words), images=pictures)
+    assert not (tmp_path / "t").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"text": None}, "needs samples"),
+        ({"samples": 0}, "samples must be at least 1"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"seqlen": 257}, "exceed the model's 256 positions"),
+        ({"samples": 100}, "room for 75 windows of 8"),
+        ({"gradients": True, "seqlen": 1}, "windows of at least 2 tokens"),
+        ({"image_tokens_only": True}, "needs image samples"),
+        ({"processor": word_tokenizer(300)}, "the model knows 128"),
+    ],
+)
+def test_bad_arguments_are_named(words, tmp_path, change, message):
+    if "processor" in change:
+        Path(words).write_text(" ".join(f"w{i}" for i in range(200, 300)))
+    with pytest.raises(SampleError, match=message):
+        calibrate(tiny("llama"), tmp_path / "s", **{**llama_options(words), **change})
+    assert not (tmp_path / "s").exists()
+
+
+def test_image_samples_need_a_processor(pictures, tmp_path):
+    with pytest.raises(SampleError, match="the model's processor"):
+        calibrate(tiny("llava"), tmp_path / "s", processor=word_tokenizer(), text=None, images=pictures, samples=6)
+
+
+def test_output_that_cannot_be_written_is_named(words, tmp_path, monkeypatch):
+    def full(path, write):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(snapshot, "_replace", full)
+    with pytest.raises(StatisticsError, match=r"cannot be written \(No space left"):
+        calibrate(tiny("llama"), tmp_path / "s", **llama_options(words))
+
+
+def test_built_in_samples(tmp_path):
+    statistics = calibrate(
+        tiny("llava", torch.float32), tmp_path / "s", processor=llava_processor(), samples=3, seqlen=16
+    )
+    assert statistics.manifest.data.text == statistics.manifest.data.images == "builtin"
+    tower = statistics.moment(anatomy(tiny("llava")).in_place("tower")[0].name, "image")
+    assert tower.count == 3 * 17
+
+
+def test_fingerprint_survives_saving_and_sees_small_changes(tmp_path):
+    model = tiny("llava", torch.bfloat16)
+    model.save_pretrained(tmp_path / "m")
+    loaded = LlavaForConditionalGeneration.from_pretrained(tmp_path / "m", dtype=torch.bfloat16)
+    assert model_print(loaded) == model_print(model)
+    weight = loaded.model.language_model.layers[0].mlp.up_proj.weight
+    with torch.no_grad():
+        weight[0, :2] = weight[0, :2].flip(0)  # the sum stays
+    assert model_print(loaded) != model_print(model)
+    config = LlamaConfig(**families.TEXT)
+    torch.manual_seed(0)
+    plain = LlamaForCausalLM(config)
+    before = model_print(plain)
+    plain.config.rms_norm_eps = 1e-3
+    assert before.difference(model_print(plain)) == "their configs differ"
+    with torch.device("meta"), pytest.raises(ModelError, match="not in memory"):
+        model_print(LlamaForCausalLM(config))
+
+
+def _rank(rank, store, out, words):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    options = {"processor": llava_processor(), "text": words, "images": "builtin", "samples": 5, "seqlen": 8}
+    calibrate(tiny("llava"), Path(out), **options, batch_size=2, gradients=True)
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_add_up(words, tmp_path):
+    torch.multiprocessing.spawn(_rank, (str(tmp_path / "store"), str(tmp_path / "two"), words), nprocs=2)
+    options = {"processor": llava_processor(), "text": words, "images": "builtin", "samples": 5, "seqlen": 8}
+    one = calibrate(tiny("llava"), tmp_path / "one", **options, batch_size=2, gradients=True)
+    two = Statistics.open(tmp_path / "two")
+    for modality, gathered in one.manifest.gathered.items():
+        other = two.manifest.gathered[modality]
+        assert (gathered.samples, gathered.batches) == (other.samples, other.batches)
+        assert (gathered.owners, gathered.counts) == (other.owners, other.counts)
+    left, right = tensors(tmp_path / "one"), tensors(tmp_path / "two")
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        torch.testing.assert_close(right[name], tensor, rtol=1e-10, atol=1e-12)

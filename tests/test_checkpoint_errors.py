@@ -1,0 +1,158 @@
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from safetensors.torch import load_file
+
+from compressed import config_of, edited, factored, logits
+from families import FAMILIES
+from spectrim.checkpoint import (
+    SpectrimConfig,
+    load,
+    runtime_names,
+    save,
+)
+from spectrim.errors import CheckpointError, ModelError
+
+LAYER = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved compressed language model; tests that change it work on a copy."""
+    return save(factored("llama"), tmp_path_factory.mktemp("llama") / "small", provenance={"recipe": "svd"})
+
+
+@pytest.fixture
+def llama_copy(llama: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(llama, tmp_path / "copy"))
+
+
+def edit_config(directory: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    config = config_of(directory)
+    change(config["quantization_config"])
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("reader", [load, hf.AutoModelForCausalLM.from_pretrained])
+@pytest.mark.parametrize("tensor", [f"{LAYER}.A.weight", f"{LAYER}.B.weight", "model.norm.weight", "lm_head.weight"])
+def test_a_missing_tensor_is_an_error(llama_copy: Path, tensor: str, reader: Callable[[Path], Any]) -> None:
+    with edited(llama_copy) as tensors:
+        del tensors[tensor]
+    with pytest.raises(CheckpointError, match=tensor):
+        reader(llama_copy)
+
+
+def test_a_missing_bias_is_an_error(tmp_path: Path) -> None:
+    directory = save(factored("opt"), tmp_path / "a")
+    with edited(directory) as tensors:
+        del tensors["model.decoder.layers.1.fc1.bias"]
+    with pytest.raises(CheckpointError, match=r"model\.decoder\.layers\.1\.fc1\.bias"):
+        load(directory)
+
+
+@pytest.mark.parametrize("ignore", [False, True])
+def test_a_factor_of_another_rank_is_an_error(llama_copy: Path, ignore: bool) -> None:
+    edit_config(llama_copy, lambda config: config["ranks"].update({LAYER: 5}))
+    with pytest.raises(CheckpointError, match=rf"{LAYER}\.A\.weight, {LAYER}\.B\.weight"):
+        load(llama_copy, ignore_mismatched_sizes=ignore)
+
+
+def test_a_factored_layer_without_a_rank_is_an_error(llama_copy: Path) -> None:
+    edit_config(llama_copy, lambda config: config["ranks"].pop(LAYER))
+    with pytest.raises(CheckpointError, match=rf"{LAYER}\.weight"):
+        load(llama_copy)
+
+
+def test_a_truncated_file_is_an_error(llama_copy: Path) -> None:
+    file = llama_copy / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="truncated"):
+        load(llama_copy)
+
+
+def test_a_state_dict_without_the_factors_is_an_error(llama: Path) -> None:
+    config = hf.AutoConfig.from_pretrained(llama)
+    tensors = load_file(llama / "model.safetensors")
+    model = hf.LlamaForCausalLM.from_pretrained(None, config=config, state_dict=tensors)
+    assert torch.equal(logits(model), logits(load(llama)))
+    del tensors[f"{LAYER}.B.weight"]
+    with pytest.raises(CheckpointError, match=f"{LAYER}.B.weight"):
+        hf.LlamaForCausalLM.from_pretrained(None, config=config, state_dict=tensors)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 2, "spectrim_version": "7.1.0"}, r"version 2 .* pip install 'spectrim>=7\.1\.0'"),
+        ({"version": 2, "spectrim_version": None}, "pip install --upgrade spectrim"),
+        ({"pivots": {}}, "unknown entries: pivots"),
+        ({"ranks": {}}, "no ranks"),
+        ({"ranks": {LAYER: 0}}, "the rank 0"),
+        ({"ranks": {LAYER: 2.5}}, r"the rank 2\.5"),
+        ({"ranks": {"model.layers.9.self_attn.q_proj": 3}}, r"model\.layers\.9\.self_attn\.q_proj\.A"),
+    ],
+)
+def test_a_config_that_cannot_be_obeyed_is_an_error(llama_copy: Path, change: dict[str, Any], message: str) -> None:
+    edit_config(llama_copy, lambda config: config.update(change))
+    with pytest.raises(CheckpointError, match=message):
+        load(llama_copy)
+
+
+def test_a_name_that_maps_to_nothing_is_an_error() -> None:
+    with pytest.raises(
+        CheckpointError, match=r"'model\.layers\.9\.mlp\.up_proj' maps to no linear of LlamaForCausalLM"
+    ):
+        runtime_names(FAMILIES["llama"](), ["model.layers.9.mlp.up_proj"])
+
+
+def test_a_dense_checkpoint_is_not_factored_on_loading(tmp_path: Path) -> None:
+    FAMILIES["llama"]().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="pre-quantized"):
+        load(tmp_path, quantization_config=SpectrimConfig({LAYER: 3}))
+
+
+WITHOUT_SPECTRIM = """
+import json, sys
+import transformers
+from transformers import AutoModel, AutoModelForCausalLM
+small, resaved, dense = sys.argv[1:]
+def attempt(auto, directory, **kwargs):
+    try:
+        auto.from_pretrained(directory, **kwargs)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "loaded"
+print(json.dumps([
+    attempt(AutoModelForCausalLM, small),
+    attempt(AutoModel, small),
+    attempt(AutoModelForCausalLM, resaved),
+    attempt(AutoModelForCausalLM, small, fusion_config={}),
+    attempt(AutoModelForCausalLM, dense),
+    "spectrim" in sys.modules,
+]))
+"""
+
+
+def test_without_spectrim_transformers_refuses_to_load(llama: Path, tmp_path: Path) -> None:
+    model = load(llama)
+    model.save_pretrained(tmp_path / "resaved")
+    model.dequantize().save_pretrained(tmp_path / "dense")
+    run = subprocess.run(
+        [sys.executable, "-c", WITHOUT_SPECTRIM, llama, tmp_path / "resaved", tmp_path / "dense"],
+        capture_output=True, text=True, check=True, timeout=120,
+    )  # fmt: skip
+    plain, base, resaved, unguarded, dense, imported = json.loads(run.stdout.splitlines()[-1])
+    for outcome in (plain, base, resaved):
+        assert outcome.startswith("ValueError")
+        assert "`import spectrim` before from_pretrained" in outcome
+    assert unguarded.startswith("RuntimeError")  # the shapes of the dense weights do not fit
+    assert dense == "loaded"
+    assert not imported
