@@ -1,21 +1,19 @@
 """Train the built-in model from nothing: `prepare` the text and tokenizer, `train`, then `assemble` the checkpoint.
 
     python tools/train_demo.py prepare --work W --docs Django-5.2/docs --easy-vqa easy_vqa/data
-    python tools/train_demo.py train --work W --steps 24000
+    python tools/train_demo.py train --work W
     python tools/train_demo.py assemble --work W --out src/spectrim/demo/model
 
-`prepare` and `assemble` need no accelerator. `train` runs anywhere; the schedule in docs/demo-model.md took an H100
-about twenty minutes. It can be stopped and started again: the state is written to W/state.pt every `--save` seconds.
+`train` runs on the CPU by the clock: first the tower alone, then the whole model on questions and text. It draws every
+sample anew, and `--init` continues from earlier weights. docs/demo-model.md says what was run.
 """
 
 import argparse
 import ast
 import json
 import math
-import random
 import sysconfig
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +22,16 @@ import torch
 from PIL import Image
 
 from spectrim.demo import tasks
-from spectrim.demo.scene import SIZE
+from spectrim.demo.scene import COLOURS, SHAPES, SIZE, draw_icon, draw_scene, icon_names
 from spectrim.demo.text import split_text
 
 SPECIAL = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<image>"]
 PAD, END, USER, ASSISTANT, IMAGE = range(5)
-VOCABULARY = 4096
-PATCH = 16
+VOCABULARY = 2048
+PATCH = 28
 IMAGE_TOKENS = (SIZE // PATCH) ** 2
 TEXT_LENGTH = 256
+LETTERS = 7  # of the longest word
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
@@ -41,21 +40,21 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% endif %}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-# Share of each task among the image samples: captions first teach the tower, the harder tasks get more later.
-EARLY = {"describe": 5, "reading": 2, "icon": 2}
-LATE = {"describe": 1, "reading": 3, "icon": 1.5, "count": 1.5, "relation": 1.5, "size": 1.5}
+# How often each kind of question is drawn in the second stage.
+SHARES = dict.fromkeys(tasks.TASKS, 1.0) | {"relation": 1.3, "size": 1.3, "reading": 1.3, "count": 1.3, "describe": 0.4}
+EASY_SHARE = 0.8
 
 
 def configuration() -> Any:
-    """The architecture: 10 M parameters, a ViT tower of 6 blocks and a Llama backbone of 8."""
+    """The architecture: 7 M parameters, a ViT tower of 4 blocks and a Llama backbone of 6."""
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
 
     vision = CLIPVisionConfig(
-        hidden_size=192, intermediate_size=768, num_hidden_layers=6, num_attention_heads=3,
+        hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=3,
         image_size=SIZE, patch_size=PATCH, projection_dim=192,
     )  # fmt: skip
     text = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=256, intermediate_size=768, num_hidden_layers=8, num_attention_heads=4,
+        vocab_size=VOCABULARY, hidden_size=256, intermediate_size=640, num_hidden_layers=6, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=None,
         eos_token_id=END, pad_token_id=PAD,
     )  # fmt: skip
@@ -116,143 +115,170 @@ def prepare(args: argparse.Namespace) -> None:
     print("characters and tokens:", sizes)
 
 
-def _chunk(job: tuple[str, int, int, str]) -> tuple[np.ndarray, list[tuple[list[int], int]]]:
-    """Questions of one task: pixels, and token ids with the position where the answer begins."""
-    from tokenizers import Tokenizer
-
-    task, seed, count, path = job
-    tokenizer = Tokenizer.from_file(path)
-    found = tasks.questions(task, "train", count, seed + 1)
-    return np.stack([np.asarray(q.image) for q in found]), [_ids(tokenizer, q.question, q.answer) for q in found]
-
-
 def _ids(tokenizer: Any, question: str, answer: str) -> tuple[list[int], int]:
+    """Token ids of a question and its answer, and the position where the answer begins."""
     prompt = [USER] + [IMAGE] * IMAGE_TOKENS + tokenizer.encode(question).ids + [END, ASSISTANT]
     return prompt + tokenizer.encode(answer).ids + [END], len(prompt)
 
 
-class Pool:
-    """Generated samples on the device: uint8 pixels, padded ids, and labels that cover the answer alone."""
+def _pixels(images: list[Image.Image]) -> torch.Tensor:
+    """Images as the processor gives them: [n, 3, SIZE, SIZE] in [-1, 1]."""
+    stacked = np.stack([np.asarray(image) for image in images])
+    return torch.from_numpy(stacked).permute(0, 3, 1, 2).float() / 127.5 - 1
 
-    def __init__(self, args: argparse.Namespace, device: str) -> None:
-        started, path, size = time.time(), str(args.work / "tokenizer.json"), 1000
-        counts = {t: max(1, int(args.pool * (LATE.get(t, 1) + EARLY.get(t, 0)) / 30 / size)) for t in tasks._MAKERS}
-        jobs = [(task, seed, size, path) for task, n in counts.items() for seed in range(n)]
-        random.Random(0).shuffle(jobs)
-        pixels, rows, kinds = [], [], []
-        with ProcessPoolExecutor(args.workers) as pool:
-            for job, (images, ids) in zip(jobs, pool.map(_chunk, jobs, chunksize=2), strict=True):
-                pixels.append(torch.from_numpy(images))
-                rows += ids
-                kinds += [list(tasks._MAKERS).index(job[0])] * len(ids)
-        easy = json.loads((args.work / "easy_questions.json").read_text())
+
+class Tower:
+    """The first stage: the tower alone, with a linear head that names what stands where."""
+
+    def __init__(self, rng: np.random.Generator, width: int) -> None:
+        self.rng = rng
+        self.sizes = (9 * (len(SHAPES) + 1), 9 * (len(COLOURS) + 1), LETTERS * 27, len(icon_names()))
+        self.head = torch.nn.Linear(IMAGE_TOKENS * width, sum(self.sizes))
+
+    def loss(self, model: Any, size: int) -> torch.Tensor:
+        """Cross-entropy of shape and colour by cell, letter by position, and icon; half scenes, a quarter each rest."""
+        images: list[Image.Image] = []
+        shapes, colours = torch.zeros(size // 2, 9, dtype=torch.long), torch.zeros(size // 2, 9, dtype=torch.long)
+        for row in range(size // 2):
+            items = tasks._items(self.rng, int(self.rng.integers(1, 7)))
+            images.append(draw_scene(items, self.rng))
+            for item in items:
+                cell = 3 * item.row + item.column
+                shapes[row, cell] = 1 + list(SHAPES).index(item.shape)
+                colours[row, cell] = 1 + list(COLOURS).index(item.colour)
+        letters = torch.zeros(size // 4, LETTERS, dtype=torch.long)
+        for row in range(size // 4):
+            image, _, word = tasks._reading(self.rng)
+            images.append(image)
+            letters[row, : len(word)] = torch.tensor([ord(c) - 96 for c in word])
+        icons = torch.from_numpy(self.rng.integers(len(icon_names()), size=size // 4))
+        images += [draw_icon(icon_names()[i], self.rng) for i in icons.tolist()]
+        tokens = model.model.vision_tower(pixel_values=_pixels(images)).last_hidden_state[:, 1:]
+        scene, word_, icon = self.head(tokens.flatten(1)).float().split([size // 2, size // 4, size // 4])
+        parts = [scene.split(self.sizes, 1)[0], scene.split(self.sizes, 1)[1]]
+        cross = torch.nn.functional.cross_entropy
+        loss = cross(parts[0].reshape(-1, len(SHAPES) + 1), shapes.flatten())
+        loss = loss + cross(parts[1].reshape(-1, len(COLOURS) + 1), colours.flatten())
+        loss = loss + cross(word_.split(self.sizes, 1)[2].reshape(-1, 27), letters.flatten())
+        return loss + cross(icon.split(self.sizes, 1)[3], icons)
+
+
+class Questions:
+    """The second stage: endless questions of all kinds by their shares, easy-VQA's training questions among them."""
+
+    def __init__(self, work: Path, rng: np.random.Generator, seed: int) -> None:
         from tokenizers import Tokenizer
 
-        tokenizer = Tokenizer.from_file(path)
-        stored = np.load(args.work / "easy_images.npz")["pixels"]
-        enlarged = [np.asarray(Image.fromarray(p).resize((SIZE, SIZE), Image.Resampling.BICUBIC)) for p in stored]
-        first = sum(len(p) for p in pixels)
-        pixels.append(torch.from_numpy(np.stack(enlarged)))
-        self.source = torch.tensor(list(range(first)) + [first + index for _, _, index in easy], device=device)
-        rows += [_ids(tokenizer, question[0].upper() + question[1:], answer) for question, answer, _ in easy]
-        kinds += [len(tasks._MAKERS)] * len(easy)
+        self.rng = rng
+        self.tokenizer = Tokenizer.from_file(str(work / "tokenizer.json"))
+        self.streams = [tasks.stream(task, "train", seed) for task in SHARES]
+        self.easy = json.loads((work / "easy_questions.json").read_text())
+        self.images = np.load(work / "easy_images.npz")["pixels"]
+        shares = np.array([*SHARES.values(), EASY_SHARE])
+        self.shares = shares / shares.sum()
+
+    def draw(self, kind: int) -> tuple[Image.Image, str, str]:
+        """One question: its image, its text and its answer."""
+        if kind < len(self.streams):
+            found = next(self.streams[kind])
+            return found.image, found.question, found.answer
+        question, answer, index = self.easy[self.rng.integers(len(self.easy))]
+        image = Image.fromarray(self.images[index]).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+        return image, question[0].upper() + question[1:], answer
+
+    def batch(self, size: int) -> dict[str, torch.Tensor]:
+        """Pixels, ids padded on the right, and labels that cover the answers alone (-100 elsewhere)."""
+        kinds = self.rng.choice(len(self.shares), size, p=self.shares).tolist()
+        drawn = [self.draw(kind) for kind in kinds]
+        rows = [_ids(self.tokenizer, question, answer) for _, question, answer in drawn]
         width = max(len(ids) for ids, _ in rows)
-        padded = torch.full((len(rows), width), PAD)
-        labels = torch.full((len(rows), width), -100)
+        padded, labels = torch.full((size, width), PAD), torch.full((size, width), -100)
         for i, (ids, start) in enumerate(rows):
             padded[i, : len(ids)] = torch.tensor(ids)
             labels[i, start : len(ids)] = torch.tensor(ids[start:])
-        self.pixels, self.ids, self.labels = torch.cat(pixels).to(device), padded.to(device), labels.to(device)
-        kind = torch.tensor(kinds, device=device)
-        self.members = [torch.nonzero(kind == k).flatten() for k in range(len(tasks._MAKERS) + 1)]
-        print(f"pool: {len(rows)} questions, width {width}, {time.time() - started:.0f} s", flush=True)
-
-    def batch(self, size: int, early: bool, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """Draw a batch: the kinds by their shares, the members of a kind uniformly. Pixels are scaled to [-1, 1]."""
-        device = self.ids.device
-        shares = [(EARLY if early else LATE).get(t, 0.5 if early else 1) for t in tasks._MAKERS] + [0.7]
-        kinds = torch.multinomial(torch.tensor(shares), size, replacement=True, generator=generator)
-        draws = [
-            self.members[k][torch.randint(len(self.members[k]), (n,), generator=generator).to(device)]
-            for k, n in enumerate(torch.bincount(kinds, minlength=len(shares)).tolist())
-        ]
-        rows = torch.cat(draws)
-        pixels = self.pixels[self.source[rows]].permute(0, 3, 1, 2).float() / 127.5 - 1
-        return {"pixel_values": pixels, "input_ids": self.ids[rows], "labels": self.labels[rows]}
+        return {"pixel_values": _pixels([image for image, _, _ in drawn]), "input_ids": padded, "labels": labels}
 
 
 def losses(model: Any, batch: dict[str, torch.Tensor], text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean cross-entropy of the answer tokens, and of the text tokens."""
     hidden = model.model(
-        input_ids=batch["input_ids"], pixel_values=batch["pixel_values"], attention_mask=None, use_cache=False
+        input_ids=batch["input_ids"], pixel_values=batch["pixel_values"], use_cache=False
     ).last_hidden_state
     keep = batch["labels"][:, 1:] != -100
-    answers = torch.nn.functional.cross_entropy(
-        model.lm_head(hidden[:, :-1][keep]).float(), batch["labels"][:, 1:][keep]
-    )
+    cross = torch.nn.functional.cross_entropy
+    answers = cross(model.lm_head(hidden[:, :-1][keep]).float(), batch["labels"][:, 1:][keep])
     hidden = model.model(input_ids=text[:, :-1], use_cache=False).last_hidden_state
-    language = torch.nn.functional.cross_entropy(model.lm_head(hidden).float().flatten(0, 1), text[:, 1:].flatten())
-    return answers, language
+    return answers, cross(model.lm_head(hidden).float().flatten(0, 1), text[:, 1:].flatten())
+
+
+def optimiser(modules: list[torch.nn.Module]) -> torch.optim.Optimizer:
+    """AdamW with decay on matrices only."""
+    parameters = {id(p): p for module in modules for p in module.parameters()}.values()
+    decay, other = [p for p in parameters if p.ndim >= 2], [p for p in parameters if p.ndim < 2]
+    groups = [{"params": decay, "weight_decay": 0.05}, {"params": other, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
 
 
 def train(args: argparse.Namespace) -> None:
-    """Train on the generated pool; logs JSON lines to W/train.jsonl, writes W/model.safetensors in bf16 at the end."""
-    from safetensors.torch import save_file
+    """Train both stages; the rate follows the clock (see `--tower-minutes` and `--minutes`); logs to W/train.jsonl."""
+    from safetensors.torch import load_file, save_file
     from transformers import LlavaForConditionalGeneration
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(args.seed)
-    torch.set_float32_matmul_precision("high")
-    model = LlavaForConditionalGeneration(configuration()).to(device)
-    decay = [p for p in model.parameters() if p.ndim >= 2]
-    other = [p for p in model.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.1}, {"params": other, "weight_decay": 0.0}],
-        lr=args.lr, betas=(0.9, 0.98), fused=device == "cuda",
-    )  # fmt: skip
-    step, seconds = 0, 0.0
-    state_file = args.work / "state.pt"
-    if state_file.exists():
-        state = torch.load(state_file, map_location=device, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, seconds = state["step"], state["seconds"]
-    pool = Pool(args, device)
-    corpus = torch.from_numpy(np.load(args.work / "text.npy").astype(np.int64)).to(device)
-    generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-    began = saved = time.time()
+    rng = np.random.default_rng(args.seed)
+    model = LlavaForConditionalGeneration(configuration())
+    if args.init is not None:
+        model.load_state_dict({k: v.float() for k, v in load_file(args.init).items()}, strict=False)
+        model.tie_weights()
+    tower = Tower(rng, model.config.vision_config.hidden_size)
+    questions = Questions(args.work, rng, args.seed)
+    corpus = torch.from_numpy(np.load(args.work / "text.npy").astype(np.int64))
+
+    def first() -> dict[str, torch.Tensor]:
+        return {"tower": tower.loss(model, args.tower_batch)}
+
+    def second() -> dict[str, torch.Tensor]:
+        starts = torch.from_numpy(rng.integers(len(corpus) - TEXT_LENGTH - 1, size=args.text_batch))
+        text = corpus[starts[:, None] + torch.arange(TEXT_LENGTH + 1)]
+        answers, language = losses(model, questions.batch(args.batch), text)
+        return {"answers": answers, "text": language}
+
+    stages = [
+        (first, args.tower_minutes, args.tower_rate, [model.model.vision_tower, tower.head]),
+        (second, args.minutes, args.rate, [model]),
+    ]
+    weight = {"tower": 1.0, "answers": 1.0, "text": args.text_weight}
     with (args.work / "train.jsonl").open("a") as log:
-        while step < args.steps and time.time() - began < args.limit:
-            warm = min(1.0, (step + 1) / 500)
-            rate = args.lr * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / args.steps)))
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            starts = torch.randint(len(corpus) - TEXT_LENGTH - 1, (args.text_batch,), generator=generator).to(device)
-            text = corpus[starts[:, None] + torch.arange(TEXT_LENGTH + 1, device=device)]
-            batch = pool.batch(args.batch, step < args.steps * 0.2, generator)
-            with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-                answers, language = losses(model, batch, text)
-            (answers + args.text_weight * language).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            step += 1
-            if step % args.log_every == 0 or step == args.steps:
-                spent = seconds + time.time() - began
-                line = {"step": step, "answers": answers.item(), "text": language.item(), "seconds": round(spent, 1)}
-                if not math.isfinite(line["answers"] + line["text"]):
-                    raise SystemExit(f"the loss is not finite at step {step}")
-                log.write(json.dumps(line) + "\n")
-                log.flush()
-                print(line, flush=True)
-            if time.time() - saved > args.save or step == args.steps or time.time() - began >= args.limit:
-                spent = seconds + time.time() - began
-                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-                torch.save({**state, "step": step, "seconds": spent}, state_file)
-                saved = time.time()
-    weights = {k: v.to(torch.bfloat16).contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}
-    save_file(weights, args.work / "model.safetensors")
-    print(f"step {step} of {args.steps}: wrote {args.work / 'model.safetensors'}", flush=True)
+        for number, (compute, minutes, peak, modules) in enumerate(stages):
+            optimizer, began, step = optimiser(modules), time.time(), 0
+            while (spent := time.time() - began) < minutes * 60:
+                done = spent / (minutes * 60)
+                rate = peak * min(1.0, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                with torch.autocast("cpu", torch.bfloat16):
+                    found = compute()
+                torch.stack([weight[name] * value for name, value in found.items()]).sum().backward()
+                torch.nn.utils.clip_grad_norm_([p for m in modules for p in m.parameters()], 1.0)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                step += 1
+                if step % args.log_every == 0:
+                    values = {name: round(value.item(), 4) for name, value in found.items()}
+                    if not all(math.isfinite(value) for value in values.values()):
+                        raise SystemExit(f"the loss is not finite at step {step}")
+                    line = json.dumps({"stage": number + 1, "step": step, "seconds": round(spent), **values})
+                    log.write(line + "\n")
+                    log.flush()
+                    print(line, flush=True)
+                if step % 500 == 0:
+                    save_file(_weights(model), args.work / "model.safetensors")
+    save_file(_weights(model), args.work / "model.safetensors")
+    print(f"wrote {args.work / 'model.safetensors'}", flush=True)
+
+
+def _weights(model: Any) -> dict[str, torch.Tensor]:
+    return {k: v.to(torch.bfloat16).contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}
 
 
 def assemble(args: argparse.Namespace) -> None:
@@ -292,17 +318,17 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, help="the docs folder of Django's source distribution (BSD licence)")
     parser.add_argument("--easy-vqa", type=Path, help="the data folder of the PyPI package easy-vqa (MIT licence)")
     parser.add_argument("--out", type=Path, help="where `assemble` writes the model directory")
-    parser.add_argument("--steps", type=int, default=24000)
-    parser.add_argument("--batch", type=int, default=512, help="questions in a step")
-    parser.add_argument("--text-batch", type=int, default=16, help="text windows of 256 tokens in a step")
-    parser.add_argument("--text-weight", type=float, default=0.5)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--init", type=Path, help="safetensors file to continue from")
+    parser.add_argument("--tower-minutes", type=float, default=10.0)
+    parser.add_argument("--minutes", type=float, default=45.0)
+    parser.add_argument("--tower-batch", type=int, default=64, help="images in a step of the first stage")
+    parser.add_argument("--batch", type=int, default=64, help="questions in a step of the second stage")
+    parser.add_argument("--text-batch", type=int, default=3, help="text windows of 256 tokens in such a step")
+    parser.add_argument("--text-weight", type=float, default=0.4)
+    parser.add_argument("--tower-rate", type=float, default=1.5e-3)
+    parser.add_argument("--rate", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--pool", type=int, default=900_000, help="generated questions, 38 kB each on the device")
-    parser.add_argument("--workers", type=int, default=16)
-    parser.add_argument("--save", type=float, default=120.0, help="seconds between writes of the state")
-    parser.add_argument("--limit", type=float, default=math.inf, help="seconds of training in this call")
-    parser.add_argument("--log-every", type=int, default=200)
+    parser.add_argument("--log-every", type=int, default=50)
     args = parser.parse_args()
     {"prepare": prepare, "train": train, "assemble": assemble}[args.stage](args)
 

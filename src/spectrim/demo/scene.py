@@ -126,14 +126,14 @@ def draw_word(word: str, rng: np.random.Generator) -> Image.Image:
     """Render a word at a random size, place, colour and small turn."""
     canvas = _canvas(rng)
     colour = list(COLOURS.values())[rng.integers(len(COLOURS))]
-    font = _font(int(rng.integers(20, 31)) * _SCALE)
+    font = _font(int(rng.integers(24, 33)) * _SCALE)
     left, top, right, bottom = font.getbbox(word)
     ink = Image.new("L", (int(right - left) + 8, int(bottom - top) + 8))
     ImageDraw.Draw(ink).text((4 - left, 4 - top), word, font=font, fill=255)
     limit = SIZE * _SCALE - 8
     if ink.width > limit:
         ink = ink.resize((limit, max(1, ink.height * limit // ink.width)))
-    ink = ink.rotate(rng.uniform(-8, 8), expand=True, resample=Image.Resampling.BILINEAR)
+    ink = ink.rotate(rng.uniform(-6, 6), expand=True, resample=Image.Resampling.BILINEAR)
     room = (max(1, canvas.width - ink.width), max(1, canvas.height - ink.height))
     canvas.paste(colour, (int(rng.integers(room[0])), int(rng.integers(room[1]))), ink)
     return _finish(canvas, rng)

@@ -1,0 +1,94 @@
+"""Pure tensor mathematics in float64: symmetric roots and the projection that solves every recipe's problem.
+
+One problem stands behind all recipes: minimise ``‖L (W − Ŵ) R‖²_F`` over matrices Ŵ of rank k. Its solution is a
+projection, ``Ŵ = L⁻¹ U_k U_kᵀ L W``, where U are the left singular vectors of ``L W R``. Only the input metric
+``R Rᵀ`` is needed, not R; nothing is inverted but L, and no Cholesky factor is taken, so rank-deficient and zero
+metrics are legal input.
+"""
+
+import torch
+
+from spectrim.errors import NumericalError
+
+_ROUNDING = 1e-13  # eigenvalues below this share of the largest are rounding, not directions
+
+
+def check_finite(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` itself; NumericalError that names it when it holds NaN or infinity."""
+    if not bool(tensor.isfinite().all()):
+        raise NumericalError(f"{name} holds NaN or infinity; check the model's weights and the calibration samples")
+    return tensor
+
+
+def eigh_descending(M: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eigenvalues [n], largest first and clamped at zero, and eigenvectors [n, n] of a positive semidefinite matrix."""
+    values, vectors = torch.linalg.eigh(M)
+    return values.flip(0).clamp_min(0), vectors.flip(1)
+
+
+def root(C: torch.Tensor) -> torch.Tensor:
+    """A factor R [n, r] with ``R Rᵀ = C`` for a positive semidefinite C [n, n] of numerical rank r."""
+    values, vectors = eigh_descending(C)
+    rank = int((values > _ROUNDING * values[0]).sum())
+    return vectors[:, :rank] * values[:rank].sqrt()
+
+
+def symmetric_root(G: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(G^{1/2}, G^{-1/2})`` [n, n] of a positive definite matrix; a caller that may have less damps it first."""
+    values, vectors = eigh_descending(G)
+    half = values.sqrt()
+    return (vectors * half) @ vectors.T, (vectors / half) @ vectors.T
+
+
+def _weighted(X: torch.Tensor, metric: torch.Tensor | None) -> torch.Tensor:
+    """``X R Rᵀ`` for an input metric that is the identity (None), a diagonal [in] or a matrix [in, in]."""
+    if metric is None:
+        return X
+    return X * metric if metric.ndim == 1 else X @ metric
+
+
+def projection_basis(X: torch.Tensor, metric: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The spectrum of ``X R`` from the input metric ``R Rᵀ`` alone.
+
+    Args:
+        X: [out, in] float64, the (output-weighted) weight ``L W``.
+        metric: ``R Rᵀ``: None for the identity, [in] for a diagonal, or [in, in].
+
+    Returns:
+        s [m], the squared singular values of ``X R``, largest first, and U [out, m] with orthonormal columns,
+        m = min(out, in): ``‖(X − U_k U_kᵀ X) R‖² = Σ_{i>k} s_i``. Directions that the metric does not see (s = 0)
+        come last, ordered by the energy that X itself has in them, so that all m columns reproduce X.
+    """
+    rows, columns = X.shape
+    if rows <= columns:
+        s, U = eigh_descending(_weighted(X, metric) @ X.T)
+    else:
+        R = _root_of(metric)
+        XR = X if R is None else (X * R if R.ndim == 1 else X @ R)
+        s, V = eigh_descending(XR.T @ XR)
+        U = XR @ V
+    size = min(rows, columns)
+    seen = int((s > _ROUNDING * s[0]).sum())
+    if rows > columns:
+        U = torch.linalg.qr(U[:, :seen]).Q if seen else U[:, :0]
+        s = torch.cat([s, s.new_zeros(size - len(s))])
+    if seen < size:
+        U = torch.cat([U[:, :seen], _remainder(X, U[:, :seen], size - seen)], dim=1)
+        s = torch.cat([s[:seen], s.new_zeros(size - seen)])
+    return s, U
+
+
+def _root_of(metric: torch.Tensor | None) -> torch.Tensor | None:
+    if metric is None:
+        return None
+    return metric.clamp_min(0).sqrt() if metric.ndim == 1 else root(metric)
+
+
+def _remainder(X: torch.Tensor, U: torch.Tensor, count: int) -> torch.Tensor:
+    """`count` orthonormal columns outside span(U), which hold what U leaves of X, largest energy first."""
+    left = X - U @ (U.T @ X)
+    vectors = torch.linalg.svd(left, full_matrices=left.shape[0] <= left.shape[1])[0]
+    # Where X has no more energy its vectors may lean into span(U): a second projection and a QR keep them out.
+    candidates = vectors[:, : min(count, vectors.shape[1])]
+    joined = torch.linalg.qr(torch.cat([U, candidates - U @ (U.T @ candidates)], dim=1)).Q
+    return joined[:, U.shape[1] :]

@@ -1,0 +1,103 @@
+"""From calibration moments to the pair of metrics (L, R) of each linear, as the recipe says (METHODS, section 1)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from spectrim.anatomy import Linear
+from spectrim.calibrate import Moment, Statistics
+from spectrim.errors import RecipeError
+from spectrim.linalg import check_finite
+from spectrim.recipe import MetricPart
+
+Source = Literal["text", "image", "joint", "identity"]
+
+
+@dataclass(frozen=True)
+class InputMetric:
+    """``R Rᵀ`` of one linear, and the modalities that it came from.
+
+    ``value`` is None for the identity, [in] for a diagonal, [in, in] for a matrix; float64. ``source`` is "identity"
+    where the recipe asks for samples that never reached the linear.
+    """
+
+    value: torch.Tensor | None
+    source: Source
+
+
+def input_metric(part: MetricPart, linear: Linear, statistics: Statistics | None) -> InputMetric:
+    """The input metric of one linear.
+
+    Raises:
+        RecipeError: the recipe needs statistics that were not gathered; says how to gather them.
+        NumericalError: the moments hold NaN or infinity; names the linear.
+    """
+    if part.kind == "identity":
+        return InputMetric(None, "identity")
+    if statistics is None:
+        raise RecipeError(f"metric '{part.kind}' needs calibration statistics; give a statistics directory or samples")
+    if part.kind == "fisher-rows":
+        return _fisher_rows(linear, statistics)
+    found = _moments(part, linear, statistics)
+    if not found:
+        return InputMetric(None, "identity")
+    source: Source = "joint" if len(found) == 2 else found[0][0]
+    moments = [moment for _, moment in found]
+    if part.kind == "activation-diagonal":
+        # ASVD (Yuan et al., arXiv 2312.05821), section 3.2: S = diag(mean |x|)^α, so R Rᵀ = S².
+        means = torch.stack([m.abs_sum for m in moments]).sum(0) / sum(m.count for m in moments)
+        check_finite(f"the mean input of {linear.name}", means)
+        floor = means.max() * 1e-6  # a channel that was never on still keeps its columns
+        return InputMetric(means.clamp_min(floor) ** (2 * part.alpha), source)
+    value = joint_second_moment(moments, part.gamma)
+    return InputMetric(check_finite(f"the second moment of {linear.name}", value), source)
+
+
+def joint_second_moment(moments: Sequence[Moment], gamma: float) -> torch.Tensor:
+    """``C_T + γ α C_I`` with ``α = tr C_T / tr C_I``, of means over positions; [in, in] float64.
+
+    JW-SVD (Li et al., ACL 2026), section 4.1: the trace ratio gives both modalities one scale, γ weighs them. One
+    moment alone is returned as its mean.
+    """
+    first, *rest = [moment.second / moment.count for moment in moments]
+    if not rest:
+        return first
+    trace_text, trace_image = float(first.trace()), float(rest[0].trace())
+    if trace_image == 0 or trace_text == 0:  # a layer that one modality leaves silent has the other's metric
+        return first + rest[0]
+    return first + gamma * (trace_text / trace_image) * rest[0]
+
+
+def _moments(part: MetricPart, linear: Linear, statistics: Statistics) -> list[tuple[Literal["text", "image"], Moment]]:
+    """Moments of the wanted modalities that reached the linear; text before image."""
+    gathered = statistics.manifest.gathered
+    order: tuple[Literal["text", "image"], ...] = ("text", "image")
+    wanted = [m for m in order if part.modality in (m, "joint")]
+    sighted = any(name == "image" for name in gathered)
+    for modality in wanted:
+        if modality not in gathered and (modality == "text" or part.modality == "image"):
+            raise RecipeError(
+                f"the recipe whitens by {part.modality} moments and {statistics.path} has none; "
+                f"calibrate with a source of {modality} samples"
+            )
+    found = [(m, x) for m in wanted if m in gathered and (x := statistics.moment(linear.name, m)) is not None]
+    if not found and part.unreached == "image" and sighted and (x := statistics.moment(linear.name, "image")):
+        return [("image", x)]
+    return found
+
+
+def _fisher_rows(linear: Linear, statistics: Statistics) -> InputMetric:
+    """FWSVD (Hsu et al., ICLR 2022), section 3: input i weighs Σ_out (∂L/∂W_oi)², averaged over samples."""
+    if not statistics.manifest.settings.gradients:
+        raise RecipeError(
+            f"metric 'fisher-rows' needs gradients and {statistics.path} has none; calibrate with --gradients"
+        )
+    found = statistics.gradient(linear.name, "text")
+    if found is None:
+        return InputMetric(None, "identity")
+    value = check_finite(f"the Fisher diagonal of {linear.name}", found.fisher_cols / found.count)
+    if float(value.max()) == 0:
+        return InputMetric(None, "identity")
+    return InputMetric(value.clamp_min(value.max() * 1e-12), "text")

@@ -1,0 +1,244 @@
+"""The stages in order: statistics → spectra → plan → factors → checkpoint."""
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from spectrim.allocate import choice, spend
+from spectrim.anatomy import Anatomy, anatomy
+from spectrim.calibrate import Statistics, calibrate
+from spectrim.checkpoint import attach, load, load_processor, save
+from spectrim.decompose import factors
+from spectrim.demo import resolve
+from spectrim.errors import BudgetError, RecipeError
+from spectrim.layers import LowRankLinear, replace_linears
+from spectrim.linalg import check_finite
+from spectrim.plan import Plan, plan_row
+from spectrim.recipe import Recipe
+from spectrim.samples import load_text, text_windows
+from spectrim.sensitivity import WINDOWS, probe
+from spectrim.spectra import Spectra, cache_key, make_spectra
+
+Progress = Callable[[str, int, int], None]
+"""Called with the stage, how much of it is done, and how much there is."""
+
+
+class Compression:
+    """One dense model under one recipe: decomposed once, then planned and factored for any number of budgets."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        recipe: Recipe,
+        statistics: Statistics | None,
+        spectra: Spectra,
+        parts: Anatomy,
+        processor: Any = None,
+    ) -> None:
+        self.model = model
+        self.processor = processor
+        self.recipe = recipe
+        self.statistics = statistics
+        self.spectra = spectra
+        self.parts = parts
+        self._losses: Mapping[str, torch.Tensor] | None = None
+
+    def plan(self, retain: float) -> Plan:
+        """The plan that keeps at most `retain` of the linears' dense bytes, and less than one rank step below it.
+
+        Raises:
+            BudgetError: `retain` is not in (0, 1], or cannot be met.
+        """
+        if not 0 < retain <= 1:
+            raise BudgetError(f"a retention of {retain} is impossible; give a share between 0 and 1, such as 0.6")
+        part = self.recipe.allocation
+        free = [linear for linear in self.parts.linears if linear.place in part.places]
+        budget = int(retain * sum(linear.nbytes for linear in self.parts.linears))
+        frozen = sum(linear.nbytes for linear in self.parts.linears if linear.place not in part.places)
+        wanted = self._wanted()
+        ranks = spend({linear.name: choice(part, linear, wanted(linear.name)) for linear in free}, budget - frozen)
+        rows = {}
+        for linear in self.parts.linears:
+            rank, s = ranks.get(linear.name), self.spectra.values(linear.name)
+            error = 0.0 if rank is None else float(s[rank:].sum() / s.sum().clamp_min(1e-300))
+            rows[linear.name] = plan_row(linear, rank, error, self.spectra.sources[linear.name])
+        return Plan(recipe=self.recipe.name, retain=retain, linears=rows)
+
+    def _wanted(self) -> Callable[[str], torch.Tensor]:
+        """What the allocation rule compares: spectra, or for `sensitivity` the measured losses."""
+        if self.recipe.allocation.rule != "sensitivity":
+            return self.spectra.values
+        if self._losses is None:
+            if self.statistics is None or self.statistics.manifest.data.text is None or self.processor is None:
+                raise RecipeError("allocation 'sensitivity' needs text statistics and the model's processor; give both")
+            data, settings = self.statistics.manifest.data, self.statistics.manifest.settings
+            windows = text_windows(
+                load_text(str(data.text)),
+                getattr(self.processor, "tokenizer", self.processor),
+                samples=min(WINDOWS, settings.samples),
+                seqlen=settings.seqlen,
+                seed=settings.seed,
+            )
+            self._losses = probe(self.model, self.parts, self.spectra, windows)
+        return self._losses.__getitem__
+
+    @torch.no_grad()
+    def apply(self, plan: Plan) -> PreTrainedModel:
+        """Factor the model in place, as the plan says; it then saves, loads and dequantizes like any other."""
+        for name, rank in plan.ranks.items():
+            dense: Any = self.model.get_submodule(name)
+            s, U = self.spectra.directions(name, rank)
+            A, B = factors(dense.weight, U.to(dense.weight.device), s.to(dense.weight.device))
+            replace_linears(self.model, {name: rank})
+            layer: Any = self.model.get_submodule(name)
+            layer.A.weight.copy_(check_finite(f"the factor A of {name}", A))
+            layer.B.weight.copy_(check_finite(f"the factor B of {name}", B))
+        return attach(self.model) if plan.ranks else self.model
+
+    @contextmanager
+    def applied(self, plan: Plan) -> Iterator[PreTrainedModel]:
+        """The factored model inside the block, the dense one again after it."""
+        dense: dict[str, nn.Module] = {name: self.model.get_submodule(name) for name in plan.ranks}
+        try:
+            yield self.apply(plan)
+        finally:
+            for name, linear in dense.items():
+                self.model.set_submodule(name, linear)
+            if quantizer := getattr(self.model, "hf_quantizer", None):
+                quantizer.remove_quantization_config(self.model)
+
+    def provenance(self, plan: Plan) -> dict[str, Any]:
+        """What spectrim.json records: recipe, budget kept by bytes and by parameters, data, versions."""
+        params = sum(linear.params for linear in self.parts.linears)
+        kept = sum(
+            row.bytes // linear.dtype.itemsize
+            for linear, row in zip(self.parts.linears, plan.linears.values(), strict=True)
+        )
+        whole = sum(p.numel() * p.dtype.itemsize for p in self.model.parameters())
+        data = None if self.statistics is None else self.statistics.manifest
+        return {
+            "recipe": self.recipe.model_dump(mode="json"),
+            "retention": {
+                "asked": plan.retain,
+                "bytes": plan.bytes / plan.dense_bytes,
+                "params": kept / params,
+                "checkpoint": (whole - plan.dense_bytes + plan.bytes) / whole,
+            },
+            "bytes": {"linears": plan.bytes, "linears_dense": plan.dense_bytes},
+            "data": None if data is None else data.data.model_dump(mode="json"),
+            "calibration": None if data is None else data.settings.model_dump(mode="json"),
+            "versions": None if data is None else data.versions,
+        }
+
+    def save(self, plan: Plan, out: str | Path, *, processor: Any = None, overwrite: bool = False) -> Path:
+        """Write the checkpoint of one plan; the model is dense again afterwards."""
+        record = self.provenance(plan)
+        record["retention"] = {key: value for key, value in record["retention"].items() if value is not None}
+        with self.applied(plan) as model:
+            return save(
+                model,
+                out,
+                processor=processor,
+                provenance=record,
+                files={"plan.json": plan.json()},
+                overwrite=overwrite,
+            )
+
+
+@contextmanager
+def compression(
+    model: PreTrainedModel,
+    recipe: str | Path | Recipe = "jw-svd",
+    *,
+    stats: str | Path | Statistics | None = None,
+    processor: Any = None,
+    changes: dict[str, Any] | None = None,
+    progress: Progress | None = None,
+    **calibration: Any,
+) -> Iterator[Compression]:
+    """Prepare a dense model for compression: statistics (opened, or gathered if the recipe needs them) and spectra.
+
+    Spectra are kept in the statistics directory when there is one, else in a temporary directory while the block runs.
+    `calibration` are arguments of :func:`spectrim.calibrate`.
+
+    Raises:
+        SpectrimError: of the kind that says which input is at fault.
+    """
+    chosen = Recipe.read(recipe, changes)
+    parts = anatomy(model)
+    if any(isinstance(module, LowRankLinear) for module in model.modules()):
+        raise RecipeError("the model is compressed already; start from the dense model, or dequantize it first")
+
+    def report(stage: str) -> Callable[[int, int], None] | None:
+        return None if progress is None else lambda done, total: progress(stage, done, total)
+
+    with tempfile.TemporaryDirectory(prefix="spectrim-") as scratch:
+        statistics = stats if isinstance(stats, Statistics) else Statistics.open(stats) if stats is not None else None
+        if statistics is not None:
+            statistics.check_model(model)
+        elif chosen.needs_statistics:
+            if processor is None:
+                raise RecipeError(f"recipe '{chosen.name}' needs samples; give statistics, or the model's processor")
+            calibration.setdefault("gradients", chosen.needs_gradients)
+            statistics = calibrate(
+                model, Path(scratch) / "statistics", processor=processor, progress=report("calibrate"), **calibration
+            )
+        home = Path(scratch) / "spectra" if statistics is None else statistics.path / "spectra"
+        home = home / cache_key(chosen.metric, statistics, parts)
+        spectra = make_spectra(model, parts, chosen.metric, statistics, home, report("decompose"))
+        yield Compression(model, chosen, statistics, spectra, parts, processor)
+
+
+def compress(
+    model: str | Path | PreTrainedModel,
+    out: str | Path | None = None,
+    *,
+    recipe: str | Path | Recipe = "jw-svd",
+    retain: float | None = None,
+    plan: str | Path | Plan | None = None,
+    stats: str | Path | Statistics | None = None,
+    processor: Any = None,
+    changes: dict[str, Any] | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    **calibration: Any,
+) -> PreTrainedModel:
+    """Compress a model to a byte budget, or as a plan says; returns the factored model, written to `out` if given.
+
+    Args:
+        model: a directory, a hub id, "demo", or a loaded dense model, which is then factored in place.
+        out: the checkpoint directory; None writes none.
+        recipe: a built-in name, a YAML file or a Recipe; `changes` sets single values by dotted key.
+        retain: share of the linears' bytes to keep, in (0, 1].
+        plan: ranks to obey in place of an allocation; a plan.json or a Plan.
+        stats: a statistics directory; without one, samples are gathered now if the recipe needs them.
+        processor: the processor or tokenizer of a loaded model, or the directory that has it; needed to gather samples
+            and to make `out` complete. Found by itself where `model` is a name.
+        calibration: arguments of :func:`spectrim.calibrate`, such as text, images, samples and seed.
+
+    Raises:
+        SpectrimError: of the kind that says which input is at fault.
+    """
+    if (retain is None) == (plan is None):
+        raise BudgetError("give either a retention, such as 0.6, or a plan")
+    source = None if isinstance(model, PreTrainedModel) else resolve(model)
+    loaded = model if isinstance(model, PreTrainedModel) else load(resolve(model))
+    if processor is None and source is not None:
+        processor = load_processor(source)
+    with compression(
+        loaded, recipe, stats=stats, processor=processor, changes=changes, progress=progress, **calibration
+    ) as prepared:
+        if retain is not None:
+            chosen = prepared.plan(retain)
+        else:
+            assert plan is not None
+            chosen = plan if isinstance(plan, Plan) else Plan.read(plan, prepared.parts)
+        if out is not None:
+            prepared.save(chosen, out, processor=source or processor, overwrite=overwrite)
+        return prepared.apply(chosen)

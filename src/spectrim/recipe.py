@@ -1,0 +1,119 @@
+"""Recipes: which metric, which allocation. Frozen, versioned, readable from YAML; the built-in ones are in recipes/."""
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from spectrim.anatomy import PLACES, Place
+from spectrim.errors import RecipeError
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class MetricPart(_Part):
+    """The metrics in which the error of a layer is measured.
+
+    Kinds: ``identity`` (plain SVD), ``fisher-rows`` (FWSVD), ``activation-diagonal`` (ASVD; ``alpha``) and
+    ``whitening`` (SVD-LLM, JW-SVD). ``modality`` says whose activations count, ``gamma`` weighs image against text in
+    the joint moment, and ``unreached`` is the metric of linears that the modality never reaches, such as the vision
+    tower under text: the identity, or image moments.
+    """
+
+    kind: Literal["identity", "fisher-rows", "activation-diagonal", "whitening"]
+    modality: Literal["text", "image", "joint"] = "text"
+    gamma: float = Field(1.0, gt=0, allow_inf_nan=False)
+    alpha: float = Field(0.5, ge=0, allow_inf_nan=False)
+    unreached: Literal["identity", "image"] = "identity"
+
+
+class AllocationPart(_Part):
+    """How the byte budget is shared.
+
+    Rules: ``uniform`` (one retention for all), ``global-sigma`` (one threshold on raw singular values, JW-SVD as
+    written), ``global-energy`` (one threshold on each layer's relative energy per parameter) and ``sensitivity``
+    (ASVD: one threshold on the loss that each layer causes alone). Places that are not listed stay dense and count at
+    their full size.
+    """
+
+    rule: Literal["uniform", "global-sigma", "global-energy", "sensitivity"] = "uniform"
+    places: tuple[Place, ...] = PLACES
+
+
+class Recipe(_Part):
+    """A compression method by name. ``summary`` and ``paper`` are what `spectrim recipes` prints."""
+
+    version: Literal[1] = 1
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9.+-]*$")
+    summary: str
+    paper: str
+    metric: MetricPart
+    allocation: AllocationPart = AllocationPart()
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether calibration must come first."""
+        return self.metric.kind != "identity" or self.allocation.rule == "sensitivity"
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether that calibration must gather gradients."""
+        return self.metric.kind == "fisher-rows"
+
+    @classmethod
+    def read(cls, source: "str | Path | Recipe", changes: dict[str, Any] | None = None) -> "Recipe":
+        """A recipe by built-in name or from a YAML file, with single values changed.
+
+        `changes` maps dotted keys to values: ``{"metric.gamma": 0.5}``.
+
+        Raises:
+            RecipeError: there is no such recipe, it is not YAML, or a key or value is not one that recipes have.
+        """
+        if isinstance(source, Recipe):
+            content, where = source.model_dump(mode="json"), f"recipe '{source.name}'"
+        else:
+            path = _path(source)
+            where = f"recipe '{source}'"
+            try:
+                content = yaml.safe_load(path.read_text(encoding="utf-8"))
+            except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+                raise RecipeError(
+                    f"{where} cannot be read ({' '.join(str(error).split())}); correct the file"
+                ) from error
+        if not isinstance(content, dict):
+            raise RecipeError(f"{where} is not a table of keys and values; see the built-in recipes for the form")
+        for key, value in (changes or {}).items():
+            *parents, last = key.split(".")
+            part = content
+            for name in parents:
+                part = part.setdefault(name, {}) if isinstance(part, dict) else None
+            if not isinstance(part, dict):
+                raise RecipeError(f"recipe key '{key}' leads nowhere; write it as in metric.gamma")
+            part[last] = value
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            first = error.errors()[0]
+            at = ".".join(map(str, first["loc"]))
+            raise RecipeError(f"{where}: key '{at}': {first['msg']}; docs/recipes.md lists the keys") from error
+
+
+def _path(source: str | Path) -> Path:
+    """A YAML file as it is named, or the file of a built-in recipe."""
+    if Path(source).suffix in (".yaml", ".yml"):
+        return Path(source)
+    if str(source) not in builtin_names():
+        raise RecipeError(
+            f"there is no recipe '{source}'; choose from {', '.join(builtin_names())} or name a .yaml file"
+        )
+    return Path(str(files("spectrim").joinpath("recipes", f"{source}.yaml")))
+
+
+def builtin_names() -> tuple[str, ...]:
+    """Names of the built-in recipes, sorted."""
+    found = files("spectrim").joinpath("recipes").iterdir()
+    return tuple(sorted(path.name.removesuffix(".yaml") for path in found if path.name.endswith(".yaml")))
