@@ -2,7 +2,7 @@
 
     python tools/train_demo.py prepare --work W --docs Django-5.2/docs --easy-vqa easy_vqa/data
     python tools/train_demo.py train --work W
-    python tools/train_demo.py assemble --work W --out src/spectrim/demo/model
+    python tools/train_demo.py assemble --work W --out src/spectrim/demo/dense
 
 `train` runs on the CPU by the clock: first the tower alone, then the whole model on questions and text. It draws every
 sample anew, and `--init` continues from earlier weights. docs/demo-model.md says what was run.

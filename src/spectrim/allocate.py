@@ -33,12 +33,15 @@ def scores(rule: str, s: torch.Tensor, linear: Linear) -> np.ndarray:
     """How much each direction of a linear is wanted; [m] float64, comparable across linears, non-increasing.
 
     ``uniform``: minus the retention that the linear has with it, so that all grow alike. ``global-sigma``: the raw
-    singular value √s_i (JW-SVD, section 4.2, as written). ``global-energy``: s_i / Σs per parameter.
+    singular value √s_i (JW-SVD, section 4.2, as written). ``global-energy``: s_i / Σs per parameter. ``sensitivity``:
+    `s` itself, which then holds the measured losses.
     """
     values = s.numpy()
     size = linear.out_features + linear.in_features
     if rule == "global-sigma":
         return np.sqrt(values)
+    if rule == "sensitivity":
+        return values
     if rule == "global-energy":
         total = float(values.sum())
         return values / (total or 1.0) / size

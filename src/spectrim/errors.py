@@ -35,3 +35,7 @@ class CheckpointError(SpectrimError):
 
 class NumericalError(SpectrimError):
     """NaN or infinity in weights, moments, spectra or logits; the message names the layer."""
+
+
+class ReportError(SpectrimError):
+    """Plots or reports that cannot be drawn or written: a missing extra, a full disk."""

@@ -2,8 +2,8 @@
 
 One problem stands behind all recipes: minimise ``‖L (W − Ŵ) R‖²_F`` over matrices Ŵ of rank k. Its solution is a
 projection, ``Ŵ = L⁻¹ U_k U_kᵀ L W``, where U are the left singular vectors of ``L W R``. Only the input metric
-``R Rᵀ`` is needed, not R; nothing is inverted but L, and no Cholesky factor is taken, so rank-deficient and zero
-metrics are legal input.
+``R Rᵀ`` is needed; where a root R of it is convenient any root will do, and nothing is inverted but L. So no Cholesky
+factor has to exist, and rank-deficient and zero metrics are legal input.
 """
 
 import torch
@@ -27,7 +27,14 @@ def eigh_descending(M: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def root(C: torch.Tensor) -> torch.Tensor:
-    """A factor R [n, r] with ``R Rᵀ = C`` for a positive semidefinite C [n, n] of numerical rank r."""
+    """A factor R [n, r] with ``R Rᵀ = C`` for a positive semidefinite C [n, n].
+
+    Cholesky's factor where there is one, which is an order of magnitude faster than eigenvectors and as exact a root;
+    for a C of numerical rank r < n the clamped eigendecomposition.
+    """
+    factor, failed = torch.linalg.cholesky_ex(C)
+    if not int(failed):
+        return factor
     values, vectors = eigh_descending(C)
     rank = int((values > _ROUNDING * values[0]).sum())
     return vectors[:, :rank] * values[:rank].sqrt()
@@ -63,14 +70,13 @@ def projection_basis(X: torch.Tensor, metric: torch.Tensor | None = None) -> tup
     if rows <= columns:
         s, U = eigh_descending(_weighted(X, metric) @ X.T)
     else:
-        R = _root_of(metric)
-        XR = X if R is None else (X * R if R.ndim == 1 else X @ R)
-        s, V = eigh_descending(XR.T @ XR)
-        U = XR @ V
+        R, K = _root_of(metric), X.T @ X
+        s, V = eigh_descending(K if R is None else (R[:, None] * K * R if R.ndim == 1 else R.T @ K @ R))
+        V = V if R is None else (R[:, None] * V if R.ndim == 1 else R @ V)
     size = min(rows, columns)
-    seen = int((s > _ROUNDING * s[0]).sum())
+    seen = int((s > _ROUNDING * s[:1]).sum())  # s is empty under a zero metric with out > in
     if rows > columns:
-        U = torch.linalg.qr(U[:, :seen]).Q if seen else U[:, :0]
+        U = _orthonormal(X @ (V[:, :seen] / s[:seen].sqrt()))
         s = torch.cat([s, s.new_zeros(size - len(s))])
     if seen < size:
         U = torch.cat([U[:, :seen], _remainder(X, U[:, :seen], size - seen)], dim=1)
@@ -84,10 +90,22 @@ def _root_of(metric: torch.Tensor | None) -> torch.Tensor | None:
     return metric.clamp_min(0).sqrt() if metric.ndim == 1 else root(metric)
 
 
+def _orthonormal(Y: torch.Tensor) -> torch.Tensor:
+    """Orthonormal columns [n, k] with the leading spans of Y, whose columns are nearly orthonormal already.
+
+    The triangular factor of the Gram matrix does it in one pass at the speed of matrix products (CholeskyQR); where
+    rounding has left too little of the last columns for that, Householder's QR does.
+    """
+    factor, failed = torch.linalg.cholesky_ex(Y.T @ Y)
+    if int(failed) or float(factor.diagonal().min() if len(factor) else 1) < 0.5:
+        return torch.linalg.qr(Y).Q
+    return torch.linalg.solve_triangular(factor, Y.T, upper=False).T
+
+
 def _remainder(X: torch.Tensor, U: torch.Tensor, count: int) -> torch.Tensor:
     """`count` orthonormal columns outside span(U), which hold what U leaves of X, largest energy first."""
     left = X - U @ (U.T @ X)
-    vectors = torch.linalg.svd(left, full_matrices=left.shape[0] <= left.shape[1])[0]
+    vectors = torch.linalg.svd(left, full_matrices=False).U
     # Where X has no more energy its vectors may lean into span(U): a second projection and a QR keep them out.
     candidates = vectors[:, : min(count, vectors.shape[1])]
     joined = torch.linalg.qr(torch.cat([U, candidates - U @ (U.T @ candidates)], dim=1)).Q

@@ -77,9 +77,10 @@ def _moments(part: MetricPart, linear: Linear, statistics: Statistics) -> list[t
     wanted = [m for m in order if part.modality in (m, "joint")]
     sighted = any(name == "image" for name in gathered)
     for modality in wanted:
-        if modality not in gathered and (modality == "text" or part.modality == "image"):
+        # A language model has no image moments, and joint is text there; towers and connectors show that it is none.
+        if modality not in gathered and (modality == "text" or part.modality == "image" or linear.place != "backbone"):
             raise RecipeError(
-                f"the recipe whitens by {part.modality} moments and {statistics.path} has none; "
+                f"the recipe needs {modality} moments and {statistics.path} has none; "
                 f"calibrate with a source of {modality} samples"
             )
     found = [(m, x) for m in wanted if m in gathered and (x := statistics.moment(linear.name, m)) is not None]

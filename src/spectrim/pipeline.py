@@ -59,8 +59,15 @@ class Compression:
             raise BudgetError(f"a retention of {retain} is impossible; give a share between 0 and 1, such as 0.6")
         part = self.recipe.allocation
         free = [linear for linear in self.parts.linears if linear.place in part.places]
+        if not free:
+            raise BudgetError(f"the model has no linear in {' or '.join(part.places)}; name other allocation.places")
         budget = int(retain * sum(linear.nbytes for linear in self.parts.linears))
         frozen = sum(linear.nbytes for linear in self.parts.linears if linear.place not in part.places)
+        if frozen > budget:
+            raise BudgetError(
+                f"the linears outside {', '.join(part.places)} stay dense and take {frozen} of the {budget} bytes; "
+                "raise the retention or name more allocation.places"
+            )
         wanted = self._wanted()
         ranks = spend({linear.name: choice(part, linear, wanted(linear.name)) for linear in free}, budget - frozen)
         rows = {}
@@ -229,8 +236,9 @@ def compress(
         raise BudgetError("give either a retention, such as 0.6, or a plan")
     source = None if isinstance(model, PreTrainedModel) else resolve(model)
     loaded = model if isinstance(model, PreTrainedModel) else load(resolve(model))
-    if processor is None and source is not None:
-        processor = load_processor(source)
+    files = source or processor  # what a checkpoint copies: the directory where there is one
+    if isinstance(found := processor or source, str | Path):
+        processor = load_processor(found)
     with compression(
         loaded, recipe, stats=stats, processor=processor, changes=changes, progress=progress, **calibration
     ) as prepared:
@@ -238,7 +246,7 @@ def compress(
             chosen = prepared.plan(retain)
         else:
             assert plan is not None
-            chosen = plan if isinstance(plan, Plan) else Plan.read(plan, prepared.parts)
+            chosen = plan.fitted(prepared.parts) if isinstance(plan, Plan) else Plan.read(plan, prepared.parts)
         if out is not None:
-            prepared.save(chosen, out, processor=source or processor, overwrite=overwrite)
+            prepared.save(chosen, out, processor=files, overwrite=overwrite)
         return prepared.apply(chosen)

@@ -65,22 +65,33 @@ class Plan(_Part):
         try:
             plan = cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, ValidationError) as error:
-            detail = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
+            detail: object = error
+            if isinstance(error, ValidationError):
+                first = error.errors()[0]
+                detail = ": ".join([*map(str, first["loc"]), first["msg"]])
             raise BudgetError(
                 f"{path} is no plan that can be read ({detail}); write one with spectrim compress"
             ) from error
+        return plan.fitted(parts, str(path))
+
+    def fitted(self, parts: Anatomy, where: str = "the plan") -> "Plan":
+        """This plan with a row for every linear of the model, in its order, and bytes counted from the ranks.
+
+        Raises:
+            BudgetError: it does not fit the model; names the linear.
+        """
         known = {linear.name: linear for linear in parts.linears}
-        if strange := sorted(plan.linears.keys() - known.keys()):
-            raise BudgetError(f"{path} plans for '{strange[0]}', which the model lacks; use a plan of this model")
+        if strange := sorted(self.linears.keys() - known.keys()):
+            raise BudgetError(f"{where} plans for '{strange[0]}', which the model lacks; use a plan of this model")
         rows = {}
         for name, linear in known.items():
-            row = plan.linears.get(name)
+            row = self.linears.get(name)
             rank = None if row is None else row.rank
             most = min(linear.out_features, linear.in_features)
             if rank is not None and rank > most:
-                raise BudgetError(f"{path} gives '{name}' rank {rank}; it can have {most} at most, or null for dense")
-            rows[name] = plan_row(linear, rank)
-        return cls(recipe=plan.recipe, retain=plan.retain, linears=rows)
+                raise BudgetError(f"{where} gives '{name}' rank {rank}; it can have {most} at most, or null for dense")
+            rows[name] = plan_row(linear, rank)  # the notes of a row may be those of another rank
+        return Plan(recipe=self.recipe, retain=self.retain, linears=rows)
 
 
 def plan_row(linear: Linear, rank: int | None, error: float | None = None, metric: str | None = None) -> PlanRow:

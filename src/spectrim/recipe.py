@@ -41,7 +41,7 @@ class AllocationPart(_Part):
     """
 
     rule: Literal["uniform", "global-sigma", "global-energy", "sensitivity"] = "uniform"
-    places: tuple[Place, ...] = PLACES
+    places: tuple[Place, ...] = Field(default=PLACES, min_length=1)
 
 
 class Recipe(_Part):

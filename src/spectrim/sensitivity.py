@@ -43,8 +43,10 @@ def probe(
             s, U = spectra.directions(linear.name, rank)
             A, B = factors(original, U.to(original.device), s.to(original.device))
             module.weight.copy_(A @ B)
-            losses.append(_loss(model, windows) - dense)
-            module.weight.copy_(original)
+            try:
+                losses.append(_loss(model, windows) - dense)
+            finally:
+                module.weight.copy_(original)
         curve = np.interp(np.arange(size), [*ranks, size], [*losses, 0.0])
         wanted[linear.name] = torch.from_numpy(np.maximum.accumulate(curve[::-1])[::-1].copy())
         if progress is not None:

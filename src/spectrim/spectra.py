@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -92,6 +93,8 @@ def _make(model: nn.Module, linear: Linear, part: MetricPart, statistics: Statis
     temporary = path.with_suffix(".tmp")
     try:
         save_file(tensors, temporary, metadata={"source": metric.source})
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)

@@ -3,10 +3,10 @@
 from spectrim.evaluate.answering import Answer, normalise, vqa
 from spectrim.evaluate.intervals import PairedDifference, mcnemar, paired_difference, wilson
 from spectrim.evaluate.language import Perplexity, perplexity, plan_windows
-from spectrim.evaluate.questions import ImageQuestion, Question, load_questions
+from spectrim.evaluate.questions import ImageQuestion, Question, blind_questions, load_questions
 from spectrim.evaluate.results import DirectoryResult, EvaluationReport, TaskScore, VqaScore
 from spectrim.evaluate.running import evaluate
-from spectrim.evaluate.tables import table
+from spectrim.evaluate.tables import costs, table
 
 __all__ = [
     "Answer",
@@ -18,6 +18,8 @@ __all__ = [
     "Question",
     "TaskScore",
     "VqaScore",
+    "blind_questions",
+    "costs",
     "evaluate",
     "load_questions",
     "mcnemar",

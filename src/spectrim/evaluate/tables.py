@@ -71,3 +71,19 @@ def _perplexity(result: DirectoryResult, reference: DirectoryResult | None) -> s
 def _size(result: DirectoryResult, reference: DirectoryResult | None) -> str:
     size = f"{result.bytes / 1e6:.1f} MB"
     return size if reference is None or reference is result else f"{size}\n{result.bytes / reference.bytes:.1%}"
+
+
+def costs(report: EvaluationReport) -> Table:
+    """One row per directory: speed of reading and answering, and peak memory (of the CUDA device, else the process)."""
+    grid = Table(title="Cost", box=None, padding=(0, 1, 0, 0))
+    for heading in ("model", "tokens/s", "questions/s", "peak memory"):
+        grid.add_column(heading, justify="left" if heading == "model" else "right", no_wrap=True)
+    for result, name in zip(report.results, _names([result.directory for result in report.results]), strict=True):
+        tokens, peak = result.tokens_per_second, result.memory.peak_cuda or result.memory.peak_rss
+        grid.add_row(
+            name,
+            _NONE if tokens is None else f"{tokens:,.0f}",
+            _NONE if result.vqa is None else f"{result.vqa.questions_per_second:.1f}",
+            _NONE if peak is None else f"{peak / 2**20:,.0f} MiB",
+        )
+    return grid

@@ -1,0 +1,164 @@
+"""Every recipe at every budget on one model: text perplexity, and sight where the model has a tower.
+
+    python benchmarks/recipes.py demo --out results/demo.json
+    python benchmarks/recipes.py smollm2.gguf --text cal.txt --heldout test.txt --recipes svd,asvd,svd-llm --out s.json
+    python benchmarks/recipes.py demo --easy-vqa easy_vqa/data --out results/easy-vqa.json
+
+Calibrates once; each recipe is decomposed once for all budgets. A recipe may carry changes:
+``jw-svd:allocation.rule=uniform``. Prints a Markdown table with date, versions and seed.
+"""
+
+import argparse
+import json
+import platform
+import resource
+import tempfile
+import time
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from PIL import Image
+
+from spectrim.calibrate import calibrate
+from spectrim.checkpoint import load, load_processor
+from spectrim.demo import resolve
+from spectrim.evaluate import ImageQuestion, blind_questions, load_questions, perplexity, vqa
+from spectrim.evaluate.results import score
+from spectrim.pipeline import compression
+from spectrim.samples import load_text
+
+RECIPES = "jw-svd,svd-llm,asvd,fwsvd,svd"
+
+
+def easy_vqa(folder: Path, count: int) -> list[ImageQuestion]:
+    """The first `count` test questions with a yes/no answer, and as many of the others, as two tasks."""
+    found: dict[str, list[ImageQuestion]] = {"open": [], "yes/no": []}
+    for question, answer, index in json.loads((folder / "test" / "questions.json").read_text()):
+        kind = found["yes/no" if answer in ("yes", "no") else "open"]
+        if len(kind) < count:
+            image = Image.open(folder / "test" / "images" / f"{index}.png").convert("RGB")
+            kind.append(ImageQuestion("", image, question[0].upper() + question[1:], answer))
+    return [
+        ImageQuestion(f"easy-vqa {name}", q.image, q.question, q.answer) for name, list_ in found.items() for q in list_
+    ]
+
+
+def measure(model: Any, processor: Any, text: str, questions: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """Perplexity per token and per byte, accuracy by task and mean."""
+    language = perplexity(
+        model,
+        getattr(processor, "tokenizer", processor),
+        text,
+        seqlen=args.window,
+        max_tokens=args.max_tokens,
+    )
+    row: dict[str, Any] = {"perplexity": language.per_token, "perplexity_per_byte": language.per_byte}
+    if questions:
+        started = time.perf_counter()
+        sight = score(vqa(model, processor, questions), time.perf_counter() - started)
+        row |= {"tasks": {task.task: task.accuracy for task in sight.tasks}, "mean": sight.mean}
+    return row
+
+
+def main() -> None:
+    """Parse the command line, measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--recipes", default=RECIPES)
+    parser.add_argument("--retain", default="0.8,0.6,0.4")
+    parser.add_argument("--text", default="builtin", help="calibration text")
+    parser.add_argument("--heldout", default="builtin", help="text for perplexity")
+    parser.add_argument("--samples", type=int, default=192)
+    parser.add_argument("--seqlen", type=int, default=128)
+    parser.add_argument("--window", type=int, default=256)
+    parser.add_argument("--max-tokens", type=int)
+    parser.add_argument("--questions", type=int, default=100, help="of each task")
+    parser.add_argument("--easy-vqa", type=Path, help="ask the test questions of this easy-vqa data folder instead")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    source = resolve(args.model)
+    # Stored in the model's own dtype, computed in float32: the table compares recipes, not rounding.
+    model, processor = load(source, dtype=torch.float32), load_processor(source)
+    sees = hasattr(processor, "image_processor")
+    text = load_text(args.heldout, split="heldout")
+    questions: Any = []
+    if sees:
+        questions = (
+            easy_vqa(args.easy_vqa, args.questions)
+            if args.easy_vqa
+            else load_questions("builtin", args.questions, args.seed)
+        )
+    rows = [{"recipe": "dense", "retain": 1.0, "bytes": 1.0, **measure(model, processor, text, questions, args)}]
+    if questions:
+        started = time.perf_counter()
+        floor = score(vqa(model, processor, blind_questions(questions)), time.perf_counter() - started)
+        rows.append({"recipe": "blind", "retain": 1.0, "bytes": 1.0, "mean": floor.mean,
+                     "tasks": {task.task: task.accuracy for task in floor.tasks}})  # fmt: skip
+    names = args.recipes.split(",")
+    with tempfile.TemporaryDirectory() as scratch:
+        started = time.perf_counter()
+        statistics = calibrate(
+            model,
+            Path(scratch),
+            processor=processor,
+            text=args.text,
+            samples=args.samples,
+            seqlen=args.seqlen,
+            seed=args.seed,
+            gradients=any(name.startswith("fwsvd") for name in names),
+        )
+        calibration = time.perf_counter() - started
+        for name in names:
+            recipe, *changes = name.split(":")
+            pairs = {key: yaml.safe_load(value) for key, _, value in (change.partition("=") for change in changes)}
+            started = time.perf_counter()
+            with compression(model, recipe, stats=statistics, processor=processor, changes=pairs) as prepared:
+                decomposition = time.perf_counter() - started
+                for retain in map(float, args.retain.split(",")):
+                    started = time.perf_counter()
+                    plan = prepared.plan(retain)
+                    with prepared.applied(plan) as small:
+                        budget = time.perf_counter() - started
+                        found = measure(small, processor, text, questions, args)
+                    share = plan.bytes / plan.dense_bytes
+                    seconds = {"decompose": decomposition, "plan_and_factor": budget}
+                    rows.append({"recipe": name, "retain": retain, "bytes": share, **found, "seconds": seconds})
+                    print(json.dumps(rows[-1]), flush=True)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    report = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {name: version(name) for name in ("torch", "transformers")} | {"python": platform.python_version()},
+        "seed": args.seed,
+        "settings": {key: str(value) for key, value in vars(args).items() if key not in ("out", "model")},
+        "calibration_seconds": calibration,
+        "peak_bytes": peak,
+        "rows": rows,
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(report, indent=1) + "\n")
+    print(markdown(report))
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report as a Markdown table."""
+    tasks = list(report["rows"][0].get("tasks", {}))
+    head = ["recipe", "retain", "bytes", *tasks, *(["mean"] if tasks else []), "ppl/token", "ppl/byte"]
+    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for row in report["rows"]:
+        cells = [row["recipe"], f"{row['retain']:.0%}", f"{row['bytes']:.2%}"]
+        if tasks:
+            cells += [f"{100 * row['tasks'][task]:.0f}" for task in tasks] + [f"{100 * row['mean']:.1f}"]
+        if "perplexity" in row:
+            cells += [f"{row['perplexity']:.2f}", f"{row['perplexity_per_byte']:.3f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
+    return "\n".join([*lines, "", f"{report['date']}, {versions}, seed {report['seed']}"])
+
+
+if __name__ == "__main__":
+    main()

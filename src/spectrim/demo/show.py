@@ -1,0 +1,87 @@
+"""The main job of `spectrim demo`: calibrate once, compress by several recipes, evaluate, and compare answers."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.table import Table
+
+from spectrim.calibrate import calibrate
+from spectrim.checkpoint import load, load_processor
+from spectrim.demo import resolve
+from spectrim.evaluate import EvaluationReport, evaluate, load_questions
+from spectrim.pipeline import compression
+
+RECIPES = ("jw-svd", "svd-llm", "asvd", "fwsvd", "svd")
+BUDGETS = (0.6, 0.4)
+SAMPLES, SEQLEN = 192, 128
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """What the demo has made, and how long it took in seconds."""
+
+    report: EvaluationReport
+    answers: Table
+    checkpoints: tuple[Path, ...]
+    statistics: Path
+    results: Path
+    seconds: float
+
+
+def show(out: Path, *, samples: int, progress: Callable[[str, int, int], None]) -> Demonstration:
+    """Run the demo into `out`; `samples` questions of each task are asked of every model."""
+    started = time.perf_counter()
+    source = resolve("demo")
+    model, processor = load(source), load_processor(source)
+    statistics = calibrate(
+        model,
+        out / "statistics",
+        processor=processor,
+        samples=SAMPLES,
+        seqlen=SEQLEN,
+        batch_size=32,
+        gradients=True,
+        progress=lambda done, total: progress("calibrate", done, total),
+    )
+    checkpoints = []
+    for recipe in RECIPES:
+        with compression(model, recipe, stats=statistics, progress=progress) as prepared:
+            for retain in BUDGETS:
+                target = out / f"{recipe}-{retain:.0%}"
+                checkpoints.append(prepared.save(prepared.plan(retain), target, processor=source))
+    checkpoints.sort(key=lambda path: -float(path.name.rpartition("-")[2].rstrip("%")))
+    report = evaluate(
+        [source, *checkpoints],
+        samples=samples,
+        seqlen=256,
+        max_tokens=8192,
+        batch_size=40,
+        dtype=torch.float32,
+        progress=progress,
+    )
+    report.write(out / "results.json")
+    return Demonstration(
+        report,
+        _answers(report, samples),
+        tuple(checkpoints),
+        out / "statistics",
+        out / "results.json",
+        time.perf_counter() - started,
+    )
+
+
+def _answers(report: EvaluationReport, samples: int) -> Table:
+    """One question of each task: what the dense model says, and what the recipes at the smallest budget say."""
+    shown = [r for r in report.results if not r.compressed or r.directory.endswith(f"-{min(BUDGETS):.0%}")]
+    shown = [r for r in shown if Path(r.directory).name.rpartition("-")[0] in ("", "jw-svd", "svd-llm")]
+    grid = Table(title="Sample answers", box=None, pad_edge=False)
+    for heading in ("task", "question", "right", *(Path(r.directory).name for r in shown)):
+        grid.add_column(heading)
+    questions = load_questions("builtin", samples, 0)
+    for index in range(0, len(questions), samples):
+        asked = questions[index]
+        grid.add_row(asked.task, asked.question, asked.answer, *(r.answers[index].given for r in shown))
+    return grid

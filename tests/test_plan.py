@@ -1,0 +1,105 @@
+"""Plans: read, edited by hand, refused when they do not fit."""
+
+import json
+
+import pytest
+
+import families
+from spectrim.anatomy import anatomy
+from spectrim.errors import BudgetError
+from spectrim.plan import Plan, plan_row
+
+
+@pytest.fixture(scope="module")
+def parts():
+    return anatomy(families.FAMILIES["llama"]())
+
+
+@pytest.fixture
+def plan(parts) -> Plan:
+    rows = {
+        linear.name: plan_row(linear, None if number % 3 == 0 else number, 0.1, "text")
+        for number, linear in enumerate(parts.linears)
+    }
+    return Plan(recipe="svd", retain=0.5, linears=rows)
+
+
+@pytest.fixture
+def file(tmp_path, plan):
+    path = tmp_path / "plan.json"
+    path.write_text(plan.json())
+    return path
+
+
+def edit(path, change) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def test_bytes_are_those_of_the_shapes(parts, plan):
+    total = 0
+    for linear in parts.linears:
+        row = plan.linears[linear.name]
+        out, size = linear.out_features, linear.in_features
+        assert row.dense_bytes == 4 * out * size
+        assert row.bytes == (4 * out * size if row.rank is None else 4 * row.rank * (out + size))
+        total += row.bytes
+    assert plan.bytes == total
+    assert plan.dense_bytes == sum(4 * linear.params for linear in parts.linears)
+    assert plan.ranks == {name: row.rank for name, row in plan.linears.items() if row.rank is not None}
+
+
+def test_an_edited_rank_is_read_back(parts, plan, file):
+    assert Plan.read(file, parts).ranks == plan.ranks
+    first, second, third = [linear.name for linear in parts.linears][:3]
+
+    def change(content):
+        content["linears"][first]["rank"] = 7
+        content["linears"][second]["rank"] = None
+        del content["linears"][third]  # what is not planned for stays dense
+
+    edit(file, change)
+    read = Plan.read(file, parts)
+    dense = {name: rank for name, rank in plan.ranks.items() if name not in (second, third)}
+    assert read.ranks == {**dense, first: 7}
+    known = parts.linear(first)
+    assert read.linears[first].bytes == 7 * 4 * (known.out_features + known.in_features)
+    assert list(read.linears) == [linear.name for linear in parts.linears]
+    assert (read.recipe, read.retain) == ("svd", 0.5)
+
+
+def test_a_plan_object_is_held_to_the_same(parts, plan):
+    first = parts.linears[0]
+    shuffled = plan.model_copy(update={"linears": dict(reversed(plan.linears.items()))})
+    assert list(shuffled.fitted(parts).linears) == [linear.name for linear in parts.linears]
+    wrong = plan.model_copy(update={"linears": {first.name: plan_row(first, 1000)}})
+    with pytest.raises(BudgetError, match=f"the plan gives '{first.name}' rank 1000"):
+        wrong.fitted(parts)
+
+
+def test_misfits_are_named(parts, file):
+    name = parts.linears[0].name
+    most = min(parts.linears[0].out_features, parts.linears[0].in_features)
+    edit(file, lambda content: content["linears"][name].update(rank=most))
+    assert Plan.read(file, parts).ranks[name] == most
+    edit(file, lambda content: content["linears"][name].update(rank=most + 1))
+    with pytest.raises(BudgetError, match=f"'{name}' rank {most + 1}; it can have {most} at most"):
+        Plan.read(file, parts)
+    edit(file, lambda content: content["linears"][name].update(rank=0))
+    with pytest.raises(BudgetError, match=f"{name}: rank: Input should be greater"):
+        Plan.read(file, parts)
+    edit(file, lambda content: content["linears"].update({"attic.proj": content["linears"].pop(name)}))
+    edit(file, lambda content: content["linears"]["attic.proj"].update(rank=1))
+    with pytest.raises(BudgetError, match=r"plans for 'attic\.proj', which the model lacks"):
+        Plan.read(file, parts)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"recipe": "svd", "linears": {}, "version": 2}', "\xff"])
+def test_what_is_no_plan_is_named(parts, tmp_path, content):
+    path = tmp_path / "plan.json"
+    path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(BudgetError, match=r"plan\.json is no plan that can be read"):
+        Plan.read(path, parts)
+    with pytest.raises(BudgetError, match=r"none\.json is no plan"):
+        Plan.read(tmp_path / "none.json", parts)

@@ -1,0 +1,113 @@
+"""Recipes: the built-in ones, changes by dotted key, and what is said about a wrong one."""
+
+import pytest
+import yaml
+
+from spectrim.errors import RecipeError
+from spectrim.recipe import Recipe, builtin_names
+
+
+def write(path, content) -> str:
+    path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+    return str(path)
+
+
+GOOD = {"name": "mine", "summary": "s", "paper": "p", "metric": {"kind": "whitening", "modality": "joint"}}
+
+
+@pytest.mark.parametrize("name", builtin_names())
+def test_built_in_recipes_are_whole(name):
+    recipe = Recipe.read(name)
+    assert recipe.name == name
+    assert recipe.summary.endswith(".")
+    assert "\n" not in recipe.summary
+    assert recipe.paper
+
+
+def test_built_in_recipes_are_those_of_the_papers():
+    assert builtin_names() == ("asvd", "fwsvd", "jw-svd", "svd", "svd-llm")
+    kinds = {name: Recipe.read(name).metric.kind for name in builtin_names()}
+    assert kinds == {
+        "svd": "identity",
+        "fwsvd": "fisher-rows",
+        "asvd": "activation-diagonal",
+        "svd-llm": "whitening",
+        "jw-svd": "whitening",
+    }
+    assert {name for name in builtin_names() if Recipe.read(name).needs_gradients} == {"fwsvd"}
+    assert {name for name in builtin_names() if not Recipe.read(name).needs_statistics} == {"svd"}
+    assert Recipe.read("svd", {"allocation.rule": "sensitivity"}).needs_statistics
+
+
+@pytest.mark.parametrize("suffix", ["yaml", "yml"])
+def test_round_trip_through_a_file(tmp_path, suffix):
+    for name in builtin_names():
+        recipe = Recipe.read(name)
+        path = write(tmp_path / f"{name}.{suffix}", recipe.model_dump(mode="json"))
+        assert Recipe.read(path) == recipe
+    assert Recipe.read(recipe) == recipe
+
+
+def test_changes_set_single_values_and_leave_the_recipe_alone():
+    recipe = Recipe.read("jw-svd")
+    changed = Recipe.read(
+        recipe, {"metric.gamma": 0.5, "allocation.rule": "uniform", "allocation.places": ["backbone"], "name": "other"}
+    )
+    assert (changed.metric.gamma, changed.allocation.rule, changed.name) == (0.5, "uniform", "other")
+    assert changed.allocation.places == ("backbone",)
+    assert changed.metric.unreached == recipe.metric.unreached
+    assert recipe == Recipe.read("jw-svd")
+
+
+def test_changes_reach_parts_that_a_file_leaves_out(tmp_path):
+    path = write(tmp_path / "r.yaml", GOOD)
+    assert Recipe.read(path).allocation.rule == "uniform"
+    assert Recipe.read(path, {"allocation.rule": "global-energy"}).allocation.rule == "global-energy"
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"metric.gama": 1}, "key 'metric.gama': Extra inputs"),
+        ({"extra": 1}, "key 'extra'"),
+        ({"metric.gamma": -1}, "key 'metric.gamma'"),
+        ({"metric.gamma": float("nan")}, "key 'metric.gamma'"),
+        ({"metric.kind": "magic"}, "key 'metric.kind'"),
+        ({"metric.kind.x": 1}, "recipe key 'metric.kind.x' leads nowhere"),
+        ({"metric": 1}, "key 'metric'"),
+        ({"allocation.places": ["attic"]}, r"key 'allocation.places.0'"),
+        ({"allocation.places": []}, "key 'allocation.places'"),
+        ({"version": 2}, "key 'version'"),
+        ({"name": "No Name"}, "key 'name'"),
+    ],
+)
+def test_wrong_keys_and_values_are_named(changes, named):
+    with pytest.raises(RecipeError, match=named):
+        Recipe.read("svd-llm", changes)
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ("metric: [", "cannot be read"),
+        ("- a list", "is not a table"),
+        ("", "is not a table"),
+        ({"name": "x", "summary": "s", "paper": "p"}, "key 'metric': Field required"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, content, named):
+    path = write(tmp_path / "bad.yaml", content)
+    with pytest.raises(RecipeError, match=rf"bad\.yaml'.*{named}"):
+        Recipe.read(path)
+
+
+def test_binary_and_missing_files_are_named(tmp_path):
+    (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\xfa")
+    for name in ("b.yaml", "none.yaml"):
+        with pytest.raises(RecipeError, match=rf"{name}' cannot be read"):
+            Recipe.read(tmp_path / name)
+
+
+def test_unknown_name_lists_the_known_ones():
+    with pytest.raises(RecipeError, match=r"no recipe 'jwsvd'; choose from asvd, fwsvd, jw-svd"):
+        Recipe.read("jwsvd")
