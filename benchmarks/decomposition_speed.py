@@ -4,10 +4,11 @@
 
 Both start from a weight W [out, in] and a second moment C [in, in] and end with two factors at 60 % retention, in
 float64. The textbook route (SVD-LLM): Cholesky S of C, thin SVD of W S, factors U Σ^½ and Σ^½ Vᵀ S⁻¹ by the
-triangular inverse. Both errors are tr((W − AB) C (W − AB)ᵀ) over tr(W C Wᵀ). Weights are Gaussian; moments have a decaying low-rank
-part on a positive diagonal, so that the Cholesky factor exists. Every distinct shape is timed once on its own, also
-where linears of a model share an input, because a pipeline decomposes each on its own; models count it as often as
-they have it. The smallest shape of each model is also run with a moment of fewer samples than inputs.
+triangular inverse. Both errors are tr((W − AB) C (W − AB)ᵀ) over tr(W C Wᵀ). Weights are Gaussian; moments have a
+decaying low-rank part on a positive diagonal, so that the Cholesky factor exists. Every distinct shape is timed once
+on its own, also where linears of a model share an input, because a pipeline decomposes each on its own; models
+count it as often as they have it. The smallest shape of each model is also run with a moment of fewer samples than
+inputs.
 
 With --json, every finished shape is written at once, and a run that finds it there does not repeat it. The largest
 shape needs about 12 GB.

@@ -14,6 +14,7 @@ import json
 import math
 import sysconfig
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch
 from PIL import Image
 
 from spectrim.demo import tasks
-from spectrim.demo.scene import COLOURS, SHAPES, SIZE, draw_icon, draw_scene, icon_names
+from spectrim.demo.scene import COLOURS, GRID, SHAPES, SIZE, draw_icon, draw_scene, draw_word, icon_names
 from spectrim.demo.text import split_text
 
 SPECIAL = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<image>"]
@@ -31,7 +32,6 @@ VOCABULARY = 2048
 PATCH = 28
 IMAGE_TOKENS = (SIZE // PATCH) ** 2
 TEXT_LENGTH = 256
-LETTERS = 7  # of the longest word
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
@@ -128,39 +128,51 @@ def _pixels(images: list[Image.Image]) -> torch.Tensor:
 
 
 class Tower:
-    """The first stage: the tower alone, with a linear head that names what stands where."""
+    """The first stage: the tower alone. One head for all tokens names what is in their patch.
+
+    The cells of a scene are the patches of the tower, so that a token holds one object. Icons are read from the mean
+    of the tokens.
+    """
 
     def __init__(self, rng: np.random.Generator, width: int) -> None:
         self.rng = rng
-        self.sizes = (9 * (len(SHAPES) + 1), 9 * (len(COLOURS) + 1), LETTERS * 27, len(icon_names()))
-        self.head = torch.nn.Linear(IMAGE_TOKENS * width, sum(self.sizes))
+        self.sizes = (len(SHAPES) + 1, len(COLOURS) + 1, 4)  # none first; sizes in steps of 3 pixels
+        self.head = torch.nn.ModuleDict(
+            {
+                "patch": torch.nn.Linear(width, sum(self.sizes)),
+                "letter": torch.nn.Linear(width, 27),
+                "icon": torch.nn.Linear(width, len(icon_names())),
+            }
+        )
 
     def loss(self, model: Any, size: int) -> torch.Tensor:
-        """Cross-entropy of shape and colour by cell, letter by position, and icon; half scenes, a quarter each rest."""
+        """Sum of the cross-entropies on `size` images: half scenes, a quarter words, a quarter icons."""
         images: list[Image.Image] = []
-        shapes, colours = torch.zeros(size // 2, 9, dtype=torch.long), torch.zeros(size // 2, 9, dtype=torch.long)
+        targets = torch.zeros(3, size // 2, IMAGE_TOKENS, dtype=torch.long)
         for row in range(size // 2):
-            items = tasks._items(self.rng, int(self.rng.integers(1, 7)))
+            items = tasks._items(self.rng, int(self.rng.integers(1, 8)))
+            items = [replace(item, radius=float(self.rng.uniform(5.5, 13.5))) for item in items]
             images.append(draw_scene(items, self.rng))
             for item in items:
-                cell = 3 * item.row + item.column
-                shapes[row, cell] = 1 + list(SHAPES).index(item.shape)
-                colours[row, cell] = 1 + list(COLOURS).index(item.colour)
-        letters = torch.zeros(size // 4, LETTERS, dtype=torch.long)
-        for row in range(size // 4):
-            image, _, word = tasks._reading(self.rng)
-            images.append(image)
-            letters[row, : len(word)] = torch.tensor([ord(c) - 96 for c in word])
+                named = (list(SHAPES).index(item.shape), list(COLOURS).index(item.colour), int((item.radius - 5) / 3))
+                targets[:, row, GRID * item.row + item.column] = 1 + torch.tensor(named)
+        letters = torch.zeros(size // 4, IMAGE_TOKENS, dtype=torch.long)
+        for number in range(size // 4):
+            word = tasks.WORDS[self.rng.integers(len(tasks.WORDS))]
+            row, column = int(self.rng.integers(GRID)), int(self.rng.integers(GRID + 1 - len(word)))
+            images.append(draw_word(word, row, column, self.rng))
+            first = GRID * row + column
+            letters[number, first : first + len(word)] = torch.tensor([ord(letter) - 96 for letter in word])
         icons = torch.from_numpy(self.rng.integers(len(icon_names()), size=size // 4))
         images += [draw_icon(icon_names()[i], self.rng) for i in icons.tolist()]
         tokens = model.model.vision_tower(pixel_values=_pixels(images)).last_hidden_state[:, 1:]
-        scene, word_, icon = self.head(tokens.flatten(1)).float().split([size // 2, size // 4, size // 4])
-        parts = [scene.split(self.sizes, 1)[0], scene.split(self.sizes, 1)[1]]
+        scene, word, icon = tokens.split([size // 2, size // 4, size // 4])
         cross = torch.nn.functional.cross_entropy
-        loss = cross(parts[0].reshape(-1, len(SHAPES) + 1), shapes.flatten())
-        loss = loss + cross(parts[1].reshape(-1, len(COLOURS) + 1), colours.flatten())
-        loss = loss + cross(word_.split(self.sizes, 1)[2].reshape(-1, 27), letters.flatten())
-        return loss + cross(icon.split(self.sizes, 1)[3], icons)
+        named = self.head["patch"](scene).float().flatten(0, 1).split(self.sizes, 1)
+        losses = [cross(logits, target.flatten()) for logits, target in zip(named, targets, strict=True)]
+        losses.append(cross(self.head["letter"](word).float().flatten(0, 1), letters.flatten()))
+        losses.append(cross(self.head["icon"](icon.mean(1)).float(), icons))
+        return torch.stack(losses).sum()
 
 
 class Questions:
@@ -308,6 +320,8 @@ def assemble(args: argparse.Namespace) -> None:
     )  # fmt: skip
     model.save_pretrained(args.out)
     processor.save_pretrained(args.out)
+    for path in args.out.iterdir():  # safetensors keeps its files from other users
+        path.chmod(0o644)
 
 
 def main() -> None:

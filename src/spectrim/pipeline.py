@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,11 @@ class Compression:
         """What the allocation rule compares: spectra, or for `sensitivity` the measured losses."""
         if self.recipe.allocation.rule != "sensitivity":
             return self.spectra.values
+        if any(x.place != "backbone" and x.place in self.recipe.allocation.places for x in self.parts.linears):
+            raise RecipeError(
+                "allocation 'sensitivity' measures text loss, to which tower and connector are nothing; "
+                "set allocation.places=[backbone]"
+            )
         if self._losses is None:
             if self.statistics is None or self.statistics.manifest.data.text is None or self.processor is None:
                 raise RecipeError("allocation 'sensitivity' needs text statistics and the model's processor; give both")
@@ -177,6 +183,8 @@ def compression(
     Raises:
         SpectrimError: of the kind that says which input is at fault.
     """
+    if unknown := sorted(calibration.keys() - signature(calibrate).parameters.keys()):
+        raise TypeError(f"calibrate() has no argument '{unknown[0]}'")
     chosen = Recipe.read(recipe, changes)
     parts = anatomy(model)
     if any(isinstance(module, LowRankLinear) for module in model.modules()):

@@ -19,6 +19,8 @@ from spectrim.linalg import check_finite
 from spectrim.metric import input_metric
 from spectrim.recipe import MetricPart
 
+VERSION = 1  # of what a spectrum means; a change makes earlier files unused
+
 
 class Spectra:
     """The spectra of all linears of one model, one file each; directions are kept in float32."""
@@ -48,7 +50,7 @@ class Spectra:
 def cache_key(metric: MetricPart, statistics: Statistics | None, parts: Anatomy) -> str:
     """Names the spectra that a metric and statistics give; the statistics are of one model, so they stand for it."""
     state = None if statistics is None else statistics.manifest.model_dump(mode="json")
-    content = [metric.model_dump(mode="json"), state, [linear.name for linear in parts.linears]]
+    content = [VERSION, metric.model_dump(mode="json"), state, [linear.name for linear in parts.linears]]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -68,7 +70,12 @@ def make_spectra(
         NumericalError: a weight or a moment holds NaN or infinity; names the linear.
         RecipeError: the statistics lack what the metric needs.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StatisticsError(
+            f"{directory} cannot be made ({error}); copy the statistics to a folder of yours"
+        ) from error
     sources: dict[str, str] = {}
     for done, linear in enumerate(parts.linears):
         path = directory / f"{linear.name}.safetensors"

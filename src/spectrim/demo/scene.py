@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 SIZE = 112  # pixels, both sides of every image
 _SCALE = 2  # drawn at twice the size and averaged down, which smooths the edges
-_GRID = 3  # objects sit in the cells of a 3x3 grid, so that they never overlap
+GRID = 4  # objects sit in the cells of a 4x4 grid, so that they never overlap
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (214, 39, 40),
@@ -25,11 +25,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "cyan": (30, 200, 215),
 }
 BACKGROUNDS = ((255, 255, 255), (235, 235, 225), (205, 215, 225), (225, 210, 205), (210, 225, 205), (175, 175, 175))
-CELLS = (
-    ("top left", "top", "top right"),
-    ("left", "centre", "right"),
-    ("bottom left", "bottom", "bottom right"),
-)
+QUARTERS = (("top left", "top right"), ("bottom left", "bottom right"))
 
 
 def _regular(corners: int, turn: float = 0.0, inner: float | None = None) -> tuple[tuple[float, float], ...]:
@@ -68,7 +64,7 @@ SHAPES: dict[str, tuple[tuple[float, float], ...]] = {
 
 @dataclass(frozen=True)
 class Item:
-    """One shape of a scene: its cell in the 3x3 grid and its radius in pixels."""
+    """One shape of a scene: its cell in the 4x4 grid and its radius in pixels."""
 
     shape: str
     colour: str
@@ -80,6 +76,11 @@ class Item:
     def name(self) -> str:
         """Colour and shape, as a question says it."""
         return f"{self.colour} {self.shape}"
+
+    @property
+    def quarter(self) -> str:
+        """The quarter of the image that it is in."""
+        return QUARTERS[2 * self.row // GRID][2 * self.column // GRID]
 
 
 def _canvas(rng: np.random.Generator) -> Image.Image:
@@ -98,7 +99,7 @@ def draw_scene(items: list[Item], rng: np.random.Generator) -> Image.Image:
     """Draw the items, each with a small random shift inside its cell and a small random turn."""
     canvas = _canvas(rng)
     pen = ImageDraw.Draw(canvas)
-    cell = SIZE / _GRID
+    cell = SIZE / GRID
     for item in items:
         slack = max(0.0, cell / 2 - item.radius)
         dx, dy = rng.uniform(-slack, slack, 2)
@@ -122,20 +123,17 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     return font
 
 
-def draw_word(word: str, rng: np.random.Generator) -> Image.Image:
-    """Render a word at a random size, place, colour and small turn."""
+def draw_word(word: str, row: int, column: int, rng: np.random.Generator) -> Image.Image:
+    """Render a word of at most GRID letters, widely spaced: one letter to a cell, from the given cell to the right."""
     canvas = _canvas(rng)
+    pen = ImageDraw.Draw(canvas)
     colour = list(COLOURS.values())[rng.integers(len(COLOURS))]
-    font = _font(int(rng.integers(24, 33)) * _SCALE)
-    left, top, right, bottom = font.getbbox(word)
-    ink = Image.new("L", (int(right - left) + 8, int(bottom - top) + 8))
-    ImageDraw.Draw(ink).text((4 - left, 4 - top), word, font=font, fill=255)
-    limit = SIZE * _SCALE - 8
-    if ink.width > limit:
-        ink = ink.resize((limit, max(1, ink.height * limit // ink.width)))
-    ink = ink.rotate(rng.uniform(-6, 6), expand=True, resample=Image.Resampling.BILINEAR)
-    room = (max(1, canvas.width - ink.width), max(1, canvas.height - ink.height))
-    canvas.paste(colour, (int(rng.integers(room[0])), int(rng.integers(room[1]))), ink)
+    font = _font(int(rng.integers(22, 28)) * _SCALE)
+    cell = SIZE / GRID
+    for index, letter in enumerate(word):
+        dx, dy = rng.uniform(-1.5, 1.5, 2)
+        place = (_SCALE * ((column + index + 0.5) * cell + dx), _SCALE * ((row + 0.5) * cell + dy))
+        pen.text(place, letter, font=font, fill=colour, anchor="mm")
     return _finish(canvas, rng)
 
 

@@ -7,18 +7,18 @@ from zlib import crc32
 import numpy as np
 from PIL import Image
 
-from spectrim.demo.scene import CELLS, COLOURS, SHAPES, Item, draw_icon, draw_scene, draw_word, icon_names
+from spectrim.demo.scene import COLOURS, GRID, SHAPES, Item, draw_icon, draw_scene, draw_word, icon_names
 from spectrim.errors import SampleError
 
 SPLITS = ("train", "calibration", "test")
 
 WORDS = (
-    "apple army baby back ball bank bear bell bird boat body bone book boot bowl box bread brick bus cake camp card "
-    "cat chain chair chalk cheese city clay cloud coal coin corn cow crab cup desk dish dog door dress drum dust ear "
-    "east egg face farm fire fish flag floor fox game gate girl glass glove gold grass hand hat hill honey horn horse "
-    "house ice ink iron judge juice jump key king kite lamp leaf lemon light lion map milk moon mouse music neck "
-    "night ocean onion oven page paint pencil piano pilot pipe plum queen rain ring river road rock rope salt seat "
-    "sheep shirt snow sugar sun tail tiger toy tree vase wolf zebra"
+    "arm army art baby back bag ball bank bear bed bell bird boat body bone book boot bowl box bus cake camp card cat "
+    "city clay coal coin corn cow crab cup desk dish dog door drum dust ear east egg face farm fire fish flag fox "
+    "game gate girl gold hand hat hill horn ice ink iron jump key king kite lamp leaf lion map milk moon neck net oil "
+    "oven page pen pig pin pipe plum pot rain ring road rock rope salt sea seat ship shoe shop silk sink sky snow "
+    "soap sock song soup star sun tail tea tent toe toy tree vase wall wave wind wine wing wolf wood wool worm yard "
+    "year"
 ).split()
 
 
@@ -37,14 +37,14 @@ def _sample(rng: np.random.Generator, pool: list[str], count: int) -> list[str]:
 
 
 def _cells(rng: np.random.Generator, count: int) -> list[tuple[int, int]]:
-    return [divmod(int(i), 3) for i in rng.choice(9, count, replace=False)]
+    return [divmod(int(i), GRID) for i in rng.choice(GRID**2, count, replace=False)]
 
 
 def _items(rng: np.random.Generator, count: int) -> list[Item]:
     """Items whose shapes all differ and whose colours all differ, so that either one names an item."""
     shapes, colours = _sample(rng, list(SHAPES), count), _sample(rng, list(COLOURS), count)
     return [
-        Item(shape, colour, row, column, float(rng.uniform(11, 17)))
+        Item(shape, colour, row, column, float(rng.uniform(9, 13)))
         for shape, colour, (row, column) in zip(shapes, colours, _cells(rng, count), strict=True)
     ]
 
@@ -65,7 +65,7 @@ def _count(rng: np.random.Generator) -> tuple[Image.Image, str, str]:
     colours = list(COLOURS)
     items = [
         Item(
-            wanted if i < count else other, colours[rng.integers(len(colours))], row, column, float(rng.uniform(10, 15))
+            wanted if i < count else other, colours[rng.integers(len(colours))], row, column, float(rng.uniform(9, 13))
         )
         for i, (row, column) in enumerate(_cells(rng, count + distractors))
     ]
@@ -75,16 +75,16 @@ def _count(rng: np.random.Generator) -> tuple[Image.Image, str, str]:
 
 def _position(rng: np.random.Generator) -> tuple[Image.Image, str, str]:
     items = _items(rng, int(rng.integers(2, 5)))
-    return draw_scene(items, rng), f"Where is the {items[0].name}?", CELLS[items[0].row][items[0].column]
+    return draw_scene(items, rng), f"Where is the {items[0].name}?", items[0].quarter
 
 
 def _relation(rng: np.random.Generator) -> tuple[Image.Image, str, str]:
     """Two items of one row or one column, and perhaps a third elsewhere: the answer is one of four directions."""
-    line, (first, second) = int(rng.integers(3)), rng.choice(3, 2, replace=False).tolist()
+    line, (first, second) = int(rng.integers(GRID)), rng.choice(GRID, 2, replace=False).tolist()
     horizontal = bool(rng.integers(2))
     items = _items(rng, int(rng.integers(2, 4)))
     cells = [(line, first), (line, second)] if horizontal else [(first, line), (second, line)]
-    cells += [cell for cell in _cells(rng, 9) if cell not in cells][: len(items) - 2]
+    cells += [cell for cell in _cells(rng, GRID**2) if cell not in cells][: len(items) - 2]
     placed = [
         Item(item.shape, item.colour, row, column, item.radius)
         for item, (row, column) in zip(items, cells, strict=True)
@@ -96,7 +96,7 @@ def _relation(rng: np.random.Generator) -> tuple[Image.Image, str, str]:
 
 def _size(rng: np.random.Generator) -> tuple[Image.Image, str, str]:
     items = _items(rng, 3)
-    radii = (17.5, 12.5, 8.0) if rng.random() < 0.5 else (18.0, 13.0, 9.0)
+    radii = (13.0, 9.5, 6.0)
     order = rng.permutation(3).tolist()
     sized = [Item(i.shape, i.colour, i.row, i.column, radii[r]) for i, r in zip(items, order, strict=True)]
     largest = bool(rng.integers(2))
@@ -119,7 +119,8 @@ def _existence(rng: np.random.Generator) -> tuple[Image.Image, str, str]:
 
 def _reading(rng: np.random.Generator) -> tuple[Image.Image, str, str]:
     word = WORDS[rng.integers(len(WORDS))]
-    return draw_word(word, rng), "What does the text say?", word
+    row, column = int(rng.integers(GRID)), int(rng.integers(GRID + 1 - len(word)))
+    return draw_word(word, row, column, rng), "What does the text say?", word
 
 
 def _icon(rng: np.random.Generator) -> tuple[Image.Image, str, str]:
@@ -137,7 +138,7 @@ def _describe(rng: np.random.Generator) -> tuple[Image.Image, str, str]:
         image, _, answer = _icon(rng)
         return image, "Describe this image.", f"an icon: {answer}"
     items = sorted(_items(rng, int(rng.integers(1, 4))), key=lambda i: (i.row, i.column))
-    caption = ", ".join(f"{item.name} {CELLS[item.row][item.column]}" for item in items)
+    caption = ", ".join(f"{item.name} {item.quarter}" for item in items)
     return draw_scene(items, rng), "Describe this image.", caption
 
 

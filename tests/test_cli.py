@@ -1,0 +1,137 @@
+"""The command line on the built-in model: every verb once, and one sentence and exit code 2 for the user's mistakes."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+import spectrim
+from spectrim import cli
+from spectrim.checkpoint import read_provenance
+from spectrim.demo import resolve
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of one command."""
+    argv, sys.argv = sys.argv, ["spectrim", *map(str, arguments)]
+    try:
+        cli.main()
+        code = 0
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    finally:
+        sys.argv = argv
+    out, err = capsys.readouterr()
+    return code, " ".join(out.split()), " ".join(err.split())
+
+
+@pytest.fixture(scope="module")
+def statistics(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("cli") / "statistics"
+    source = resolve("demo")
+    spectrim.calibrate(
+        spectrim.load(source), path, processor=spectrim.load_processor(source), samples=16, seqlen=64, batch_size=16
+    )
+    return path
+
+
+def test_anatomy_names_the_parts_of_the_built_in_model(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "anatomy", "demo")
+    assert code == 0
+    for part in ("vision_tower", "multi_modal_projector", "language_model", "gate", "tied to", "embedding"):
+        assert part in out
+
+
+def test_recipes_are_listed_with_their_papers(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "recipes")
+    assert code == 0
+    for word in ("jw-svd", "svd-llm", "asvd", "fwsvd", "ACL 2026", "ICLR 2025"):
+        assert word in out
+
+
+def test_compress_evaluate_and_load(capsys: pytest.CaptureFixture[str], statistics: Path, tmp_path: Path) -> None:
+    code, out, err = run(capsys, "compress", "demo", "-o", tmp_path / "small", "--retain", "0.5", "--stats", statistics)
+    assert (code, err) == (0, "")
+    record = read_provenance(tmp_path / "small")
+    assert 0.49 < record["retention"]["bytes"] <= 0.5
+    assert (tmp_path / "small" / "plan.json").exists()
+    assert "bytes of linears" in out
+
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "small")
+    assert model.dtype == torch.bfloat16
+    dense = sum(p.numel() for p in spectrim.load(resolve("demo")).parameters())
+    assert sum(p.numel() for p in model.parameters()) < dense
+
+    results = tmp_path / "results.json"
+    code, out, err = run(
+        capsys, "evaluate", "demo", tmp_path / "small", "--samples", "2", "--max-tokens", "256", "--dtype", "float32",
+        "--json", results,
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    assert "small" in out
+    assert "blind floor" in out
+    assert "questions/s" in out
+    assert len(json.loads(results.read_text())["results"]) == 2
+
+
+def test_an_edited_plan_is_obeyed(capsys: pytest.CaptureFixture[str], statistics: Path, tmp_path: Path) -> None:
+    run(capsys, "compress", "demo", "-o", tmp_path / "a", "--retain", "0.5", "--stats", statistics)
+    plan = json.loads((tmp_path / "a" / "plan.json").read_text())
+    name = next(iter(plan["linears"]))
+    plan["linears"][name]["rank"] = 3
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    code, _, err = run(
+        capsys, "compress", "demo", "-o", tmp_path / "b", "--plan", tmp_path / "plan.json", "--stats", statistics
+    )
+    assert (code, err) == (0, "")
+    assert spectrim.load(tmp_path / "b").get_submodule(name).rank == 3
+
+
+def test_several_budgets_make_several_checkpoints(
+    capsys: pytest.CaptureFixture[str], statistics: Path, tmp_path: Path
+) -> None:
+    code, _, _ = run(
+        capsys, "compress", "demo", "-o", tmp_path, "--retain", "0.8", "--retain", "0.4", "--stats", statistics
+    )
+    assert code == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"retain-0.8", "retain-0.4"}
+
+
+def test_inspect_writes_its_findings(capsys: pytest.CaptureFixture[str], statistics: Path, tmp_path: Path) -> None:
+    code, _, err = run(capsys, "inspect", "demo", "--stats", statistics, "-o", tmp_path / "report", "--no-plots")
+    assert (code, err) == (0, "")
+    assert (tmp_path / "report" / "inspection.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compress", "demo", "-o", "OUT"], "--retain 0.6"),
+        (["compress", "demo", "-o", "OUT", "--retain", "1.5", "--stats", "STATS"], "between 0 and 1"),
+        (["compress", "demo", "-o", "OUT", "--retain", "0.0001", "--stats", "STATS"], "raise --retain"),
+        (["compress", "demo", "-o", "OUT", "--retain", "0.5", "--recipe", "magic"], "no recipe 'magic'"),
+        (["compress", "demo", "-o", "OUT", "--retain", "0.5", "--set", "metric.beta=1"], "metric.beta"),
+        (["compress", "demo", "-o", "OUT", "--retain", "0.5", "--set", "metric.gamma"], "has no value"),
+        (["compress", "demo", "-o", "OUT", "--retain", "0.5", "--recipe", "fwsvd", "--stats", "STATS"], "--gradients"),
+        (["compress", "demo", "-o", "OUT", "--retain", "0.5", "--stats", "OUT"], "no statistics directory"),
+        (["compress", "demo", "-o", "OUT", "--plan", "OUT/plan.json", "--stats", "STATS"], "is no plan"),
+        (["compress", "./nowhere", "-o", "OUT", "--retain", "0.5"], "./nowhere does not exist"),
+        (["calibrate", "demo", "-o", "OUT", "--text", "none", "--images", "none"], "needs samples"),
+        (["calibrate", "demo", "-o", "OUT", "--samples", "100000"], "has"),
+        (["calibrate", "demo", "-o", "OUT", "--text", "./missing.txt"], "missing.txt"),
+        (["evaluate", "demo", "--tasks", "chess"], "no evaluation task 'chess'"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_exit_code_2(
+    capsys: pytest.CaptureFixture[str], statistics: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    places = {"STATS": str(statistics), "OUT": str(tmp_path / "out")}
+    real = [places.get(a, a.replace("OUT/", f"{tmp_path}/out/")) for a in arguments]
+    code, _, err = run(capsys, *real)
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
