@@ -59,6 +59,11 @@ def _shape(rng: np.random.Generator) -> tuple[Image.Image, str, str]:
     return draw_scene(items, rng), f"Which shape is {items[0].colour}?", items[0].shape
 
 
+def plural(shape: str) -> str:
+    """The plural of a shape's name."""
+    return {"cross": "crosses"}.get(shape, shape + "s")
+
+
 def _count(rng: np.random.Generator) -> tuple[Image.Image, str, str]:
     wanted, other = _sample(rng, list(SHAPES), 2)
     count, distractors = int(rng.integers(1, 6)), int(rng.integers(0, 3))
@@ -69,8 +74,7 @@ def _count(rng: np.random.Generator) -> tuple[Image.Image, str, str]:
         )
         for i, (row, column) in enumerate(_cells(rng, count + distractors))
     ]
-    noun = {"cross": "crosses"}.get(wanted, wanted + "s")
-    return draw_scene(items, rng), f"How many {noun} are there?", str(count)
+    return draw_scene(items, rng), f"How many {plural(wanted)} are there?", str(count)
 
 
 def _position(rng: np.random.Generator) -> tuple[Image.Image, str, str]:
