@@ -55,9 +55,9 @@ def configuration() -> Any:
         image_size=SIZE, patch_size=PATCH, projection_dim=192,
     )  # fmt: skip
     text = LlamaConfig(
-        vocab_size=VOCABULARY + len(NAMES), hidden_size=256, intermediate_size=640, num_hidden_layers=6, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=None,
-        eos_token_id=END, pad_token_id=PAD,
+        vocab_size=VOCABULARY + len(NAMES), hidden_size=256, intermediate_size=640, num_hidden_layers=6,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=END, pad_token_id=PAD,
     )  # fmt: skip
     return LlavaConfig(
         vision_config=vision.to_dict(), text_config=text.to_dict(), image_token_index=IMAGE, vision_feature_layer=-1,
