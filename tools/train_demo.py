@@ -255,15 +255,15 @@ def optimiser(modules: list[torch.nn.Module]) -> torch.optim.Optimizer:
 
 def train(args: argparse.Namespace) -> None:
     """Train both stages; the rate follows the clock (see `--tower-minutes` and `--minutes`); logs to W/train.jsonl."""
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
     from transformers import LlavaForConditionalGeneration
 
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
-    model = LlavaForConditionalGeneration(configuration())
-    if args.init is not None:
-        model.load_state_dict({k: v.float() for k, v in load_file(args.init).items()}, strict=False)
-        model.tie_weights()
+    if args.init is None:
+        model = LlavaForConditionalGeneration(configuration())
+    else:
+        model = LlavaForConditionalGeneration.from_pretrained(args.init, dtype=torch.float32)
     tower = Tower(rng, model.config.vision_config.hidden_size)
     questions = Questions(args.work, rng, args.seed)
     corpus = torch.from_numpy(np.load(args.work / "text.npy").astype(np.int64))
@@ -354,7 +354,7 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, help="the docs folder of Django's source distribution (BSD licence)")
     parser.add_argument("--easy-vqa", type=Path, help="the data folder of the PyPI package easy-vqa (MIT licence)")
     parser.add_argument("--out", type=Path, help="where `assemble` writes the model directory")
-    parser.add_argument("--init", type=Path, help="safetensors file to continue from")
+    parser.add_argument("--init", type=Path, help="model directory to continue from")
     parser.add_argument("--tower-minutes", type=float, default=10.0)
     parser.add_argument("--minutes", type=float, default=45.0)
     parser.add_argument("--tower-batch", type=int, default=64, help="images in a step of the first stage")
