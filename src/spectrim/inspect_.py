@@ -5,8 +5,6 @@ then the loss that images suffer in the dropped directions is set against the lo
 """
 
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -21,6 +19,7 @@ from spectrim.anatomy import Anatomy, Linear, Place, anatomy
 from spectrim.calibrate import Statistics
 from spectrim.decompose import decompose
 from spectrim.errors import BudgetError, ReportError, StatisticsError
+from spectrim.files import write_whole
 from spectrim.linalg import check_finite
 
 ENERGY = 0.9  # share of the energy that the effective rank holds
@@ -237,7 +236,7 @@ def write(inspection: Inspection, directory: str | Path, *, plots: bool = True) 
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
-            _replace(directory / name, content)
+            write_whole(directory / name, content)
     except OSError as error:
         raise ReportError(f"{directory} cannot be written ({error}); free space or name another directory") from error
     return [directory / name for name in files]
@@ -341,18 +340,3 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _rounded(item) for key, item in value.items()}
     return [_rounded(item) for item in value] if isinstance(value, tuple | list) else value
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -243,7 +243,7 @@ def compress(
     if (retain is None) == (plan is None):
         raise BudgetError("give either a retention, such as 0.6, or a plan")
     source = None if isinstance(model, PreTrainedModel) else resolve(model)
-    loaded = model if isinstance(model, PreTrainedModel) else load(resolve(model))
+    loaded = model if isinstance(model, PreTrainedModel) else load(str(source))
     files = source or processor  # what a checkpoint copies: the directory where there is one
     if isinstance(found := processor or source, str | Path):
         processor = load_processor(found)
