@@ -29,6 +29,7 @@ from spectrim.demo import resolve
 from spectrim.evaluate import ImageQuestion, blind_questions, load_questions, perplexity, vqa
 from spectrim.evaluate.results import score
 from spectrim.pipeline import compression
+from spectrim.recipe import Recipe
 from spectrim.samples import load_text
 
 RECIPES = "jw-svd,svd-llm,asvd,fwsvd,svd"
@@ -78,6 +79,8 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int)
     parser.add_argument("--questions", type=int, default=100, help="of each task")
     parser.add_argument("--easy-vqa", type=Path, help="ask the test questions of this easy-vqa data folder instead")
+    parser.add_argument("--labels", default="given", help="of gradient passes: given or sampled")
+    parser.add_argument("--stats", type=Path, help="keep the statistics here, or use those that are here")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
@@ -104,13 +107,15 @@ def main() -> None:
         started = time.perf_counter()
         statistics = calibrate(
             model,
-            Path(scratch),
+            args.stats or Path(scratch),
             processor=processor,
             text=args.text,
             samples=args.samples,
             seqlen=args.seqlen,
             seed=args.seed,
-            gradients=any(name.startswith("fwsvd") for name in names),
+            labels=args.labels,
+            gradients=any(Recipe.read(name.partition(":")[0]).needs_gradients for name in names),
+            curvature=any(Recipe.read(name.partition(":")[0]).needs_curvature for name in names),
         )
         calibration = time.perf_counter() - started
         for name in names:
@@ -127,7 +132,8 @@ def main() -> None:
                         found = measure(small, processor, text, questions, args)
                     share = plan.bytes / plan.dense_bytes
                     seconds = {"decompose": decomposition, "plan_and_factor": budget}
-                    rows.append({"recipe": name, "retain": retain, "bytes": share, **found, "seconds": seconds})
+                    row = {"recipe": name, "retain": retain, "bytes": share, **found, "seconds": seconds}
+                    rows.append(row | {"predicted_loss": plan.loss})
                     print(json.dumps(rows[-1]), flush=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     report = {

@@ -13,24 +13,48 @@ from torch import nn
 
 from families import FAMILIES, example_inputs
 from spectrim.anatomy import anatomy
-from spectrim.layers import LowRankLinear, replace_linears
+from spectrim.layers import LowRankLinear, Rank, head_ranks, replace_linears
 
 MAIN = ("qwen2_5_vl", "llava", "idefics3", "llama")
 
 
-def factored(family: str, model: Any = None) -> hf.PreTrainedModel:
-    """A few-layer model with all its linears cut to a third of their rank; no two layers have the same factors."""
+def factored(family: str, model: Any = None, headwise: bool = False) -> hf.PreTrainedModel:
+    """A few-layer model with all its linears cut to a third of their rank; no two layers have the same factors.
+
+    With `headwise`, each head of every q, k and v has its own rank: a third of it, and more from head to head.
+    """
     model = FAMILIES[family]() if model is None else model
-    dense = {linear.name: model.get_submodule(linear.name).weight.detach() for linear in anatomy(model).linears}
-    replace_linears(model, {name: max(1, min(weight.shape) // 3) for name, weight in dense.items()})
+    linears = anatomy(model).linears
+    dense = {linear.name: model.get_submodule(linear.name).weight.detach() for linear in linears}
+    ranks: dict[str, Rank] = {name: max(1, min(weight.shape) // 3) for name, weight in dense.items()}
+    if headwise:
+        apart = {x.name: x.heads for x in linears if x.role in ("q", "k", "v") and x.heads}
+        assert apart
+        ranks |= {n: tuple(len(dense[n]) // heads // 3 + h for h in range(heads)) for n, heads in apart.items()}
+    replace_linears(model, ranks)
     for name, weight in dense.items():
-        layer = model.get_submodule(name)
-        U, s, Vh = torch.linalg.svd(weight.float(), full_matrices=False)
-        k = layer.rank
-        with torch.no_grad():
-            layer.A.weight.copy_(U[:, :k] * s[:k].sqrt())
-            layer.B.weight.copy_(s[:k, None].sqrt() * Vh[:k])
+        each = head_ranks(ranks[name])
+        A, B = zip(*(cut(rows, k) for rows, k in zip(weight.chunk(len(each)), each, strict=True)), strict=True)
+        model.get_submodule(name).load_factors(torch.block_diag(*A), torch.cat(B))
     return model
+
+
+def cut(weight: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best factors A [out, k] and B [k, in]."""
+    U, s, Vh = torch.linalg.svd(weight.float(), full_matrices=False)
+    return U[:, :k] * s[:k].sqrt(), s[:k, None].sqrt() * Vh[:k]
+
+
+def factor_pairs(layer: LowRankLinear) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """A_h [out / H, k_h] and B_h [k_h, in] of each head; one pair where the layer is factored as a whole."""
+    heads = [layer.A] if isinstance(layer.rank, int) else layer.A
+    parts = layer.B.weight.split(head_ranks(layer.rank))
+    return [(head.weight, part) for head, part in zip(heads, parts, strict=True)]
+
+
+def assembled(layer: LowRankLinear) -> torch.Tensor:
+    """A [out, sum of the ranks], zero outside the blocks of the heads."""
+    return torch.block_diag(*(A for A, _ in factor_pairs(layer)))
 
 
 @torch.no_grad()

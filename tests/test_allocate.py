@@ -40,7 +40,7 @@ def models(draw: st.DrawFn) -> dict[str, tuple[Linear, torch.Tensor]]:
 
 def options(model, rule: str) -> dict[str, Choice]:
     part = AllocationPart(rule=rule)
-    return {name: choice(part, one, s) for name, (one, s) in model.items()}
+    return {name: choice(part, one, s, None) for name, (one, s) in model.items()}
 
 
 def price(one: Linear, rank: int | None) -> int:
@@ -127,7 +127,7 @@ def threshold_ranks(model, values, at: float) -> dict[str, int | None]:
 
 VALUES = {
     "global-sigma": lambda one, s: s.sqrt(),
-    "global-energy": lambda one, s: s / s.sum() / (one.out_features + one.in_features),
+    "global-energy": lambda one, s: s / s.sum() / price(one, 1),
     "sensitivity": lambda one, s: s,
 }
 

@@ -16,6 +16,8 @@ import families
 from spectrim.anatomy import anatomy
 from spectrim.calibrate import Statistics, calibrate, hooks, run, snapshot
 from spectrim.calibrate.fingerprint import model_print
+from spectrim.calibrate.forms import Form
+from spectrim.calibrate.gradients import GradientWatch
 from spectrim.calibrate.manifest import MANIFEST
 from spectrim.calibrate.moments import Sums
 from spectrim.calibrate.passes import prepared, run_batch
@@ -284,16 +286,24 @@ class Twice(nn.Module):
         return self.a(self.a(x).tanh())
 
 
-def test_fisher_of_a_linear_that_runs_twice_squares_the_whole_gradient():
-    model, x, sums = Twice().double(), torch.randn(4, 3, dtype=torch.float64), Sums(CPU)
+def test_a_linear_that_runs_twice_is_one_gradient():
+    model, x, sums = Twice().double(), torch.randn(4, 3, dtype=torch.float64, requires_grad=True), Sums(CPU)
+    calls = []
+    model.a.register_full_backward_hook(lambda module, grad_in, grad_out: calls.append(grad_out[0]))
     model(x).square().sum().backward()
-    expected = model.a.weight.grad.square().sum(0)
+    gradient, expected = model.a.weight.grad, sum(g.T @ g for g in calls)
     model.requires_grad_(False)
-    everything = Positions((1, 4), None, None, 0)
-    with hooks.Watch({anatomy(model).linears[0]: model.a}, sums, everything, gradient_scale=1.0) as watch:
+    everything, linear = Positions((1, 4), None, None, 0), anatomy(model).linears[0]
+    with GradientWatch({linear: model.a}, sums, everything, {"a": Form("full")}, fisher=1.0) as watch:
         model(x).square().sum().backward()
-    watch.finish("batch")
-    torch.testing.assert_close(sums.fisher["a"], expected)
+    watch.finish("sample")
+    torch.testing.assert_close(sums.fisher["a"], gradient.square().sum(0))
+    torch.testing.assert_close(sums.outputs["a"].sums["output"], expected)
+    torch.testing.assert_close(sums.outputs["a"].traces[1, 0], gradient.square().sum())
+    assert sums.outputs["a"].count == 8
+    with hooks.Watch({linear: model.a}, sums, everything) as plain:
+        model(x)
+    plain.finish("batch")
     assert sums.moments["a"].count == 8
 
 
@@ -315,12 +325,18 @@ def stop_at(count):
 
 
 @pytest.mark.usefixtures("snapshots_after_every_batch")
-@pytest.mark.parametrize("stop", [1, 4, 6, 7, 11])
-@pytest.mark.parametrize("gradients", [False, True])
-def test_a_killed_run_resumes_bit_for_bit(words, pictures, tmp_path, stop, gradients):
+@pytest.mark.parametrize("stop", [1, 4, 6, 7, 11, 14, 22])
+@pytest.mark.parametrize(
+    ("extra", "total"),
+    [({}, 12), ({"gradients": True}, 18), ({"curvature": True, "answer_tokens": 3}, 24)],
+    ids=["plain", "gradients", "curvature"],
+)
+def test_a_killed_run_resumes_bit_for_bit(words, pictures, tmp_path, stop, extra, total):
+    if stop > total:
+        pytest.skip("the run has ended by then")
     model = tiny("llava", torch.float32)
     options = {"processor": llava_processor(), "text": words, "images": pictures, "samples": 6, "seqlen": 12}
-    options |= {"batch_size": 2, "checkpoint_seconds": 0, "gradients": gradients}
+    options |= {"batch_size": 2, "checkpoint_seconds": 0, **extra}
     whole = calibrate(model, tmp_path / "whole", **options)
     with pytest.raises(StopError):
         calibrate(model, tmp_path / "killed", **options, progress=stop_at(stop))
@@ -330,10 +346,10 @@ def test_a_killed_run_resumes_bit_for_bit(words, pictures, tmp_path, stop, gradi
     resumed = calibrate(model, tmp_path / "killed", **options, progress=lambda done, total: seen.append((done, total)))
     assert_same_bits(tmp_path / "whole", tmp_path / "killed")
     assert resumed.manifest.gathered["image"].counts == whole.manifest.gathered["image"].counts
-    assert seen[-1] == (12, 12)
-    # The stop comes before the snapshot of its batch, so that the batch before it counts.
-    before = {1: 0, 4: 3, 6: 5, 7: 6, 11: 10} if gradients else {1: 0, 4: 2, 6: 4, 7: 6, 11: 10}
-    assert seen[0] == (before[stop], 12)
+    assert seen[-1] == (total, total)
+    # The stop comes before the snapshot of its batch, so that the batch before it counts; gradients come one by one.
+    before = {1: 0, 4: 2, 6: 4, 7: 6, 11: 10, 14: 13, 22: 21}
+    assert seen[0] == (before[stop], total)
     files = {file.name for part in resumed.manifest.gathered.values() for file in part.files.values()}
     assert {path.name for path in (tmp_path / "killed").iterdir()} == files | {MANIFEST}
 
@@ -436,7 +452,7 @@ def first_file(directory):
         (lambda d: (d / MANIFEST).write_bytes((d / MANIFEST).read_bytes()[:-40]), "cannot be read"),
         (lambda d: (d / MANIFEST).write_text("[]"), "was not written by spectrim"),
         (lambda d: damage_manifest(d, format="other"), "was not written by spectrim"),
-        (lambda d: damage_manifest(d, version=2), "statistics format 2 and this spectrim reads 1"),
+        (lambda d: damage_manifest(d, version=9), "statistics format 9 and this spectrim reads 2"),
         (lambda d: damage_manifest(d, extra=2), "is damaged at 'extra'"),
         (lambda d: damage_manifest(d, complete=False), "was interrupted"),
         (lambda d: first_file(d).unlink(), "layers.0.*missing or truncated"),
@@ -474,7 +490,9 @@ def test_infinite_gradients_are_named(words, tmp_path):
     model = tiny("llama", torch.float32)
     with torch.no_grad():  # gradients of 1e25 and more, whose squares overflow
         model.lm_head.weight.mul_(1e25)
-    with pytest.raises(NumericalError, match=r"the gradient of model\.layers\.1\.mlp\.down_proj at text batch 1;"):
+    with pytest.raises(
+        NumericalError, match=r"the gradient of model\.layers\.1\.mlp\.down_proj at text sample 1 \(gradients\);"
+    ):
         calibrate(model, tmp_path / "s", **llama_options(words), gradients=True)
 
 

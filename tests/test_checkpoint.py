@@ -7,7 +7,7 @@ import transformers as hf
 from safetensors.torch import load_file
 from torch import nn
 
-from compressed import MAIN, config_of, edited, factored, logits, low_rank
+from compressed import MAIN, config_of, edited, factor_pairs, factored, logits, low_rank
 from families import FAMILIES, example_inputs, text_inputs
 from spectrim.anatomy import anatomy
 from spectrim.checkpoint import (
@@ -19,19 +19,23 @@ from spectrim.checkpoint import (
 )
 from spectrim.errors import ModelError
 
+forms = pytest.mark.parametrize("headwise", [False, True], ids=["whole", "headwise"])
 
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+
+@pytest.fixture(scope="module", params=[False, True], ids=["whole", "headwise"])
+def llama(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved compressed language model; tests that change it work on a copy."""
-    return save(factored("llama"), tmp_path_factory.mktemp("llama") / "small", provenance={"recipe": "svd"})
+    model = factored("llama", headwise=request.param)
+    return save(model, tmp_path_factory.mktemp("llama") / "small", provenance={"recipe": "svd"})
 
 
 # ---- the same model comes back ----
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_reloaded_logits_are_equal_to_the_last_bit(family: str, tmp_path: Path) -> None:
-    model = factored(family)
+@forms
+def test_reloaded_logits_are_equal_to_the_last_bit(family: str, headwise: bool, tmp_path: Path) -> None:
+    model = factored(family, headwise=headwise)
     expected = logits(model)
     assert expected.isfinite().all()
     ranks = {name: layer.rank for name, layer in low_rank(model).items()}
@@ -44,8 +48,9 @@ def test_reloaded_logits_are_equal_to_the_last_bit(family: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("family", MAIN)
-def test_plain_transformers_does_the_same(family: str, tmp_path: Path) -> None:
-    model = attach(factored(family))
+@forms
+def test_plain_transformers_does_the_same(family: str, headwise: bool, tmp_path: Path) -> None:
+    model = attach(factored(family, headwise=headwise))
     model.save_pretrained(tmp_path)
     auto = hf.AutoModelForCausalLM if family == "llama" else hf.AutoModelForImageTextToText
     again, report = auto.from_pretrained(tmp_path, output_loading_info=True)
@@ -55,8 +60,10 @@ def test_plain_transformers_does_the_same(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", MAIN)
-def test_saving_what_was_loaded_changes_no_byte(family: str, tmp_path: Path) -> None:
-    fresh = save(factored(family), tmp_path / "fresh")  # transformers notes the dtype of sub-configs on loading
+@forms
+def test_saving_what_was_loaded_changes_no_byte(family: str, headwise: bool, tmp_path: Path) -> None:
+    model = factored(family, headwise=headwise)
+    fresh = save(model, tmp_path / "fresh")  # transformers notes the dtype of sub-configs on loading
     first = save(load(fresh), tmp_path / "a")
     second = save(load(first), tmp_path / "b")
     assert (fresh / "model.safetensors").read_bytes() == (first / "model.safetensors").read_bytes()
@@ -66,9 +73,10 @@ def test_saving_what_was_loaded_changes_no_byte(family: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("family", MAIN)
-def test_low_precision_keeps_its_dtype(family: str, tmp_path: Path) -> None:
+@forms
+def test_low_precision_keeps_its_dtype(family: str, headwise: bool, tmp_path: Path) -> None:
     FAMILIES[family]().to(torch.bfloat16).save_pretrained(tmp_path / "dense")
-    model = factored(family, model=load(tmp_path / "dense"))
+    model = factored(family, model=load(tmp_path / "dense"), headwise=headwise)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     save(model, tmp_path / "a")
     again = load(tmp_path / "a")
@@ -78,8 +86,9 @@ def test_low_precision_keeps_its_dtype(family: str, tmp_path: Path) -> None:
     assert {parameter.dtype for parameter in wide.parameters()} == {torch.float32}
 
 
-def test_tied_weights_stay_tied(tmp_path: Path) -> None:
-    model = factored("qwen2")
+@forms
+def test_tied_weights_stay_tied(headwise: bool, tmp_path: Path) -> None:
+    model = factored("qwen2", headwise=headwise)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     save(model, tmp_path / "a")
     assert not any("lm_head" in name for name in load_file(tmp_path / "a" / "model.safetensors"))
@@ -89,8 +98,9 @@ def test_tied_weights_stay_tied(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", MAIN)
-def test_shards(family: str, tmp_path: Path) -> None:
-    model = factored(family)
+@forms
+def test_shards(family: str, headwise: bool, tmp_path: Path) -> None:
+    model = factored(family, headwise=headwise)
     save(model, tmp_path / "a", max_shard_size="60KB")
     assert len(list((tmp_path / "a").glob("model-*.safetensors"))) > 2
     assert torch.equal(logits(load(tmp_path / "a")), logits(model))
@@ -113,8 +123,9 @@ def test_weights_offloaded_to_disk_run_but_cannot_be_merged(llama: Path, tmp_pat
 
 
 @pytest.mark.parametrize("family", MAIN)
-def test_generates_the_same_tokens(family: str, tmp_path: Path) -> None:
-    model = factored(family)
+@forms
+def test_generates_the_same_tokens(family: str, headwise: bool, tmp_path: Path) -> None:
+    model = factored(family, headwise=headwise)
     inputs = example_inputs(model)
     settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
     expected = model.generate(**inputs, **settings)
@@ -136,8 +147,7 @@ def test_factors_are_trainable(llama: Path) -> None:
     inputs = text_inputs(model)
     model(**inputs, labels=inputs["input_ids"]).loss.backward()
     for layer in low_rank(model).values():
-        assert layer.A.weight.grad.any()
-        assert layer.B.weight.grad.any()
+        assert all(parameter.grad.any() for parameter in (*layer.A.parameters(), *layer.B.parameters()))
     assert model.hf_quantizer.is_trainable
     assert model.half().dtype == torch.float16  # transformers forbids it for quantised models
 
@@ -155,6 +165,18 @@ def test_names_of_qwen2_5_vl(tmp_path: Path) -> None:
     ranks = config_of(save(factored("qwen2_5_vl"), tmp_path / "a"))["quantization_config"]["ranks"]
     assert ranks["model.layers.1.self_attn.q_proj"] == 64 // 3
     assert not any(name.startswith("model.language_model") for name in ranks)
+    apart = config_of(save(factored("qwen2_5_vl", headwise=True), tmp_path / "b"))["quantization_config"]["ranks"]
+    assert apart["model.layers.1.self_attn.q_proj"] == [5, 6, 7, 8]  # query heads
+    assert apart["model.layers.1.self_attn.k_proj"] == apart["model.layers.1.self_attn.v_proj"] == [5, 6]
+    assert apart.keys() == ranks.keys()
+    stored = load_file(tmp_path / "b" / "model.safetensors")
+    assert {n: tuple(t.shape) for n, t in stored.items() if n.startswith("model.layers.1.self_attn.v_proj")} == {
+        "model.layers.1.self_attn.v_proj.A.0.weight": (16, 5),
+        "model.layers.1.self_attn.v_proj.A.1.weight": (16, 6),
+        "model.layers.1.self_attn.v_proj.B.weight": (11, 64),
+        "model.layers.1.self_attn.v_proj.bias": (32,),
+        "model.layers.1.self_attn.v_proj.weight": (0,),
+    }
 
 
 def test_names_of_llava() -> None:
@@ -177,14 +199,15 @@ def test_names_are_those_of_the_files_and_lead_back(family: str, tmp_path: Path)
     assert runtime_names(model, names.values()) == {stored_name: name for name, stored_name in names.items()}
 
 
-def test_names_follow_the_file_that_the_model_came_from(tmp_path: Path) -> None:
+@forms
+def test_names_follow_the_file_that_the_model_came_from(headwise: bool, tmp_path: Path) -> None:
     """Published LLaVA files have one more prefix in the tower, which transformers 5 drops at run time."""
     dense = FAMILIES["llava"]()
     dense.save_pretrained(tmp_path)
     with edited(tmp_path) as tensors:
         for name in [name for name in tensors if name.startswith("vision_tower.")]:
             tensors[name.replace("vision_tower.", "vision_tower.vision_model.")] = tensors.pop(name)
-    model = factored("llava", model=load(tmp_path))
+    model = factored("llava", model=load(tmp_path), headwise=headwise)
     expected = logits(model)
     ranks = config_of(save(model, tmp_path / "a"))["quantization_config"]["ranks"]
     assert "vision_tower.vision_model.encoder.layers.0.mlp.fc1" in ranks
@@ -196,9 +219,12 @@ def test_names_follow_the_file_that_the_model_came_from(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", MAIN)
-def test_dequantize_multiplies_the_factors_and_leaves_a_plain_model(family: str, tmp_path: Path) -> None:
-    model = load(save(factored(family), tmp_path / "a"))
-    products = {name: layer.A.weight @ layer.B.weight for name, layer in low_rank(model).items()}
+@forms
+def test_dequantize_multiplies_the_factors_and_leaves_a_plain_model(
+    family: str, headwise: bool, tmp_path: Path
+) -> None:
+    model = load(save(factored(family, headwise=headwise), tmp_path / "a"))
+    products = {name: torch.cat([A @ B for A, B in factor_pairs(layer)]) for name, layer in low_rank(model).items()}
     biases = {name: layer.bias for name, layer in low_rank(model).items()}
     before = logits(model)
     assert model.dequantize() is model
@@ -215,8 +241,9 @@ def test_dequantize_multiplies_the_factors_and_leaves_a_plain_model(family: str,
     torch.testing.assert_close(logits(dense), logits(model), rtol=1e-6, atol=1e-7)
 
 
-def test_dequantize_before_saving_and_to_another_dtype() -> None:
-    model = attach(factored("llama"))
+@forms
+def test_dequantize_before_saving_and_to_another_dtype(headwise: bool) -> None:
+    model = attach(factored("llama", headwise=headwise))
     model.dequantize(dtype=torch.bfloat16)
     assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
     assert not hasattr(model.config, "quantization_config")

@@ -30,9 +30,20 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(factored("llama"), tmp_path_factory.mktemp("llama") / "small", provenance={"recipe": "svd"})
 
 
+@pytest.fixture(scope="module")
+def headwise(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with ranks by head: four for LAYER."""
+    return save(factored("llama", headwise=True), tmp_path_factory.mktemp("headwise") / "small")
+
+
 @pytest.fixture
 def llama_copy(llama: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(llama, tmp_path / "copy"))
+
+
+@pytest.fixture
+def headwise_copy(headwise: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(headwise, tmp_path / "headwise"))
 
 
 def edit_config(directory: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -48,6 +59,38 @@ def test_a_missing_tensor_is_an_error(llama_copy: Path, tensor: str, reader: Cal
         del tensors[tensor]
     with pytest.raises(CheckpointError, match=tensor):
         reader(llama_copy)
+
+
+@pytest.mark.parametrize("tensor", [f"{LAYER}.A.0.weight", f"{LAYER}.A.3.weight", f"{LAYER}.B.weight"])
+def test_a_missing_head_is_an_error(headwise_copy: Path, tensor: str) -> None:
+    with edited(headwise_copy) as tensors:
+        del tensors[tensor]
+    with pytest.raises(CheckpointError, match=tensor):
+        load(headwise_copy)
+
+
+@pytest.mark.parametrize(
+    ("rank", "message"),
+    [
+        ([8, 7, 6, 5], rf"{LAYER}\.A\.0\.weight"),  # as many numbers in all
+        ([5, 6, 7, 9], rf"{LAYER}\.A\.3\.weight, {LAYER}\.B\.weight"),
+        ([5, 21], rf"{LAYER}\.A\.0\.weight"),
+        (26, rf"{LAYER}\.A\.weight"),
+        ([5, 6, 15], rf"quantization_config does not fit the model: '{LAYER}': 64 outputs are not 3 equal heads"),
+    ],
+)
+def test_heads_of_other_ranks_are_an_error(headwise_copy: Path, rank: Any, message: str) -> None:
+    assert config_of(headwise_copy)["quantization_config"]["ranks"][LAYER] == [5, 6, 7, 8]
+    edit_config(headwise_copy, lambda config: config["ranks"].update({LAYER: rank}))
+    with pytest.raises(CheckpointError, match=message):
+        load(headwise_copy)
+
+
+def test_ranks_by_head_for_a_layer_that_was_factored_as_a_whole_are_an_error(llama_copy: Path) -> None:
+    rank = config_of(llama_copy)["quantization_config"]["ranks"][LAYER]
+    edit_config(llama_copy, lambda config: config["ranks"].update({LAYER: [1, 1, 1, rank - 3]}))
+    with pytest.raises(CheckpointError, match=rf"{LAYER}\.A\.0\.weight"):
+        load(llama_copy)
 
 
 def test_a_missing_bias_is_an_error(tmp_path: Path) -> None:
@@ -97,7 +140,12 @@ def test_a_state_dict_without_the_factors_is_an_error(llama: Path) -> None:
         ({"ranks": {}}, "no ranks"),
         ({"ranks": {LAYER: 0}}, "the rank 0"),
         ({"ranks": {LAYER: 2.5}}, r"the rank 2\.5"),
-        ({"ranks": {"model.layers.9.self_attn.q_proj": 3}}, r"model\.layers\.9\.self_attn\.q_proj\.A"),
+        ({"ranks": {LAYER: []}}, r"the rank \[\]"),
+        ({"ranks": {LAYER: [3, 3, 0, 3]}}, r"the rank \[3, 3, 0, 3\]"),
+        ({"ranks": {LAYER: [3, "3"]}}, r"the rank \[3, '3'\]"),
+        ({"ranks": {LAYER: "33"}}, "the rank '33'"),
+        ({"ranks": [LAYER]}, "no ranks"),
+        ({"ranks": {"model.layers.9.self_attn.q_proj": 3}}, r"model\.layers\.9\.self_attn\.q_proj\.B"),
     ],
 )
 def test_a_config_that_cannot_be_obeyed_is_an_error(llama_copy: Path, change: dict[str, Any], message: str) -> None:
@@ -123,7 +171,7 @@ WITHOUT_SPECTRIM = """
 import json, sys
 import transformers
 from transformers import AutoModel, AutoModelForCausalLM
-small, resaved, dense = sys.argv[1:]
+small, resaved, headwise, dense = sys.argv[1:]
 def attempt(auto, directory, **kwargs):
     try:
         auto.from_pretrained(directory, **kwargs)
@@ -134,25 +182,29 @@ print(json.dumps([
     attempt(AutoModelForCausalLM, small),
     attempt(AutoModel, small),
     attempt(AutoModelForCausalLM, resaved),
+    attempt(AutoModelForCausalLM, headwise),
     attempt(AutoModelForCausalLM, small, fusion_config={}),
+    attempt(AutoModelForCausalLM, headwise, fusion_config={}),
     attempt(AutoModelForCausalLM, dense),
     "spectrim" in sys.modules,
 ]))
 """
 
 
-def test_without_spectrim_transformers_refuses_to_load(llama: Path, tmp_path: Path) -> None:
+def test_without_spectrim_transformers_refuses_to_load(llama: Path, headwise: Path, tmp_path: Path) -> None:
     model = load(llama)
     model.save_pretrained(tmp_path / "resaved")
     model.dequantize().save_pretrained(tmp_path / "dense")
     run = subprocess.run(
-        [sys.executable, "-c", WITHOUT_SPECTRIM, llama, tmp_path / "resaved", tmp_path / "dense"],
+        [sys.executable, "-c", WITHOUT_SPECTRIM, llama, tmp_path / "resaved", headwise, tmp_path / "dense"],
         capture_output=True, text=True, check=True, timeout=120,
     )  # fmt: skip
-    plain, base, resaved, unguarded, dense, imported = json.loads(run.stdout.splitlines()[-1])
-    for outcome in (plain, base, resaved):
+    *guarded, unguarded, unguarded_headwise, dense, imported = json.loads(run.stdout.splitlines()[-1])
+    assert len(guarded) == 4
+    for outcome in guarded:
         assert outcome.startswith("ValueError")
         assert "`import spectrim` before from_pretrained" in outcome
-    assert unguarded.startswith("RuntimeError")  # the shapes of the dense weights do not fit
+    for outcome in (unguarded, unguarded_headwise):
+        assert outcome.startswith("RuntimeError")  # the shapes of the dense weights do not fit
     assert dense == "loaded"
     assert not imported

@@ -113,7 +113,7 @@ def test_inspect_writes_its_findings(capsys: pytest.CaptureFixture[str], statist
         (["compress", "demo", "-o", "OUT", "--retain", "1.5", "--stats", "STATS"], "between 0 and 1"),
         (["compress", "demo", "-o", "OUT", "--retain", "0.0001", "--stats", "STATS"], "raise --retain"),
         (["compress", "demo", "-o", "OUT", "--retain", "0.5", "--recipe", "magic"], "no recipe 'magic'"),
-        (["compress", "demo", "-o", "OUT", "--retain", "0.5", "--set", "metric.beta=1"], "metric.beta"),
+        (["compress", "demo", "-o", "OUT", "--retain", "0.5", "--set", "metric.bta=1"], "metric.bta"),
         (["compress", "demo", "-o", "OUT", "--retain", "0.5", "--set", "metric.gamma"], "has no value"),
         (["compress", "demo", "-o", "OUT", "--retain", "0.5", "--recipe", "fwsvd", "--stats", "STATS"], "--gradients"),
         (["compress", "demo", "-o", "OUT", "--retain", "0.5", "--stats", "OUT"], "no statistics directory"),

@@ -188,8 +188,8 @@ def test_refusals(llava, inspection, tmp_path, monkeypatch):
     model, statistics = llava
     with pytest.raises(BudgetError, match=r"retention of 1\.5 is impossible"):
         inspect(model, statistics, retain=1.5)
-    gathered = {"image": statistics.manifest.gathered["image"]}
-    images = Statistics(statistics.path, statistics.manifest.model_copy(update={"gathered": gathered}))
+    data = statistics.manifest.data.model_copy(update={"text": None})
+    images = Statistics(statistics.path, statistics.manifest.model_copy(update={"data": data}))
     with pytest.raises(StatisticsError, match=r"no text moments.*calibrate with a text source"):
         inspect(model, images)
     with pytest.raises(StatisticsError, match="another model"):

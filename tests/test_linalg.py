@@ -5,9 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spectrim.curvature import OutputMetric
 from spectrim.decompose import Spectrum, decompose, factors
 from spectrim.errors import NumericalError
-from spectrim.linalg import check_finite, projection_basis, root, symmetric_root
+from spectrim.linalg import BlockRoot, check_finite, projection_basis, root
 
 SHAPES = [(5, 9), (9, 5), (7, 7), (1, 6), (6, 1)]
 
@@ -22,7 +23,7 @@ def orthogonal(size: int, seed: int) -> torch.Tensor:
 
 def ranked(found: Spectrum, W: torch.Tensor, k: int) -> torch.Tensor:
     """The approximation of rank k, as the product of the factors."""
-    A, B = factors(W, found.U[:, :k], found.s[:k])
+    A, B = factors(W, found.s[:k], found.P[:, :k])
     return A @ B
 
 
@@ -51,16 +52,16 @@ def test_laws_of_the_projection(problem):
     found = decompose(W, C)
     size = min(W.shape)
     assert found.s.shape == (size,)
-    assert found.U.shape == (W.shape[0], size)
+    assert found.P.shape == (W.shape[0], size)
     assert (found.s >= 0).all()
     assert (found.s.diff() <= 0).all()
-    close(found.U.T @ found.U, torch.eye(size, dtype=torch.float64))
+    close(found.P.T @ found.P, torch.eye(size, dtype=torch.float64))
     close(ranked(found, W, size), W)
     energy = (X @ W.T).square().sum()
     for k in range(1, size + 1):
         approximation = ranked(found, W, k)
         assert approximation.isfinite().all()
-        close(found.U[:, :k] @ (found.U[:, :k].T @ W), approximation)
+        close(found.P[:, :k] @ (found.P[:, :k].T @ W), approximation)
         error = (X @ (W - approximation).T).square().sum()
         torch.testing.assert_close(error, found.s[k:].sum(), rtol=1e-7, atol=1e-9 * float(energy))
     torch.testing.assert_close(energy, found.s.sum(), rtol=1e-9, atol=0)
@@ -146,10 +147,10 @@ def test_zero_weight(shape, metric):
     X = normal(2, shape[1])
     found = decompose(torch.zeros(shape), None if metric is None else X.T @ X)
     assert not found.s.any()
-    A, B = factors(torch.zeros(shape), found.U, found.s)
+    A, B = factors(torch.zeros(shape), found.s, found.P)
     assert A.isfinite().all()
     assert not (A @ B).any()
-    close(found.U.T @ found.U, torch.eye(min(shape), dtype=torch.float64))
+    close(found.P.T @ found.P, torch.eye(min(shape), dtype=torch.float64))
 
 
 def test_unseen_directions_come_by_energy():
@@ -169,13 +170,14 @@ def test_output_metric(shape):
     """‖L (W − Ŵ) R‖² = Σ_{i>k} s_i, and no other matrix of that rank does better."""
     out, size = shape
     W, X, g = normal(*shape), normal(50, size, seed=1), normal(50, out, seed=2)
-    L, inverse = symmetric_root(g.T @ g / 50 + 0.01 * torch.eye(out, dtype=torch.float64))
-    close(L @ L, g.T @ g / 50 + 0.01 * torch.eye(out, dtype=torch.float64))
-    close(L @ inverse, torch.eye(out, dtype=torch.float64))
-    found = decompose(W, X.T @ X, L)
+    G = g.T @ g / 50 + 0.01 * torch.eye(out, dtype=torch.float64)
+    found = decompose(W, X.T @ X, OutputMetric((BlockRoot(G[None]),), torch.tensor([0.5], dtype=torch.float64)))
+    L = torch.linalg.cholesky(G).T
     sigma = torch.linalg.svdvals(L @ W @ X.T)
+    close(found.Q.T @ found.P, torch.eye(min(shape), dtype=torch.float64))
+    close(found.loss, found.s / 2)
     for k in range(1, min(shape) + 1):
-        A, B = factors(W, found.U[:, :k], found.s[:k], L, inverse)
+        A, B = factors(W, found.s[:k], found.P[:, :k], found.Q[:, :k])
         error = (L @ (W - A @ B) @ X.T).square().sum()
         torch.testing.assert_close(error, found.s[k:].sum(), rtol=1e-7, atol=1e-9 * float(found.s.sum()))
         torch.testing.assert_close(error, sigma[k:].square().sum(), rtol=1e-7, atol=1e-9 * float(found.s.sum()))
@@ -186,7 +188,7 @@ def test_output_metric(shape):
 def test_factors_split_the_values_evenly(shape):
     W, X = normal(*shape), normal(30, shape[1], seed=1)
     found = decompose(W, X.T @ X)
-    A, B = factors(W, found.U, found.s)
+    A, B = factors(W, found.s, found.P)
     close(A.square().sum(0), found.s.sqrt())
     close((X @ B.T).square().sum(0), found.s.sqrt())
 

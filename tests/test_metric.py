@@ -11,7 +11,7 @@ from spectrim.anatomy import Linear
 from spectrim.calibrate import Moment, Statistics
 from spectrim.calibrate.moments import GradMoment
 from spectrim.errors import NumericalError, RecipeError
-from spectrim.metric import input_metric, joint_second_moment
+from spectrim.metric import joint_second_moment, layer_metric
 from spectrim.recipe import MetricPart, Recipe
 
 IN = 6
@@ -37,7 +37,8 @@ class Stub:
 
     @property
     def manifest(self):
-        return SimpleNamespace(gathered=self.moments, settings=SimpleNamespace(gradients=self.gradients is not None))
+        settings = SimpleNamespace(gradients=self.gradients is not None, curvature=False)
+        return SimpleNamespace(data=SimpleNamespace(modalities=tuple(self.moments)), settings=settings)
 
     def moment(self, linear: str, modality: str) -> Moment | None:
         return self.moments.get(modality, {}).get(linear)
@@ -57,7 +58,7 @@ def test_the_stub_has_what_metrics_read():
 
 
 def metric(part: MetricPart, linear: Linear = BACKBONE, statistics=BOTH):
-    return input_metric(part, linear, statistics)
+    return layer_metric(part, linear, statistics)
 
 
 def test_identity_reads_no_statistics():

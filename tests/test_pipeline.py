@@ -163,9 +163,9 @@ def test_applied_restores_after_a_factor_that_is_not_finite(calibrated):
         real = prepared.spectra.directions
         last = list(plan.ranks)[-1]
 
-        def broken(name, rank):
-            s, U = real(name, rank)
-            return s, U * torch.nan if name == last else U
+        def broken(name, rank, device):
+            s, P, Q = real(name, rank, device)
+            return s, P * torch.nan if name == last else P, Q
 
         prepared.spectra.directions = broken
         with pytest.raises(NumericalError, match=f"the factor A of {last} holds NaN"), prepared.applied(plan):

@@ -7,6 +7,7 @@ import pytest
 import families
 from spectrim.anatomy import anatomy
 from spectrim.errors import BudgetError
+from spectrim.layers import LowRankLinear
 from spectrim.plan import Plan, plan_row
 
 
@@ -67,6 +68,58 @@ def test_an_edited_rank_is_read_back(parts, plan, file):
     assert read.linears[first].bytes == 7 * 4 * (known.out_features + known.in_features)
     assert list(read.linears) == [linear.name for linear in parts.linears]
     assert (read.recipe, read.retain) == ("svd", 0.5)
+
+
+def test_ranks_by_head_are_counted_written_and_read_back(parts, plan, file):
+    q, k = (next(linear for linear in parts.linears if linear.role == role) for role in "qk")
+    assert (q.out_features, q.in_features, q.heads, k.heads) == (64, 64, 4, 2)
+    assert plan_row(q, (3, 1, 16, 2)).bytes == 4 * (3 + 1 + 16 + 2) * (16 + 64)
+    layer = LowRankLinear(q.in_features, q.out_features, (3, 1, 16, 2), bias=False)
+    assert plan_row(q, (3, 1, 16, 2)).bytes == sum(parameter.nbytes for parameter in layer.parameters())
+
+    edit(file, lambda content: content["linears"][q.name].update(rank=[3, 1, 16, 2]))
+    edit(file, lambda content: content["linears"][k.name].update(rank=[5, 4]))
+    read = Plan.read(file, parts)
+    assert read.ranks == {**plan.ranks, q.name: (3, 1, 16, 2), k.name: (5, 4)}
+    assert read.linears[k.name].bytes == 4 * 9 * (16 + 64)
+    assert '"rank": [3, 1, 16, 2],\n' in read.json()
+    file.write_text(read.json())
+    assert Plan.read(file, parts) == read
+
+
+@pytest.mark.parametrize(
+    ("role", "rank", "message"),
+    [
+        ("q", [3, 3], "ranks for 2 heads; it has 4"),
+        ("k", [3, 3, 3, 3], "ranks for 4 heads; it has 2"),
+        ("v", [17, 3], "rank 17; it can have 16 at most"),
+        ("o", [3, 3, 3, 3], "ranks by head, which only a q, k or v"),
+        ("up", [3, 3], "ranks by head, which only a q, k or v"),
+        ("q", [3, 3, 0, 3], "rank: Input should be greater"),
+        ("q", [], "rank: Input should be greater"),
+        ("q", "three", "rank: .*valid integer"),
+    ],
+)
+def test_misfits_by_head_are_named(parts, file, role, rank, message):
+    name = next(linear.name for linear in parts.linears if linear.role == role)
+    edit(file, lambda content: content["linears"][name].update(rank=rank))
+    with pytest.raises(BudgetError, match=f"{name}.*{message}"):
+        Plan.read(file, parts)
+
+
+def test_the_loss_of_a_plan_is_the_sum_over_its_rows(parts, plan):
+    first, second, third = parts.linears[:3]
+    assert plan.loss is None
+    rows = {
+        **plan.linears,
+        first.name: plan_row(first, 2, loss=0.5),
+        second.name: plan_row(second, None, loss=0.0),
+        third.name: plan_row(third, 3, loss=0.25),
+    }
+    predicted = plan.model_copy(update={"linears": rows})
+    assert predicted.loss == 0.75
+    assert json.loads(predicted.json())["linears"][third.name]["loss"] == 0.25
+    assert predicted.fitted(parts).loss is None  # a note, which may be that of another rank
 
 
 def test_a_plan_object_is_held_to_the_same(parts, plan):

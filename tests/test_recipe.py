@@ -25,7 +25,7 @@ def test_built_in_recipes_are_whole(name):
 
 
 def test_built_in_recipes_are_those_of_the_papers():
-    assert builtin_names() == ("asvd", "fwsvd", "jw-svd", "svd", "svd-llm")
+    assert builtin_names() == ("asvd", "curvature", "fwsvd", "jw-svd", "laser", "svd", "svd-llm")
     kinds = {name: Recipe.read(name).metric.kind for name in builtin_names()}
     assert kinds == {
         "svd": "identity",
@@ -33,7 +33,11 @@ def test_built_in_recipes_are_those_of_the_papers():
         "asvd": "activation-diagonal",
         "svd-llm": "whitening",
         "jw-svd": "whitening",
+        "curvature": "curvature",
+        "laser": "curvature",
     }
+    assert {name for name in builtin_names() if Recipe.read(name).needs_curvature} == {"curvature", "laser"}
+    assert {name for name in builtin_names() if Recipe.read(name).metric.per_head} == {"laser"}
     assert {name for name in builtin_names() if Recipe.read(name).needs_gradients} == {"fwsvd"}
     assert {name for name in builtin_names() if not Recipe.read(name).needs_statistics} == {"svd"}
     assert Recipe.read("svd", {"allocation.rule": "sensitivity"}).needs_statistics
@@ -109,5 +113,10 @@ def test_binary_and_missing_files_are_named(tmp_path):
 
 
 def test_unknown_name_lists_the_known_ones():
-    with pytest.raises(RecipeError, match=r"no recipe 'jwsvd'; choose from asvd, fwsvd, jw-svd"):
+    with pytest.raises(RecipeError, match=r"no recipe 'jwsvd'; choose from asvd, curvature, fwsvd, jw-svd"):
         Recipe.read("jwsvd")
+
+
+def test_loss_aware_needs_curvature():
+    with pytest.raises(RecipeError, match="'loss-aware' needs predicted losses; set metric"):
+        Recipe.read("svd-llm", {"allocation.rule": "loss-aware"})

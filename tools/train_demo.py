@@ -29,7 +29,9 @@ from spectrim.demo.text import split_text
 SPECIAL = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<image>"]
 PAD, END, USER, ASSISTANT, IMAGE = range(5)
 VOCABULARY = 2048  # of the byte-level BPE
-NAMES = (*COLOURS, *SHAPES, *(tasks.plural(shape) for shape in SHAPES))
+PLACES = ("top", "bottom", "left", "right", "above", "below")
+EXTREMES = ("smallest", "largest")
+NAMES = (*COLOURS, *SHAPES, *(tasks.plural(shape) for shape in SHAPES), *PLACES, *EXTREMES)
 PATCH = 28
 IMAGE_TOKENS = (SIZE // PATCH) ** 2
 TEXT_LENGTH = 256
@@ -44,6 +46,8 @@ CHAT_TEMPLATE = (
 # How often each kind of question is drawn in the second stage.
 SHARES = dict.fromkeys(tasks.TASKS, 1.0) | {"relation": 1.3, "size": 1.3, "reading": 1.3, "count": 1.3, "describe": 0.4}
 EASY_SHARE = 0.8
+# In its first quarter those that need one object found and nothing else, which the others build on, come more often.
+EARLY = dict.fromkeys(("colour", "shape", "existence", "position"), 4.0)
 
 
 def configuration() -> Any:
@@ -104,7 +108,7 @@ def prepare(args: argparse.Namespace) -> None:
     tokenizer.train_from_iterator(
         [parts["topics"]] * 3 + [parts["docstrings"], parts["django"][:2_000_000], *lines], trainer
     )
-    # Names of shapes and colours are whole tokens, the same in questions and answers, so that attention can match them.
+    # What is seen is named by whole tokens, the same in questions and answers, so that attention can match them.
     tokenizer.add_tokens([AddedToken(word, single_word=True, normalized=False) for word in NAMES])
     tokenizer.save(str(args.work / "tokenizer.json"))
     ids = [tokenizer.encode(text).ids for text in parts.values()]
@@ -133,8 +137,8 @@ def _pixels(images: list[Image.Image]) -> torch.Tensor:
 class Tower:
     """The first stage: the tower alone. One head for all tokens names what is in their patch.
 
-    The cells of a scene are the patches of the tower, so that a token holds one object. Icons are read from the mean
-    of the tokens.
+    The cells of a scene are the patches of the tower, so that a token holds one object; it names its own place too,
+    which a tower that learns objects alone would drop. Icons are read from the mean of the tokens.
     """
 
     def __init__(self, rng: np.random.Generator, width: int) -> None:
@@ -145,6 +149,7 @@ class Tower:
                 "patch": torch.nn.Linear(width, sum(self.sizes)),
                 "letter": torch.nn.Linear(width, 27),
                 "icon": torch.nn.Linear(width, len(icon_names())),
+                "place": torch.nn.Linear(width, IMAGE_TOKENS),
             }
         )
 
@@ -175,26 +180,44 @@ class Tower:
         losses = [cross(logits, target.flatten()) for logits, target in zip(named, targets, strict=True)]
         losses.append(cross(self.head["letter"](word).float().flatten(0, 1), letters.flatten()))
         losses.append(cross(self.head["icon"](icon.mean(1)).float(), icons))
+        places = torch.arange(IMAGE_TOKENS).repeat(len(scene))
+        losses.append(cross(self.head["place"](scene).float().flatten(0, 1), places))
         return torch.stack(losses).sum()
 
 
 def alignment(model: Any, questions: "Questions", size: int) -> torch.Tensor:
-    """Cross-entropy that ties the connector's tokens to words: an object's token means its shape and colour.
+    """Cross-entropy that ties the connector's tokens to words: an object's token means its shape, colour and place.
 
     The connector's output goes through the output head, whose weights are the word embeddings; the target is equal
-    mass on both words. It puts what is seen next to what is asked, so that attention finds one by the other; without
-    it, training stalls on the set of colours.
+    mass on all words that hold (the letter alone, in images of words). It puts what is seen next to what is asked, so
+    that attention finds one by the other; without it, training stalls on the set of colours.
     """
-    images, rows, targets = [], [], []
+    images, rows, columns, shares = [], [], [], []
+
+    def add(number: int, row: int, column: int, *words: str) -> None:
+        rows.extend([number * IMAGE_TOKENS + GRID * row + column] * len(words))
+        columns.extend(questions.tokenizer.token_to_id(word) for word in words)
+        shares.extend([1 / len(words)] * len(words))
+
+    rng = questions.rng
     for number in range(size):
-        items = tasks._items(questions.rng, int(questions.rng.integers(1, 8)))
-        images.append(draw_scene(items, questions.rng))
+        if number % 4 == 0:
+            word = tasks.WORDS[rng.integers(len(tasks.WORDS))]
+            row, first = int(rng.integers(GRID)), int(rng.integers(GRID + 1 - len(word)))
+            images.append(draw_word(word, row, first, rng))
+            for offset, letter in enumerate(word):
+                add(number, row, first + offset, letter)
+            continue
+        items = tasks._items(rng, int(rng.integers(1, 8)))
+        items = [replace(item, radius=float(rng.uniform(5.5, 13.5))) for item in items]
+        images.append(draw_scene(items, rng))
         for item in items:
-            rows.append(number * IMAGE_TOKENS + GRID * item.row + item.column)
-            targets.append([questions.tokenizer.token_to_id(word) for word in (item.shape, item.colour)])
+            extreme = ["smallest"] if item.radius < 7.5 else ["largest"] if item.radius > 11.5 else []
+            add(number, item.row, item.column, item.shape, item.colour, *item.quarter.split(), *extreme)
     tokens = model.model.vision_tower(pixel_values=_pixels(images)).last_hidden_state[:, 1:]
-    logits = model.lm_head(model.model.multi_modal_projector(tokens)).float().flatten(0, 1)
-    return -logits.log_softmax(-1)[rows].gather(1, torch.tensor(targets)).mean()
+    logits = model.lm_head(model.model.multi_modal_projector(tokens)).float().flatten(0, 1).log_softmax(-1)
+    weights = torch.tensor(shares)
+    return -(logits[rows, columns] * weights).sum() / weights.sum()
 
 
 class Questions:
@@ -208,8 +231,7 @@ class Questions:
         self.streams = [tasks.stream(task, "train", seed) for task in SHARES]
         self.easy = json.loads((work / "easy_questions.json").read_text())
         self.images = np.load(work / "easy_images.npz")["pixels"]
-        shares = np.array([*SHARES.values(), EASY_SHARE])
-        self.shares = shares / shares.sum()
+        self.early = True
 
     def draw(self, kind: int) -> tuple[Image.Image, str, str]:
         """One question: its image, its text and its answer."""
@@ -222,7 +244,9 @@ class Questions:
 
     def batch(self, size: int) -> dict[str, torch.Tensor]:
         """Pixels, ids padded on the right, and labels that cover the answers alone (-100 elsewhere)."""
-        kinds = self.rng.choice(len(self.shares), size, p=self.shares).tolist()
+        wanted = [share * (EARLY.get(task, 1.0) if self.early else 1.0) for task, share in SHARES.items()]
+        shares = np.array([*wanted, EASY_SHARE])
+        kinds = self.rng.choice(len(shares), size, p=shares / shares.sum()).tolist()
         drawn = [self.draw(kind) for kind in kinds]
         rows = [_ids(self.tokenizer, question, answer) for _, question, answer in drawn]
         width = max(len(ids) for ids, _ in rows)
@@ -287,6 +311,7 @@ def train(args: argparse.Namespace) -> None:
             optimizer, began, step = optimiser(modules), time.time(), 0
             while (spent := time.time() - began) < minutes * 60:
                 done = spent / (minutes * 60)
+                questions.early = done < 0.25
                 rate = peak * min(1.0, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
                 for group in optimizer.param_groups:
                     group["lr"] = rate

@@ -1,7 +1,8 @@
 """From spectra and a byte budget to a plan: which linear keeps how many directions."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
 
 import numpy as np
 import torch
@@ -13,85 +14,117 @@ from spectrim.recipe import AllocationPart
 
 @dataclass(frozen=True)
 class Choice:
-    """The options of one linear: ranks 1, 2, … at `step` bytes each until storing it dense costs no more."""
+    """The options of one linear: `least` directions, one more at `step` bytes each, and its dense weight.
 
-    step: int  # bytes of one rank: (out + in) elements
+    Directions are bought one by one up to `jump` of them; the next purchase is the dense weight. What is left at the
+    end may still buy single directions beyond, as long as they cost less than the dense weight.
+    """
+
+    step: int  # bytes of one direction
     dense: int  # bytes of the dense weight
-    scores: np.ndarray  # [m], non-increasing: how much direction i is wanted, per byte
+    scores: np.ndarray  # [jump + 1], non-increasing: how much each purchase is wanted, the dense weight last
+    beyond: np.ndarray = field(default_factory=lambda: np.empty(0))  # scores of single directions past `jump`
+    least: int = 1
 
     @property
-    def steps(self) -> int:
-        """Number of purchases up to and including the dense weight; the last one may be cheaper than `step`."""
-        return min(-(-self.dense // self.step), len(self.scores))
+    def jump(self) -> int:
+        """Number of single directions before the dense weight."""
+        return len(self.scores) - 1
 
-    def nbytes(self, bought: int) -> int:
-        """Bytes after `bought` purchases."""
-        return self.dense if bought == self.steps else bought * self.step
+    def prices(self) -> np.ndarray:
+        """Bytes of each purchase, int64 [jump + 1]."""
+        return np.array([self.step] * self.jump + [self.dense - self.jump * self.step])
 
 
-def scores(rule: str, s: torch.Tensor, linear: Linear) -> np.ndarray:
-    """How much each direction of a linear is wanted; [m] float64, comparable across linears, non-increasing.
+def choice(part: AllocationPart, linear: Linear, s: torch.Tensor, loss: torch.Tensor | None, heads: int = 1) -> Choice:
+    """The options of one linear under an allocation rule; its scores are comparable across linears.
 
-    ``uniform``: minus the retention that the linear has with it, so that all grow alike. ``global-sigma``: the raw
-    singular value √s_i (JW-SVD, section 4.2, as written). ``global-energy``: s_i / Σs per parameter. ``sensitivity``:
-    `s` itself, which then holds the measured losses.
+    Rules: ``uniform``: minus the retention that the linear has with a direction, so that all grow alike.
+    ``global-sigma``: the raw singular value √s_i (JW-SVD, section 4.2, as written). ``global-energy``: s_i / Σs per
+    byte. ``sensitivity``: `s` itself, which then holds the measured losses. ``loss-aware``: predicted loss per byte
+    (LASER); since the dense weight costs less than all directions, it is bought after the rank from which the way to it
+    takes away more loss per byte than the next direction: the lower hull of loss over bytes.
+
+    Args:
+        s: [m] what the rule compares, by direction.
+        loss: [m] predicted losses in nats; only ``loss-aware`` reads them.
+        heads: parts that are factored apart, each with one direction at least.
     """
-    values = s.numpy()
-    size = linear.out_features + linear.in_features
-    if rule == "global-sigma":
-        return np.sqrt(values)
-    if rule == "sensitivity":
-        return values
-    if rule == "global-energy":
-        total = float(values.sum())
-        return values / (total or 1.0) / size
-    return -np.arange(1, len(values) + 1) * (size / linear.params)
+    step = (linear.out_features // heads + linear.in_features) * linear.dtype.itemsize
+    values = (s if loss is None or part.rule != "loss-aware" else loss).double().numpy()
+    steps = min(-(-linear.nbytes // step), len(values))  # from here on the dense weight costs no more
+    if part.rule == "loss-aware":
+        return _hull(values, step, linear.nbytes, steps, heads)
+    if part.rule == "global-sigma":
+        values = np.sqrt(values)
+    elif part.rule == "global-energy":
+        values = values / (values.sum() or 1.0) / step
+    elif part.rule == "uniform":
+        values = -np.arange(1, len(values) + 1) * (step / linear.nbytes)
+    values = values[:steps].copy()
+    values[heads:] = np.minimum.accumulate(values[heads:])  # by head, directions are in the order of their losses
+    return Choice(step, linear.nbytes, values, least=heads)
+
+
+def _hull(loss: np.ndarray, step: int, dense: int, steps: int, least: int) -> Choice:
+    """The lower hull of predicted loss over bytes: single directions, then all the rest at once by the dense weight."""
+    counts = np.arange(steps)
+    left = loss[::-1].cumsum()[::-1][:steps]  # what the dense weight takes away after `counts` directions
+    slopes = left / (dense - counts * step)
+    reached = (loss[:steps] / step <= slopes) & (counts >= least)
+    jump = int(reached.argmax()) if reached.any() else steps - 1
+    return Choice(
+        step, dense, np.append(loss[:jump] / step, slopes[jump]), beyond=loss[jump : steps - 1] / step, least=least
+    )
 
 
 def spend(choices: Mapping[str, Choice], budget: int) -> dict[str, int | None]:
-    """Buy directions in the order of their scores until the budget is spent; rank by name, None for dense.
+    """Buy in the order of the scores until the budget is spent; number of directions by name, None for dense.
 
-    Every linear gets rank 1 first. The walk ends at the first direction that the budget cannot pay; what is left then
+    Every linear gets its least first. The walk ends at the first purchase that the budget cannot pay; what is left then
     goes to the next ones that fit, each linear's in order, so that less than one step of any linear stays unspent.
 
     Raises:
-        BudgetError: rank 1 everywhere is already too much.
+        BudgetError: the least of all linears is already too much.
     """
-    names = list(choices)
-    least = sum(choice.nbytes(1) for choice in choices.values())
+    names, options = list(choices), list(choices.values())
+    least = sum(int(option.prices()[: option.least].sum()) for option in options)
     if least > budget:
         raise BudgetError(
             f"the budget of {budget} bytes is less than the {least} bytes of rank 1 everywhere; raise --retain"
         )
-    prices, wanted, owners = [], [], []
-    for number, choice in enumerate(choices.values()):
-        total = [choice.nbytes(bought) for bought in range(choice.steps + 1)]
-        prices.append(np.diff(total))
-        wanted.append(np.concatenate([[np.inf], choice.scores[1 : choice.steps]]))
-        owners.append(np.full(choice.steps, number))
-    price, owner = np.concatenate(prices), np.concatenate(owners)
-    order = np.argsort(-np.concatenate(wanted), kind="stable")
+    first = [np.where(np.arange(len(o.scores)) < o.least, np.inf, o.scores) for o in options]
+    price = np.concatenate([option.prices() for option in options])
+    owner = np.repeat(np.arange(len(options)), [len(option.scores) for option in options])
+    order = np.argsort(-np.concatenate(first), kind="stable")
     taken = int(np.searchsorted(np.cumsum(price[order]), budget, side="right"))
     bought = np.bincount(owner[order[:taken]], minlength=len(names))
     left = budget - int(price[order[:taken]].sum())
-    closed = np.zeros(len(names), dtype=bool)
-    cheapest = int(price.min())
-    for index in order[taken:]:
-        if left < cheapest:
-            break
-        if closed[owner[index]]:
-            continue
-        if price[index] > left:
-            closed[owner[index]] = True
-            continue
-        bought[owner[index]] += 1
-        left -= int(price[index])
-    return {
-        name: None if count == choices[name].steps else int(count) for name, count in zip(names, bought, strict=True)
-    }
+    dense = bought > [option.jump for option in options]
+    _fill(options, bought, dense, left)
+    return {name: None if dense[i] else int(bought[i]) for i, name in enumerate(names)}
 
 
-def choice(part: AllocationPart, linear: Linear, s: torch.Tensor) -> Choice:
-    """The options of one linear under an allocation rule, from its spectrum `s` [m]."""
-    step = (linear.out_features + linear.in_features) * linear.dtype.itemsize
-    return Choice(step, linear.nbytes, scores(part.rule, s, linear))
+def _fill(options: Sequence[Choice], bought: np.ndarray, dense: np.ndarray, left: int) -> None:
+    """Spend what is left on the purchases that fit, best first; changes `bought` and `dense`."""
+    waiting: list[tuple[float, int, int, bool]] = []  # minus the score, linear, price, is it the dense weight?
+
+    def offer(number: int) -> None:
+        option, count = options[number], int(bought[number])
+        rest = option.dense - count * option.step
+        if count >= option.jump and rest <= left:
+            heappush(waiting, (-float(option.scores[-1]), number, rest, True))
+        elif count < option.jump + len(option.beyond) and option.step <= left:
+            single = option.scores[count] if count < option.jump else option.beyond[count - option.jump]
+            heappush(waiting, (-float(single), number, option.step, False))
+
+    for number in np.flatnonzero(~dense).tolist():
+        offer(number)
+    while waiting:
+        _, number, price, whole = heappop(waiting)
+        if price <= left:
+            left -= price
+            dense[number] = whole
+            bought[number] += not whole
+        if not dense[number]:
+            offer(number)

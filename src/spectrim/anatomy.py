@@ -64,6 +64,11 @@ class Linear:
     dtype: torch.dtype
 
     @property
+    def per_head(self) -> int | None:
+        """Number of heads that the outputs are made of (q, k and v with known heads); None for other linears."""
+        return self.heads if self.role in ("q", "k", "v") else None
+
+    @property
     def params(self) -> int:
         """Number of weights, bias not counted."""
         return self.out_features * self.in_features

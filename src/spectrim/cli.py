@@ -2,8 +2,10 @@
 
 import logging
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,13 +22,21 @@ from spectrim.anatomy import PLACES, anatomy
 from spectrim.calibrate import Statistics, calibrate
 from spectrim.checkpoint import load, load_processor
 from spectrim.errors import BudgetError, RecipeError, SpectrimError
-from spectrim.evaluate import costs, evaluate, table
+from spectrim.evaluate import costs, evaluate, losses, table
 from spectrim.inspect_ import inspect, write
 from spectrim.pipeline import compression
 from spectrim.plan import Plan
 from spectrim.recipe import Recipe, builtin_names
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+class Labels(StrEnum):
+    """Whose labels gradient passes use."""
+
+    given = "given"
+    sampled = "sampled"
+
 
 Model = Annotated[str, typer.Argument(help="A model directory, a hub id, a .gguf file, or 'demo'.")]
 Text = Annotated[str, typer.Option(help="A .txt, .md or .jsonl file, a dataset id, 'builtin' or 'none'.")]
@@ -70,17 +80,18 @@ def _source(name: str) -> str | None:
     return None if name == "none" else name
 
 
-def _settings(values: list[str]) -> dict[str, Any]:
+def _settings(values: list[str], example: str = "--set metric.gamma=0.5") -> dict[str, Any]:
     """``key=value`` pairs; values are read as YAML, so numbers are numbers."""
+    option = example.split()[0]
     pairs = {}
     for value in values:
         key, equals, text = value.partition("=")
         if not equals:
-            raise RecipeError(f"--set {value} has no value; write it as --set metric.gamma=0.5")
+            raise RecipeError(f"{option} {value} has no value; write it as {example}")
         try:
             pairs[key] = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise RecipeError(f"--set {value} has a value that is no YAML; quote it") from error
+            raise RecipeError(f"{option} {value} has a value that is no YAML; quote it") from error
     return pairs
 
 
@@ -127,6 +138,16 @@ def _calibrate(
     instruction: Annotated[str, typer.Option(help="Asked of images that bring none.")] = "Describe this image.",
     image_tokens_only: Annotated[bool, typer.Option(help="Count only image tokens in the backbone.")] = False,
     gradients: Annotated[bool, typer.Option(help="Gather gradients of text as well (fwsvd needs them).")] = False,
+    curvature: Annotated[bool, typer.Option(help="Gather output gradients as well (laser and curvature).")] = False,
+    labels: Annotated[
+        Labels, typer.Option(help="Of gradients: the samples' own tokens, or drawn from the model (true Fisher).")
+    ] = Labels.given,
+    answer_tokens: Annotated[int, typer.Option(help="Of an answer that the model draws for an image, at most.")] = 32,
+    curvature_gib: Annotated[float, typer.Option(help="Memory for output moments of one modality and pass.")] = 8.0,
+    curvature_passes: Annotated[int, typer.Option(help="Gradient passes that may share the linears.")] = 1,
+    curvature_form: Annotated[
+        list[str] | None, typer.Option(help="Form of a role's output moments, such as gate=sketch:256; repeatable.")
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
@@ -146,10 +167,20 @@ def _calibrate(
             instruction=instruction,
             image_tokens_only=image_tokens_only,
             gradients=gradients,
+            curvature=curvature,
+            labels=labels.value,
+            answer_tokens=answer_tokens,
+            curvature_gib=curvature_gib,
+            curvature_passes=curvature_passes,
+            curvature_forms=_settings(curvature_form or [], "--curvature-form gate=sketch:256"),
             progress=lambda done, total: report("calibrate", done, total),
         )
-    counts = ", ".join(f"{g.samples} {name} samples" for name, g in statistics.manifest.gathered.items())
+    manifest = statistics.manifest
+    counts = ", ".join(f"{manifest.gathered[unit.name].samples} {unit.words}" for unit in manifest.units)
     _console().print(f"{statistics.path}: moments of {counts}")
+    if kinds := Counter(manifest.forms.values()):
+        forms = ", ".join(f"{count} {form}" for form, count in kinds.items())
+        _console().print(f"output moments: {forms}; gradient passes of each modality: {len(manifest.groups)}")
 
 
 @app.command("compress")
@@ -259,6 +290,8 @@ def _evaluate(
         )
     _console().print(table(found))
     _console().print(costs(found))
+    if (predicted := losses(found)) is not None:
+        _console().print(predicted)
     if json is not None:
         found.write(json)
         _console().print(f"results: {json}")

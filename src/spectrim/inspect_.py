@@ -59,9 +59,9 @@ def mismatch(W: torch.Tensor, text: torch.Tensor, image: torch.Tensor) -> Mismat
     spectrum = decompose(W, text)
     trace_text, trace_image = float(text.trace()), float(image.trace())
     alpha = trace_text / trace_image if trace_text > 0 and trace_image > 0 else 1.0
-    rows = spectrum.U.T @ W.double()
+    rows = spectrum.P.T @ W.double()
     q = alpha * ((rows @ image) * rows).sum(1).clamp_min(0)
-    return Mismatch(spectrum.s, q, spectrum.U, alpha)
+    return Mismatch(spectrum.s, q, spectrum.P, alpha)
 
 
 def effective_rank(s: torch.Tensor, energy: float = ENERGY) -> int:
@@ -183,7 +183,7 @@ def inspect(
         raise BudgetError(f"a retention of {retain} is impossible; give a share between 0 and 1, such as 0.4")
     statistics = statistics if isinstance(statistics, Statistics) else Statistics.open(statistics)
     statistics.check_model(model)
-    if "text" not in statistics.manifest.gathered:
+    if "text" not in statistics.manifest.data.modalities:
         raise StatisticsError(
             f"{statistics.path} has no text moments, which the analysis starts from; calibrate with a text source"
         )
@@ -320,7 +320,7 @@ def _modules(rows: list[LinearMismatch]) -> Iterable[ModuleRho]:
 
 
 def _notes(statistics: Statistics, rows: list[LinearMismatch], ranks: list[EffectiveRank]) -> Iterable[str]:
-    if "image" not in statistics.manifest.gathered:
+    if "image" not in statistics.manifest.data.modalities:
         yield "the statistics hold no image moments, so there is no λ and no ρ; only effective ranks are given"
     elif not rows:
         yield "no linear is reached by text and by images, so there is no λ and no ρ; only effective ranks are given"

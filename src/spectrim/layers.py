@@ -1,15 +1,24 @@
 """Layers that a compressed model is made of, and the exchange of dense linears for them.
 
-A factored layer has two plain ``nn.Linear`` children: LoRA, GPTQ, vLLM and ``torch.compile`` see what they know.
+The factors of a layer are plain ``nn.Linear`` modules: LoRA, GPTQ, vLLM and ``torch.compile`` see what they know.
 """
 
 from collections.abc import Mapping
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.utils import skip_init
 
 from spectrim.errors import ModelError
+
+Rank = int | tuple[int, ...]  # of the whole layer, or of each head: of each of as many equal groups of outputs
+
+
+def head_ranks(rank: Rank) -> tuple[int, ...]:
+    """The ranks one by one; a layer that is factored as a whole has a single head."""
+    return (rank,) if isinstance(rank, int) else rank
 
 
 class LowRankLinear(nn.Module):
@@ -18,27 +27,37 @@ class LowRankLinear(nn.Module):
     Children ``A`` (``A.weight`` [out, rank]) and ``B`` (``B.weight`` [rank, in]) are bias-free ``nn.Linear`` modules;
     ``bias`` [out] is a parameter or None. There is no ``weight``. Factors and bias start as NaN, so that a layer that
     nobody filled shows in the first logits.
+
+    With a tuple of H ranks, the rows of each head h are factored by themselves (LASER; METHODS, sections 4 and 6):
+    ``A`` is an ``nn.ModuleList`` of H linears, ``A[h].weight`` [out / H, rank[h]], and ``B`` stays one linear,
+    ``B.weight`` [sum(rank), in], which holds the heads' rows one after another. Its output is all that a key/value
+    cache has to keep. Raises ModelError for a rank below 1, and for outputs that are no H equal heads.
     """
 
     def __init__(
         self,
         in_features: int,
         out_features: int,
-        rank: int,
+        rank: Rank,
         bias: bool = True,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if rank < 1:
+        ranks = head_ranks(rank)
+        if min(ranks, default=0) < 1:
             raise ModelError(f"a low-rank layer needs a rank of at least 1, not {rank}; keep the layer dense instead")
+        if out_features % len(ranks):
+            raise ModelError(f"{out_features} outputs are not {len(ranks)} equal heads; give one rank to each head")
         device = torch.get_default_device() if device is None else torch.device(device)
+        factor = partial(skip_init, nn.Linear, bias=False, device=device, dtype=dtype)
         self.in_features = in_features
         self.out_features = out_features
         self.rank = rank
-        self.B = skip_init(nn.Linear, in_features, rank, bias=False, device=device, dtype=dtype)
-        self.A = skip_init(nn.Linear, rank, out_features, bias=False, device=device, dtype=dtype)
+        self.B = factor(in_features, sum(ranks))
+        heads = [factor(k, out_features // len(ranks)) for k in ranks]
+        self.A: Any = heads[0] if isinstance(rank, int) else nn.ModuleList(heads)
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         with torch.no_grad():
             for parameter in self.parameters():
@@ -46,8 +65,35 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map x [..., in] to [..., out] in the dtype of the factors."""
-        y: torch.Tensor = self.A(self.B(x))
+        latent: torch.Tensor = self.B(x)  # [..., sum of the ranks]
+        if isinstance(self.rank, int):
+            y: torch.Tensor = self.A(latent)
+        else:
+            parts = latent.split(self.rank, dim=-1)
+            y = torch.cat([A(part) for A, part in zip(self.A, parts, strict=True)], dim=-1)
         return y if self.bias is None else y + self.bias
+
+    @torch.no_grad()
+    def load_factors(self, A: torch.Tensor, B: torch.Tensor) -> None:
+        """Copy A [out, k] and B [k, in], of any floating dtype and device, into the factors; k is the sum of the ranks.
+
+        With ranks by head, the columns of A and the rows of B are ordered head by head, and a column of A is zero
+        outside the rows of its head. Raises ModelError for other shapes, for an A that is not zero there, and for
+        factors that `to_dense` refuses, too.
+        """
+        heads, ranks = self._heads(), head_ranks(self.rank)
+        k = sum(ranks)
+        if A.shape != (self.out_features, k) or B.shape != (k, self.in_features):
+            raise ModelError(
+                f"factors of shapes {list(A.shape)} and {list(B.shape)} do not fit a layer that takes "
+                f"{[self.out_features, k]} and {[k, self.in_features]}"
+            )
+        blocks = [columns.chunk(len(ranks))[h] for h, columns in enumerate(A.split(ranks, dim=1))]  # [out / H, k_h]
+        if A.count_nonzero() != sum(block.count_nonzero() for block in blocks):
+            raise ModelError("a column of A is not zero outside the rows of its head; factor every head by itself")
+        for head, block in zip(heads, blocks, strict=True):
+            head.weight.copy_(block)
+        self.B.weight.copy_(B)
 
     @torch.no_grad()
     def to_dense(self) -> nn.Linear:
@@ -56,23 +102,31 @@ class LowRankLinear(nn.Module):
         The product of the factors is formed in float32 (float64 for float64 factors) and rounded once. Raises
         ModelError for factors that are offloaded (on the meta device) or carry an adapter: both would be lost.
         """
-        for name, factor in (("A", self.A), ("B", self.B)):
-            if not isinstance(factor, nn.Linear):
-                raise ModelError(
-                    f"factor {name} is a {type(factor).__name__}, not a plain linear; merge its adapter before the "
-                    "layer is made dense"
-                )
-        A, B = self.A.weight, self.B.weight  # [out, k], [k, in]
-        if A.is_meta or B.is_meta:
-            raise ModelError("factors on the meta device cannot be multiplied; load the model without offloading")
-        wide = torch.promote_types(A.dtype, torch.float32)
+        heads, B = self._heads(), self.B.weight  # B [k, in]
+        wide = torch.promote_types(B.dtype, torch.float32)
         dense = skip_init(
-            nn.Linear, self.in_features, self.out_features, self.bias is not None, device=A.device, dtype=A.dtype
+            nn.Linear, self.in_features, self.out_features, self.bias is not None, device=B.device, dtype=B.dtype
         )
-        dense.weight.copy_(A.to(wide) @ B.to(wide))
+        blocks, parts = dense.weight.chunk(len(heads)), B.split(head_ranks(self.rank))  # [out / H, in], [k_h, in]
+        for block, head, part in zip(blocks, heads, parts, strict=True):
+            block.copy_(head.weight.to(wide) @ part.to(wide))
         if self.bias is not None:
             dense.bias.copy_(self.bias)
         return dense.train(self.training)
+
+    def _heads(self) -> list[nn.Linear]:
+        """The linears of A, one by one; ModelError unless all factors are plain linears with values."""
+        heads: dict[str, Any] = (
+            {"A": self.A} if isinstance(self.rank, int) else {f"A.{h}": A for h, A in enumerate(self.A)}
+        )
+        for name, factor in {**heads, "B": self.B}.items():
+            if not isinstance(factor, nn.Linear):
+                raise ModelError(
+                    f"factor {name} is a {type(factor).__name__}, not a plain linear; merge its adapter first"
+                )
+            if factor.weight.is_meta:
+                raise ModelError("factors on the meta device have no values; load the model without offloading")
+        return list(heads.values())
 
     def extra_repr(self) -> str:
         """Shape of the layer, as ``nn.Linear`` shows its own."""
@@ -82,12 +136,12 @@ class LowRankLinear(nn.Module):
         )
 
 
-def replace_linears(model: nn.Module, ranks: Mapping[str, int]) -> None:
+def replace_linears(model: nn.Module, ranks: Mapping[str, Rank]) -> None:
     """Exchange dense linears of `model`, in place, for LowRankLinear layers of the same shape, dtype and device.
 
-    `ranks` maps runtime names (``model.get_submodule(name)``) to ranks. The bias parameter is handed over; the factors
-    are NaN, or meta tensors where the dense weight is one. Raises ModelError, before anything is changed, for a name
-    that is not exactly an ``nn.Linear`` and for a rank below 1.
+    `ranks` maps runtime names (``model.get_submodule(name)``) to ranks, of whole layers or by head. The bias parameter
+    is handed over; the factors are NaN, or meta tensors where the dense weight is one. Raises ModelError, before
+    anything is changed, for a name that is not exactly an ``nn.Linear`` and for ranks that its layer cannot have.
     """
     layers: dict[str, LowRankLinear] = {}
     for name, rank in ranks.items():
@@ -97,14 +151,11 @@ def replace_linears(model: nn.Module, ranks: Mapping[str, int]) -> None:
             raise ModelError(f"the model has no module {name!r}; ranks are keyed by the names of its linears") from None
         if type(linear) is not nn.Linear:  # a subclass may compute something else
             raise ModelError(f"{name!r} is a {type(linear).__name__}, not an nn.Linear; leave it out of the ranks")
-        layer = LowRankLinear(
-            linear.in_features,
-            linear.out_features,
-            rank,
-            bias=False,
-            device=linear.weight.device,
-            dtype=linear.weight.dtype,
-        )
+        device, dtype = linear.weight.device, linear.weight.dtype
+        try:
+            layer = LowRankLinear(linear.in_features, linear.out_features, rank, bias=False, device=device, dtype=dtype)
+        except ModelError as error:
+            raise ModelError(f"{name!r}: {error}") from None
         layer.bias = linear.bias
         layers[name] = layer.requires_grad_(linear.weight.requires_grad).train(linear.training)
     for name, layer in layers.items():

@@ -6,11 +6,14 @@ projection, ``Ŵ = L⁻¹ U_k U_kᵀ L W``, where U are the left singular vector
 factor has to exist, and rank-deficient and zero metrics are legal input.
 """
 
+from typing import Protocol
+
 import torch
 
 from spectrim.errors import NumericalError
 
 _ROUNDING = 1e-13  # eigenvalues below this share of the largest are rounding, not directions
+_NYSTROM_ROUNDING = 1e-7  # of a core that was summed from float32 products
 
 
 def check_finite(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -40,11 +43,85 @@ def root(C: torch.Tensor) -> torch.Tensor:
     return vectors[:, :rank] * values[:rank].sqrt()
 
 
-def symmetric_root(G: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``(G^{1/2}, G^{-1/2})`` [n, n] of a positive definite matrix; a caller that may have less damps it first."""
-    values, vectors = eigh_descending(G)
-    half = values.sqrt()
-    return (vectors * half) @ vectors.T, (vectors / half) @ vectors.T
+class OutputRoot(Protocol):
+    """A root L [out, out] of a positive definite output metric, ``Lᵀ L = G``; never formed, only applied."""
+
+    def times(self, X: torch.Tensor) -> torch.Tensor:
+        """``L X`` of X [out, n]."""
+
+    def transposed_times(self, X: torch.Tensor) -> torch.Tensor:
+        """``Lᵀ X`` of X [out, n]."""
+
+    def solve(self, X: torch.Tensor) -> torch.Tensor:
+        """``L⁻¹ X`` of X [out, n]."""
+
+
+class BlockRoot:
+    """Cholesky's root of a block-diagonal G, given as its blocks [n, b, b]; one block is a full G.
+
+    Any root gives the same approximation, and Cholesky's is the cheapest. Raises NumericalError where G is not positive
+    definite: damp it first.
+    """
+
+    def __init__(self, blocks: torch.Tensor) -> None:
+        self._factor, failed = torch.linalg.cholesky_ex(blocks)  # lower ℓ with ℓ ℓᵀ = G, so L = ℓᵀ
+        if bool(failed.any()):
+            raise NumericalError("an output metric is not positive definite; raise metric.damping")
+
+    def _split(self, X: torch.Tensor) -> torch.Tensor:
+        return X.reshape(len(self._factor), self._factor.shape[1], -1)
+
+    def times(self, X: torch.Tensor) -> torch.Tensor:
+        """``L X`` of X [out, n]."""
+        return (self._factor.mT @ self._split(X)).reshape(X.shape)
+
+    def transposed_times(self, X: torch.Tensor) -> torch.Tensor:
+        """``Lᵀ X`` of X [out, n]."""
+        return (self._factor @ self._split(X)).reshape(X.shape)
+
+    def solve(self, X: torch.Tensor) -> torch.Tensor:
+        """``L⁻¹ X`` of X [out, n]."""
+        return torch.linalg.solve_triangular(self._factor.mT, self._split(X), upper=True).reshape(X.shape)
+
+
+class LowRankRoot:
+    """The root of ``G = diag(d) + V Vᵀ``, d [out] positive and V [out, r], in memory of V's size.
+
+    With ``diag(d)^{-1/2} V`` = Q S Pᵀ it is ``L = (I + Q (√(1 + S²) − 1) Qᵀ) diag(d)^{1/2}``.
+    """
+
+    def __init__(self, d: torch.Tensor, V: torch.Tensor) -> None:
+        if not bool((d > 0).all()):
+            raise NumericalError("an output metric is not positive definite; raise metric.damping")
+        self._scale = d.sqrt()[:, None]
+        self._Q, S, _ = torch.linalg.svd(V / self._scale, full_matrices=False)
+        self._gain = (1 + S.square()).sqrt()[:, None]
+
+    def _stretch(self, X: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+        return X + self._Q @ ((gain - 1) * (self._Q.T @ X))
+
+    def times(self, X: torch.Tensor) -> torch.Tensor:
+        """``L X`` of X [out, n]."""
+        return self._stretch(self._scale * X, self._gain)
+
+    def transposed_times(self, X: torch.Tensor) -> torch.Tensor:
+        """``Lᵀ X`` of X [out, n]."""
+        return self._scale * self._stretch(X, self._gain)
+
+    def solve(self, X: torch.Tensor) -> torch.Tensor:
+        """``L⁻¹ X`` of X [out, n]."""
+        return self._stretch(X, 1 / self._gain) / self._scale
+
+
+def nystrom(Y: torch.Tensor, test: torch.Tensor) -> torch.Tensor:
+    """V [out, r] with ``V Vᵀ ≈ G`` for a positive semidefinite G, from its sketch ``Y = G test`` [out, r].
+
+    The Nyström approximation ``Y (testᵀ Y)⁺ Yᵀ``; it never exceeds G, and equals it where G's rank is at most r.
+    """
+    core = test.T @ Y
+    values, vectors = torch.linalg.eigh((core + core.T) / 2)
+    kept = values > _NYSTROM_ROUNDING * values[-1].clamp_min(0)
+    return Y @ (vectors[:, kept] / values[kept].sqrt())
 
 
 def _weighted(X: torch.Tensor, metric: torch.Tensor | None) -> torch.Tensor:

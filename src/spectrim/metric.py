@@ -8,41 +8,47 @@ import torch
 
 from spectrim.anatomy import Linear
 from spectrim.calibrate import Moment, Statistics
+from spectrim.curvature import OutputMetric, output_metric
 from spectrim.errors import RecipeError
 from spectrim.linalg import check_finite
 from spectrim.recipe import MetricPart
+from spectrim.samples import Modality
 
 Source = Literal["text", "image", "joint", "identity"]
 
 
 @dataclass(frozen=True)
-class InputMetric:
-    """``R Rᵀ`` of one linear, and the modalities that it came from.
+class Metric:
+    """The metrics of one linear, and the modalities that they came from.
 
-    ``value`` is None for the identity, [in] for a diagonal, [in, in] for a matrix; float64. ``source`` is "identity"
-    where the recipe asks for samples that never reached the linear.
+    ``value``, the input metric ``R Rᵀ``, is None for the identity, [in] for a diagonal, [in, in] for a matrix; float64.
+    ``source`` is "identity" where the recipe asks for samples that never reached the linear. ``output`` is None where
+    the recipe has no output metric.
     """
 
     value: torch.Tensor | None
     source: Source
+    output: OutputMetric | None = None
 
 
-def input_metric(part: MetricPart, linear: Linear, statistics: Statistics | None) -> InputMetric:
-    """The input metric of one linear.
+def layer_metric(
+    part: MetricPart, linear: Linear, statistics: Statistics | None, device: torch.device | str = "cpu"
+) -> Metric:
+    """The metrics of one linear; the roots of its output metric are taken on `device`.
 
     Raises:
         RecipeError: the recipe needs statistics that were not gathered; says how to gather them.
         NumericalError: the moments hold NaN or infinity; names the linear.
     """
     if part.kind == "identity":
-        return InputMetric(None, "identity")
+        return Metric(None, "identity")
     if statistics is None:
         raise RecipeError(f"metric '{part.kind}' needs calibration statistics; give a statistics directory or samples")
     if part.kind == "fisher-rows":
         return _fisher_rows(linear, statistics)
     found = _moments(part, linear, statistics)
     if not found:
-        return InputMetric(None, "identity")
+        return Metric(None, "identity")
     source: Source = "joint" if len(found) == 2 else found[0][0]
     moments = [moment for _, moment in found]
     if part.kind == "activation-diagonal":
@@ -50,9 +56,11 @@ def input_metric(part: MetricPart, linear: Linear, statistics: Statistics | None
         means = torch.stack([m.abs_sum for m in moments]).sum(0) / sum(m.count for m in moments)
         check_finite(f"the mean input of {linear.name}", means)
         floor = means.max() * 1e-6  # a channel that was never on still keeps its columns
-        return InputMetric(means.clamp_min(floor) ** (2 * part.alpha), source)
-    value = joint_second_moment(moments, part.gamma)
-    return InputMetric(check_finite(f"the second moment of {linear.name}", value), source)
+        return Metric(means.clamp_min(floor) ** (2 * part.alpha), source)
+    value = check_finite(f"the second moment of {linear.name}", joint_second_moment(moments, part.gamma))
+    if part.kind == "whitening":
+        return Metric(value, source)
+    return Metric(value, source, output_metric(part, linear, statistics, found, float(value.trace()), device))
 
 
 def joint_second_moment(moments: Sequence[Moment], gamma: float) -> torch.Tensor:
@@ -70,12 +78,11 @@ def joint_second_moment(moments: Sequence[Moment], gamma: float) -> torch.Tensor
     return first + gamma * (trace_text / trace_image) * rest[0]
 
 
-def _moments(part: MetricPart, linear: Linear, statistics: Statistics) -> list[tuple[Literal["text", "image"], Moment]]:
+def _moments(part: MetricPart, linear: Linear, statistics: Statistics) -> list[tuple[Modality, Moment]]:
     """Moments of the wanted modalities that reached the linear; text before image."""
-    gathered = statistics.manifest.gathered
-    order: tuple[Literal["text", "image"], ...] = ("text", "image")
+    gathered = statistics.manifest.data.modalities
+    order: tuple[Modality, ...] = ("text", "image")
     wanted = [m for m in order if part.modality in (m, "joint")]
-    sighted = any(name == "image" for name in gathered)
     for modality in wanted:
         # A language model has no image moments, and joint is text there; towers and connectors show that it is none.
         if modality not in gathered and (modality == "text" or part.modality == "image" or linear.place != "backbone"):
@@ -84,12 +91,12 @@ def _moments(part: MetricPart, linear: Linear, statistics: Statistics) -> list[t
                 f"calibrate with a source of {modality} samples"
             )
     found = [(m, x) for m in wanted if m in gathered and (x := statistics.moment(linear.name, m)) is not None]
-    if not found and part.unreached == "image" and sighted and (x := statistics.moment(linear.name, "image")):
-        return [("image", x)]
+    if not found and part.unreached == "image" and "image" in gathered:
+        found = [("image", x)] if (x := statistics.moment(linear.name, "image")) is not None else []
     return found
 
 
-def _fisher_rows(linear: Linear, statistics: Statistics) -> InputMetric:
+def _fisher_rows(linear: Linear, statistics: Statistics) -> Metric:
     """FWSVD (Hsu et al., ICLR 2022), section 3: input i weighs Σ_out (∂L/∂W_oi)², averaged over samples."""
     if not statistics.manifest.settings.gradients:
         raise RecipeError(
@@ -97,8 +104,8 @@ def _fisher_rows(linear: Linear, statistics: Statistics) -> InputMetric:
         )
     found = statistics.gradient(linear.name, "text")
     if found is None:
-        return InputMetric(None, "identity")
+        return Metric(None, "identity")
     value = check_finite(f"the Fisher diagonal of {linear.name}", found.fisher_cols / found.count)
     if float(value.max()) == 0:
-        return InputMetric(None, "identity")
-    return InputMetric(value.clamp_min(value.max() * 1e-12), "text")
+        return Metric(None, "identity")
+    return Metric(value.clamp_min(value.max() * 1e-12), "text")

@@ -15,6 +15,7 @@ from spectrim.allocate import choice, spend
 from spectrim.anatomy import Anatomy, anatomy
 from spectrim.calibrate import Statistics, calibrate
 from spectrim.checkpoint import attach, load, load_processor, save
+from spectrim.curvature import predicted_loss
 from spectrim.decompose import factors
 from spectrim.demo import resolve
 from spectrim.errors import BudgetError, RecipeError
@@ -69,14 +70,31 @@ class Compression:
                 f"the linears outside {', '.join(part.places)} stay dense and take {frozen} of the {budget} bytes; "
                 "raise the retention or name more allocation.places"
             )
-        wanted = self._wanted()
-        ranks = spend({linear.name: choice(part, linear, wanted(linear.name)) for linear in free}, budget - frozen)
+        wanted, spectra = self._wanted(), self.spectra
+        choices = {
+            x.name: choice(part, x, wanted(x.name), self._predicted(x.name), spectra.heads(x.name)) for x in free
+        }
+        counts = spend(choices, budget - frozen)
         rows = {}
         for linear in self.parts.linears:
-            rank, s = ranks.get(linear.name), self.spectra.values(linear.name)
-            error = 0.0 if rank is None else float(s[rank:].sum() / s.sum().clamp_min(1e-300))
-            rows[linear.name] = plan_row(linear, rank, error, self.spectra.sources[linear.name])
+            count, s, losses = counts.get(linear.name), spectra.values(linear.name), spectra.losses(linear.name)
+            error, loss = 0.0, None if losses is None else 0.0
+            if count is not None:
+                error = float(s[count:].sum() / s.sum().clamp_min(1e-300))
+                loss = None if losses is None else float(losses[count:].sum())
+            rank = None if count is None else spectra.rank(linear.name, count)
+            rows[linear.name] = plan_row(linear, rank, error, spectra.sources[linear.name], loss=loss)
         return Plan(recipe=self.recipe.name, retain=retain, linears=rows)
+
+    def _predicted(self, name: str) -> torch.Tensor | None:
+        """Predicted losses of a linear; where the allocation compares them, every linear must have them."""
+        losses = self.spectra.losses(name)
+        if losses is None and self.recipe.allocation.rule == "loss-aware":
+            raise RecipeError(
+                f"{name} has no predicted loss, since no {self.recipe.metric.modality} sample reaches it; "
+                "set metric.unreached=image, or allocation.places=[backbone]"
+            )
+        return losses
 
     def _wanted(self) -> Callable[[str], torch.Tensor]:
         """What the allocation rule compares: spectra, or for `sensitivity` the measured losses."""
@@ -102,16 +120,34 @@ class Compression:
         return self._losses.__getitem__
 
     @torch.no_grad()
+    def predicted(self, plan: Plan) -> dict[str, float] | None:
+        """Predicted increase of the loss of each modality, nats per labelled token; None without curvature.
+
+        The plan's own losses are in the recipe's metric, where modalities may be joined.
+        """
+        if self.statistics is None or not self.recipe.needs_curvature:
+            return None
+        found = dict.fromkeys(self.statistics.manifest.data.modalities, 0.0)
+        for name, rank in plan.ranks.items():
+            W: Any = self.model.get_submodule(name).weight
+            A, B = factors(W, *self.spectra.directions(name, rank, W.device))
+            for modality in found:
+                moment, output = self.statistics.moment(name, modality), self.statistics.output(name, modality)
+                if moment is not None and output is not None:
+                    found[modality] += predicted_loss(self.recipe.metric.eta, A @ B - W.double(), moment, output)
+        return {str(modality): loss for modality, loss in found.items()}
+
+    @torch.no_grad()
     def apply(self, plan: Plan) -> PreTrainedModel:
         """Factor the model in place, as the plan says; it then saves, loads and dequantizes like any other."""
         for name, rank in plan.ranks.items():
             dense: Any = self.model.get_submodule(name)
-            s, U = self.spectra.directions(name, rank)
-            A, B = factors(dense.weight, U.to(dense.weight.device), s.to(dense.weight.device))
+            A, B = factors(dense.weight, *self.spectra.directions(name, rank, dense.weight.device))
+            check_finite(f"the factor A of {name}", A)
+            check_finite(f"the factor B of {name}", B)
             replace_linears(self.model, {name: rank})
             layer: Any = self.model.get_submodule(name)
-            layer.A.weight.copy_(check_finite(f"the factor A of {name}", A))
-            layer.B.weight.copy_(check_finite(f"the factor B of {name}", B))
+            layer.load_factors(A, B)
         return attach(self.model) if plan.ranks else self.model
 
     @contextmanager
@@ -144,6 +180,7 @@ class Compression:
                 "checkpoint": (whole - plan.dense_bytes + plan.bytes) / whole,
             },
             "bytes": {"linears": plan.bytes, "linears_dense": plan.dense_bytes},
+            "predicted_loss": self.predicted(plan),
             "data": None if data is None else data.data.model_dump(mode="json"),
             "calibration": None if data is None else data.settings.model_dump(mode="json"),
             "versions": None if data is None else data.versions,
@@ -201,6 +238,7 @@ def compression(
             if processor is None:
                 raise RecipeError(f"recipe '{chosen.name}' needs samples; give statistics, or the model's processor")
             calibration.setdefault("gradients", chosen.needs_gradients)
+            calibration.setdefault("curvature", chosen.needs_curvature)
             statistics = calibrate(
                 model, Path(scratch) / "statistics", processor=processor, progress=report("calibrate"), **calibration
             )

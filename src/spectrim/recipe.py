@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from spectrim.anatomy import PLACES, Place
 from spectrim.errors import RecipeError
@@ -18,16 +18,24 @@ class _Part(BaseModel):
 class MetricPart(_Part):
     """The metrics in which the error of a layer is measured.
 
-    Kinds: ``identity`` (plain SVD), ``fisher-rows`` (FWSVD), ``activation-diagonal`` (ASVD; ``alpha``) and
-    ``whitening`` (SVD-LLM, JW-SVD). ``modality`` says whose activations count, ``gamma`` weighs image against text in
-    the joint moment, and ``unreached`` is the metric of linears that the modality never reaches, such as the vision
-    tower under text: the identity, or image moments.
+    Kinds: ``identity`` (plain SVD), ``fisher-rows`` (FWSVD), ``activation-diagonal`` (ASVD; ``alpha``), ``whitening``
+    (SVD-LLM, JW-SVD) and ``curvature`` (LASER: whitening, with output gradients as the output metric). ``modality``
+    says whose samples count, ``gamma`` weighs image against text in the joint input moment and ``beta`` in the joint
+    output moment, and ``unreached`` is the metric of linears that the modality never reaches, such as the vision tower
+    under text: the identity, or image moments.
+
+    Of ``curvature``: ``damping`` δ adds δ·tr(G)/out to the diagonal of G; ``eta`` is the trace-ratio correction of
+    predicted losses, by token, by sequence or none; ``per_head`` factors q, k and v head by head.
     """
 
-    kind: Literal["identity", "fisher-rows", "activation-diagonal", "whitening"]
+    kind: Literal["identity", "fisher-rows", "activation-diagonal", "whitening", "curvature"]
     modality: Literal["text", "image", "joint"] = "text"
     gamma: float = Field(1.0, gt=0, allow_inf_nan=False)
+    beta: float = Field(1.0, gt=0, allow_inf_nan=False)
     alpha: float = Field(0.5, ge=0, allow_inf_nan=False)
+    damping: float = Field(0.01, gt=0, allow_inf_nan=False)
+    eta: Literal["none", "token", "sequence"] = "none"
+    per_head: bool = False
     unreached: Literal["identity", "image"] = "identity"
 
 
@@ -35,12 +43,13 @@ class AllocationPart(_Part):
     """How the byte budget is shared.
 
     Rules: ``uniform`` (one retention for all), ``global-sigma`` (one threshold on raw singular values, JW-SVD as
-    written), ``global-energy`` (one threshold on each layer's relative energy per parameter) and ``sensitivity``
-    (ASVD: one threshold on the loss that each layer causes alone). Places that are not listed stay dense and count at
+    written), ``global-energy`` (one threshold on each layer's relative energy per parameter), ``sensitivity``
+    (ASVD: one threshold on the loss that each layer causes alone) and ``loss-aware`` (LASER: one threshold on the
+    predicted loss per byte, which the metric ``curvature`` gives). Places that are not listed stay dense and count at
     their full size.
     """
 
-    rule: Literal["uniform", "global-sigma", "global-energy", "sensitivity"] = "uniform"
+    rule: Literal["uniform", "global-sigma", "global-energy", "sensitivity", "loss-aware"] = "uniform"
     places: tuple[Place, ...] = Field(default=PLACES, min_length=1)
 
 
@@ -61,8 +70,19 @@ class Recipe(_Part):
 
     @property
     def needs_gradients(self) -> bool:
-        """Whether that calibration must gather gradients."""
+        """Whether that calibration must gather gradients of weights."""
         return self.metric.kind == "fisher-rows"
+
+    @property
+    def needs_curvature(self) -> bool:
+        """Whether that calibration must gather moments of output gradients."""
+        return self.metric.kind == "curvature"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Recipe":
+        if self.allocation.rule == "loss-aware" and self.metric.kind != "curvature":
+            raise ValueError("allocation 'loss-aware' needs predicted losses; set metric.kind=curvature")
+        return self
 
     @classmethod
     def read(cls, source: "str | Path | Recipe", changes: dict[str, Any] | None = None) -> "Recipe":

@@ -40,8 +40,8 @@ def probe(
         ranks = [max(1, int(share * full)) for share in RETENTIONS]
         losses = []
         for rank in ranks:
-            s, U = spectra.directions(linear.name, rank)
-            A, B = factors(original, U.to(original.device), s.to(original.device))
+            found = spectra.directions(linear.name, spectra.rank(linear.name, rank), original.device)
+            A, B = factors(original, *found)
             module.weight.copy_(A @ B)
             try:
                 losses.append(_loss(model, windows) - dense)

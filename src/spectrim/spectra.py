@@ -3,8 +3,10 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,13 +15,14 @@ from torch import nn
 
 from spectrim.anatomy import Anatomy, Linear
 from spectrim.calibrate import Statistics
-from spectrim.decompose import Spectrum, decompose
+from spectrim.decompose import decompose
 from spectrim.errors import StatisticsError
+from spectrim.layers import Rank
 from spectrim.linalg import check_finite
-from spectrim.metric import input_metric
+from spectrim.metric import layer_metric
 from spectrim.recipe import MetricPart
 
-VERSION = 1  # of what a spectrum means; a change makes earlier files unused
+VERSION = 2  # of what a spectrum means; a change makes earlier files unused
 
 
 class Spectra:
@@ -27,24 +30,70 @@ class Spectra:
 
     def __init__(self, directory: Path, sources: dict[str, str]) -> None:
         self.directory = directory
-        self.sources = sources  # by linear: where its metric came from (see InputMetric.source)
+        self.sources = sources  # by linear: where its metric came from (see Metric.source)
+        self._summaries: dict[str, dict[str, torch.Tensor]] = {}
 
     def values(self, name: str) -> torch.Tensor:
         """Squared singular values of one linear, [m] float64."""
-        return self._read(name, None)[0]
+        return self._summary(name)["s"]
 
-    def directions(self, name: str, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The first `rank` values [k] float64 and directions [out, k] float32 of one linear."""
-        s, U = self._read(name, rank)
-        return s[:rank], U
+    def losses(self, name: str) -> torch.Tensor | None:
+        """Predicted increase of the loss by each direction of one linear, [m] float64 nats; None without curvature."""
+        return self._summary(name).get("loss")
 
-    def _read(self, name: str, rank: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def heads(self, name: str) -> int:
+        """Parts of one linear that are factored apart, 1 for the whole matrix."""
+        head = self._summary(name).get("head")
+        return 1 if head is None else int(head.max()) + 1
+
+    def rank(self, name: str, count: int) -> Rank:
+        """The rank of one linear's first `count` directions: as it is, or by head."""
+        head = self._summary(name).get("head")
+        return count if head is None else tuple(head[:count].bincount(minlength=self.heads(name)).tolist())
+
+    def directions(
+        self, name: str, rank: Rank, device: torch.device | str = "cpu"
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Values [k] float64 and directions P, Q [out, k] float32 of one linear, as ``decompose.factors`` takes them.
+
+        With a rank by head, the columns are those of one head after another, and P's are zero outside its rows.
+        """
+        summary = self._summary(name)
+        with self._open(name) as file:
+            stored = [file.get_slice(key) for key in sorted({"P", "Q"} & set(file.keys()))]
+            if isinstance(rank, int):
+                s, found = summary["s"][:rank], [part[:, :rank] for part in stored]
+            else:
+                head = summary["head"]
+                chosen = torch.cat([(head == number).nonzero()[:count, 0] for number, count in enumerate(rank)])
+                s = summary["s"][chosen]
+                found = [_placed(part[:, :][:, chosen], head[chosen], len(rank)) for part in stored]
+        P, *rest = (columns.to(device) for columns in found)
+        return s.to(device), P, rest[0] if rest else None
+
+    def _summary(self, name: str) -> dict[str, torch.Tensor]:
+        """The vectors of one linear; read once, for every budget asks for them."""
+        if name not in self._summaries:
+            with self._open(name) as file:
+                wanted = set(file.keys()) - {"P", "Q"}
+                self._summaries[name] = {key: file.get_tensor(key) for key in wanted}
+        return self._summaries[name]
+
+    @contextmanager
+    def _open(self, name: str) -> Iterator[Any]:
         path = self.directory / f"{name}.safetensors"
         try:
             with safe_open(path, framework="pt") as file:
-                return file.get_tensor("s"), file.get_slice("U")[:, : rank or 1]
+                yield file
         except (OSError, SafetensorError) as error:
             raise StatisticsError(f"{path} cannot be read ({error}); delete it and compress again") from error
+
+
+def _placed(columns: torch.Tensor, head: torch.Tensor, heads: int) -> torch.Tensor:
+    """Columns [d, k] of the heads `head` [k] at their rows of the whole, [heads d, k]."""
+    placed = columns.new_zeros(heads, *columns.shape)
+    placed[head, :, torch.arange(len(head))] = columns.T
+    return placed.flatten(0, 1)
 
 
 def cache_key(metric: MetricPart, statistics: Statistics | None, parts: Anatomy) -> str:
@@ -92,11 +141,13 @@ def _make(model: nn.Module, linear: Linear, part: MetricPart, statistics: Statis
     weight = model.get_submodule(linear.name).weight
     assert isinstance(weight, torch.Tensor)
     W = check_finite(f"the weight of {linear.name}", weight.detach())
-    metric = input_metric(part, linear, statistics)
+    metric = layer_metric(part, linear, statistics, W.device)
     value = None if metric.value is None else metric.value.to(W.device)
-    spectrum: Spectrum = decompose(W, value)
+    spectrum = decompose(W, value, metric.output, linear.per_head or 1 if part.per_head else 1)
     check_finite(f"the spectrum of {linear.name}", spectrum.s)
-    tensors = {"s": spectrum.s.cpu(), "U": spectrum.U.float().cpu().contiguous()}
+    found = {"s": spectrum.s, "P": spectrum.P.float(), "loss": spectrum.loss, "head": spectrum.head}
+    found["Q"] = None if spectrum.Q is None else spectrum.Q.float()
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in found.items() if tensor is not None}
     temporary = path.with_suffix(".tmp")
     try:
         save_file(tensors, temporary, metadata={"source": metric.source})

@@ -1,10 +1,13 @@
 """Calibration over the processes of torch.distributed: disjoint batches, one sum."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import distributed
 
+from spectrim.anatomy import Linear
+from spectrim.calibrate.forms import Form
 from spectrim.calibrate.moments import Sums
 from spectrim.errors import ModelError
 
@@ -16,43 +19,57 @@ def share() -> tuple[int, int]:
     return 0, 1
 
 
-def reduce_sums(sums: Sums, widths: dict[str, int]) -> None:
+def reduce_sums(sums: Sums, linears: Mapping[str, Linear], forms: Mapping[str, Form]) -> None:
     """Add up the sums of all processes, in place and in each of them.
 
     Args:
-        sums: of this process.
-        widths: linear → in_features.
+        sums: of one unit in this process.
+        linears: by name.
+        forms: of output moments, by linear.
 
     Raises:
         ModelError: the processes found different linears to share their input.
     """
     found: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(found, (sums.owners, sorted(sums.fisher), sums.batches, sums.samples))
+    distributed.all_gather_object(
+        found, (sums.owners, [*sums.fisher], [*sums.outputs], sums.batches, sums.samples, sums.labels)
+    )
     fisher: set[str] = set()
-    sums.batches = sums.samples = 0
-    for owners, graded, batches, samples in found:
+    outputs: set[str] = set()
+    sums.batches = sums.samples = sums.labels = 0
+    for owners, graded, curved, batches, samples, labels in found:
         for linear, owner in owners.items():
             if sums.owners.setdefault(linear, owner) != owner:
                 raise ModelError(f"{linear} shares its input with {owner} on one process only; report this model")
         fisher.update(graded)
+        outputs.update(curved)
+        sums.labels += labels
         sums.batches += batches
         sums.samples += samples
     for owner in sorted(set(sums.owners.values())):
-        moment = sums.moment(owner, widths[owner])
-        count = torch.tensor([moment.count])
-        for tensor in (moment.second, moment.abs_sum, count):
-            _add_up(tensor)
-        moment.count = int(count)
-    for linear in sorted(fisher):
-        columns = sums.fisher.setdefault(linear, torch.zeros(widths[linear], dtype=torch.float64, device=sums.home))
-        _add_up(columns)
+        moment = sums.moment(owner, linears[owner].in_features)
+        _add_up(moment.second, moment.abs_sum)
+        moment.count = _total(moment.count)
+    for name in sorted(fisher):
+        _add_up(sums.fisher_columns(name, linears[name].in_features))
+    for name in sorted(outputs):
+        output = sums.output(linears[name], forms[name])
+        _add_up(*output.sums.values(), output.traces)
+        output.count = _total(output.count)
 
 
-def _add_up(tensor: torch.Tensor) -> None:
+def _total(count: int) -> int:
+    tensor = torch.tensor([count])
+    _add_up(tensor)
+    return int(tensor)
+
+
+def _add_up(*tensors: torch.Tensor) -> None:
     """All-reduce in place, by way of the current accelerator where the backend knows no other memory."""
-    if distributed.get_backend() == "nccl" and not tensor.is_cuda:
-        moved = tensor.cuda()
-        distributed.all_reduce(moved)
-        tensor.copy_(moved)
-    else:
-        distributed.all_reduce(tensor)
+    for tensor in tensors:
+        if distributed.get_backend() == "nccl" and not tensor.is_cuda:
+            moved = tensor.cuda()
+            distributed.all_reduce(moved)
+            tensor.copy_(moved)
+        else:
+            distributed.all_reduce(tensor)

@@ -6,12 +6,13 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from spectrim.calibrate.forms import Form
 from spectrim.errors import StatisticsError
 from spectrim.samples import Modality
 
 MANIFEST = "manifest.json"
 FORMAT: Literal["spectrim-statistics"] = "spectrim-statistics"
-VERSION: Literal[1] = 1
+VERSION: Literal[2] = 2
 
 
 class _Part(BaseModel):
@@ -41,6 +42,12 @@ class DataPrint(_Part):
     images: str | None
     fingerprint: str
 
+    @property
+    def modalities(self) -> tuple[Modality, ...]:
+        """The modalities that have samples, text first."""
+        sources: dict[Modality, str | None] = {"text": self.text, "image": self.images}
+        return tuple(modality for modality, source in sources.items() if source is not None)
+
 
 class Settings(_Part):
     """The arguments of the calibration that the moments depend on."""
@@ -52,6 +59,12 @@ class Settings(_Part):
     instruction: str
     image_tokens_only: bool
     gradients: bool
+    curvature: bool
+    labels: Literal["given", "sampled"]
+    answer_tokens: int
+    curvature_gib: float
+    curvature_passes: int
+    curvature_forms: dict[str, str]  # by role, where the user chose
 
 
 class TensorFile(_Part):
@@ -62,21 +75,42 @@ class TensorFile(_Part):
 
 
 class Gathered(_Part):
-    """One modality: how far, which linear has whose moment, and where the moments are."""
+    """One unit: how far, which linear has whose moment, and where the moments are."""
 
-    batches: int  # gathered so far
-    samples: int
-    owners: dict[str, str]
-    counts: dict[str, int]  # by owner: positions
-    fisher: tuple[str, ...]  # linears with a gradient statistic
-    files: dict[str, TensorFile]  # by block; "other" outside blocks
+    batches: int = 0  # gathered so far
+    samples: int = 0
+    labels: int = 0  # labelled tokens of gradient passes
+    owners: dict[str, str] = {}
+    counts: dict[str, int] = {}  # by owner: positions
+    fisher: tuple[str, ...] = ()  # linears with a gradient statistic
+    outputs: dict[str, int] = {}  # by linear with an output moment: positions
+    files: dict[str, TensorFile] = {}  # by block; "other" outside blocks
+
+
+class Unit(_Part):
+    """A part of a calibration that is gathered and kept by itself: one modality, forward only or a gradient pass."""
+
+    modality: Modality
+    gradients: bool
+    group: int | None = None  # of the linears, where they need several gradient passes
+
+    @property
+    def name(self) -> str:
+        """Key in the manifest and beginning of file names."""
+        name = f"{self.modality}-gradients" if self.gradients else self.modality
+        return name if self.group is None else f"{name}-{self.group}"
+
+    @property
+    def words(self) -> str:
+        """What its samples are, for messages."""
+        return f"{self.modality} samples{' with gradients' if self.gradients else ''}"
 
 
 class Manifest(_Part):
     """The whole directory. A file that it does not name is no part of the statistics."""
 
     format: Literal["spectrim-statistics"] = FORMAT
-    version: Literal[1] = VERSION
+    version: Literal[2] = VERSION
     generation: int = 0  # snapshots written
     complete: bool = False
     model: ModelPrint
@@ -84,7 +118,26 @@ class Manifest(_Part):
     settings: Settings
     versions: dict[str, str]
     blocks: dict[str, str]  # linear → block, "other" outside blocks
-    gathered: dict[Modality, Gathered]
+    forms: dict[str, str]  # linear → form of its output moment; empty without curvature
+    groups: tuple[tuple[str, ...], ...]  # linears of each gradient pass; empty without curvature
+    gathered: dict[str, Gathered]  # by unit
+
+    @property
+    def output_forms(self) -> dict[str, Form]:
+        """``forms``, read."""
+        return {name: Form.read(form) for name, form in self.forms.items()}
+
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        """What is gathered, in order: forward passes, then gradient passes."""
+        modalities = self.data.modalities
+        found = [Unit(modality=m, gradients=False) for m in modalities]
+        if self.settings.curvature:
+            groups = [None] if len(self.groups) == 1 else list(range(len(self.groups)))
+            found += [Unit(modality=m, gradients=True, group=group) for m in modalities for group in groups]
+        elif self.settings.gradients and "text" in modalities:
+            found.append(Unit(modality="text", gradients=True))
+        return tuple(found)
 
     @classmethod
     def read(cls, directory: Path) -> "Manifest":

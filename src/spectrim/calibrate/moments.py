@@ -1,8 +1,12 @@
 """Moments, and the running sums that they grow from."""
 
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
+
+from spectrim.anatomy import Linear
+from spectrim.calibrate.forms import Form
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,22 @@ class GradMoment:
 
     fisher_cols: torch.Tensor  # [in] float64
     count: int  # samples
+
+
+@dataclass(frozen=True)
+class OutputMoment:
+    """Sums over the token positions of a linear's output gradients ``g = ∂(Σ losses)/∂y``, in one form.
+
+    A loss is that of one labelled token, in nats. ``traces`` [4, heads] float64 are, for each head of q, k and v and
+    for the whole of other linears: Σ ‖g‖²‖x‖² over positions; Σ ‖Σ g xᵀ‖² over samples, the inner sum over the
+    positions of one; Σ ‖g‖²; Σ ‖x‖². The first two, divided by the labels, are tr F by token and by sequence.
+    """
+
+    form: Form
+    sums: dict[str, torch.Tensor]  # float64, by Form.shapes
+    traces: torch.Tensor
+    count: int  # positions
+    labels: int  # labelled tokens
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:
@@ -58,9 +78,70 @@ class MomentSum:
         return product.diagonal().isfinite().all()
 
 
+@cache
+def sketch_test(out: int, size: int) -> torch.Tensor:
+    """The random matrix [out, size] float32 that a sketch multiplies G by; the same in every run."""
+    return torch.randn(out, size, generator=torch.Generator().manual_seed(0))
+
+
+@dataclass
+class OutputSum:
+    """The growing sums of one :class:`OutputMoment`."""
+
+    form: Form
+    sums: dict[str, torch.Tensor]
+    traces: torch.Tensor  # [4, heads]
+    count: int = 0
+
+    @classmethod
+    def zero(cls, form: Form, out: int, heads: int, home: torch.device) -> "OutputSum":
+        """Sums of nothing, on the device ``home``."""
+        shapes = form.shapes(out) | {"traces": (4, heads)}
+        sums = {name: torch.zeros(shape, dtype=torch.float64, device=home) for name, shape in shapes.items()}
+        return cls(form, sums, sums.pop("traces"))
+
+    def add(self, g: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Add the gradients ``g`` [positions, out] and inputs ``x`` [positions, in] of one sample.
+
+        Returns a bool scalar on their device: is everything finite?
+        """
+        g, x = wide(g), wide(x)
+        out, heads = g.shape[1], self.traces.shape[1]
+        found: dict[str, torch.Tensor] = {}
+        if self.form.kind == "full":
+            found["output"] = g.T @ g
+        elif self.form.kind == "blocks":
+            parts = g.view(len(g), -1, self.form.size).transpose(0, 1)  # [blocks, positions, size]
+            found["output"] = parts.transpose(1, 2) @ parts
+        else:
+            found["output_diagonal"] = g.square().sum(0)
+            if self.form.kind == "sketch":
+                found["output"] = g.T @ (g @ sketch_test(out, self.form.size).to(g.device))
+        for name, value in found.items():
+            self.sums[name] += value.to(self.sums[name].device)
+        by_head = g.view(len(g), heads, -1)
+        energy, size = by_head.square().sum(2), x.square().sum(1)  # [positions, heads], [positions]
+        traces = torch.stack([size @ energy, _sequence(by_head, x), energy.sum(0), size.sum().expand(heads)])
+        self.traces += traces.double().to(self.traces.device)
+        self.count += len(g)
+        return traces.isfinite().all()
+
+
+def _sequence(g: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """``‖Σ_p g_p x_pᵀ‖²`` by head, [heads], of g [positions, heads, d] and x [positions, in]; by the cheaper route.
+
+    It equals Σ_pq (g_p·g_q)(x_p·x_q), which needs no gradient of the weight.
+    """
+    positions, heads, size = g.shape
+    if positions * (heads * size + x.shape[1]) < heads * size * x.shape[1]:
+        parts = g.transpose(0, 1)  # [heads, positions, d]
+        return ((parts @ parts.transpose(1, 2)) * (x @ x.T)).sum((1, 2))
+    return (g.reshape(positions, -1).T @ x).view(heads, -1).square().sum(1)
+
+
 @dataclass
 class Sums:
-    """What has been gathered from one modality so far; the state that a snapshot holds."""
+    """What one unit of a calibration has gathered so far; the state that a snapshot holds."""
 
     home: torch.device  # where the sums are kept
     batches: int = 0
@@ -68,6 +149,8 @@ class Sums:
     owners: dict[str, str] = field(default_factory=dict)  # linear → the linear whose moment is its moment as well
     moments: dict[str, MomentSum] = field(default_factory=dict)  # by owner
     fisher: dict[str, torch.Tensor] = field(default_factory=dict)  # by linear: [in] float64
+    outputs: dict[str, OutputSum] = field(default_factory=dict)  # by linear
+    labels: int = 0  # labelled tokens of gradient passes
 
     def moment(self, owner: str, width: int) -> MomentSum:
         """The sum of one owner; begun at zero."""
@@ -75,10 +158,21 @@ class Sums:
             self.moments[owner] = MomentSum.zero(width, self.home)
         return self.moments[owner]
 
+    def fisher_columns(self, linear: str, width: int) -> torch.Tensor:
+        """The gradient statistic of one linear [in]; begun at zero."""
+        if linear not in self.fisher:
+            self.fisher[linear] = torch.zeros(width, dtype=torch.float64, device=self.home)
+        return self.fisher[linear]
+
     def add_fisher(self, linear: str, gradient: torch.Tensor) -> torch.Tensor:
         """Add one sample's weight gradient ``[out, in]``; returns a bool scalar: is it finite?"""
         columns = gradient.square().sum(0)  # [in]
-        if linear not in self.fisher:
-            self.fisher[linear] = torch.zeros(len(columns), dtype=torch.float64, device=self.home)
-        self.fisher[linear] += columns.to(self.home)
+        self.fisher_columns(linear, len(columns)).add_(columns.to(self.home))
         return columns.isfinite().all()
+
+    def output(self, linear: Linear, form: Form) -> OutputSum:
+        """The output sums of one linear; begun at zero."""
+        if linear.name not in self.outputs:
+            heads = linear.per_head or 1
+            self.outputs[linear.name] = OutputSum.zero(form, linear.out_features, heads, self.home)
+        return self.outputs[linear.name]

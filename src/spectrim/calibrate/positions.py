@@ -24,6 +24,12 @@ class Positions:
     tiles: torch.Tensor | None  # bool [batch * images * tiles]
     patches: int  # rows of a tile that are no padding
 
+    def select(self, place: Place, x: torch.Tensor) -> torch.Tensor:
+        """The positions of ``x`` [*layout, width] that count, [positions, width]."""
+        mask = self.rows(place, x.shape[:-1])
+        rows = x.reshape(-1, x.shape[-1])
+        return rows if mask is None else rows[mask.to(rows.device)]
+
     def rows(self, place: Place, layout: torch.Size) -> torch.Tensor | None:
         """Bool mask over the flattened positions of an input ``[*layout, in]``; None where all count."""
         if place == "backbone" and layout in (self.shape, (self.shape[0] * self.shape[1],)):

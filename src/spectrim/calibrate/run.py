@@ -2,19 +2,23 @@
 
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import distributed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from spectrim.anatomy import Anatomy, anatomy
+from spectrim.anatomy import Anatomy, Linear, anatomy
 from spectrim.calibrate.data import Data, load_data
 from spectrim.calibrate.distributed import reduce_sums, share
 from spectrim.calibrate.fingerprint import model_print
-from spectrim.calibrate.manifest import DataPrint, Gathered, Manifest, Settings
+from spectrim.calibrate.forms import Form, choose_forms
+from spectrim.calibrate.gradients import run_gradients
+from spectrim.calibrate.labels import labelled_samples
+from spectrim.calibrate.manifest import DataPrint, Gathered, Manifest, Settings, Unit
 from spectrim.calibrate.moments import Sums
 from spectrim.calibrate.passes import prepared, run_batch
 from spectrim.calibrate.positions import image_token
@@ -39,6 +43,12 @@ def calibrate(
     instruction: str = "Describe this image.",
     image_tokens_only: bool = False,
     gradients: bool = False,
+    curvature: bool = False,
+    labels: Literal["given", "sampled"] = "given",
+    answer_tokens: int = 32,
+    curvature_gib: float = 8.0,
+    curvature_passes: int = 1,
+    curvature_forms: Mapping[str, str] | None = None,
     checkpoint_seconds: float = 120.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Statistics:
@@ -58,17 +68,27 @@ def calibrate(
             "builtin" means none there.
         samples: of each modality.
         seqlen: tokens of a text sample.
-        batch_size: samples that run together at most; with ``gradients``, text samples run one at a time.
+        batch_size: samples that run together at most; gradient passes run them one at a time.
         seed: of the choice of samples.
         instruction: of image samples that carry none.
         image_tokens_only: the backbone counts only the positions of image tokens in image samples.
         gradients: gather the gradient statistic of text samples too (see ``GradMoment``).
+        curvature: gather the moments of output gradients of all samples too (see ``OutputMoment``). Text is labelled at
+            every token; an image sample at its answer, or at one that the model draws where it brings none.
+        labels: "given": the samples' own tokens (empirical Fisher); "sampled": drawn from the model at the same
+            positions (true Fisher).
+        answer_tokens: of a drawn answer at most.
+        curvature_gib: memory of the output moments of one modality; where it is too little, they are kept in smaller
+            forms (see ``choose_forms``).
+        curvature_passes: gradient passes that may be made instead, each over some of the linears.
+        curvature_forms: form by role, such as ``{"gate": "sketch:256"}``; for roles that should not choose themselves.
         checkpoint_seconds: time between snapshots; they are rarer where they would take over a tenth of the time.
         progress: called with samples done and samples in all.
 
     Raises:
         SampleError: samples are missing, malformed or too few, or do not fit the model.
         ModelError: nothing can be compressed, or the model lacks what an option needs.
+        RecipeError: ``curvature_forms`` names a role or a form that does not exist.
         StatisticsError: ``out`` holds something else, or statistics of another model, data or settings.
         NumericalError: NaN or infinity; names the linear and the batch.
     """
@@ -81,6 +101,12 @@ def calibrate(
         instruction=instruction,
         image_tokens_only=image_tokens_only,
         gradients=gradients,
+        curvature=curvature,
+        labels=labels,
+        answer_tokens=answer_tokens,
+        curvature_gib=curvature_gib,
+        curvature_passes=curvature_passes,
+        curvature_forms=dict(curvature_forms or {}),
     )
     _check(settings, text)
     data = load_data(
@@ -114,61 +140,100 @@ def _gather(
     progress: Callable[[int, int], None],
 ) -> None:
     rank, processes = share()
-    settings = store.manifest.settings
-    modules = {linear: model.get_submodule(linear.name) for linear in parts.linears}
-    home = _home(model.device, parts, len(data.samples))
+    manifest = store.manifest
+    linears = {linear.name: linear for linear in parts.linears}
+    total = sum(data.samples[unit.modality] for unit in manifest.units)
     # Snapshots hold the sums of one process, so that only one alone can continue from them.
-    sums = store.restore(home) if processes == 1 else {modality: Sums(home) for modality in data.samples}
-    total = sum(data.samples.values())
-    progress(sum(state.samples for state in sums.values()), total)
+    done = sum(gathered.samples for gathered in manifest.gathered.values()) if processes == 1 else 0
+    progress(done, total)
     if processes > 1:
         distributed.barrier()  # all have looked at the directory before one writes to it
     if rank == 0:
-        store.save(sums, complete=False)  # claims the directory before the first files of moments
+        store.save({}, complete=False)  # claims the directory before the first files of moments
     due = time.monotonic() + checkpoint_seconds
     with prepared(model):
-        for modality, state in sums.items():
-            gradients = settings.gradients and modality == "text"
-            resumed = state.batches
-            for number, batch in enumerate(data.batches(modality, 1 if gradients else settings.batch_size)):
-                if number < resumed or number % processes != rank:
-                    continue
-                only = settings.image_tokens_only and modality == "image"
-                run_batch(model, modules, batch, state, image_tokens_only=only, gradients=gradients)
-                progress(sum(state.samples for state in sums.values()), total)
+        for unit in manifest.units:  # one at a time, so that memory is that of one unit's sums
+            home = _home(model.device, parts, manifest, unit)
+            sums = store.restore(unit.name, home) if processes == 1 else Sums(home)
+            done -= sums.samples
+            for _ in _steps(model, linears, data, manifest, unit, sums):
+                progress(done + sums.samples, total)
                 if processes == 1 and (started := time.monotonic()) >= due:
-                    store.save(sums, complete=False)
+                    store.save({unit.name: sums}, complete=False)
                     took = time.monotonic() - started
                     due = time.monotonic() + max(checkpoint_seconds, took / _SNAPSHOT_SHARE)
-    if processes > 1:
-        for state in sums.values():
-            reduce_sums(state, {linear.name: linear.in_features for linear in parts.linears})
-    if rank == 0:
-        store.save(sums, complete=True)
+            if processes > 1:
+                reduce_sums(sums, linears, manifest.output_forms)
+            if rank == 0:
+                store.save({unit.name: sums}, complete=unit == manifest.units[-1])
+            done += sums.samples
     if processes > 1:
         distributed.barrier()
+
+
+def _steps(
+    model: PreTrainedModel, linears: dict[str, Linear], data: Data, manifest: Manifest, unit: Unit, sums: Sums
+) -> Iterator[None]:
+    """Run the batches of one unit that are this process's share and not in ``sums`` yet; yields after each."""
+    settings, (rank, processes), resumed = manifest.settings, share(), sums.batches
+    if not unit.gradients:
+        modules = {linear: model.get_submodule(name) for name, linear in linears.items()}
+        only = settings.image_tokens_only and unit.modality == "image"
+        for number, batch in enumerate(data.batches(unit.modality, settings.batch_size)):
+            if number >= resumed and number % processes == rank:
+                run_batch(model, modules, batch, sums, image_tokens_only=only)
+                yield
+        return
+    fisher = settings.gradients and unit.modality == "text"
+    names = manifest.groups[unit.group or 0] if settings.curvature else tuple(linears)
+    modules = {linears[name]: model.get_submodule(name) for name in (tuple(linears) if fisher else names)}
+    forms = {name: form for name, form in manifest.output_forms.items() if name in names}
+    for sample in labelled_samples(
+        model,
+        data,
+        unit.modality,
+        sampled=settings.labels == "sampled",
+        answer_tokens=settings.answer_tokens,
+        seed=settings.seed,
+        numbers=range(resumed or rank, data.samples[unit.modality], processes),
+    ):
+        run_gradients(model, modules, sample, sums, forms, fisher=fisher and not unit.group)
+        yield
 
 
 def _check(settings: Settings, text: str | None) -> None:
     for name in ("samples", "seqlen", "batch_size"):
         if (value := getattr(settings, name)) < 1:
             raise SampleError(f"{name} must be at least 1, not {value}")
-    if settings.gradients and (text is None or settings.seqlen < 2):
-        raise SampleError("gradients need text in windows of at least 2 tokens; give a text source or leave them out")
+    if settings.gradients and text is None:
+        raise SampleError("gradients need text; give a text source or leave them out")
+    if (settings.gradients or settings.curvature) and text is not None and settings.seqlen < 2:
+        raise SampleError("gradients need text in windows of at least 2 tokens; make the windows longer")
+    if settings.answer_tokens < 1 or settings.curvature_passes < 1 or not settings.curvature_gib > 0:
+        raise SampleError("answer_tokens, curvature_passes and curvature_gib must be positive")
+    if settings.labels not in ("given", "sampled"):
+        raise SampleError(f"labels are 'given' or 'sampled', not '{settings.labels}'")
 
 
 def _manifest(model: PreTrainedModel, parts: Anatomy, data: Data, source: DataPrint, settings: Settings) -> Manifest:
     """The manifest of a calibration that has gathered nothing yet."""
-    nothing = Gathered(batches=0, samples=0, owners={}, counts={}, fisher=(), files={})
     packages = {name: _version(name) for name in ("spectrim", "torch", "transformers")}
-    return Manifest(
+    forms: dict[str, Form] = {}
+    groups: list[list[Linear]] = []
+    if settings.curvature:
+        limit = int(settings.curvature_gib * 2**30)
+        forms, groups = choose_forms(parts.linears, limit, settings.curvature_passes, settings.curvature_forms)
+    fresh = Manifest(
         model=model_print(model),
         data=source,
         settings=settings,
         versions={"python": platform.python_version(), **packages},
         blocks={linear.name: linear.block or "other" for linear in parts.linears},
-        gathered=dict.fromkeys(data.samples, nothing),
+        forms={name: str(form) for name, form in forms.items()},
+        groups=tuple(tuple(linear.name for linear in group) for group in groups),
+        gathered={},
     )
+    return fresh.model_copy(update={"gathered": {unit.name: Gathered() for unit in fresh.units}})
 
 
 def _version(package: str) -> str:
@@ -178,9 +243,13 @@ def _version(package: str) -> str:
         return "unknown"
 
 
-def _home(device: torch.device, parts: Anatomy, modalities: int) -> torch.device:
-    """Where the sums are kept: on a CUDA device where they take at most half of its free memory, else on the host."""
+def _home(device: torch.device, parts: Anatomy, manifest: Manifest, unit: Unit) -> torch.device:
+    """Where a unit's sums are kept: on a CUDA device where they take at most half of its free memory, else the host."""
     if device.type != "cuda":
         return torch.device("cpu")
-    need = modalities * sum(torch.float64.itemsize * linear.in_features**2 for linear in parts.linears)
+    if unit.gradients:
+        forms = manifest.output_forms
+        need = sum(forms[x.name].nbytes(x.out_features) for x in parts.linears if x.name in forms)
+    else:
+        need = sum(torch.float64.itemsize * linear.in_features**2 for linear in parts.linears)
     return device if need <= torch.cuda.mem_get_info(device)[0] / 2 else torch.device("cpu")

@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from spectrim.calibrate.forms import Form
 from spectrim.calibrate.manifest import MANIFEST, Gathered, Manifest, TensorFile
-from spectrim.calibrate.moments import MomentSum, Sums
+from spectrim.calibrate.moments import MomentSum, OutputSum, Sums
 from spectrim.calibrate.statistics import check_files, read_tensor
 from spectrim.errors import StatisticsError
-from spectrim.samples import Modality
 
 _OURS = re.compile(r".+\.g\d{6}\.safetensors(\.part)?|manifest\.json\.part")
 
@@ -47,12 +47,12 @@ class Store:
             raise StatisticsError(f"{directory} holds other files ({other.name}); choose another output directory")
         self.manifest = fresh
 
-    def restore(self, home: torch.device) -> dict[Modality, Sums]:
-        """The sums of the last snapshot, bit for bit; zero sums when there is none."""
-        return {modality: self._sums(gathered, home) for modality, gathered in self.manifest.gathered.items()}
+    def restore(self, unit: str, home: torch.device) -> Sums:
+        """The sums of one unit in the last snapshot, bit for bit; zero sums when there is none."""
+        return self._sums(self.manifest.gathered[unit], home)
 
-    def save(self, sums: dict[Modality, Sums], *, complete: bool) -> None:
-        """Write a snapshot; modalities that have not grown since the last one keep their files.
+    def save(self, sums: dict[str, Sums], *, complete: bool) -> None:
+        """Write a snapshot; units that are not given, or have not grown since the last one, keep their files.
 
         Raises:
             StatisticsError: the directory cannot be written.
@@ -65,9 +65,10 @@ class Store:
                 f"{self._directory} cannot be written ({error}); make room or choose another output directory"
             ) from error
 
-    def _save(self, sums: dict[Modality, Sums], complete: bool) -> None:
+    def _save(self, sums: dict[str, Sums], complete: bool) -> None:
         generation = self.manifest.generation + 1
-        gathered = {modality: self._write(modality, state, generation) for modality, state in sums.items()}
+        written = {unit: self._write(unit, state, generation) for unit, state in sums.items()}
+        gathered = self.manifest.gathered | written
         update = {"generation": generation, "complete": complete, "gathered": gathered}
         manifest = self.manifest.model_copy(update=update)
         content = manifest.model_dump_json(indent=1).encode()
@@ -83,32 +84,42 @@ class Store:
             block = self.manifest.blocks[linear]
             return read_tensor(self._directory, gathered, block, f"{linear}.{part}").to(home)
 
-        sums = Sums(home, gathered.batches, gathered.samples, dict(gathered.owners))
+        sums = Sums(home, gathered.batches, gathered.samples, dict(gathered.owners), labels=gathered.labels)
         for owner, count in gathered.counts.items():
             sums.moments[owner] = MomentSum(read(owner, "second"), read(owner, "abs_sum"), count)
         sums.fisher = {linear: read(linear, "fisher_cols") for linear in gathered.fisher}
+        for linear, count in gathered.outputs.items():
+            form = Form.read(self.manifest.forms[linear])
+            found = {part: read(linear, part) for part in form.parts}
+            sums.outputs[linear] = OutputSum(form, found, read(linear, "traces"), count)
         return sums
 
-    def _write(self, modality: Modality, sums: Sums, generation: int) -> Gathered:
-        if (before := self.manifest.gathered[modality]).batches == sums.batches:
+    def _write(self, unit: str, sums: Sums, generation: int) -> Gathered:
+        if (before := self.manifest.gathered[unit]).batches == sums.batches:
             return before
         blocks = self.manifest.blocks
         files = {}
-        for block in sorted({blocks[linear] for linear in (*sums.moments, *sums.fisher)}):
+        for block in sorted({blocks[linear] for linear in (*sums.moments, *sums.fisher, *sums.outputs)}):
             tensors: dict[str, torch.Tensor] = {}
             for owner, moment in sums.moments.items():
                 if blocks[owner] == block:
                     tensors |= {f"{owner}.second": moment.second, f"{owner}.abs_sum": moment.abs_sum}
             tensors |= {f"{name}.fisher_cols": value for name, value in sums.fisher.items() if blocks[name] == block}
-            path = self._directory / f"{modality}.{block}.g{generation:06d}.safetensors"
+            for name, output in sums.outputs.items():
+                if blocks[name] == block:
+                    tensors |= {f"{name}.{part}": value for part, value in output.sums.items()}
+                    tensors[f"{name}.traces"] = output.traces
+            path = self._directory / f"{unit}.{block}.g{generation:06d}.safetensors"
             _replace(path, partial(save_file, tensors))
             files[block] = TensorFile(name=path.name, size=path.stat().st_size)
         return Gathered(
             batches=sums.batches,
             samples=sums.samples,
+            labels=sums.labels,
             owners=sums.owners,
             counts={owner: moment.count for owner, moment in sums.moments.items()},
             fisher=tuple(sums.fisher),
+            outputs={name: output.count for name, output in sums.outputs.items()},
             files=files,
         )
 

@@ -8,16 +8,21 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from spectrim.calibrate.fingerprint import model_print
+from spectrim.calibrate.forms import Form
 from spectrim.calibrate.manifest import Gathered, Manifest
-from spectrim.calibrate.moments import GradMoment, Moment
+from spectrim.calibrate.moments import GradMoment, Moment, OutputMoment
 from spectrim.errors import StatisticsError
 from spectrim.samples import Modality
 
 
-def tensor_names(gathered: Gathered, blocks: dict[str, str]) -> dict[str, str]:
-    """Tensor name → block, of everything that one modality must have on disk."""
-    moments = {f"{owner}.{part}": blocks[owner] for owner in gathered.counts for part in ("second", "abs_sum")}
-    return moments | {f"{linear}.fisher_cols": blocks[linear] for linear in gathered.fisher}
+def tensor_names(gathered: Gathered, manifest: Manifest) -> dict[str, str]:
+    """Tensor name → block, of everything that one unit must have on disk."""
+    wanted = {owner: ["second", "abs_sum"] for owner in gathered.counts}
+    for linear in gathered.fisher:
+        wanted.setdefault(linear, []).append("fisher_cols")
+    for linear in gathered.outputs:
+        wanted.setdefault(linear, []).extend(["traces", *Form.read(manifest.forms[linear]).parts])
+    return {f"{name}.{part}": manifest.blocks[name] for name, parts in wanted.items() for part in parts}
 
 
 def read_tensor(directory: Path, gathered: Gathered, block: str, name: str) -> torch.Tensor:
@@ -37,7 +42,7 @@ def check_files(directory: Path, manifest: Manifest) -> None:
         StatisticsError: a file is missing, truncated, or lacks a tensor; names the file.
     """
     for gathered in manifest.gathered.values():
-        names = tensor_names(gathered, manifest.blocks)
+        names = tensor_names(gathered, manifest)
         for block in set(names.values()) | gathered.files.keys():
             path = directory / (gathered.files[block].name if block in gathered.files else f"the file of {block}")
             try:
@@ -79,15 +84,12 @@ class Statistics:
         Raises:
             StatisticsError: the calibrated model has no such linear, or the file is damaged.
         """
-        gathered = self._gathered(linear, modality)
-        owner = gathered.owners.get(linear) if gathered else None
-        if gathered is None or owner is None:
-            return None
-        block = self.manifest.blocks[owner]
-        second = read_tensor(self.path, gathered, block, f"{owner}.second")
-        second = (second + second.T) / 2  # products of float32 are symmetric up to rounding only
-        abs_sum = read_tensor(self.path, gathered, block, f"{owner}.abs_sum")
-        return Moment(second, abs_sum, gathered.counts[owner])
+        for gathered in self._units(linear, modality, gradients=False):
+            if (owner := gathered.owners.get(linear)) is not None:
+                second = self._read(gathered, owner, "second")
+                second = (second + second.T) / 2  # products of float32 are symmetric up to rounding only
+                return Moment(second, self._read(gathered, owner, "abs_sum"), gathered.counts[owner])
+        return None
 
     def gradient(self, linear: str, modality: Modality) -> GradMoment | None:
         """Gradient statistic of a linear; None when none was gathered from that modality.
@@ -95,11 +97,23 @@ class Statistics:
         Raises:
             StatisticsError: the calibrated model has no such linear, or the file is damaged.
         """
-        gathered = self._gathered(linear, modality)
-        if gathered is None or linear not in gathered.fisher:
-            return None
-        columns = read_tensor(self.path, gathered, self.manifest.blocks[linear], f"{linear}.fisher_cols")
-        return GradMoment(columns, gathered.samples)
+        for gathered in self._units(linear, modality, gradients=True):
+            if linear in gathered.fisher:
+                return GradMoment(self._read(gathered, linear, "fisher_cols"), gathered.samples)
+        return None
+
+    def output(self, linear: str, modality: Modality) -> OutputMoment | None:
+        """Moment of a linear's output gradients; None when none was gathered from that modality.
+
+        Raises:
+            StatisticsError: the calibrated model has no such linear, or the file is damaged.
+        """
+        for gathered in self._units(linear, modality, gradients=True):
+            if (count := gathered.outputs.get(linear)) is not None:
+                form = Form.read(self.manifest.forms[linear])
+                sums = {part: self._read(gathered, linear, part) for part in form.parts}
+                return OutputMoment(form, sums, self._read(gathered, linear, "traces"), count, gathered.labels)
+        return None
 
     def check_model(self, model: PreTrainedModel) -> None:
         """Raises StatisticsError that names what differs when these are another model's statistics."""
@@ -108,7 +122,11 @@ class Statistics:
                 f"the statistics in {self.path} are of another model ({difference}); calibrate this model"
             )
 
-    def _gathered(self, linear: str, modality: Modality) -> Gathered | None:
+    def _units(self, linear: str, modality: Modality, *, gradients: bool) -> list[Gathered]:
         if linear not in self.manifest.blocks:
             raise StatisticsError(f"the statistics in {self.path} know no linear {linear}; calibrate this model")
-        return self.manifest.gathered.get(modality)
+        units = (u for u in self.manifest.units if u.modality == modality and u.gradients == gradients)
+        return [self.manifest.gathered[unit.name] for unit in units]
+
+    def _read(self, gathered: Gathered, linear: str, part: str) -> torch.Tensor:
+        return read_tensor(self.path, gathered, self.manifest.blocks[linear], f"{linear}.{part}")

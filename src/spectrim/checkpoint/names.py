@@ -19,9 +19,9 @@ from transformers.core_model_loading import (
 )
 
 from spectrim.errors import CheckpointError
-from spectrim.layers import LowRankLinear
+from spectrim.layers import LowRankLinear, Rank
 
-FACTOR = ".A.weight"  # the tensor that stands for a factored linear
+FACTOR = ".B.weight"  # the tensor that stands for a factored linear; A is several tensors where ranks are by head
 
 
 def checkpoint_names(model: PreTrainedModel) -> dict[str, str]:
@@ -39,8 +39,8 @@ def checkpoint_names(model: PreTrainedModel) -> dict[str, str]:
     }
 
 
-def stored_ranks(model: PreTrainedModel) -> dict[str, int]:
-    """Checkpoint name → rank of every LowRankLinear of `model`.
+def stored_ranks(model: PreTrainedModel) -> dict[str, Rank]:
+    """Checkpoint name → rank, or ranks by head, of every LowRankLinear of `model`.
 
     Raises CheckpointError for a layer that has no name in the checkpoint format or whose name does not lead back to it.
     """
@@ -74,7 +74,7 @@ def runtime_names(model: PreTrainedModel, names: Iterable[str], tensors: Iterabl
     if missing := sorted(wanted.keys() - keys):
         raise CheckpointError(f"the checkpoint lacks the tensor {shortened(missing)}; copy or compress it again")
     known: dict[str, Any] = dict.fromkeys(model.state_dict(), True)
-    known |= {f"{name}.{factor}.weight": True for name in linears for factor in "AB"}
+    known |= {f"{name}{FACTOR}": True for name in linears}
     renamings, converters = _split(get_model_conversion_mapping(model))
     found = {}
     for key in sorted(keys, key=dot_natural_key):

@@ -5,7 +5,9 @@
     "quantization_config": {"quant_method": "spectrim", "version": 1, "spectrim_version": "…", "ranks": {name: rank}}
 
 with the checkpoint names of the factored linears; their tensors are ``name.A.weight`` [out, rank], ``name.B.weight``
-[rank, in] and, if the layer has one, ``name.bias`` [out].
+[rank, in] and, if the layer has one, ``name.bias`` [out]. A linear whose H heads are factored one by one has a list of
+H ranks; its tensors are ``name.A.0.weight`` [out / H, rank[0]], ``name.A.1.weight``, …, and one ``name.B.weight``
+[sum(rank), in].
 
 Opened without this module, transformers only logs a warning about an unknown quantization method, and fills every
 factored layer with random weights. Two guards in the checkpoint make that an error:
@@ -16,7 +18,7 @@ factored layer with random weights. Two guards in the checkpoint make that an er
   fit; this stops transformers 4, too, which knows nothing of fusions. A loader of factors skips them.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -30,7 +32,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from spectrim.checkpoint.names import runtime_names, saved_names, shortened, stored_ranks
 from spectrim.errors import CheckpointError, ModelError
-from spectrim.layers import LowRankLinear, replace_linears
+from spectrim.layers import LowRankLinear, Rank, replace_linears
 
 METHOD = "spectrim"
 VERSION = 1
@@ -57,13 +59,14 @@ def release() -> str | None:
 class SpectrimConfig(QuantizationConfigMixin):
     """``quantization_config`` of a checkpoint with factored linears.
 
-    `ranks` maps checkpoint names of linears, without ``.weight``, to ranks; `spectrim_version` is the release that
-    wrote the checkpoint. Raises CheckpointError for another format version, unknown entries and impossible ranks.
+    `ranks` maps checkpoint names of linears, without ``.weight``, to ranks, or lists of ranks by head;
+    `spectrim_version` is the release that wrote the checkpoint. Raises CheckpointError for another format version,
+    unknown entries and impossible ranks.
     """
 
     def __init__(
         self,
-        ranks: dict[str, int] | None = None,
+        ranks: Mapping[str, int | Sequence[int]] | None = None,
         version: int = VERSION,
         spectrim_version: str | None = None,
         quant_method: str = METHOD,
@@ -77,15 +80,18 @@ class SpectrimConfig(QuantizationConfigMixin):
             )
         if unknown:
             raise CheckpointError(f"quantization_config has unknown entries: {shortened(sorted(unknown))}; remove them")
-        if not isinstance(ranks, dict) or not ranks:
+        if not isinstance(ranks, Mapping) or not ranks:
             raise CheckpointError("quantization_config has no ranks; copy the checkpoint's config.json again")
+        checked: dict[str, Rank] = {}
         for name, rank in ranks.items():
-            if type(rank) is not int or rank < 1:
+            each = tuple(rank) if isinstance(rank, list | tuple) else (rank,)
+            if not each or any(type(k) is not int or k < 1 for k in each):
                 raise CheckpointError(f"quantization_config gives {name!r} the rank {rank!r}; ranks are whole and ≥ 1")
+            checked[name] = rank if isinstance(rank, int) else each
         self.quant_method: Any = quant_method
         self.version = version
         self.spectrim_version = spectrim_version or release()
-        self.ranks = dict(ranks)
+        self.ranks = checked
 
 
 @register_quantizer(METHOD)
@@ -106,7 +112,10 @@ class SpectrimQuantizer(HfQuantizer):
         ranks = self.quantization_config.ranks
         tensors = None if checkpoint_files is None else _tensor_names(checkpoint_files)
         names = runtime_names(model, ranks, tensors)
-        replace_linears(model, {names[name]: rank for name, rank in ranks.items()})
+        try:
+            replace_linears(model, {names[name]: rank for name, rank in ranks.items()})
+        except ModelError as error:
+            raise CheckpointError(f"quantization_config does not fit the model: {error}") from error
         sentinels = {f"{name}.weight" for name in names.values()}
         # Some models initialise `module.q_proj.weight` from the parent, where there is no such weight any more. Parents
         # without buffers of their own need no initialisation: all their parameters come from the file or are reported.

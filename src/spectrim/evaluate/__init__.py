@@ -6,7 +6,7 @@ from spectrim.evaluate.language import Perplexity, perplexity, plan_windows
 from spectrim.evaluate.questions import ImageQuestion, Question, blind_questions, load_questions
 from spectrim.evaluate.results import DirectoryResult, EvaluationReport, TaskScore, VqaScore
 from spectrim.evaluate.running import evaluate
-from spectrim.evaluate.tables import costs, table
+from spectrim.evaluate.tables import costs, losses, table
 
 __all__ = [
     "Answer",
@@ -22,6 +22,7 @@ __all__ = [
     "costs",
     "evaluate",
     "load_questions",
+    "losses",
     "mcnemar",
     "normalise",
     "paired_difference",

@@ -74,9 +74,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class DirectoryResult:
-    """One evaluated model. `bytes` is what its safetensors occupy, `retention` what its spectrim.json states.
+    """One evaluated model. `bytes` is what its safetensors occupy.
 
-    `differences` is empty for the reference and where there is none. `answers` stays out of the JSON.
+    `retention` and `predicted_loss` (nats per labelled token by modality, above the dense model's) are what its
+    spectrim.json states; `differences` is empty for the reference and where there is none. `answers` stays out of the
+    JSON.
     """
 
     directory: str
@@ -86,6 +88,7 @@ class DirectoryResult:
     bytes: int
     memory: Memory
     retention: dict[str, float] | None = None
+    predicted_loss: dict[str, float] | None = None
     perplexity: Perplexity | None = None
     tokens_per_second: float | None = None
     vqa: VqaScore | None = None

@@ -144,7 +144,8 @@ def _check(paths: Sequence[Path], tasks: Sequence[str]) -> None:
     if len(set(paths)) < len(paths):
         raise CheckpointError("A directory is named twice; give each model once.")
     for path in paths:
-        is_compressed(path), stored_bytes(path), _retention(path)  # each names what it cannot read
+        is_compressed(path), stored_bytes(path)  # each names what it cannot read
+        _stated(path, "retention"), _stated(path, "predicted_loss")
         if "vqa" in tasks and not takes_images(load_processor(path)):
             raise SampleError(
                 f"{path} holds a text-only model, which cannot do the task vqa; use tasks=['perplexity']."
@@ -194,7 +195,8 @@ def _evaluate_one(path: Path, work: _Work, *, floor: bool) -> tuple[DirectoryRes
         dtype=str(model.dtype).removeprefix("torch."),
         bytes=stored_bytes(path),
         memory=meter.memory,
-        retention=_retention(path),
+        retention=_stated(path, "retention"),
+        predicted_loss=_stated(path, "predicted_loss"),
         perplexity=language,
         tokens_per_second=None if language is None else language.tokens / language.seconds,
         vqa=sight,
@@ -202,18 +204,16 @@ def _evaluate_one(path: Path, work: _Work, *, floor: bool) -> tuple[DirectoryRes
     ), below
 
 
-def _retention(path: Path) -> dict[str, float] | None:
-    """What the checkpoint's provenance states under "retention", None for a model without provenance."""
+def _stated(path: Path, key: str) -> dict[str, float] | None:
+    """The table of numbers that the checkpoint's provenance has under `key`, None for a model without provenance."""
     if not (path / PROVENANCE).is_file():
         return None
-    retention = read_provenance(path).get("retention")
-    if retention is not None and not (
-        isinstance(retention, dict) and all(isinstance(share, int | float) for share in retention.values())
+    stated = read_provenance(path).get(key)
+    if stated is not None and not (
+        isinstance(stated, dict) and all(isinstance(value, int | float) for value in stated.values())
     ):
-        raise CheckpointError(
-            f'"retention" in {path / PROVENANCE} is not a table of numbers; compress the model again.'
-        )
-    return retention
+        raise CheckpointError(f'"{key}" in {path / PROVENANCE} is not a table of numbers; compress the model again.')
+    return stated
 
 
 def _fingerprint(questions: Sequence[Question]) -> str:

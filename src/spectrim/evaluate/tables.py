@@ -1,5 +1,6 @@
 """An evaluation report as a table for the terminal."""
 
+from math import log
 from pathlib import Path
 
 from rich.table import Table
@@ -87,3 +88,18 @@ def costs(report: EvaluationReport) -> Table:
             _NONE if peak is None else f"{peak / 2**20:,.0f} MiB",
         )
     return grid
+
+
+def losses(report: EvaluationReport) -> Table | None:
+    """Predicted against measured increase of the text loss over the reference, nats per token; None without either."""
+    reference = next((result for result in report.results if result.directory == report.reference), None)
+    grid = Table(title="Text loss above the dense model, nats per token", box=None, padding=(0, 1, 0, 0))
+    for heading in ("model", "predicted", "measured"):
+        grid.add_column(heading, justify="left" if heading == "model" else "right", no_wrap=True)
+    for result, name in zip(report.results, _names([result.directory for result in report.results]), strict=True):
+        predicted = (result.predicted_loss or {}).get("text")
+        if predicted is None or result.perplexity is None or reference is None or reference.perplexity is None:
+            continue
+        measured = log(result.perplexity.per_token) - log(reference.perplexity.per_token)
+        grid.add_row(name, f"{predicted:.4f}", f"{measured:.4f}")
+    return grid if grid.row_count else None

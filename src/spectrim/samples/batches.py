@@ -24,6 +24,7 @@ class Batch:
     modality: Modality
     inputs: dict[str, torch.Tensor]  # keyword arguments of model.forward, on the CPU
     samples: int
+    answers: tuple[str | None, ...] = ()  # of image samples; None where one brings none
 
 
 def text_batches(windows: torch.Tensor, batch_size: int) -> Iterator[Batch]:
@@ -41,12 +42,12 @@ def image_batches(samples: Iterable[ImageSample], processor: ProcessorMixin, bat
     Raises:
         SampleError: the processor cannot place an image into a prompt.
     """
-    groups: dict[tuple[tuple[Any, ...], ...], list[dict[str, torch.Tensor]]] = {}
+    groups: dict[tuple[tuple[Any, ...], ...], list[tuple[dict[str, torch.Tensor], str | None]]] = {}
     waiting = 0
     for sample in samples:
         inputs = _processed(sample, processor)
         key = tuple((name, *value.shape) for name, value in sorted(inputs.items()))
-        groups.setdefault(key, []).append(inputs)
+        groups.setdefault(key, []).append((inputs, sample.answer))
         waiting += 1
         if len(groups[key]) < batch_size:
             if waiting < _WAITING_BATCHES * batch_size:
@@ -113,6 +114,6 @@ def _processed(sample: ImageSample, processor: ProcessorMixin) -> dict[str, torc
     return {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor) and name != "labels"}
 
 
-def _joined(group: Sequence[dict[str, torch.Tensor]]) -> Batch:
-    inputs = {name: torch.cat([sample[name] for sample in group]) for name in group[0]}
-    return Batch("image", inputs, len(group))
+def _joined(group: Sequence[tuple[dict[str, torch.Tensor], str | None]]) -> Batch:
+    inputs = {name: torch.cat([sample[name] for sample, _ in group]) for name in group[0][0]}
+    return Batch("image", inputs, len(group), tuple(answer for _, answer in group))

@@ -1,0 +1,129 @@
+"""Gradient passes: one sample forward and backward, and what its linears' output gradients add to the sums."""
+
+from collections import Counter
+from collections.abc import Mapping
+from functools import partial
+from types import TracebackType
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from spectrim.anatomy import Linear
+from spectrim.calibrate.forms import Form
+from spectrim.calibrate.hooks import raise_unless_finite
+from spectrim.calibrate.labels import Labelled
+from spectrim.calibrate.moments import Sums, wide
+from spectrim.calibrate.positions import Positions, positions
+from spectrim.errors import ModelError
+
+
+class GradientWatch:
+    """Watches the linears of a model while one sample runs through it, forward and backward.
+
+    Parameters are frozen; the graph begins at the outputs of the first linears, so that a linear costs nothing before
+    them. No gradient of a weight is formed unless ``fisher`` asks for it (or it is the cheaper way to a trace).
+
+    Args:
+        modules: the linears and their modules.
+        sums: grows by this sample.
+        counted: the positions of this sample that count.
+        forms: by linear, how output moments are kept; none are gathered for others.
+        fisher: gather the gradient statistic of weights, with gradients multiplied by this; None gathers none.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[Linear, nn.Module],
+        sums: Sums,
+        counted: Positions,
+        forms: Mapping[str, Form],
+        fisher: float | None,
+    ) -> None:
+        self._modules, self._sums, self._counted = modules, sums, counted
+        self._forms, self._fisher = forms, fisher
+        self._handles: list[RemovableHandle] = []
+        self._finite: list[tuple[str, torch.Tensor]] = []
+        self._calls: Counter[str] = Counter()
+        self._waiting: dict[Linear, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+
+    def __enter__(self) -> "GradientWatch":
+        for linear, module in self._modules.items():
+            self._handles.append(module.register_forward_hook(partial(self._after, linear)))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def finish(self, sample: str) -> None:
+        """Close the sample after its backward pass.
+
+        Raises:
+            NumericalError: something was NaN or infinite; names the first such linear and ``sample``.
+        """
+        for linear, parts in self._waiting.items():
+            self._add(linear, torch.cat([g for g, _ in parts]), torch.cat([x for _, x in parts]))
+        raise_unless_finite(self._finite, sample)
+
+    def _after(self, linear: Linear, _module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        if not output.requires_grad:
+            output.requires_grad_()
+        self._calls[linear.name] += 1
+        output.register_hook(partial(self._backward, linear, args[0].detach()))
+
+    def _backward(self, linear: Linear, x: torch.Tensor, g: torch.Tensor) -> None:
+        if x.numel() == 0:  # an expert that no token chose
+            return
+        g, x = self._counted.select(linear.place, g), self._counted.select(linear.place, x)
+        if self._calls[linear.name] == 1:
+            self._add(linear, g, x)
+        else:  # a linear that runs several times: its calls are one gradient
+            self._waiting.setdefault(linear, []).append((g, x))
+
+    def _add(self, linear: Linear, g: torch.Tensor, x: torch.Tensor) -> None:
+        """Gradients [positions, out] and inputs [positions, in] of the whole sample."""
+        if self._fisher is not None:
+            gradient = wide(g).T @ wide(x) * self._fisher  # [out, in]
+            self._finite.append((f"the gradient of {linear.name}", self._sums.add_fisher(linear.name, gradient)))
+        if (form := self._forms.get(linear.name)) is not None:
+            self._finite.append((f"the gradient of {linear.name}", self._sums.output(linear, form).add(g, x)))
+
+
+def run_gradients(
+    model: PreTrainedModel,
+    modules: Mapping[Linear, nn.Module],
+    sample: Labelled,
+    sums: Sums,
+    forms: Mapping[str, Form],
+    *,
+    fisher: bool,
+) -> None:
+    """Run one sample through a prepared model and back, and add its gradients to ``sums``.
+
+    The loss is the sum of the cross-entropies of the labelled tokens, in nats; a mean would underflow in float16 and
+    depend on the sample's length.
+
+    Raises:
+        ModelError: the model returns no logits for its tokens.
+        NumericalError: NaN or infinity; names the linear and the sample.
+    """
+    inputs, where = sample.inputs, sample.labelled
+    counted = positions(model, inputs, image_tokens_only=False)
+    scale = 1 / int(where.sum()) if fisher else None
+    with torch.enable_grad(), GradientWatch(modules, sums, counted, forms, scale) as watch:
+        logits = getattr(model(**inputs, use_cache=False), "logits", None)
+        if logits is None or logits.shape[1] != inputs["input_ids"].shape[1]:
+            raise ModelError(
+                f"{type(model).__name__} returns no logits for its tokens; gradients need a model with a language head"
+            )
+        predicted = wide(logits[0, :-1][where])  # [labels, vocabulary]
+        functional.cross_entropy(predicted, sample.targets(predicted), reduction="sum").backward()
+    watch.finish(f"{sample.modality} sample {sums.batches + 1} (gradients)")
+    sums.batches += 1
+    sums.samples += 1
+    sums.labels += int(where.sum())
