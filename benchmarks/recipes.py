@@ -10,6 +10,7 @@ Calibrates once; each recipe is decomposed once for all budgets. A recipe may ca
 
 import argparse
 import json
+import math
 import platform
 import resource
 import tempfile
@@ -133,7 +134,7 @@ def main() -> None:
                     share = plan.bytes / plan.dense_bytes
                     seconds = {"decompose": decomposition, "plan_and_factor": budget}
                     row = {"recipe": name, "retain": retain, "bytes": share, **found, "seconds": seconds}
-                    rows.append(row | {"predicted_loss": plan.loss})
+                    rows.append(row | {"predicted_loss": prepared.predicted(plan)})
                     print(json.dumps(rows[-1]), flush=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     report = {
@@ -162,8 +163,21 @@ def markdown(report: dict[str, Any]) -> str:
         if "perplexity" in row:
             cells += [f"{row['perplexity']:.2f}", f"{row['perplexity_per_byte']:.3f}"]
         lines.append(f"| {' | '.join(cells)} |")
+    if any(row.get("predicted_loss") for row in report["rows"]):
+        lines += ["", *predictions(report["rows"])]
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     return "\n".join([*lines, "", f"{report['date']}, {versions}, seed {report['seed']}"])
+
+
+def predictions(rows: list[dict[str, Any]]) -> list[str]:
+    """Predicted against measured text loss above the dense model, in nats per token."""
+    lines = ["| recipe | retain | predicted | measured | ratio |", "|---|---|---|---|---|"]
+    for row in rows:
+        if found := row.get("predicted_loss"):
+            predicted, measured = found["text"], math.log(row["perplexity"] / rows[0]["perplexity"])
+            cells = f"{row['retain']:.0%} | {predicted:.4f} | {measured:.4f} | {predicted / measured:.2f}"
+            lines.append(f"| {row['recipe']} | {cells} |")
+    return lines
 
 
 if __name__ == "__main__":

@@ -599,18 +599,24 @@ def test_fingerprint_survives_saving_and_sees_small_changes(tmp_path):
         model_print(LlamaForCausalLM(config))
 
 
+def two_processes(words):
+    options = {"processor": llava_processor(), "text": words, "images": "builtin", "samples": 5, "seqlen": 8}
+    return options | {"batch_size": 2, "gradients": True, "curvature": True, "answer_tokens": 3}
+
+
 def _rank(rank, store, out, words):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    options = {"processor": llava_processor(), "text": words, "images": "builtin", "samples": 5, "seqlen": 8}
-    calibrate(tiny("llava"), Path(out), **options, batch_size=2, gradients=True)
+    calibrate(tiny("llava"), Path(out), **two_processes(words))
     torch.distributed.destroy_process_group()
 
 
 def test_two_processes_add_up(words, tmp_path):
     torch.multiprocessing.spawn(_rank, (str(tmp_path / "store"), str(tmp_path / "two"), words), nprocs=2)
     options = {"processor": llava_processor(), "text": words, "images": "builtin", "samples": 5, "seqlen": 8}
-    one = calibrate(tiny("llava"), tmp_path / "one", **options, batch_size=2, gradients=True)
+    one = calibrate(
+        tiny("llava"), tmp_path / "one", **options, batch_size=2, gradients=True, curvature=True, answer_tokens=3
+    )
     two = Statistics.open(tmp_path / "two")
     for modality, gathered in one.manifest.gathered.items():
         other = two.manifest.gathered[modality]

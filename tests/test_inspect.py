@@ -14,9 +14,11 @@ import families
 from spectrim import inspect_
 from spectrim.anatomy import anatomy
 from spectrim.calibrate import Moment, Statistics, calibrate
+from spectrim.decompose import decompose
 from spectrim.errors import BudgetError, ReportError, StatisticsError
 from spectrim.inspect_ import POINTS, effective_rank, inspect, mismatch, write
 from test_calibrate import WORDS, record, tiny
+from test_linalg import ranked
 from test_samples import image_folder, llava_processor, noise, word_tokenizer
 
 
@@ -67,8 +69,8 @@ def test_rho_compares_relative_losses_at_the_rank_of_the_retention(llava, inspec
         assert row.rank == int(0.4 * linear.params / (linear.in_features + linear.out_features))
         moments = {m: statistics.moment(linear.name, m) for m in ("text", "image")}
         W = model.get_submodule(linear.name).weight.detach()
-        U = mismatch(W, *(m.second / m.count for m in moments.values())).U[:, : row.rank]
-        D = W - U @ (U.T @ W)
+        found = decompose(W, moments["text"].second / moments["text"].count)
+        D = W - ranked(found, W, row.rank)
         lost = {n: (D @ m.second @ D.T).trace() / (W @ m.second @ W.T).trace() for n, m in moments.items()}
         assert row.rho == pytest.approx((lost["image"] / lost["text"]).item(), rel=1e-8)
     for module in inspection.modules:
@@ -92,11 +94,11 @@ def test_losses_are_those_of_the_projection_for_any_moments(shape, ranks, seed):
     generator = torch.Generator().manual_seed(seed)
     W = torch.randn(*shape, dtype=torch.float64, generator=generator)
     text, image = (second_moment(generator, shape[1], rank) for rank in ranks)
-    found = mismatch(W, text, image)
+    found, spectrum = mismatch(W, text, image), decompose(W, text)
     assert bool((found.q >= 0).all())
     assert found.alpha == (pytest.approx((text.trace() / image.trace()).item()) if all(ranks) else 1.0)
     for k in range(min(shape) + 1):
-        D = W - found.U[:, :k] @ (found.U[:, :k].T @ W)
+        D = W - ranked(spectrum, W, k)
         for loss, C in ((found.text_loss(), text), (found.image_loss(), found.alpha * image)):
             scale = (W @ C @ W.T).trace().item()
             assert loss[k].item() == pytest.approx((D @ C @ D.T).trace().item(), abs=1e-9 * max(scale, 1))

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spectrim.curvature import OutputMetric
-from spectrim.decompose import Spectrum, decompose, factors
+from spectrim.decompose import Spectrum, decompose, factors, sides
 from spectrim.errors import NumericalError
-from spectrim.linalg import BlockRoot, check_finite, projection_basis, root
+from spectrim.linalg import BlockRoot, check_finite, root
 
 SHAPES = [(5, 9), (9, 5), (7, 7), (1, 6), (6, 1)]
 
@@ -23,8 +23,13 @@ def orthogonal(size: int, seed: int) -> torch.Tensor:
 
 def ranked(found: Spectrum, W: torch.Tensor, k: int) -> torch.Tensor:
     """The approximation of rank k, as the product of the factors."""
-    A, B = factors(W, found.s[:k], found.P[:, :k])
+    A, B = factors(W, found.s[:k], found.P[:, :k], None if found.Q is None else found.Q[:, :k])
     return A @ B
+
+
+def dual(found: Spectrum) -> torch.Tensor:
+    """``QᵀP``, which is the identity, but for directions in which the weight has no energy."""
+    return (found.P if found.Q is None else found.Q).T @ found.P
 
 
 def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-9) -> None:
@@ -52,16 +57,19 @@ def test_laws_of_the_projection(problem):
     found = decompose(W, C)
     size = min(W.shape)
     assert found.s.shape == (size,)
-    assert found.P.shape == (W.shape[0], size)
+    assert found.P.shape == (size, size)
     assert (found.s >= 0).all()
     assert (found.s.diff() <= 0).all()
-    close(found.P.T @ found.P, torch.eye(size, dtype=torch.float64))
+    live = dual(found).diagonal().round()
+    close(dual(found), live.diag())
+    assert int(live.sum()) == size or int(live.sum()) >= torch.linalg.matrix_rank(W)
     close(ranked(found, W, size), W)
     energy = (X @ W.T).square().sum()
     for k in range(1, size + 1):
         approximation = ranked(found, W, k)
         assert approximation.isfinite().all()
-        close(found.P[:, :k] @ (found.P[:, :k].T @ W), approximation)
+        left, right = sides(W, found.P[:, :k], None if found.Q is None else found.Q[:, :k])
+        close(left @ right, approximation)
         error = (X @ (W - approximation).T).square().sum()
         torch.testing.assert_close(error, found.s[k:].sum(), rtol=1e-7, atol=1e-9 * float(energy))
     torch.testing.assert_close(energy, found.s.sum(), rtol=1e-9, atol=0)
@@ -134,11 +142,11 @@ def test_unseen_weight_is_kept_by_its_own_energy(shape, metric):
     """Under a zero metric nothing has an error, and what remains is the plain SVD."""
     W, size = normal(*shape), shape[1]
     value = {"none": None, "zero diagonal": W.new_zeros(size), "zero matrix": W.new_zeros(size, size)}[metric]
-    s, U = projection_basis(W, value)
+    found = decompose(W, value)
     plain, sigma, Vh = torch.linalg.svd(W, full_matrices=False)
-    assert metric == "none" or not s.any()
+    assert metric == "none" or not found.s.any()
     for k in range(1, min(shape) + 1):
-        close(ranked(Spectrum(s, U), W, k), plain[:, :k] * sigma[:k] @ Vh[:k])
+        close(ranked(found, W, k), plain[:, :k] * sigma[:k] @ Vh[:k])
 
 
 @pytest.mark.parametrize("shape", [(5, 9), (9, 5), (3, 3)])
@@ -147,10 +155,10 @@ def test_zero_weight(shape, metric):
     X = normal(2, shape[1])
     found = decompose(torch.zeros(shape), None if metric is None else X.T @ X)
     assert not found.s.any()
-    A, B = factors(torch.zeros(shape), found.s, found.P)
+    A, B = factors(torch.zeros(shape), found.s, found.P, found.Q)
     assert A.isfinite().all()
+    assert B.isfinite().all()
     assert not (A @ B).any()
-    close(found.P.T @ found.P, torch.eye(min(shape), dtype=torch.float64))
 
 
 def test_unseen_directions_come_by_energy():
@@ -174,7 +182,7 @@ def test_output_metric(shape):
     found = decompose(W, X.T @ X, OutputMetric((BlockRoot(G[None]),), torch.tensor([0.5], dtype=torch.float64)))
     L = torch.linalg.cholesky(G).T
     sigma = torch.linalg.svdvals(L @ W @ X.T)
-    close(found.Q.T @ found.P, torch.eye(min(shape), dtype=torch.float64))
+    close(dual(found), torch.eye(min(shape), dtype=torch.float64))
     close(found.loss, found.s / 2)
     for k in range(1, min(shape) + 1):
         A, B = factors(W, found.s[:k], found.P[:, :k], found.Q[:, :k])
@@ -188,7 +196,7 @@ def test_output_metric(shape):
 def test_factors_split_the_values_evenly(shape):
     W, X = normal(*shape), normal(30, shape[1], seed=1)
     found = decompose(W, X.T @ X)
-    A, B = factors(W, found.s, found.P)
+    A, B = factors(W, found.s, found.P, found.Q)
     close(A.square().sum(0), found.s.sqrt())
     close((X @ B.T).square().sum(0), found.s.sqrt())
 

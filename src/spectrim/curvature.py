@@ -13,7 +13,7 @@ import torch
 from spectrim.anatomy import Linear
 from spectrim.calibrate import Moment, OutputMoment, Statistics
 from spectrim.calibrate.moments import sketch_test
-from spectrim.errors import NumericalError, RecipeError
+from spectrim.errors import RecipeError
 from spectrim.linalg import BlockRoot, LowRankRoot, OutputRoot, check_finite, nystrom
 from spectrim.recipe import MetricPart
 from spectrim.samples import Modality
@@ -52,7 +52,7 @@ def output_metric(
 
     Raises:
         RecipeError: the statistics have no curvature.
-        NumericalError: the moments hold NaN or infinity, or G is singular in spite of its damping; names the linear.
+        NumericalError: the moments hold NaN or infinity; names the linear.
     """
     if not statistics.manifest.settings.curvature:
         raise RecipeError(
@@ -60,7 +60,7 @@ def output_metric(
         )
     parts = (linear.per_head or 1) if part.per_head else 1
     gathered = [(moment, statistics.output(linear.name, modality)) for modality, moment in inputs]
-    found = [(moment, output) for moment, output in gathered if output is not None and _trace(output) > 0]
+    found = [(moment, output) for moment, output in gathered if output is not None and _trace(output) != 0]
     if not found:
         return OutputMetric((None,) * parts, torch.zeros(parts, dtype=torch.float64))
     outputs = [output for _, output in found]
@@ -71,10 +71,7 @@ def output_metric(
     shares = [weight / output.count for weight, output in zip(weights, outputs, strict=True)]
     sums = {name: _weighted(shares, [output.sums[name] for output in outputs]).to(device) for name in first.form.parts}
     damping = part.damping * sum(w * _trace(o) for w, o in zip(weights, outputs, strict=True)) / linear.out_features
-    try:
-        roots = _roots(first, sums, damping, linear.out_features, parts)
-    except NumericalError as error:
-        raise NumericalError(f"{linear.name}: {error}") from error
+    roots = _roots(first, sums, damping, linear.out_features, parts)
     joint = _weighted(shares, [_by_part(output, parts) for output in outputs])
     costs = torch.stack([predicted_trace(part.eta, moment, output, parts) for moment, output in found]).sum(0)
     return OutputMetric(roots, torch.where(joint > 0, costs / (joint * input_trace).clamp_min(1e-300), 0.0))

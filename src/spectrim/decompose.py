@@ -5,20 +5,22 @@ from dataclasses import dataclass
 import torch
 
 from spectrim.curvature import OutputMetric
-from spectrim.linalg import projection_basis
+from spectrim.linalg import left_basis, right_basis
 
 
 @dataclass(frozen=True)
 class Spectrum:
     """All that any budget needs of one linear; m directions, those that cost most first.
 
-    ``s`` [m] float64: squared singular values of ``L W R``; dropping direction i costs s_i. ``P`` [rows, m] and ``Q``
-    [rows, m] make the approximation of rank k, ``Ŵ = P_k Q_kᵀ W`` with ``P = L⁻¹ U``, ``Q = Lᵀ U`` and ``QᵀP = I``;
-    ``Q`` is None where it equals ``P``. ``loss`` [m] float64: predicted increase of the loss by dropping direction i,
-    in nats; None without an output metric.
+    ``s`` [m] float64: squared singular values of ``L W R``; dropping direction i costs s_i. ``P`` and ``Q`` make the
+    approximation of rank k by a projection on the smaller side of W, with ``QᵀP = I``: ``Ŵ = P_k Q_kᵀ W`` where
+    out ≤ in ([out, m], ``P = L⁻¹ U``, ``Q = Lᵀ U``; ``Q`` is None where it equals ``P``), and ``Ŵ = W P_k Q_kᵀ`` where
+    out > in ([in, m], see :func:`spectrim.linalg.right_basis`). ``loss`` [m] float64: predicted increase of the loss
+    by dropping direction i, in nats; None without an output metric.
 
-    Head by head, ``head`` [m] says whose rows a direction is of, rows are those of one head, and each head's first
-    direction comes before all others; None for a whole matrix, whose m is min(out, in).
+    Head by head, ``head`` [m] says whose direction it is, ``P`` and ``Q`` [out/heads, m] have the rows of that head and
+    project the outputs, and each head's first direction comes before all others. ``head`` is None for a whole matrix,
+    whose m is min(out, in).
     """
 
     s: torch.Tensor
@@ -39,7 +41,10 @@ def decompose(
         output: the output metric, with as many parts as heads; None for the identity.
         heads: parts of the outputs that are factored apart; 1 for the whole matrix.
     """
-    found = [_part(rows, metric, output, number) for number, rows in enumerate(W.double().chunk(heads))]
+    found = [
+        _part(rows, metric, output, number, output_side=heads > 1)
+        for number, rows in enumerate(W.double().chunk(heads))
+    ]
     if heads == 1:
         return found[0]
     s = torch.cat([part.s for part in found])
@@ -59,27 +64,41 @@ def decompose(
     )
 
 
-def _part(W: torch.Tensor, metric: torch.Tensor | None, output: OutputMetric | None, number: int) -> Spectrum:
-    root = None if output is None else output.roots[number]
-    s, U = projection_basis(W if root is None else root.times(W), metric)
-    loss = None if output is None else output.nats[number].to(s.device) * s
-    if root is None:
-        return Spectrum(s, U, None, loss)
-    return Spectrum(s, root.solve(U), root.transposed_times(U), loss)
+def _part(
+    W: torch.Tensor, metric: torch.Tensor | None, output: OutputMetric | None, number: int, *, output_side: bool
+) -> Spectrum:
+    """The spectrum of one head or of the whole; with `output_side`, as a projection on the outputs in any case."""
+    G = None if output is None else output.roots[number]
+    if W.shape[0] > W.shape[1]:
+        s, P, Q = right_basis(W.T @ (W if G is None else G.metric_times(W)), metric)
+        if output_side:
+            P = W @ P
+            Q = P if G is None else G.metric_times(P)
+    elif G is None:
+        (s, P), Q = left_basis(W, metric), None
+    else:
+        s, U = left_basis(G.times(W), metric)
+        P, Q = G.solve(U), G.transposed_times(U)
+    return Spectrum(s, P, Q, None if output is None else output.nats[number].to(s.device) * s)
+
+
+def sides(W: torch.Tensor, P: torch.Tensor, Q: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """``Ŵ`` as a product of [out, k] and [k, in] in the dtype of P, from k columns of a spectrum's P and Q."""
+    W, Q = W.to(P.dtype), P if Q is None else Q
+    return (P, Q.T @ W) if len(P) == len(W) else (W @ P, Q.T)
 
 
 def factors(
     W: torch.Tensor, s: torch.Tensor, P: torch.Tensor, Q: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Factors of the approximation ``P Qᵀ W`` in k directions with values `s` [k]; P and Q (None: P) are [out, k].
+    """Factors A [out, k] and B [k, in] of the approximation in k directions with values `s` [k], in the dtype of P.
 
-    The values are split evenly (JW-SVD, algorithm 1, lines 10 and 11): ``A = P diag(s)^{1/4}`` [out, k],
-    ``B = diag(s)^{-1/4} Qᵀ W`` [k, in], float64. Where s vanishes, the norm of the row of ``Qᵀ W`` takes its place, so
-    that factors stay finite and of one scale.
+    The values are split evenly (JW-SVD, algorithm 1, lines 10 and 11): ``A = L⁻¹ U diag(s)^{1/4}`` and
+    ``B = diag(s)^{-1/4} Uᵀ L W``. Where s vanishes, the norm of the row of ``Uᵀ L W`` takes its place, so that factors
+    stay finite and of one scale.
     """
-    A = P.double()
-    B = (A if Q is None else Q.double()).T @ W.double()
+    A, B = sides(W, P, Q)
     norms = B.norm(dim=1)
     split = torch.where(s > 0, s.sqrt(), norms).sqrt()
-    split = torch.where(split > 0, split, torch.ones_like(split))
+    split = torch.where(split > 0, split, torch.ones_like(split)).to(A.dtype)
     return A * split, B / split[:, None]

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from spectrim.anatomy import Anatomy, Linear, Place, anatomy
 from spectrim.calibrate import Statistics
-from spectrim.decompose import decompose
+from spectrim.decompose import decompose, sides
 from spectrim.errors import BudgetError, ReportError, StatisticsError
 from spectrim.files import write_whole
 from spectrim.linalg import check_finite
@@ -28,7 +28,7 @@ POINTS = 65  # of a curve, at most
 
 @dataclass(frozen=True)
 class Mismatch:
-    """One weight in the directions U of its text-only decomposition; tensors [m] float64, m = min(out, in).
+    """One weight in the directions u_i of its text-only decomposition; tensors [m] float64, m = min(out, in).
 
     ``s``: loss of text where direction i is dropped, per position. ``q``: the same of images, ``α u_iᵀ W C_I Wᵀ u_i``;
     thus ``λ_i = q_i / s_i``. ``alpha = tr C_T / tr C_I`` gives both modalities one scale; 1 where either is silent.
@@ -36,7 +36,6 @@ class Mismatch:
 
     s: torch.Tensor
     q: torch.Tensor
-    U: torch.Tensor  # [out, m]
     alpha: float
 
     def text_loss(self) -> torch.Tensor:
@@ -59,9 +58,9 @@ def mismatch(W: torch.Tensor, text: torch.Tensor, image: torch.Tensor) -> Mismat
     spectrum = decompose(W, text)
     trace_text, trace_image = float(text.trace()), float(image.trace())
     alpha = trace_text / trace_image if trace_text > 0 and trace_image > 0 else 1.0
-    rows = spectrum.P.T @ W.double()
+    _, rows = sides(W, spectrum.P, spectrum.Q)
     q = alpha * ((rows @ image) * rows).sum(1).clamp_min(0)
-    return Mismatch(spectrum.s, q, spectrum.P, alpha)
+    return Mismatch(spectrum.s, q, alpha)
 
 
 def effective_rank(s: torch.Tensor, energy: float = ENERGY) -> int:

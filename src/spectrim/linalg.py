@@ -6,6 +6,7 @@ projection, ``Ŵ = L⁻¹ U_k U_kᵀ L W``, where U are the left singular vector
 factor has to exist, and rank-deficient and zero metrics are legal input.
 """
 
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -44,7 +45,14 @@ def root(C: torch.Tensor) -> torch.Tensor:
 
 
 class OutputRoot(Protocol):
-    """A root L [out, out] of a positive definite output metric, ``Lᵀ L = G``; never formed, only applied."""
+    """A positive definite output metric G [out, out] and a root of it, ``Lᵀ L = G``; neither is formed, only applied.
+
+    Any root gives the same approximation. It is taken when it is first asked for: the projection of a weight with more
+    outputs than inputs needs none.
+    """
+
+    def metric_times(self, X: torch.Tensor) -> torch.Tensor:
+        """``G X`` of X [out, n]."""
 
     def times(self, X: torch.Tensor) -> torch.Tensor:
         """``L X`` of X [out, n]."""
@@ -57,19 +65,27 @@ class OutputRoot(Protocol):
 
 
 class BlockRoot:
-    """Cholesky's root of a block-diagonal G, given as its blocks [n, b, b]; one block is a full G.
+    """A block-diagonal G, given as its blocks [n, b, b]; one block is a full G. Its root is Cholesky's.
 
-    Any root gives the same approximation, and Cholesky's is the cheapest. Raises NumericalError where G is not positive
-    definite: damp it first.
+    Raises NumericalError at the first use of the root where G is not positive definite: damp it first.
     """
 
     def __init__(self, blocks: torch.Tensor) -> None:
-        self._factor, failed = torch.linalg.cholesky_ex(blocks)  # lower ℓ with ℓ ℓᵀ = G, so L = ℓᵀ
+        self._blocks = blocks
+
+    @cached_property
+    def _factor(self) -> torch.Tensor:
+        factor, failed = torch.linalg.cholesky_ex(self._blocks)  # lower ℓ with ℓ ℓᵀ = G, so L = ℓᵀ
         if bool(failed.any()):
             raise NumericalError("an output metric is not positive definite; raise metric.damping")
+        return factor
 
     def _split(self, X: torch.Tensor) -> torch.Tensor:
-        return X.reshape(len(self._factor), self._factor.shape[1], -1)
+        return X.reshape(len(self._blocks), self._blocks.shape[1], -1)
+
+    def metric_times(self, X: torch.Tensor) -> torch.Tensor:
+        """``G X`` of X [out, n]."""
+        return (self._blocks @ self._split(X)).reshape(X.shape)
 
     def times(self, X: torch.Tensor) -> torch.Tensor:
         """``L X`` of X [out, n]."""
@@ -85,32 +101,37 @@ class BlockRoot:
 
 
 class LowRankRoot:
-    """The root of ``G = diag(d) + V Vᵀ``, d [out] positive and V [out, r], in memory of V's size.
+    """``G = diag(d) + V Vᵀ``, d [out] positive and V [out, r], in memory of V's size.
 
-    With ``diag(d)^{-1/2} V`` = Q S Pᵀ it is ``L = (I + Q (√(1 + S²) − 1) Qᵀ) diag(d)^{1/2}``.
+    With ``diag(d)^{-1/2} V`` = Q S Pᵀ its root is ``L = (I + Q (√(1 + S²) − 1) Qᵀ) diag(d)^{1/2}``. Raises
+    NumericalError for a d that is not positive: damp it first.
     """
 
     def __init__(self, d: torch.Tensor, V: torch.Tensor) -> None:
         if not bool((d > 0).all()):
             raise NumericalError("an output metric is not positive definite; raise metric.damping")
-        self._scale = d.sqrt()[:, None]
-        self._Q, S, _ = torch.linalg.svd(V / self._scale, full_matrices=False)
+        self._d, self._V = d[:, None], V
+        self._Q, S, _ = torch.linalg.svd(V / self._d.sqrt(), full_matrices=False)
         self._gain = (1 + S.square()).sqrt()[:, None]
 
     def _stretch(self, X: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
         return X + self._Q @ ((gain - 1) * (self._Q.T @ X))
 
+    def metric_times(self, X: torch.Tensor) -> torch.Tensor:
+        """``G X`` of X [out, n]."""
+        return self._d * X + self._V @ (self._V.T @ X)
+
     def times(self, X: torch.Tensor) -> torch.Tensor:
         """``L X`` of X [out, n]."""
-        return self._stretch(self._scale * X, self._gain)
+        return self._stretch(self._d.sqrt() * X, self._gain)
 
     def transposed_times(self, X: torch.Tensor) -> torch.Tensor:
         """``Lᵀ X`` of X [out, n]."""
-        return self._scale * self._stretch(X, self._gain)
+        return self._d.sqrt() * self._stretch(X, self._gain)
 
     def solve(self, X: torch.Tensor) -> torch.Tensor:
         """``L⁻¹ X`` of X [out, n]."""
-        return self._stretch(X, 1 / self._gain) / self._scale
+        return self._stretch(X, 1 / self._gain) / self._d.sqrt()
 
 
 def nystrom(Y: torch.Tensor, test: torch.Tensor) -> torch.Tensor:
@@ -131,52 +152,56 @@ def _weighted(X: torch.Tensor, metric: torch.Tensor | None) -> torch.Tensor:
     return X * metric if metric.ndim == 1 else X @ metric
 
 
-def projection_basis(X: torch.Tensor, metric: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """The spectrum of ``X R`` from the input metric ``R Rᵀ`` alone.
+def left_basis(X: torch.Tensor, metric: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The spectrum of ``X R`` on the side of the outputs, from the input metric ``R Rᵀ`` alone.
 
     Args:
-        X: [out, in] float64, the (output-weighted) weight ``L W``.
+        X: [out, in] float64, the (output-weighted) weight ``L W``, out ≤ in.
         metric: ``R Rᵀ``: None for the identity, [in] for a diagonal, or [in, in].
 
     Returns:
-        s [m], the squared singular values of ``X R``, largest first, and U [out, m] with orthonormal columns,
-        m = min(out, in): ``‖(X − U_k U_kᵀ X) R‖² = Σ_{i>k} s_i``. Directions that the metric does not see (s = 0)
-        come last, ordered by the energy that X itself has in them, so that all m columns reproduce X.
+        s [out], the squared singular values of ``X R``, largest first, and U [out, out] with orthonormal columns:
+        ``‖(X − U_k U_kᵀ X) R‖² = Σ_{i>k} s_i``. Directions that the metric does not see (s = 0) come last, ordered by
+        the energy that X itself has in them.
     """
-    rows, columns = X.shape
-    if rows <= columns:
-        s, U = eigh_descending(_weighted(X, metric) @ X.T)
-    else:
-        R, K = _root_of(metric), X.T @ X
-        s, V = eigh_descending(K if R is None else (R[:, None] * K * R if R.ndim == 1 else R.T @ K @ R))
-        V = V if R is None else (R[:, None] * V if R.ndim == 1 else R @ V)
-    size = min(rows, columns)
-    seen = int((s > _ROUNDING * s[:1]).sum())  # s is empty under a zero metric with out > in
-    if rows > columns:
-        U = _orthonormal(X @ (V[:, :seen] / s[:seen].sqrt()))
-        s = torch.cat([s, s.new_zeros(size - len(s))])
+    s, U = eigh_descending(_weighted(X, metric) @ X.T)
+    seen = int((s > _ROUNDING * s[0]).sum())
+    if seen < len(s):
+        U = torch.cat([U[:, :seen], _remainder(X, U[:, :seen], len(s) - seen)], dim=1)
+    return torch.where(torch.arange(len(s), device=s.device) < seen, s, 0.0), U
+
+
+def right_basis(K: torch.Tensor, metric: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same spectrum on the side of the inputs, from the Gram matrix ``K = Xᵀ X`` [in, in] of an X of any height.
+
+    Returns:
+        s [in], and Z and ``Y = K Z`` [in, in] with ``Zᵀ K Z = I``, so that ``X Z`` are the directions U of
+        :func:`left_basis` and ``U_k U_kᵀ X = X Z_k Y_kᵀ``. Columns of directions in which X has no energy are zero.
+    """
+    size = len(K)
+    R = None if metric is None else metric.clamp_min(0).sqrt() if metric.ndim == 1 else root(metric)
+    s, V = eigh_descending(K if R is None else (R[:, None] * K * R if R.ndim == 1 else R.T @ K @ R))
+    seen = int((s > _ROUNDING * s[:1]).sum())  # s is empty under a zero metric
+    Z = V[:, :seen] / s[:seen].sqrt()
+    Z = Z if R is None else (R[:, None] * Z if R.ndim == 1 else R @ Z)
     if seen < size:
-        U = torch.cat([U[:, :seen], _remainder(X, U[:, :seen], size - seen)], dim=1)
-        s = torch.cat([s[:seen], s.new_zeros(size - seen)])
-    return s, U
+        # What is left of X after these directions, X (I − Z Yᵀ), by its own energy.
+        Y = K @ Z
+        energy, V = eigh_descending(K - Y @ Y.T)
+        live = int((energy[: size - seen] > _ROUNDING * K.diagonal().sum()).sum())
+        rest = V[:, :live] / energy[:live].sqrt()
+        Z = torch.cat([Z, rest - Z @ (Y.T @ rest)], dim=1)
+    Z = _orthonormal(Z, K)
+    Z = torch.cat([Z, Z.new_zeros(size, size - Z.shape[1])], dim=1)
+    return torch.cat([s[:seen], s.new_zeros(size - seen)]), Z, K @ Z
 
 
-def _root_of(metric: torch.Tensor | None) -> torch.Tensor | None:
-    if metric is None:
-        return None
-    return metric.clamp_min(0).sqrt() if metric.ndim == 1 else root(metric)
-
-
-def _orthonormal(Y: torch.Tensor) -> torch.Tensor:
-    """Orthonormal columns [n, k] with the leading spans of Y, whose columns are nearly orthonormal already.
-
-    The triangular factor of the Gram matrix does it in one pass at the speed of matrix products (CholeskyQR); where
-    rounding has left too little of the last columns for that, Householder's QR does.
-    """
-    factor, failed = torch.linalg.cholesky_ex(Y.T @ Y)
-    if int(failed) or float(factor.diagonal().min() if len(factor) else 1) < 0.5:
-        return torch.linalg.qr(Y).Q
-    return torch.linalg.solve_triangular(factor, Y.T, upper=False).T
+def _orthonormal(Z: torch.Tensor, K: torch.Tensor) -> torch.Tensor:
+    """Z [n, k], nearly orthonormal under K, made so to rounding, with the same leading spans (CholeskyQR)."""
+    factor, failed = torch.linalg.cholesky_ex(Z.T @ (K @ Z))
+    if int(failed):
+        raise NumericalError("a weight and its metric are too ill-conditioned to decompose; check the moments")
+    return torch.linalg.solve_triangular(factor, Z.T, upper=False).T
 
 
 def _remainder(X: torch.Tensor, U: torch.Tensor, count: int) -> torch.Tensor:
@@ -184,6 +209,6 @@ def _remainder(X: torch.Tensor, U: torch.Tensor, count: int) -> torch.Tensor:
     left = X - U @ (U.T @ X)
     vectors = torch.linalg.svd(left, full_matrices=False).U
     # Where X has no more energy its vectors may lean into span(U): a second projection and a QR keep them out.
-    candidates = vectors[:, : min(count, vectors.shape[1])]
+    candidates = vectors[:, :count]
     joined = torch.linalg.qr(torch.cat([U, candidates - U @ (U.T @ candidates)], dim=1)).Q
     return joined[:, U.shape[1] :]

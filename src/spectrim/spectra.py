@@ -16,13 +16,13 @@ from torch import nn
 from spectrim.anatomy import Anatomy, Linear
 from spectrim.calibrate import Statistics
 from spectrim.decompose import decompose
-from spectrim.errors import StatisticsError
+from spectrim.errors import NumericalError, StatisticsError
 from spectrim.layers import Rank
 from spectrim.linalg import check_finite
 from spectrim.metric import layer_metric
 from spectrim.recipe import MetricPart
 
-VERSION = 2  # of what a spectrum means; a change makes earlier files unused
+VERSION = 3  # of what a spectrum means; a change makes earlier files unused
 
 
 class Spectra:
@@ -54,7 +54,7 @@ class Spectra:
     def directions(
         self, name: str, rank: Rank, device: torch.device | str = "cpu"
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Values [k] float64 and directions P, Q [out, k] float32 of one linear, as ``decompose.factors`` takes them.
+        """Values [k] float64 and directions P, Q of one linear, as ``decompose.factors`` takes them.
 
         With a rank by head, the columns are those of one head after another, and P's are zero outside its rows.
         """
@@ -143,10 +143,15 @@ def _make(model: nn.Module, linear: Linear, part: MetricPart, statistics: Statis
     W = check_finite(f"the weight of {linear.name}", weight.detach())
     metric = layer_metric(part, linear, statistics, W.device)
     value = None if metric.value is None else metric.value.to(W.device)
-    spectrum = decompose(W, value, metric.output, linear.per_head or 1 if part.per_head else 1)
+    try:
+        spectrum = decompose(W, value, metric.output, linear.per_head or 1 if part.per_head else 1)
+    except NumericalError as error:
+        raise NumericalError(f"{linear.name}: {error}") from error
     check_finite(f"the spectrum of {linear.name}", spectrum.s)
-    found = {"s": spectrum.s, "P": spectrum.P.float(), "loss": spectrum.loss, "head": spectrum.head}
-    found["Q"] = None if spectrum.Q is None else spectrum.Q.float()
+    # A projection on the inputs holds roots of the input metric, whose columns differ in size: it keeps its precision.
+    kept = torch.float64 if len(spectrum.P) < len(W) and spectrum.head is None else torch.float32
+    found = {"s": spectrum.s, "loss": spectrum.loss, "head": spectrum.head, "P": spectrum.P.to(kept)}
+    found["Q"] = None if spectrum.Q is None else spectrum.Q.to(kept)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in found.items() if tensor is not None}
     temporary = path.with_suffix(".tmp")
     try:

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from spectrim.calibrate.data import Data
-from spectrim.errors import ModelError
+from spectrim.errors import ModelError, SampleError
 from spectrim.samples import Batch, Modality
 
 
@@ -51,7 +51,8 @@ def labelled_samples(
     ``sampled``, the labels at those positions are drawn too.
 
     Raises:
-        ModelError: the model cannot generate, or its prompt tokens see the answer.
+        ModelError: the model cannot generate, or its tokens see the labels.
+        SampleError: an image sample has an empty answer and the model no token that ends one.
     """
     for number, batch in enumerate(data.batches(modality, 1)):
         if number not in numbers:
@@ -64,12 +65,14 @@ def labelled_samples(
         sampler = torch.Generator().manual_seed(draw) if sampled else None
         length = inputs["input_ids"].shape[1]
         if modality == "text":
+            if number == numbers.start:
+                _check_causal(model, inputs, 1, "choose a recipe that needs no gradients")
             yield Labelled(modality, inputs, torch.ones(length - 1, dtype=torch.bool, device=model.device), sampler)
             continue
         answer = _answer(model, data, batch, inputs, answer_tokens, draw)
         inputs = _extended(inputs, answer)
         if number == numbers.start:
-            _check_causal(model, inputs, length)
+            _check_causal(model, inputs, length, "calibrate curvature on text alone")
         where = torch.arange(length + len(answer) - 1, device=model.device) >= length - 1
         yield Labelled(modality, inputs, where, sampler)
 
@@ -80,6 +83,12 @@ def _end(model: PreTrainedModel) -> list[int]:
     return [] if found is None else [found] if isinstance(found, int) else list(found)
 
 
+def _media(model: PreTrainedModel) -> list[int] | None:
+    """Tokens that stand for a piece of an image or a video, which no answer may hold; None if the config names none."""
+    names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+    return [token for name in names if isinstance(token := getattr(model.config, name, None), int)] or None
+
+
 def _answer(
     model: PreTrainedModel, data: Data, batch: Batch, inputs: dict[str, torch.Tensor], limit: int, draw: int
 ) -> torch.Tensor:
@@ -87,6 +96,8 @@ def _answer(
     if (given := batch.answers[0]) is not None:
         tokenizer: Any = getattr(data.processor, "tokenizer", None)
         ids = tokenizer(given, add_special_tokens=False)["input_ids"] + _end(model)[:1]
+        if not ids:
+            raise SampleError("an image sample has an empty answer; write one, or leave the answer out")
         return torch.tensor(ids, device=model.device)
     if not model.can_generate():
         raise ModelError(f"{type(model).__name__} cannot generate; give image samples with answers")
@@ -95,8 +106,9 @@ def _answer(
         torch.manual_seed(draw)
         # Plain sampling: the model's own distribution, whatever its generation config prefers.
         generate: Any = model.generate
+        plain = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "num_beams": 1}
         sequence = generate(
-            **inputs, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=limit, use_cache=True
+            **inputs, **plain, suppress_tokens=_media(model), do_sample=True, max_new_tokens=limit, use_cache=True
         )
     drawn: torch.Tensor = sequence[0, inputs["input_ids"].shape[1] :]
     return drawn
@@ -105,28 +117,33 @@ def _answer(
 def _extended(inputs: dict[str, torch.Tensor], answer: torch.Tensor) -> dict[str, torch.Tensor]:
     """Inputs with the answer after the prompt; other tensors of one entry for each token grow with it.
 
-    The attention mask grows by ones. Token types grow by the type of the prompt's last token.
+    The attention mask grows by ones. Token types and what cross-attention sees are those of the prompt's last token.
     """
     shape = inputs["input_ids"].shape
     longer = dict(inputs)
     for name, value in inputs.items():
-        if value.shape == shape:
-            tail = answer if name == "input_ids" else value[0, -1:].expand(len(answer))
-            longer[name] = torch.cat([value, tail[None].to(value.dtype)], dim=1)
+        if value.shape[:2] == shape and not value.is_floating_point():  # pixels may be as many by chance
+            last = value[:, -1:].repeat_interleave(len(answer), dim=1)
+            longer[name] = torch.cat([value, answer[None] if name == "input_ids" else last], dim=1)
     return longer
 
 
 @torch.no_grad()
-def _check_causal(model: PreTrainedModel, inputs: dict[str, torch.Tensor], prompt: int) -> None:
-    """A model whose prompt attends in both directions may see the labels; refuse rather than gather nonsense."""
+def _check_causal(model: PreTrainedModel, inputs: dict[str, torch.Tensor], prompt: int, advice: str) -> None:
+    """A model that attends in both directions may see the labels; refuse rather than gather nonsense."""
     ids = inputs["input_ids"]
+    others = ids[0, :-1][ids[0, :-1] != ids[0, -1]]
+    if not len(others):
+        return
     changed = ids.clone()
-    changed[0, -1] = ids[0, 0] if ids[0, -1] != ids[0, 0] else ids[0, prompt - 1]
-    first, second = (
-        model(**inputs | {"input_ids": x}, use_cache=False).logits[0, prompt - 1 : -1].float() for x in (ids, changed)
-    )
+    changed[0, -1] = others[-1]  # from near the end, where no image token stands
+    seen: list[Any] = [
+        getattr(model(**inputs | {"input_ids": x}, use_cache=False), "logits", None) for x in (ids, changed)
+    ]
+    if any(logits is None for logits in seen):  # run_gradients refuses it
+        return
+    first, second = (logits[0, prompt - 1 : -1].float() for logits in seen)
     if (first - second).abs().max() > 1e-3 * first.abs().max():  # kernels may round differently, no more
         raise ModelError(
-            f"the tokens of {type(model).__name__} see those after them, so that an answer sees itself; "
-            "calibrate curvature on text alone"
+            f"the tokens of {type(model).__name__} see those after them, so that a label sees itself; {advice}"
         )

@@ -116,7 +116,7 @@ class OutputSum:
         else:
             found["output_diagonal"] = g.square().sum(0)
             if self.form.kind == "sketch":
-                found["output"] = g.T @ (g @ sketch_test(out, self.form.size).to(g.device))
+                found["output"] = g.T @ (g @ sketch_test(out, self.form.size).to(g))
         for name, value in found.items():
             self.sums[name] += value.to(self.sums[name].device)
         by_head = g.view(len(g), heads, -1)
