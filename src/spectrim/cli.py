@@ -302,13 +302,15 @@ def _demo(
     out: Annotated[Path, typer.Option("-o", "--out", help="Where checkpoints and results go.")] = Path("spectrim-demo"),
     samples: Annotated[int, typer.Option(help="Questions of each task.")] = 40,
 ) -> None:
-    """Compress the built-in model by JW-SVD and by text-only baselines, and show what each kept."""
+    """Compress the built-in model by LASER, JW-SVD and text-only baselines, and show what each kept."""
     from spectrim.demo.show import show
 
     with _progress() as report:
         result = show(out, samples=samples, progress=report)
     console = _console()
     console.print(table(result.report))
+    if (predicted := losses(result.report)) is not None:
+        console.print(predicted)
     console.print(result.answers)
     console.print(f"checkpoints: {', '.join(str(path) for path in result.checkpoints)}")
     console.print(f"statistics:  {result.statistics}\nresults:     {result.results}")

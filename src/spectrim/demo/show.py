@@ -14,7 +14,7 @@ from spectrim.demo import resolve
 from spectrim.evaluate import EvaluationReport, evaluate, load_questions
 from spectrim.pipeline import compression
 
-RECIPES = ("jw-svd", "svd-llm", "asvd", "fwsvd", "svd")
+RECIPES = ("laser", "jw-svd", "svd-llm", "asvd", "fwsvd", "svd")
 BUDGETS = (0.6, 0.4)
 SAMPLES, SEQLEN = 192, 128
 
@@ -44,6 +44,7 @@ def show(out: Path, *, samples: int, progress: Callable[[str, int, int], None]) 
         seqlen=SEQLEN,
         batch_size=32,
         gradients=True,
+        curvature=True,
         progress=lambda done, total: progress("calibrate", done, total),
     )
     checkpoints = []
