@@ -24,7 +24,7 @@ import torch
 import yaml
 from PIL import Image
 
-from spectrim.calibrate import calibrate
+from spectrim.calibrate import Statistics, calibrate
 from spectrim.checkpoint import load, load_processor
 from spectrim.demo import resolve
 from spectrim.evaluate import ImageQuestion, blind_questions, load_questions, perplexity, vqa
@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=100, help="of each task")
     parser.add_argument("--easy-vqa", type=Path, help="ask the test questions of this easy-vqa data folder instead")
     parser.add_argument("--labels", default="given", help="of gradient passes: given or sampled")
-    parser.add_argument("--stats", type=Path, help="keep the statistics here, or use those that are here")
+    parser.add_argument("--stats", type=Path, help="keep the statistics here, or use those that are")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
@@ -106,18 +106,21 @@ def main() -> None:
     names = args.recipes.split(",")
     with tempfile.TemporaryDirectory() as scratch:
         started = time.perf_counter()
-        statistics = calibrate(
-            model,
-            args.stats or Path(scratch),
-            processor=processor,
-            text=args.text,
-            samples=args.samples,
-            seqlen=args.seqlen,
-            seed=args.seed,
-            labels=args.labels,
-            gradients=any(Recipe.read(name.partition(":")[0]).needs_gradients for name in names),
-            curvature=any(Recipe.read(name.partition(":")[0]).needs_curvature for name in names),
-        )
+        if args.stats is not None and args.stats.exists():
+            statistics = Statistics.open(args.stats)
+        else:
+            statistics = calibrate(
+                model,
+                args.stats or Path(scratch),
+                processor=processor,
+                text=args.text,
+                samples=args.samples,
+                seqlen=args.seqlen,
+                seed=args.seed,
+                labels=args.labels,
+                gradients=any(Recipe.read(name.partition(":")[0]).needs_gradients for name in names),
+                curvature=any(Recipe.read(name.partition(":")[0]).needs_curvature for name in names),
+            )
         calibration = time.perf_counter() - started
         for name in names:
             recipe, *changes = name.split(":")

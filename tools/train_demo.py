@@ -46,9 +46,10 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 # How often each kind of question is drawn in the second stage.
-SHARES = dict.fromkeys(tasks.TASKS, 1.0) | {"relation": 1.3, "size": 1.3, "reading": 1.3, "count": 1.3, "describe": 0.4}
+SHARES = dict.fromkeys(tasks.TASKS, 1.0) | {"describe": 0.4}
+SHARES |= {"count": 2.0, "position": 2.0, "relation": 2.5, "existence": 2.0, "reading": 1.3}
 EASY_SHARE = 0.8
-# Its first quarter is for finding an object by its name, which most other tasks build on: the tasks that need
+# Its first part (`--early`) is for finding an object by its name, which most other tasks build on: the tasks that need
 # little else come more often by these factors, and text, whose gradients are the larger ones, is one window to a step.
 EARLY = {"colour": 4.0, "shape": 2.0, "count": 3.0, "position": 3.0}
 
@@ -361,7 +362,7 @@ def train(args: argparse.Namespace) -> None:
             optimizer, began, step = optimiser(modules), time.time(), 0
             while (spent := time.time() - began) < minutes * 60:
                 done = spent / (minutes * 60)
-                questions.early = done < 0.25
+                questions.early = done < args.early
                 rate = peak * min(1.0, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
                 for group in optimizer.param_groups:
                     group["lr"] = rate
@@ -437,6 +438,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64, help="questions in a step of the second stage")
     parser.add_argument("--text-batch", type=int, default=3, help="text windows of 256 tokens in such a step")
     parser.add_argument("--text-weight", type=float, default=0.4)
+    parser.add_argument("--early", type=float, default=0.25, help="share of the second stage for finding objects")
     parser.add_argument("--tower-rate", type=float, default=1.5e-3)
     parser.add_argument("--rate", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)

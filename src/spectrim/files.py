@@ -1,4 +1,4 @@
-"""Writing one file whole or not at all."""
+"""Writing files whole or not at all."""
 
 import os
 import tempfile
@@ -18,3 +18,12 @@ def write_whole(path: Path, content: bytes) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def sync(path: Path) -> None:
+    """Make a file, or the entries of a directory, outlast a power cut. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from spectrim.anatomy import Anatomy, Linear
 from spectrim.calibrate import Statistics
 from spectrim.decompose import decompose
 from spectrim.errors import NumericalError, StatisticsError
+from spectrim.files import sync
 from spectrim.layers import Rank
 from spectrim.linalg import check_finite
 from spectrim.metric import layer_metric
@@ -156,8 +156,7 @@ def _make(model: nn.Module, linear: Linear, part: MetricPart, statistics: Statis
     temporary = path.with_suffix(".tmp")
     try:
         save_file(tensors, temporary, metadata={"source": metric.source})
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        sync(temporary)
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Mapping
 from functools import partial
-from types import TracebackType
 
 import torch
 from torch import nn
@@ -13,14 +12,14 @@ from transformers import PreTrainedModel
 
 from spectrim.anatomy import Linear
 from spectrim.calibrate.forms import Form
-from spectrim.calibrate.hooks import raise_unless_finite
+from spectrim.calibrate.hooks import Hooked
 from spectrim.calibrate.labels import Labelled
 from spectrim.calibrate.moments import Sums, wide
 from spectrim.calibrate.positions import Positions, positions
 from spectrim.errors import ModelError
 
 
-class GradientWatch:
+class GradientWatch(Hooked):
     """Watches the linears of a model while one sample runs through it, forward and backward.
 
     Parameters are frozen; the graph begins at the outputs of the first linears, so that a linear costs nothing before
@@ -42,33 +41,20 @@ class GradientWatch:
         forms: Mapping[str, Form],
         fisher: float | None,
     ) -> None:
-        self._modules, self._sums, self._counted = modules, sums, counted
+        super().__init__(modules)
+        self._sums, self._counted = sums, counted
         self._forms, self._fisher = forms, fisher
-        self._handles: list[RemovableHandle] = []
-        self._finite: list[tuple[str, torch.Tensor]] = []
         self._calls: Counter[str] = Counter()
         self._waiting: dict[Linear, list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
-    def __enter__(self) -> "GradientWatch":
-        for linear, module in self._modules.items():
-            self._handles.append(module.register_forward_hook(partial(self._after, linear)))
-        return self
+    def _hook(self, linear: Linear, module: nn.Module) -> RemovableHandle:
+        return module.register_forward_hook(partial(self._after, linear))
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def finish(self, sample: str) -> None:
-        """Close the sample after its backward pass.
-
-        Raises:
-            NumericalError: something was NaN or infinite; names the first such linear and ``sample``.
-        """
+    def finish(self, what: str) -> None:
+        """Add the gradients of linears that ran several times; then as :meth:`Hooked.finish`."""
         for linear, parts in self._waiting.items():
             self._add(linear, torch.cat([g for g, _ in parts]), torch.cat([x for _, x in parts]))
-        raise_unless_finite(self._finite, sample)
+        super().finish(what)
 
     def _after(self, linear: Linear, _module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         if not output.requires_grad:

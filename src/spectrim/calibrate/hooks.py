@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
+from typing import Self
 
 import torch
 from torch import nn
@@ -30,16 +31,41 @@ class _Reading:
         return same_memory and same_view and x._version == self.version
 
 
-def raise_unless_finite(checks: list[tuple[str, torch.Tensor]], batch: str) -> None:
-    """Raises NumericalError that names the first failed check; after a pass, so that no host waits inside one."""
-    for name, finite in checks:
-        if not finite:
-            raise NumericalError(
-                f"NaN or infinity in {name} at {batch}; check the weights, or load the model in bfloat16 or float32"
-            )
+class Hooked:
+    """A context in which the linears of a model carry hooks; subclasses say which, in :meth:`_hook`."""
+
+    def __init__(self, modules: Mapping[Linear, nn.Module]) -> None:
+        self._modules = modules
+        self._handles: list[RemovableHandle] = []
+        self._finite: list[tuple[str, torch.Tensor]] = []
+
+    def _hook(self, linear: Linear, module: nn.Module) -> RemovableHandle:
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        self._handles = [self._hook(linear, module) for linear, module in self._modules.items()]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def finish(self, what: str) -> None:
+        """Close a batch or a sample after its last pass.
+
+        Raises:
+            NumericalError: something was NaN or infinite; names the first such linear and ``what``.
+        """
+        for name, finite in self._finite:  # read only now, so that the host never waits for the device inside a pass
+            if not finite:
+                raise NumericalError(
+                    f"NaN or infinity in {name} at {what}; check the weights, or load the model in bfloat16 or float32"
+                )
 
 
-class Watch:
+class Watch(Hooked):
     """Watches the linears of a model while one batch runs through it.
 
     Linears that read the very input of the linear before them share its moment: which ones do is found when each first
@@ -52,30 +78,12 @@ class Watch:
     """
 
     def __init__(self, modules: Mapping[Linear, nn.Module], sums: Sums, counted: Positions) -> None:
-        self._modules, self._sums, self._counted = modules, sums, counted
-        self._handles: list[RemovableHandle] = []
+        super().__init__(modules)
+        self._sums, self._counted = sums, counted
         self._last: _Reading | None = None
-        self._finite: list[tuple[str, torch.Tensor]] = []
 
-    def __enter__(self) -> "Watch":
-        for linear, module in self._modules.items():
-            self._handles.append(module.register_forward_pre_hook(partial(self._before, linear)))
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._last = None
-
-    def finish(self, batch: str) -> None:
-        """Close the batch after its last pass.
-
-        Raises:
-            NumericalError: something was NaN or infinite; names the first such linear and ``batch``.
-        """
-        raise_unless_finite(self._finite, batch)
+    def _hook(self, linear: Linear, module: nn.Module) -> RemovableHandle:
+        return module.register_forward_pre_hook(partial(self._before, linear))
 
     def _before(self, linear: Linear, _module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         x = args[0].detach()

@@ -4,7 +4,6 @@ A snapshot writes block files under names that carry its generation, then the ma
 files of earlier generations. Whatever the moment of a kill, the manifest names whole files of one and the same state.
 """
 
-import os
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -18,6 +17,7 @@ from spectrim.calibrate.manifest import MANIFEST, Gathered, Manifest, TensorFile
 from spectrim.calibrate.moments import MomentSum, OutputSum, Sums
 from spectrim.calibrate.statistics import check_files, read_tensor
 from spectrim.errors import StatisticsError
+from spectrim.files import sync
 
 _OURS = re.compile(r".+\.g\d{6}\.safetensors(\.part)?|manifest\.json\.part")
 
@@ -132,14 +132,6 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file whole or not at all, and make it outlast a power cut."""
     part = path.with_name(path.name + ".part")
     write(part)
-    _flush(part)
+    sync(part)
     part.replace(path)
-    _flush(path.parent)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(path.parent)

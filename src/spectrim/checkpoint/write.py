@@ -2,7 +2,6 @@
 
 import fnmatch
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,6 +16,7 @@ from transformers.utils.hub import cached_file
 from spectrim.checkpoint.quantizer import attach, release
 from spectrim.checkpoint.read import PROVENANCE, load_processor, read_provenance
 from spectrim.errors import CheckpointError
+from spectrim.files import sync
 from spectrim.layers import LowRankLinear
 
 # Files of a source directory that describe its own weights, and are not copied beside other ones.
@@ -137,7 +137,7 @@ def _replacing(target: Path) -> Iterator[Path]:
     try:
         yield temporary
         for path in (*temporary.rglob("*"), temporary):
-            _sync(path)
+            sync(path)
         if target.exists():
             target.replace(former)
         try:
@@ -146,17 +146,9 @@ def _replacing(target: Path) -> Iterator[Path]:
             if former.exists():
                 former.replace(target)
             raise
-        _sync(target.parent)
+        sync(target.parent)
     finally:
         if temporary.exists():
             shutil.rmtree(temporary)
     if former.exists():
         shutil.rmtree(former)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
