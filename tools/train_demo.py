@@ -194,8 +194,9 @@ def alignment(model: Any, place: torch.nn.Linear, questions: "Questions", size: 
 
     The connector's output goes through the output head, whose weights are the word embeddings; the target is equal
     mass on all words that hold (the letter alone, in images of words). It puts what is seen next to what is asked, so
-    that attention finds one by the other; without it, training stalls on the set of colours. The head `place` asks
-    every token for its place, which nothing else keeps in the connector while no question of places is understood.
+    that attention finds one by the other; without it, training stalls on the set of colours. Every token is
+    asked for its place as well, by the head `place` and between the words of each axis: nothing else keeps it in the
+    connector while no question of places is understood.
     """
     images, rows, columns, shares = [], [], [], []
     drawn: list[list[Any]] = []
@@ -224,12 +225,14 @@ def alignment(model: Any, place: torch.nn.Linear, questions: "Questions", size: 
             add(number, item.row, item.column, item.shape, item.colour, *extreme)
     tokens = model.model.vision_tower(pixel_values=_pixels(images)).last_hidden_state[:, 1:]
     tokens = model.model.multi_modal_projector(tokens)
-    logits = model.lm_head(tokens).float().flatten(0, 1).log_softmax(-1)
+    cross, logits = torch.nn.functional.cross_entropy, model.lm_head(tokens).float().flatten(0, 1)
     weights = torch.tensor(shares)
-    named = -(logits[rows, columns] * weights).sum() / weights.sum()
-    places = torch.nn.functional.cross_entropy(
-        place(tokens).float().flatten(0, 1), torch.arange(IMAGE_TOKENS).repeat(size)
-    )
+    named = -(logits.log_softmax(-1)[rows, columns] * weights).sum() / weights.sum()
+    cell = torch.arange(IMAGE_TOKENS).repeat(size)
+    places = cross(place(tokens).float().flatten(0, 1), cell)
+    half = GRID // 2
+    for words, where in ((("top", "bottom"), cell // GRID // half), (("left", "right"), cell % GRID // half)):
+        places = places + cross(logits[:, [questions.tokenizer.token_to_id(word) for word in words]], where)
     scenes = [number for number, items in enumerate(drawn) if items]
     return named + places + pointing(model, tokens[scenes], [drawn[number] for number in scenes], questions)
 
