@@ -18,20 +18,21 @@ from spectrim.layers import LowRankLinear, Rank, head_ranks, replace_linears
 MAIN = ("qwen2_5_vl", "llava", "idefics3", "llama")
 
 
-def factored(family: str, model: Any = None, headwise: bool = False) -> hf.PreTrainedModel:
+def factored(family: str, model: Any = None, form: str = "whole") -> hf.PreTrainedModel:
     """A few-layer model with all its linears cut to a third of their rank; no two layers have the same factors.
 
-    With `headwise`, each head of every q, k and v has its own rank: a third of it, and more from head to head.
+    In the form ``headwise``, each head of every q, k and v has its own rank: a third of it, and more from head to head.
+    In the form ``pivoted``, all are stored by pivots.
     """
     model = FAMILIES[family]() if model is None else model
     linears = anatomy(model).linears
     dense = {linear.name: model.get_submodule(linear.name).weight.detach() for linear in linears}
     ranks: dict[str, Rank] = {name: max(1, min(weight.shape) // 3) for name, weight in dense.items()}
-    if headwise:
+    if form == "headwise":
         apart = {x.name: x.heads for x in linears if x.role in ("q", "k", "v") and x.heads}
         assert apart
         ranks |= {n: tuple(len(dense[n]) // heads // 3 + h for h in range(heads)) for n, heads in apart.items()}
-    replace_linears(model, ranks)
+    replace_linears(model, ranks, ranks.keys() if form == "pivoted" else ())
     for name, weight in dense.items():
         each = head_ranks(ranks[name])
         A, B = zip(*(cut(rows, k) for rows, k in zip(weight.chunk(len(each)), each, strict=True)), strict=True)
@@ -50,6 +51,16 @@ def factor_pairs(layer: LowRankLinear) -> list[tuple[torch.Tensor, torch.Tensor]
     heads = [layer.A] if isinstance(layer.rank, int) else layer.A
     parts = layer.B.weight.split(head_ranks(layer.rank))
     return [(head.weight, part) for head, part in zip(heads, parts, strict=True)]
+
+
+def product(layer: LowRankLinear) -> torch.Tensor:
+    """The weight [out, in] that a layer stands for, from its stored tensors."""
+    if layer.pivots is None:
+        return torch.cat([A @ B for A, B in factor_pairs(layer)])
+    W, pivots = torch.empty(layer.out_features, layer.in_features, dtype=layer.B.weight.dtype), layer.pivots.tolist()
+    W[pivots] = layer.B.weight.detach()
+    W[[row for row in range(len(W)) if row not in pivots]] = (layer.A.weight @ layer.B.weight).detach()
+    return W
 
 
 def assembled(layer: LowRankLinear) -> torch.Tensor:

@@ -7,7 +7,7 @@ import transformers as hf
 from safetensors.torch import load_file
 from torch import nn
 
-from compressed import MAIN, config_of, edited, factor_pairs, factored, logits, low_rank
+from compressed import MAIN, config_of, edited, factored, logits, low_rank, product
 from families import FAMILIES, example_inputs, text_inputs
 from spectrim.anatomy import anatomy
 from spectrim.checkpoint import (
@@ -19,13 +19,13 @@ from spectrim.checkpoint import (
 )
 from spectrim.errors import ModelError
 
-forms = pytest.mark.parametrize("headwise", [False, True], ids=["whole", "headwise"])
+forms = pytest.mark.parametrize("form", ["whole", "headwise", "pivoted"])
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["whole", "headwise"])
+@pytest.fixture(scope="module", params=["whole", "headwise", "pivoted"])
 def llama(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved compressed language model; tests that change it work on a copy."""
-    model = factored("llama", headwise=request.param)
+    model = factored("llama", form=request.param)
     return save(model, tmp_path_factory.mktemp("llama") / "small", provenance={"recipe": "svd"})
 
 
@@ -34,8 +34,8 @@ def llama(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.mark.parametrize("family", FAMILIES)
 @forms
-def test_reloaded_logits_are_equal_to_the_last_bit(family: str, headwise: bool, tmp_path: Path) -> None:
-    model = factored(family, headwise=headwise)
+def test_reloaded_logits_are_equal_to_the_last_bit(family: str, form: str, tmp_path: Path) -> None:
+    model = factored(family, form=form)
     expected = logits(model)
     assert expected.isfinite().all()
     ranks = {name: layer.rank for name, layer in low_rank(model).items()}
@@ -49,8 +49,8 @@ def test_reloaded_logits_are_equal_to_the_last_bit(family: str, headwise: bool, 
 
 @pytest.mark.parametrize("family", MAIN)
 @forms
-def test_plain_transformers_does_the_same(family: str, headwise: bool, tmp_path: Path) -> None:
-    model = attach(factored(family, headwise=headwise))
+def test_plain_transformers_does_the_same(family: str, form: str, tmp_path: Path) -> None:
+    model = attach(factored(family, form=form))
     model.save_pretrained(tmp_path)
     auto = hf.AutoModelForCausalLM if family == "llama" else hf.AutoModelForImageTextToText
     again, report = auto.from_pretrained(tmp_path, output_loading_info=True)
@@ -61,8 +61,8 @@ def test_plain_transformers_does_the_same(family: str, headwise: bool, tmp_path:
 
 @pytest.mark.parametrize("family", MAIN)
 @forms
-def test_saving_what_was_loaded_changes_no_byte(family: str, headwise: bool, tmp_path: Path) -> None:
-    model = factored(family, headwise=headwise)
+def test_saving_what_was_loaded_changes_no_byte(family: str, form: str, tmp_path: Path) -> None:
+    model = factored(family, form=form)
     fresh = save(model, tmp_path / "fresh")  # transformers notes the dtype of sub-configs on loading
     first = save(load(fresh), tmp_path / "a")
     second = save(load(first), tmp_path / "b")
@@ -74,9 +74,9 @@ def test_saving_what_was_loaded_changes_no_byte(family: str, headwise: bool, tmp
 
 @pytest.mark.parametrize("family", MAIN)
 @forms
-def test_low_precision_keeps_its_dtype(family: str, headwise: bool, tmp_path: Path) -> None:
+def test_low_precision_keeps_its_dtype(family: str, form: str, tmp_path: Path) -> None:
     FAMILIES[family]().to(torch.bfloat16).save_pretrained(tmp_path / "dense")
-    model = factored(family, model=load(tmp_path / "dense"), headwise=headwise)
+    model = factored(family, model=load(tmp_path / "dense"), form=form)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     save(model, tmp_path / "a")
     again = load(tmp_path / "a")
@@ -87,8 +87,8 @@ def test_low_precision_keeps_its_dtype(family: str, headwise: bool, tmp_path: Pa
 
 
 @forms
-def test_tied_weights_stay_tied(headwise: bool, tmp_path: Path) -> None:
-    model = factored("qwen2", headwise=headwise)
+def test_tied_weights_stay_tied(form: str, tmp_path: Path) -> None:
+    model = factored("qwen2", form=form)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     save(model, tmp_path / "a")
     assert not any("lm_head" in name for name in load_file(tmp_path / "a" / "model.safetensors"))
@@ -99,8 +99,8 @@ def test_tied_weights_stay_tied(headwise: bool, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", MAIN)
 @forms
-def test_shards(family: str, headwise: bool, tmp_path: Path) -> None:
-    model = factored(family, headwise=headwise)
+def test_shards(family: str, form: str, tmp_path: Path) -> None:
+    model = factored(family, form=form)
     save(model, tmp_path / "a", max_shard_size="60KB")
     assert len(list((tmp_path / "a").glob("model-*.safetensors"))) > 2
     assert torch.equal(logits(load(tmp_path / "a")), logits(model))
@@ -124,8 +124,8 @@ def test_weights_offloaded_to_disk_run_but_cannot_be_merged(llama: Path, tmp_pat
 
 @pytest.mark.parametrize("family", MAIN)
 @forms
-def test_generates_the_same_tokens(family: str, headwise: bool, tmp_path: Path) -> None:
-    model = factored(family, headwise=headwise)
+def test_generates_the_same_tokens(family: str, form: str, tmp_path: Path) -> None:
+    model = factored(family, form=form)
     inputs = example_inputs(model)
     settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
     expected = model.generate(**inputs, **settings)
@@ -165,7 +165,7 @@ def test_names_of_qwen2_5_vl(tmp_path: Path) -> None:
     ranks = config_of(save(factored("qwen2_5_vl"), tmp_path / "a"))["quantization_config"]["ranks"]
     assert ranks["model.layers.1.self_attn.q_proj"] == 64 // 3
     assert not any(name.startswith("model.language_model") for name in ranks)
-    apart = config_of(save(factored("qwen2_5_vl", headwise=True), tmp_path / "b"))["quantization_config"]["ranks"]
+    apart = config_of(save(factored("qwen2_5_vl", form="headwise"), tmp_path / "b"))["quantization_config"]["ranks"]
     assert apart["model.layers.1.self_attn.q_proj"] == [5, 6, 7, 8]  # query heads
     assert apart["model.layers.1.self_attn.k_proj"] == apart["model.layers.1.self_attn.v_proj"] == [5, 6]
     assert apart.keys() == ranks.keys()
@@ -200,14 +200,14 @@ def test_names_are_those_of_the_files_and_lead_back(family: str, tmp_path: Path)
 
 
 @forms
-def test_names_follow_the_file_that_the_model_came_from(headwise: bool, tmp_path: Path) -> None:
+def test_names_follow_the_file_that_the_model_came_from(form: str, tmp_path: Path) -> None:
     """Published LLaVA files have one more prefix in the tower, which transformers 5 drops at run time."""
     dense = FAMILIES["llava"]()
     dense.save_pretrained(tmp_path)
     with edited(tmp_path) as tensors:
         for name in [name for name in tensors if name.startswith("vision_tower.")]:
             tensors[name.replace("vision_tower.", "vision_tower.vision_model.")] = tensors.pop(name)
-    model = factored("llava", model=load(tmp_path), headwise=headwise)
+    model = factored("llava", model=load(tmp_path), form=form)
     expected = logits(model)
     ranks = config_of(save(model, tmp_path / "a"))["quantization_config"]["ranks"]
     assert "vision_tower.vision_model.encoder.layers.0.mlp.fc1" in ranks
@@ -220,18 +220,16 @@ def test_names_follow_the_file_that_the_model_came_from(headwise: bool, tmp_path
 
 @pytest.mark.parametrize("family", MAIN)
 @forms
-def test_dequantize_multiplies_the_factors_and_leaves_a_plain_model(
-    family: str, headwise: bool, tmp_path: Path
-) -> None:
-    model = load(save(factored(family, headwise=headwise), tmp_path / "a"))
-    products = {name: torch.cat([A @ B for A, B in factor_pairs(layer)]) for name, layer in low_rank(model).items()}
+def test_dequantize_multiplies_the_factors_and_leaves_a_plain_model(family: str, form: str, tmp_path: Path) -> None:
+    model = load(save(factored(family, form=form), tmp_path / "a"))
+    products = {name: product(layer) for name, layer in low_rank(model).items()}
     biases = {name: layer.bias for name, layer in low_rank(model).items()}
     before = logits(model)
     assert model.dequantize() is model
-    for name, product in products.items():
+    for name, expected in products.items():
         linear = model.get_submodule(name)
         assert type(linear) is nn.Linear
-        assert torch.equal(linear.weight, product)
+        assert torch.equal(linear.weight, expected)
         assert (linear.bias is None) == (biases[name] is None)
     torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-5)
     model.save_pretrained(tmp_path / "dense")
@@ -242,8 +240,8 @@ def test_dequantize_multiplies_the_factors_and_leaves_a_plain_model(
 
 
 @forms
-def test_dequantize_before_saving_and_to_another_dtype(headwise: bool) -> None:
-    model = attach(factored("llama", headwise=headwise))
+def test_dequantize_before_saving_and_to_another_dtype(form: str) -> None:
+    model = attach(factored("llama", form=form))
     model.dequantize(dtype=torch.bfloat16)
     assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
     assert not hasattr(model.config, "quantization_config")

@@ -33,7 +33,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def headwise(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with ranks by head: four for LAYER."""
-    return save(factored("llama", headwise=True), tmp_path_factory.mktemp("headwise") / "small")
+    return save(factored("llama", form="headwise"), tmp_path_factory.mktemp("headwise") / "small")
 
 
 @pytest.fixture
@@ -90,6 +90,62 @@ def test_ranks_by_head_for_a_layer_that_was_factored_as_a_whole_are_an_error(lla
     rank = config_of(llama_copy)["quantization_config"]["ranks"][LAYER]
     edit_config(llama_copy, lambda config: config["ranks"].update({LAYER: [1, 1, 1, rank - 3]}))
     with pytest.raises(CheckpointError, match=rf"{LAYER}\.A\.0\.weight"):
+        load(llama_copy)
+
+
+@pytest.fixture
+def pivoted_copy(tmp_path: Path) -> Path:
+    return save(factored("llama", form="pivoted"), tmp_path / "pivoted")
+
+
+def test_missing_pivots_are_an_error(pivoted_copy: Path) -> None:
+    with edited(pivoted_copy) as tensors:
+        del tensors[f"{LAYER}.pivots"]
+    with pytest.raises(CheckpointError, match=rf"{LAYER}\.pivots"):
+        load(pivoted_copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda pivots: pivots[:-1], rf"{LAYER}\.pivots, or holds them in another shape"),
+        (lambda pivots: pivots + 64, rf"{LAYER}\.pivots: pivots are rows 0 to 63"),
+        (lambda pivots: pivots - 64, rf"{LAYER}\.pivots: pivots are rows 0 to 63"),
+        (lambda pivots: pivots // 2 * 2, rf"{LAYER}\.pivots: pivots repeat a row"),
+    ],
+)
+def test_damaged_pivots_are_an_error(pivoted_copy: Path, change: Callable[[Any], Any], message: str) -> None:
+    with edited(pivoted_copy) as tensors:
+        tensors[f"{LAYER}.pivots"] = change(tensors[f"{LAYER}.pivots"]).contiguous()
+    with pytest.raises(CheckpointError, match=message):
+        load(pivoted_copy)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda names: names.remove(LAYER), rf"{LAYER}\.A\.weight"),
+        (lambda names: names.append("model.norm"), r"names model\.norm as pivoted, without one rank"),
+        (lambda names: names.append(3), "no list of names"),
+    ],
+)
+def test_a_wrong_list_of_pivoted_linears_is_an_error(
+    pivoted_copy: Path, change: Callable[[list[Any]], object], message: str
+) -> None:
+    edit_config(pivoted_copy, lambda config: change(config["pivoted"]))
+    with pytest.raises(CheckpointError, match=message):
+        load(pivoted_copy)
+
+
+def test_pivots_of_ranks_by_head_are_an_error(headwise_copy: Path) -> None:
+    edit_config(headwise_copy, lambda config: config.update(pivoted=[LAYER]))
+    with pytest.raises(CheckpointError, match=f"names {LAYER} as pivoted, without one rank"):
+        load(headwise_copy)
+
+
+def test_a_list_of_pivoted_linears_beside_plain_factors_is_an_error(llama_copy: Path) -> None:
+    edit_config(llama_copy, lambda config: config.update(pivoted=[LAYER]))
+    with pytest.raises(CheckpointError, match=rf"{LAYER}\.A\.weight, {LAYER}\.pivots"):
         load(llama_copy)
 
 

@@ -72,7 +72,7 @@ def hull(model: Model) -> list[tuple[float, int, float]]:
             best = min(later, key=lambda point: ((point[1] - at[1]) / (point[0] - at[0]), -point[0]))
             segments.append(((at[1] - best[1]) / (best[0] - at[0]), best[0] - at[0], at[1] - best[1]))
             at = best
-    return sorted(segments, reverse=True)
+    return sorted(segments, key=lambda segment: -segment[0])  # of equal ones the first linear's first
 
 
 def least(model: Model) -> int:

@@ -1,7 +1,7 @@
 """From spectra and a byte budget to a plan: which linear keeps how many directions."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from heapq import heappop, heappush
 
 import numpy as np
@@ -9,73 +9,135 @@ import torch
 
 from spectrim.anatomy import Linear
 from spectrim.errors import BudgetError
+from spectrim.plan import factor_bytes
 from spectrim.recipe import AllocationPart
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The options of one linear: `least` directions, one more at `step` bytes each, and its dense weight.
+    """The options of one linear: 0 … n directions, each way smaller than its dense weight, or that weight.
 
-    Directions are bought one by one up to `jump` of them; the next purchase is the dense weight. What is left at the
-    end may still buy single directions beyond, as long as they cost less than the dense weight.
+    Purchases are blocks of directions, wanted less from block to block, and the dense weight after `jump` of them. What
+    is left at the end may buy parts of blocks, and blocks beyond `jump`.
     """
 
-    step: int  # bytes of one direction
+    sizes: np.ndarray  # int64 [n + 1], increasing: bytes with 0 … n directions, all below `dense`
     dense: int  # bytes of the dense weight
-    scores: np.ndarray  # [jump + 1], non-increasing: how much each purchase is wanted, the dense weight last
-    beyond: np.ndarray = field(default_factory=lambda: np.empty(0))  # scores of single directions past `jump`
-    least: int = 1
+    gains: np.ndarray  # [n]: what each direction takes away
+    ends: np.ndarray  # int64 [blocks]: number of directions after each block, the last n; the first is the least
+    scores: np.ndarray  # [blocks]: how much each block is wanted, the first infinitely
+    jump: int  # number of blocks before the dense weight
+    whole: float  # how much the dense weight is wanted, at most as much as the blocks before it
 
     @property
-    def jump(self) -> int:
-        """Number of single directions before the dense weight."""
-        return len(self.scores) - 1
-
     def prices(self) -> np.ndarray:
-        """Bytes of each purchase, int64 [jump + 1]."""
-        return np.array([self.step] * self.jump + [self.dense - self.jump * self.step])
+        """Bytes of each purchase, int64 [jump + 1], the dense weight last."""
+        return np.diff([0, *self.sizes[self.ends[: self.jump]], self.dense])
+
+    @property
+    def wanted(self) -> np.ndarray:
+        """Scores of the same, [jump + 1]."""
+        return np.append(self.scores[: self.jump], self.whole)
+
+    def count(self, bought: int) -> int:
+        """Number of directions after `bought` blocks."""
+        return int(self.ends[bought - 1]) if bought else 0
+
+    def offer(self, count: int, left: int) -> tuple[float, int, int | None] | None:
+        """The best purchase after `count` directions that costs no more than `left` bytes.
+
+        Returns its score, its price and the directions after it (None for the dense weight), or None.
+        """
+        rest = self.dense - int(self.sizes[count])
+        if count >= self.count(self.jump) and rest <= left:
+            return self.whole, rest, None
+        block = int(np.searchsorted(self.ends, count, side="right"))
+        if block == len(self.ends):
+            return None
+        prices = self.sizes[count + 1 : self.ends[block] + 1] - self.sizes[count]
+        fit = int(np.searchsorted(prices, left, side="right"))
+        if not fit:
+            return None
+        if fit == len(prices) and count == self.count(block):
+            return float(self.scores[block]), int(prices[-1]), int(self.ends[block])
+        # A part of the block that takes away most by the byte; single directions of a block are worth more and more.
+        values = self.gains[count : count + fit].cumsum() / prices[:fit]
+        best = int(values.argmax())
+        return float(values[best]), int(prices[best]), count + best + 1
 
 
-def choice(part: AllocationPart, linear: Linear, s: torch.Tensor, loss: torch.Tensor | None, heads: int = 1) -> Choice:
+def choice(
+    part: AllocationPart,
+    linear: Linear,
+    s: torch.Tensor,
+    loss: torch.Tensor | None,
+    heads: int = 1,
+    pivoted: bool = False,
+) -> Choice:
     """The options of one linear under an allocation rule; its scores are comparable across linears.
 
     Rules: ``uniform``: minus the retention that the linear has with a direction, so that all grow alike.
     ``global-sigma``: the raw singular value √s_i (JW-SVD, section 4.2, as written). ``global-energy``: s_i / Σs per
     byte. ``sensitivity``: `s` itself, which then holds the measured losses. ``loss-aware``: predicted loss per byte
     (LASER); since the dense weight costs less than all directions, it is bought after the rank from which the way to it
-    takes away more loss per byte than the next direction: the lower hull of loss over bytes.
+    takes away more loss per byte than what follows: the lower hull of loss over bytes.
 
     Args:
         s: [m] what the rule compares, by direction.
         loss: [m] predicted losses in nats; only ``loss-aware`` reads them.
         heads: parts that are factored apart, each with one direction at least.
+        pivoted: store the factors by pivots where that is smaller; a direction then costs less than the one before,
+            and where it counts by the byte, several may have to be bought at once. Whole linears only.
     """
-    step = (linear.out_features // heads + linear.in_features) * linear.dtype.itemsize
     values = (s if loss is None or part.rule != "loss-aware" else loss).double().numpy()
-    steps = min(-(-linear.nbytes // step), len(values))  # from here on the dense weight costs no more
-    if part.rule == "loss-aware":
-        return _hull(values, step, linear.nbytes, steps, heads)
+    counts = np.arange(len(values) + 1)
+    sizes = factor_bytes(linear, counts, heads)
+    if pivoted and heads == 1:
+        sizes = np.minimum(sizes, factor_bytes(linear, counts, pivoted=True))
+    n = int((sizes < linear.nbytes).sum()) - 1  # from here on the dense weight costs no more
+    prices = np.diff(sizes[: n + 2])  # the last is that of the direction in whose place the dense weight comes
+    left = values[::-1].cumsum()[::-1][: n + 1]  # what the dense weight takes away after each number of directions
     if part.rule == "global-sigma":
         values = np.sqrt(values)
     elif part.rule == "global-energy":
-        values = values / (values.sum() or 1.0) / step
+        values = values / (values.sum() or 1.0)
     elif part.rule == "uniform":
-        values = -np.arange(1, len(values) + 1) * (step / linear.nbytes)
-    values = values[:steps].copy()
-    values[heads:] = np.minimum.accumulate(values[heads:])  # by head, directions are in the order of their losses
-    return Choice(step, linear.nbytes, values, least=heads)
+        values = -(sizes[1:] / sizes[1]) * (sizes[1] / linear.nbytes)
+    values = values[: n + 1].copy()
+    if part.rule != "loss-aware":
+        values[heads:] = np.minimum.accumulate(values[heads:])  # by head, directions are in the order of their losses
+    by_byte = part.rule in ("global-energy", "loss-aware")
+    scores = values / prices if by_byte else values
+    if n < heads:  # the least is the dense weight
+        return Choice(sizes[: n + 1], linear.nbytes, values[:n], np.empty(0, int), np.empty(0), 0, np.inf)
+    ends = _blocks(values[:n], prices[:n], heads) if by_byte else np.arange(heads, n + 1)
+    starts = np.append(0, ends[:-1])
+    singles = ends - starts == 1
+    sums = np.add.reduceat(values[:n], starts) / np.add.reduceat(prices[:n], starts)
+    worth = np.where(singles, scores[ends - 1], sums)
+    worth[0] = np.inf
+    jump, whole = len(ends), min(float(scores[n]), float(worth[-1]))
+    if part.rule == "loss-aware":
+        slopes = left[ends] / (linear.nbytes - sizes[ends])
+        jump = int(np.append(worth[1:] <= slopes[:-1], True).argmax()) + 1
+        whole = float(slopes[jump - 1])
+    return Choice(sizes[: n + 1], linear.nbytes, values[:n], ends, worth, jump, whole)
 
 
-def _hull(loss: np.ndarray, step: int, dense: int, steps: int, least: int) -> Choice:
-    """The lower hull of predicted loss over bytes: single directions, then all the rest at once by the dense weight."""
-    counts = np.arange(steps)
-    left = loss[::-1].cumsum()[::-1][:steps]  # what the dense weight takes away after `counts` directions
-    slopes = left / (dense - counts * step)
-    reached = (loss[:steps] / step <= slopes) & (counts >= least)
-    jump = int(reached.argmax()) if reached.any() else steps - 1
-    return Choice(
-        step, dense, np.append(loss[:jump] / step, slopes[jump]), beyond=loss[jump : steps - 1] / step, least=least
-    )
+def _blocks(gains: np.ndarray, prices: np.ndarray, least: int) -> np.ndarray:
+    """Ends of the blocks of directions whose gain per byte falls from block to block, int64; the first is `least`.
+
+    These are the vertices of the lower hull of what is left over bytes (pool adjacent violators); directions of equal
+    worth stay apart.
+    """
+    blocks: list[tuple[float, float, int]] = []  # gain, bytes and end of each
+    for end in range(least + 1, len(gains) + 1):
+        gain, price = float(gains[end - 1]), float(prices[end - 1])
+        while blocks and gain / price > blocks[-1][0] / blocks[-1][1]:
+            more, bytes_, _ = blocks.pop()
+            gain, price = gain + more, price + bytes_
+        blocks.append((gain, price, end))
+    return np.array([least, *(end for _, _, end in blocks)])
 
 
 def spend(choices: Mapping[str, Choice], budget: int) -> dict[str, int | None]:
@@ -88,43 +150,37 @@ def spend(choices: Mapping[str, Choice], budget: int) -> dict[str, int | None]:
         BudgetError: the least of all linears is already too much.
     """
     names, options = list(choices), list(choices.values())
-    least = sum(int(option.prices()[: option.least].sum()) for option in options)
+    prices, wanted = [option.prices for option in options], [option.wanted for option in options]
+    least = sum(int(each[0]) for each in prices)
     if least > budget:
         raise BudgetError(
             f"the budget of {budget} bytes is less than the {least} bytes of rank 1 everywhere; raise --retain"
         )
-    first = [np.where(np.arange(len(o.scores)) < o.least, np.inf, o.scores) for o in options]
-    price = np.concatenate([option.prices() for option in options])
-    owner = np.repeat(np.arange(len(options)), [len(option.scores) for option in options])
-    order = np.argsort(-np.concatenate(first), kind="stable")
+    price = np.concatenate(prices)
+    owner = np.repeat(np.arange(len(options)), [len(each) for each in prices])
+    order = np.argsort(-np.concatenate(wanted), kind="stable")
     taken = int(np.searchsorted(np.cumsum(price[order]), budget, side="right"))
-    bought = np.bincount(owner[order[:taken]], minlength=len(names))
+    blocks = np.bincount(owner[order[:taken]], minlength=len(names)).tolist()
     left = budget - int(price[order[:taken]].sum())
-    dense = bought > [option.jump for option in options]
-    _fill(options, bought, dense, left)
-    return {name: None if dense[i] else int(bought[i]) for i, name in enumerate(names)}
+    found = [None if b > option.jump else option.count(b) for option, b in zip(options, blocks, strict=True)]
+    _fill(options, found, left)
+    return dict(zip(names, found, strict=True))
 
 
-def _fill(options: Sequence[Choice], bought: np.ndarray, dense: np.ndarray, left: int) -> None:
-    """Spend what is left on the purchases that fit, best first; changes `bought` and `dense`."""
-    waiting: list[tuple[float, int, int, bool]] = []  # minus the score, linear, price, is it the dense weight?
+def _fill(options: Sequence[Choice], found: list[int | None], left: int) -> None:
+    """Spend what is left on the purchases that fit, best first; changes the numbers of directions `found`."""
+    waiting: list[tuple[float, int, int, int | None]] = []  # minus the score, linear, price, directions after it
 
     def offer(number: int) -> None:
-        option, count = options[number], int(bought[number])
-        rest = option.dense - count * option.step
-        if count >= option.jump and rest <= left:
-            heappush(waiting, (-float(option.scores[-1]), number, rest, True))
-        elif count < option.jump + len(option.beyond) and option.step <= left:
-            single = option.scores[count] if count < option.jump else option.beyond[count - option.jump]
-            heappush(waiting, (-float(single), number, option.step, False))
+        count = found[number]
+        if count is not None and (best := options[number].offer(count, left)):
+            heappush(waiting, (-best[0], number, *best[1:]))
 
-    for number in np.flatnonzero(~dense).tolist():
+    for number in range(len(options)):
         offer(number)
     while waiting:
-        _, number, price, whole = heappop(waiting)
+        _, number, price, count = heappop(waiting)
         if price <= left:
             left -= price
-            dense[number] = whole
-            bought[number] += not whole
-        if not dense[number]:
-            offer(number)
+            found[number] = count
+        offer(number)

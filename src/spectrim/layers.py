@@ -3,7 +3,7 @@
 The factors of a layer are plain ``nn.Linear`` modules: LoRA, GPTQ, vLLM and ``torch.compile`` see what they know.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,8 @@ from torch import nn
 from torch.nn.utils import skip_init
 
 from spectrim.errors import ModelError
+from spectrim.pivots import pivoted as pivoted_factors
+from spectrim.pivots import row_order
 
 Rank = int | tuple[int, ...]  # of the whole layer, or of each head: of each of as many equal groups of outputs
 
@@ -31,8 +33,18 @@ class LowRankLinear(nn.Module):
     With a tuple of H ranks, the rows of each head h are factored by themselves (LASER; METHODS, sections 4 and 6):
     ``A`` is an ``nn.ModuleList`` of H linears, ``A[h].weight`` [out / H, rank[h]], and ``B`` stays one linear,
     ``B.weight`` [sum(rank), in], which holds the heads' rows one after another. Its output is all that a key/value
-    cache has to keep. Raises ModelError for a rank below 1, and for outputs that are no H equal heads.
+    cache has to keep.
+
+    Pivoted (METHODS, section 6), the rank is that of the whole layer: ``B.weight`` [rank, in] are rows of the weight
+    itself, those at ``pivots`` (a buffer, int32 [rank]), and ``A.weight`` [out - rank, rank] has the coefficients of
+    the other rows, ascending. The outputs are those of B and of A, put in ``order``.
+
+    Raises ModelError for a rank below 1, for outputs that are no H equal heads, and for pivots with ranks by head or
+    with a rank of all outputs.
     """
+
+    pivots: torch.Tensor | None
+    order: torch.Tensor | None  # int64 [out], follows from the pivots and is not stored
 
     def __init__(
         self,
@@ -41,6 +53,7 @@ class LowRankLinear(nn.Module):
         rank: Rank,
         bias: bool = True,
         *,
+        pivoted: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -50,24 +63,32 @@ class LowRankLinear(nn.Module):
             raise ModelError(f"a low-rank layer needs a rank of at least 1, not {rank}; keep the layer dense instead")
         if out_features % len(ranks):
             raise ModelError(f"{out_features} outputs are not {len(ranks)} equal heads; give one rank to each head")
+        if pivoted and not isinstance(rank, int):
+            raise ModelError("pivots are rows of a whole layer; a layer that is factored head by head has none")
+        if pivoted and ranks[0] >= out_features:
+            raise ModelError(f"{ranks[0]} pivots of {out_features} rows are the dense weight; keep the layer dense")
         device = torch.get_default_device() if device is None else torch.device(device)
         factor = partial(skip_init, nn.Linear, bias=False, device=device, dtype=dtype)
         self.in_features = in_features
         self.out_features = out_features
         self.rank = rank
         self.B = factor(in_features, sum(ranks))
-        heads = [factor(k, out_features // len(ranks)) for k in ranks]
+        heads = [factor(k, out_features // len(ranks) - pivoted * k) for k in ranks]
         self.A: Any = heads[0] if isinstance(rank, int) else nn.ModuleList(heads)
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         with torch.no_grad():
             for parameter in self.parameters():
                 parameter.fill_(torch.nan)
+        self.register_buffer("pivots", torch.arange(sum(ranks), dtype=torch.int32, device=device) if pivoted else None)
+        self.register_buffer("order", torch.arange(out_features, device=device) if pivoted else None, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map x [..., in] to [..., out] in the dtype of the factors."""
         latent: torch.Tensor = self.B(x)  # [..., sum of the ranks]
         if isinstance(self.rank, int):
             y: torch.Tensor = self.A(latent)
+            if self.order is not None:
+                y = torch.cat([latent, y], dim=-1).index_select(-1, self.order)
         else:
             parts = latent.split(self.rank, dim=-1)
             y = torch.cat([A(part) for A, part in zip(self.A, parts, strict=True)], dim=-1)
@@ -78,8 +99,9 @@ class LowRankLinear(nn.Module):
         """Copy A [out, k] and B [k, in], of any floating dtype and device, into the factors; k is the sum of the ranks.
 
         With ranks by head, the columns of A and the rows of B are ordered head by head, and a column of A is zero
-        outside the rows of its head. Raises ModelError for other shapes, for an A that is not zero there, and for
-        factors that `to_dense` refuses, too.
+        outside the rows of its head. A pivoted layer finds its pivots itself. Raises ModelError for other shapes, for
+        an A that is not zero there, and for factors that `to_dense` refuses, too; NumericalError for factors that are
+        not finite, of which no pivots can be found.
         """
         heads, ranks = self._heads(), head_ranks(self.rank)
         k = sum(ranks)
@@ -88,12 +110,36 @@ class LowRankLinear(nn.Module):
                 f"factors of shapes {list(A.shape)} and {list(B.shape)} do not fit a layer that takes "
                 f"{[self.out_features, k]} and {[k, self.in_features]}"
             )
+        if self.pivots is not None:
+            pivots, A, B = pivoted_factors(A, B)
+            self.pivots.copy_(pivots)
+            self.find_order()
         blocks = [columns.chunk(len(ranks))[h] for h, columns in enumerate(A.split(ranks, dim=1))]  # [out / H, k_h]
         if A.count_nonzero() != sum(block.count_nonzero() for block in blocks):
             raise ModelError("a column of A is not zero outside the rows of its head; factor every head by itself")
         for head, block in zip(heads, blocks, strict=True):
             head.weight.copy_(block)
         self.B.weight.copy_(B)
+
+    @torch.no_grad()
+    def find_order(self) -> None:
+        """Bring the order of the outputs up to date with the pivots; needed after `pivots` was written to.
+
+        Raises ModelError for pivots that are not different rows of the layer, or that are on the meta device.
+        """
+        if self.pivots is None or self.order is None:
+            return
+        if self.pivots.is_meta or self.order.is_meta:
+            raise ModelError("pivots on the meta device have no values; load the model without offloading its buffers")
+        try:
+            self.order.copy_(row_order(self.pivots, self.out_features))
+        except ValueError as error:
+            raise ModelError(str(error)) from None
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        if self.pivots is not None and not self.pivots.is_meta:
+            self.find_order()
 
     @torch.no_grad()
     def to_dense(self) -> nn.Linear:
@@ -107,9 +153,13 @@ class LowRankLinear(nn.Module):
         dense = skip_init(
             nn.Linear, self.in_features, self.out_features, self.bias is not None, device=B.device, dtype=B.dtype
         )
-        blocks, parts = dense.weight.chunk(len(heads)), B.split(head_ranks(self.rank))  # [out / H, in], [k_h, in]
-        for block, head, part in zip(blocks, heads, parts, strict=True):
-            block.copy_(head.weight.to(wide) @ part.to(wide))
+        if self.order is not None:
+            rows = torch.cat([B, (heads[0].weight.to(wide) @ B.to(wide)).to(B.dtype)])
+            dense.weight.copy_(rows[self.order])
+        else:
+            blocks, parts = dense.weight.chunk(len(heads)), B.split(head_ranks(self.rank))  # [out / H, in], [k_h, in]
+            for block, head, part in zip(blocks, heads, parts, strict=True):
+                block.copy_(head.weight.to(wide) @ part.to(wide))
         if self.bias is not None:
             dense.bias.copy_(self.bias)
         return dense.train(self.training)
@@ -132,17 +182,20 @@ class LowRankLinear(nn.Module):
         """Shape of the layer, as ``nn.Linear`` shows its own."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
-            f"bias={self.bias is not None}"
+            f"bias={self.bias is not None}" + ", pivoted=True" * (self.pivots is not None)
         )
 
 
-def replace_linears(model: nn.Module, ranks: Mapping[str, Rank]) -> None:
+def replace_linears(model: nn.Module, ranks: Mapping[str, Rank], pivoted: Collection[str] = ()) -> None:
     """Exchange dense linears of `model`, in place, for LowRankLinear layers of the same shape, dtype and device.
 
-    `ranks` maps runtime names (``model.get_submodule(name)``) to ranks, of whole layers or by head. The bias parameter
-    is handed over; the factors are NaN, or meta tensors where the dense weight is one. Raises ModelError, before
-    anything is changed, for a name that is not exactly an ``nn.Linear`` and for ranks that its layer cannot have.
+    `ranks` maps runtime names (``model.get_submodule(name)``) to ranks, of whole layers or by head; `pivoted` names
+    those of them that are stored by pivots. The bias parameter is handed over; the factors are NaN, or meta tensors
+    where the dense weight is one. Raises ModelError, before anything is changed, for a name that is not exactly an
+    ``nn.Linear`` and for ranks that its layer cannot have.
     """
+    if strange := sorted(set(pivoted) - ranks.keys()):
+        raise ModelError(f"{strange[0]!r} has pivots and no rank; give it one")
     layers: dict[str, LowRankLinear] = {}
     for name, rank in ranks.items():
         try:
@@ -151,9 +204,10 @@ def replace_linears(model: nn.Module, ranks: Mapping[str, Rank]) -> None:
             raise ModelError(f"the model has no module {name!r}; ranks are keyed by the names of its linears") from None
         if type(linear) is not nn.Linear:  # a subclass may compute something else
             raise ModelError(f"{name!r} is a {type(linear).__name__}, not an nn.Linear; leave it out of the ranks")
-        device, dtype = linear.weight.device, linear.weight.dtype
+        like: dict[str, Any] = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+        shape = linear.in_features, linear.out_features
         try:
-            layer = LowRankLinear(linear.in_features, linear.out_features, rank, bias=False, device=device, dtype=dtype)
+            layer = LowRankLinear(*shape, rank, bias=False, pivoted=name in pivoted, **like)
         except ModelError as error:
             raise ModelError(f"{name!r}: {error}") from None
         layer.bias = linear.bias

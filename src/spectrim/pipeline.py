@@ -21,7 +21,7 @@ from spectrim.demo import resolve
 from spectrim.errors import BudgetError, RecipeError
 from spectrim.layers import LowRankLinear, replace_linears
 from spectrim.linalg import check_finite
-from spectrim.plan import Plan, plan_row
+from spectrim.plan import Plan, counted, factor_params, pays_by_pivots, plan_row
 from spectrim.recipe import Recipe
 from spectrim.samples import load_text, text_windows
 from spectrim.sensitivity import WINDOWS, probe
@@ -70,9 +70,10 @@ class Compression:
                 f"the linears outside {', '.join(part.places)} stay dense and take {frozen} of the {budget} bytes; "
                 "raise the retention or name more allocation.places"
             )
-        wanted, spectra = self._wanted(), self.spectra
+        wanted, spectra, by_pivots = self._wanted(), self.spectra, self.recipe.storage.pivoted
         choices = {
-            x.name: choice(part, x, wanted(x.name), self._predicted(x.name), spectra.heads(x.name)) for x in free
+            x.name: choice(part, x, wanted(x.name), self._predicted(x.name), spectra.heads(x.name), by_pivots)
+            for x in free
         }
         counts = spend(choices, budget - frozen)
         rows = {}
@@ -83,7 +84,9 @@ class Compression:
                 error = float(s[count:].sum() / s.sum().clamp_min(1e-300))
                 loss = None if losses is None else float(losses[count:].sum())
             rank = None if count is None else spectra.rank(linear.name, count)
-            rows[linear.name] = plan_row(linear, rank, error, spectra.sources[linear.name], loss=loss)
+            pivoted = by_pivots and pays_by_pivots(linear, rank)
+            source = spectra.sources[linear.name]
+            rows[linear.name] = plan_row(linear, rank, error, source, loss=loss, pivoted=pivoted)
         return Plan(recipe=self.recipe.name, retain=retain, linears=rows)
 
     def _predicted(self, name: str) -> torch.Tensor | None:
@@ -145,7 +148,7 @@ class Compression:
             A, B = factors(dense.weight, *self.spectra.directions(name, rank, dense.weight.device))
             check_finite(f"the factor A of {name}", A)
             check_finite(f"the factor B of {name}", B)
-            replace_linears(self.model, {name: rank})
+            replace_linears(self.model, {name: rank}, plan.pivoted & {name})
             layer: Any = self.model.get_submodule(name)
             layer.load_factors(A, B)
         return attach(self.model) if plan.ranks else self.model
@@ -166,7 +169,7 @@ class Compression:
         """What spectrim.json records: recipe, budget kept by bytes and by parameters, data, versions."""
         params = sum(linear.params for linear in self.parts.linears)
         kept = sum(
-            row.bytes // linear.dtype.itemsize
+            linear.params if row.rank is None else factor_params(linear, *counted(row.rank), row.pivoted)
             for linear, row in zip(self.parts.linears, plan.linears.values(), strict=True)
         )
         whole = sum(p.numel() * p.dtype.itemsize for p in self.model.parameters())

@@ -3,14 +3,19 @@
 import json
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
+import numpy as np
+import torch
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from pydantic_core import PydanticKnownError
 
 from spectrim.anatomy import Anatomy, Linear
 from spectrim.errors import BudgetError
 from spectrim.layers import Rank, head_ranks
+
+N = TypeVar("N", int, np.ndarray)
+PIVOT = torch.int32.itemsize  # bytes of one pivot
 
 
 class _Part(BaseModel):
@@ -22,10 +27,13 @@ class PlanRow(_Part):
 
     ``error`` is the relative error in the recipe's metric, Σ_{i>k} s_i / Σ s_i (None where no spectrum was made);
     ``metric`` says which samples the metric came from; ``loss`` is the increase of the model's loss, in nats, that is
-    predicted of this row alone (None where nothing predicts it). All are notes: only ``rank`` is obeyed.
+    predicted of this row alone (None where nothing predicts it). ``pivoted`` says that the factors are stored by
+    pivots, for which a row needs one rank below its number of outputs; of a dense row it says nothing. Only ``rank``
+    and ``pivoted`` are obeyed, all else are notes.
     """
 
     rank: Rank | None
+    pivoted: bool = False
     bytes: int
     dense_bytes: int
     error: float | None = None
@@ -69,6 +77,11 @@ class Plan(_Part):
         """Ranks of the linears that are factored."""
         return {name: row.rank for name, row in self.linears.items() if row.rank is not None}
 
+    @property
+    def pivoted(self) -> set[str]:
+        """Names of the linears that are stored by pivots."""
+        return {name for name, row in self.linears.items() if row.pivoted}
+
     def json(self) -> str:  # type: ignore[override]
         """The text of plan.json; ranks by head stand on one line."""
         text = json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
@@ -106,9 +119,16 @@ class Plan(_Part):
         for name, linear in known.items():
             row = self.linears.get(name)
             rank = None if row is None else row.rank
+            pivoted = row is not None and row.pivoted and rank is not None
             if rank is not None:
                 _check_rank(linear, rank, where)
-            rows[name] = plan_row(linear, rank)  # the notes of a row may be those of another rank
+                if pivoted and (not isinstance(rank, int) or rank >= linear.out_features):
+                    raise BudgetError(
+                        f"{where} stores '{name}' by pivots, which needs one rank below its {linear.out_features} "
+                        "outputs; set pivoted to false"
+                    )
+            # The notes of a row may be those of another rank.
+            rows[name] = plan_row(linear, rank, pivoted=pivoted)
         return Plan(recipe=self.recipe, retain=self.retain, linears=rows)
 
 
@@ -119,20 +139,44 @@ def plan_row(
     metric: str | None = None,
     *,
     loss: float | None = None,
+    pivoted: bool = False,
 ) -> PlanRow:
     """The row of one linear, with its bytes."""
-    size = linear.params
-    if rank is not None:
-        ranks = head_ranks(rank)  # each pays for the inputs, and for the outputs of its own head only
-        size = sum(ranks) * (linear.in_features + linear.out_features // len(ranks))
     return PlanRow(
         rank=rank,
-        bytes=size * linear.dtype.itemsize,
+        pivoted=pivoted,
+        bytes=linear.nbytes if rank is None else factor_bytes(linear, *counted(rank), pivoted),
         dense_bytes=linear.nbytes,
         error=error,
         metric=metric,
         loss=loss,
     )
+
+
+def counted(rank: Rank) -> tuple[int, int]:
+    """Directions of all heads together, and the number of heads."""
+    ranks = head_ranks(rank)
+    return sum(ranks), len(ranks)
+
+
+def factor_params(linear: Linear, count: N, heads: int = 1, pivoted: bool = False) -> N:
+    """Numbers in the factors of one linear with `count` directions in all, one count or an array of them.
+
+    A direction pays for all inputs and for the outputs of its own head. Pivots spare a square of `count` numbers.
+    """
+    return count * (linear.in_features + linear.out_features // heads - pivoted * count)
+
+
+def factor_bytes(linear: Linear, count: N, heads: int = 1, pivoted: bool = False) -> N:
+    """Bytes of the same, with those of the pivots."""
+    return factor_params(linear, count, heads, pivoted) * linear.dtype.itemsize + pivoted * PIVOT * count
+
+
+def pays_by_pivots(linear: Linear, rank: Rank | None) -> bool:
+    """Whether pivots save bytes at this rank: their indices outweigh what they spare of one or two directions."""
+    if not isinstance(rank, int) or rank >= linear.out_features:
+        return False
+    return factor_bytes(linear, rank, pivoted=True) < factor_bytes(linear, rank)
 
 
 def _check_rank(linear: Linear, rank: Rank, where: str) -> None:

@@ -53,6 +53,16 @@ class AllocationPart(_Part):
     places: tuple[Place, ...] = Field(default=PLACES, min_length=1)
 
 
+class StoragePart(_Part):
+    """How factors are stored; the model computes the same.
+
+    ``pivoted`` keeps rank k in k (in + out − k) numbers and k indices instead of k (in + out) numbers, wherever that is
+    smaller; linears that are factored head by head stay as they are.
+    """
+
+    pivoted: bool = False
+
+
 class Recipe(_Part):
     """A compression method by name. ``summary`` and ``paper`` are what `spectrim recipes` prints."""
 
@@ -62,6 +72,7 @@ class Recipe(_Part):
     paper: str
     metric: MetricPart
     allocation: AllocationPart = AllocationPart()
+    storage: StoragePart = StoragePart()
 
     @property
     def needs_statistics(self) -> bool:

@@ -19,7 +19,7 @@ from transformers.core_model_loading import (
 )
 
 from spectrim.errors import CheckpointError
-from spectrim.layers import LowRankLinear, Rank
+from spectrim.layers import LowRankLinear
 
 FACTOR = ".B.weight"  # the tensor that stands for a factored linear; A is several tensors where ranks are by head
 
@@ -39,8 +39,8 @@ def checkpoint_names(model: PreTrainedModel) -> dict[str, str]:
     }
 
 
-def stored_ranks(model: PreTrainedModel) -> dict[str, Rank]:
-    """Checkpoint name → rank, or ranks by head, of every LowRankLinear of `model`.
+def stored_layers(model: PreTrainedModel) -> dict[str, LowRankLinear]:
+    """Every LowRankLinear of `model` by its checkpoint name.
 
     Raises CheckpointError for a layer that has no name in the checkpoint format or whose name does not lead back to it.
     """
@@ -51,14 +51,14 @@ def stored_ranks(model: PreTrainedModel) -> dict[str, Rank]:
             f"the checkpoint format of {type(model).__name__} has no place for factors of {shortened(unnamed)}; keep "
             "these layers dense"
         )
-    ranks = {names[name]: layer.rank for name, layer in layers.items()}
-    back = runtime_names(model, ranks, saved_names(model, model.state_dict()).values())
+    stored = {names[name]: layer for name, layer in layers.items()}
+    back = runtime_names(model, stored, saved_names(model, model.state_dict()).values())
     if lost := sorted(name for name in layers if back[names[name]] != name):
         raise CheckpointError(
             f"the factors of {shortened(lost)} would load into another layer of {type(model).__name__}; keep these "
             "layers dense"
         )
-    return ranks
+    return stored
 
 
 def runtime_names(model: PreTrainedModel, names: Iterable[str], tensors: Iterable[str] | None = None) -> dict[str, str]:

@@ -2,12 +2,14 @@
 
 ``config.json`` of such a checkpoint carries::
 
-    "quantization_config": {"quant_method": "spectrim", "version": 1, "spectrim_version": "…", "ranks": {name: rank}}
+    "quantization_config": {"quant_method": "spectrim", "version": 1, "spectrim_version": "…", "ranks": {name: rank},
+                            "pivoted": [name, …]}
 
 with the checkpoint names of the factored linears; their tensors are ``name.A.weight`` [out, rank], ``name.B.weight``
 [rank, in] and, if the layer has one, ``name.bias`` [out]. A linear whose H heads are factored one by one has a list of
 H ranks; its tensors are ``name.A.0.weight`` [out / H, rank[0]], ``name.A.1.weight``, …, and one ``name.B.weight``
-[sum(rank), in].
+[sum(rank), in]. A linear in the list ``pivoted`` has ``name.B.weight`` [rank, in], ``name.A.weight`` [out - rank, rank]
+and ``name.pivots``, int32 [rank]: B holds those rows of the weight, A the coefficients of all other rows, ascending.
 
 Opened without this module, transformers only logs a warning about an unknown quantization method, and fills every
 factored layer with random weights. Two guards in the checkpoint make that an error:
@@ -30,7 +32,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from spectrim.checkpoint.names import runtime_names, saved_names, shortened, stored_ranks
+from spectrim.checkpoint.names import runtime_names, saved_names, shortened, stored_layers
 from spectrim.errors import CheckpointError, ModelError
 from spectrim.layers import LowRankLinear, Rank, replace_linears
 
@@ -59,14 +61,15 @@ def release() -> str | None:
 class SpectrimConfig(QuantizationConfigMixin):
     """``quantization_config`` of a checkpoint with factored linears.
 
-    `ranks` maps checkpoint names of linears, without ``.weight``, to ranks, or lists of ranks by head;
-    `spectrim_version` is the release that wrote the checkpoint. Raises CheckpointError for another format version,
-    unknown entries and impossible ranks.
+    `ranks` maps checkpoint names of linears, without ``.weight``, to ranks, or lists of ranks by head; `pivoted` names
+    those of them that are stored by pivots; `spectrim_version` is the release that wrote the checkpoint. Raises
+    CheckpointError for another format version, unknown entries, impossible ranks and pivots without a rank.
     """
 
     def __init__(
         self,
         ranks: Mapping[str, int | Sequence[int]] | None = None,
+        pivoted: Sequence[str] = (),
         version: int = VERSION,
         spectrim_version: str | None = None,
         quant_method: str = METHOD,
@@ -88,10 +91,18 @@ class SpectrimConfig(QuantizationConfigMixin):
             if not each or any(type(k) is not int or k < 1 for k in each):
                 raise CheckpointError(f"quantization_config gives {name!r} the rank {rank!r}; ranks are whole and ≥ 1")
             checked[name] = rank if isinstance(rank, int) else each
+        if not isinstance(pivoted, list | tuple) or not all(isinstance(name, str) for name in pivoted):
+            raise CheckpointError("quantization_config has pivots that are no list of names; copy config.json again")
+        if strange := sorted(name for name in pivoted if not isinstance(checked.get(name), int)):
+            raise CheckpointError(
+                f"quantization_config names {shortened(strange)} as pivoted, without one rank for the whole layer; "
+                "copy the checkpoint's config.json again"
+            )
         self.quant_method: Any = quant_method
         self.version = version
         self.spectrim_version = spectrim_version or release()
         self.ranks = checked
+        self.pivoted = sorted(set(pivoted))
 
 
 @register_quantizer(METHOD)
@@ -113,7 +124,8 @@ class SpectrimQuantizer(HfQuantizer):
         tensors = None if checkpoint_files is None else _tensor_names(checkpoint_files)
         names = runtime_names(model, ranks, tensors)
         try:
-            replace_linears(model, {names[name]: rank for name, rank in ranks.items()})
+            pivoted = {names[name] for name in self.quantization_config.pivoted}
+            replace_linears(model, {names[name]: rank for name, rank in ranks.items()}, pivoted)
         except ModelError as error:
             raise CheckpointError(f"quantization_config does not fit the model: {error}") from error
         sentinels = {f"{name}.weight" for name in names.values()}
@@ -155,6 +167,12 @@ class SpectrimQuantizer(HfQuantizer):
                 f"the checkpoint holds {shortened(sorted(misfits))} in another shape than its ranks say; copy or "
                 "compress it again"
             )
+        for name, module in model.named_modules():
+            if isinstance(module, LowRankLinear):
+                try:
+                    module.find_order()
+                except ModelError as error:
+                    raise CheckpointError(f"{name}.pivots: {error}") from error
         # On CPU the parameters are views of the mapped file, aligned to 8 bytes only, where some kernels sum in another
         # order. Copies aligned like any new tensor give the logits from before saving, to the last bit.
         for parameter in model.parameters():
@@ -218,9 +236,10 @@ class SpectrimQuantizer(HfQuantizer):
 def attach(model: PreTrainedModel) -> PreTrainedModel:
     """Make a model that holds LowRankLinear layers one that transformers saves, merges and re-loads as such.
 
-    Sets ``model.config.quantization_config`` (ranks by checkpoint name), the guard and ``model.hf_quantizer``; returns
-    `model`. Afterwards ``model.save_pretrained`` and ``model.dequantize`` work. Raises ModelError if there is no such
-    layer, CheckpointError if one cannot be stored or if the model is quantised in another way.
+    Sets ``model.config.quantization_config`` (ranks and pivoted linears by checkpoint name), the guard and
+    ``model.hf_quantizer``; returns `model`. Afterwards ``model.save_pretrained`` and ``model.dequantize`` work. Raises
+    ModelError if there is no such layer, CheckpointError if one cannot be stored or if the model is quantised in
+    another way.
     """
     config = model.config
     present = getattr(config, "quantization_config", None)
@@ -232,7 +251,11 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
     tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
     if shared := [name for name in layers if f"{name}.weight" in tied]:
         raise CheckpointError(f"{shortened(shared)} shares its weight with another layer; keep it dense")
-    config.quantization_config = SpectrimConfig(stored_ranks(model))
+    stored = stored_layers(model)
+    config.quantization_config = SpectrimConfig(
+        {name: layer.rank for name, layer in stored.items()},
+        [name for name, layer in stored.items() if layer.pivots is not None],
+    )
     config.fusion_config = {**(getattr(config, "fusion_config", None) or {}), GUARD: False}
     vars(model)["hf_quantizer"] = SpectrimQuantizer(config.quantization_config)
     return model
