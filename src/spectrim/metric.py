@@ -1,8 +1,8 @@
 """From calibration moments to the pair of metrics (L, R) of each linear, as the recipe says (METHODS, section 1)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 
@@ -14,6 +14,7 @@ from spectrim.linalg import check_finite
 from spectrim.recipe import MetricPart
 from spectrim.samples import Modality
 
+_T = TypeVar("_T")
 Source = Literal["text", "image", "joint", "identity"]
 
 
@@ -69,13 +70,23 @@ def joint_second_moment(moments: Sequence[Moment], gamma: float) -> torch.Tensor
     JW-SVD (Li et al., ACL 2026), section 4.1: the trace ratio gives both modalities one scale, γ weighs them. One
     moment alone is returned as its mean.
     """
-    first, *rest = [moment.second / moment.count for moment in moments]
-    if not rest:
-        return first
-    trace_text, trace_image = float(first.trace()), float(rest[0].trace())
-    if trace_image == 0 or trace_text == 0:  # a layer that one modality leaves silent has the other's metric
-        return first + rest[0]
-    return first + gamma * (trace_text / trace_image) * rest[0]
+    means = [moment.second / moment.count for moment in moments]
+    weights = joint_weights([float(mean.trace()) for mean in means], gamma)
+    return means[0] if len(means) == 1 else means[0] + weights[1] * means[1]
+
+
+def joint_weights(traces: Sequence[float], gamma: float) -> list[float]:
+    """Weights of the means of one modality, or of text and image, in a joint moment, from the traces of their means."""
+    if len(traces) == 1 or 0 in traces:  # a layer that one modality leaves silent has the other's metric
+        return [1.0] * len(traces)
+    return [1.0, gamma * (traces[0] / traces[1])]
+
+
+def chosen(part: MetricPart, found: Mapping[Modality, _T]) -> list[_T]:
+    """Of what was gathered by modality, that which the metric takes; text before image, empty where neither came."""
+    order: tuple[Modality, ...] = ("text", "image")
+    taken = [found[modality] for modality in order if modality in found and part.modality in (modality, "joint")]
+    return taken or ([found["image"]] if part.unreached == "image" and "image" in found else [])
 
 
 def _moments(part: MetricPart, linear: Linear, statistics: Statistics) -> list[tuple[Modality, Moment]]:

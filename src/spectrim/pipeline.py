@@ -1,8 +1,9 @@
-"""The stages in order: statistics → spectra → plan → factors → checkpoint."""
+"""The stages in order: statistics → spectra → plan → factors (compensated or not) → checkpoint."""
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from spectrim.allocate import choice, spend
 from spectrim.anatomy import Anatomy, anatomy
 from spectrim.calibrate import Statistics, calibrate
 from spectrim.checkpoint import attach, load, load_processor, save
+from spectrim.compensate import Anchored
 from spectrim.curvature import predicted_loss
 from spectrim.decompose import factors
 from spectrim.demo import resolve
@@ -42,6 +44,7 @@ class Compression:
         spectra: Spectra,
         parts: Anatomy,
         processor: Any = None,
+        progress: Progress | None = None,
     ) -> None:
         self.model = model
         self.processor = processor
@@ -49,6 +52,7 @@ class Compression:
         self.statistics = statistics
         self.spectra = spectra
         self.parts = parts
+        self._progress = progress
         self._losses: Mapping[str, torch.Tensor] | None = None
 
     def plan(self, retain: float) -> Plan:
@@ -142,16 +146,38 @@ class Compression:
 
     @torch.no_grad()
     def apply(self, plan: Plan) -> PreTrainedModel:
-        """Factor the model in place, as the plan says; it then saves, loads and dequantizes like any other."""
+        """Factor the model in place, as the plan says; it then saves, loads and dequantizes like any other.
+
+        Raises:
+            SpectrimError: the recipe compensates, and its samples are missing (see ``compensate.Anchored``).
+        """
+        compensated = self._compensated(plan)
         for name, rank in plan.ranks.items():
             dense: Any = self.model.get_submodule(name)
-            A, B = factors(dense.weight, *self.spectra.directions(name, rank, dense.weight.device))
+            if name in compensated:
+                A, B = compensated[name]
+            else:
+                A, B = factors(dense.weight, *self.spectra.directions(name, rank, dense.weight.device))
             check_finite(f"the factor A of {name}", A)
             check_finite(f"the factor B of {name}", B)
             replace_linears(self.model, {name: rank}, plan.pivoted & {name})
             layer: Any = self.model.get_submodule(name)
             layer.load_factors(A, B)
         return attach(self.model) if plan.ranks else self.model
+
+    def _compensated(self, plan: Plan) -> Mapping[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Compensated factors by linear; none where the recipe wants none."""
+        if self.recipe.compensate.kind == "none":
+            return {}
+        if self.statistics is None or self.processor is None:
+            raise RecipeError(
+                "compensation runs the calibration samples through the model again; give statistics and the model's "
+                "processor, or set compensate.kind=none"
+            )
+        progress = None if self._progress is None else partial(self._progress, "compensate")
+        return Anchored(
+            self.model, self.parts, self.recipe, plan, self.spectra, self.statistics, self.processor
+        ).factors(progress)
 
     @contextmanager
     def applied(self, plan: Plan) -> Iterator[PreTrainedModel]:
@@ -248,7 +274,7 @@ def compression(
         home = Path(scratch) / "spectra" if statistics is None else statistics.path / "spectra"
         home = home / cache_key(chosen.metric, statistics, parts)
         spectra = make_spectra(model, parts, chosen.metric, statistics, home, report("decompose"))
-        yield Compression(model, chosen, statistics, spectra, parts, processor)
+        yield Compression(model, chosen, statistics, spectra, parts, processor, progress)
 
 
 def compress(

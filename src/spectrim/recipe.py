@@ -1,4 +1,7 @@
-"""Recipes: which metric, which allocation. Frozen, versioned, readable from YAML; the built-in ones are in recipes/."""
+"""Recipes: which metric, which allocation, which compensation. Frozen, versioned, readable from YAML.
+
+The built-in ones are in recipes/.
+"""
 
 from importlib.resources import files
 from pathlib import Path
@@ -63,6 +66,23 @@ class StoragePart(_Part):
     pivoted: bool = False
 
 
+class CompensatePart(_Part):
+    """Whether factors answer to what the compressed layers before them do.
+
+    Kind ``anchored``: block by block, each weight is first moved to the least-squares map from the inputs that the
+    compressed prefix produces to the outputs of the dense model, then factored. With ``residual``, a matrix whose
+    output is added to a residual stream also makes up for what the prefix did to that stream. ``shrinkage`` is the
+    share of the move that is made, ``damping`` δ holds the map to the dense weight by δ·tr/in on the diagonal, and
+    ``samples`` limits how many calibration samples of each modality run through both models; None for all.
+    """
+
+    kind: Literal["none", "anchored"] = "none"
+    residual: bool = True
+    shrinkage: float = Field(default=1.0, ge=0, le=1)
+    damping: float = Field(default=0.01, gt=0, allow_inf_nan=False)
+    samples: int | None = Field(default=None, ge=1)
+
+
 class Recipe(_Part):
     """A compression method by name. ``summary`` and ``paper`` are what `spectrim recipes` prints."""
 
@@ -73,11 +93,12 @@ class Recipe(_Part):
     metric: MetricPart
     allocation: AllocationPart = AllocationPart()
     storage: StoragePart = StoragePart()
+    compensate: CompensatePart = CompensatePart()
 
     @property
     def needs_statistics(self) -> bool:
         """Whether calibration must come first."""
-        return self.metric.kind != "identity" or self.allocation.rule == "sensitivity"
+        return self.metric.kind != "identity" or self.allocation.rule == "sensitivity" or self.compensate.kind != "none"
 
     @property
     def needs_gradients(self) -> bool:

@@ -14,7 +14,7 @@ from torch import nn
 
 from spectrim.anatomy import Anatomy, Linear
 from spectrim.calibrate import Statistics
-from spectrim.decompose import decompose
+from spectrim.decompose import Spectrum, decompose
 from spectrim.errors import NumericalError, StatisticsError
 from spectrim.files import sync
 from spectrim.layers import Rank
@@ -64,10 +64,7 @@ class Spectra:
             if isinstance(rank, int):
                 s, found = summary["s"][:rank], [part[:, :rank] for part in stored]
             else:
-                head = summary["head"]
-                chosen = torch.cat([(head == number).nonzero()[:count, 0] for number, count in enumerate(rank)])
-                s = summary["s"][chosen]
-                found = [_placed(part[:, :][:, chosen], head[chosen], len(rank)) for part in stored]
+                s, found = _by_head(summary["s"], summary["head"], [part[:, :] for part in stored], rank)
         P, *rest = (columns.to(device) for columns in found)
         return s.to(device), P, rest[0] if rest else None
 
@@ -89,10 +86,29 @@ class Spectra:
             raise StatisticsError(f"{path} cannot be read ({error}); delete it and compress again") from error
 
 
+def directions(spectrum: Spectrum, rank: Rank) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Values [k] and directions P, Q of a spectrum in memory; as :meth:`Spectra.directions`."""
+    found = [spectrum.P] if spectrum.Q is None else [spectrum.P, spectrum.Q]
+    if isinstance(rank, int):
+        s, found = spectrum.s[:rank], [part[:, :rank] for part in found]
+    else:
+        assert spectrum.head is not None
+        s, found = _by_head(spectrum.s, spectrum.head, found, rank)
+    return s, found[0], found[1] if len(found) > 1 else None
+
+
+def _by_head(
+    s: torch.Tensor, head: torch.Tensor, parts: list[torch.Tensor], ranks: tuple[int, ...]
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The first directions of each head, one head after another, at their rows of the whole."""
+    chosen = torch.cat([(head == number).nonzero()[:count, 0] for number, count in enumerate(ranks)])
+    return s[chosen], [_placed(part[:, chosen], head[chosen], len(ranks)) for part in parts]
+
+
 def _placed(columns: torch.Tensor, head: torch.Tensor, heads: int) -> torch.Tensor:
     """Columns [d, k] of the heads `head` [k] at their rows of the whole, [heads d, k]."""
     placed = columns.new_zeros(heads, *columns.shape)
-    placed[head, :, torch.arange(len(head))] = columns.T
+    placed[head, :, torch.arange(len(head), device=head.device)] = columns.T
     return placed.flatten(0, 1)
 
 

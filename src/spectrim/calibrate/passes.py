@@ -35,6 +35,22 @@ def prepared(model: PreTrainedModel) -> Iterator[None]:
             module.training = mode
 
 
+def model_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, torch.Tensor]:
+    """The inputs of a batch on the model's device, images in its dtype."""
+    return {
+        name: value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
+        for name, value in batch.inputs.items()
+    }
+
+
+def forward_options(model: PreTrainedModel) -> dict[str, int]:
+    """Arguments of a forward pass of which only the linears matter."""
+    options: dict[str, int] = {"use_cache": False}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        options["logits_to_keep"] = 1  # spares the product with the vocabulary
+    return options
+
+
 def run_batch(
     model: PreTrainedModel,
     modules: Mapping[Linear, nn.Module],
@@ -55,16 +71,10 @@ def run_batch(
     Raises:
         NumericalError: NaN or infinity; names the linear and the batch.
     """
-    inputs = {
-        name: value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
-        for name, value in batch.inputs.items()
-    }
+    inputs = model_inputs(model, batch)
     counted = positions(model, inputs, image_tokens_only=image_tokens_only)
-    options: dict[str, int] = {"use_cache": False}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        options["logits_to_keep"] = 1  # spares the product with the vocabulary
     with torch.no_grad(), Watch(modules, sums, counted) as watch:
-        model(**inputs, **options)
+        model(**inputs, **forward_options(model))
     watch.finish(f"{batch.modality} batch {sums.batches + 1}")
     sums.batches += 1
     sums.samples += batch.samples

@@ -1,0 +1,73 @@
+"""The anchored closed form from moments (METHODS, section 3): pure tensors, no modules."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from spectrim.calibrate.moments import wide
+from spectrim.errors import NumericalError
+from spectrim.linalg import check_finite
+
+
+@dataclass
+class ShiftedSum:
+    """Sums over positions for linears that read one input x' in the compressed model; ``t`` are their targets.
+
+    Like calibration moments, they are float32 products per batch into float64 sums.
+    """
+
+    second: torch.Tensor  # Σ x' x'ᵀ  [in, in]
+    cross: dict[str, torch.Tensor] = field(default_factory=dict)  # by linear: Σ t x'ᵀ  [out, in]
+    count: int = 0  # positions
+
+    @classmethod
+    def zero(cls, width: int, home: torch.device) -> "ShiftedSum":
+        """Sums of nothing, on the device ``home``."""
+        return cls(torch.zeros(width, width, dtype=torch.float64, device=home))
+
+    def add(self, x: torch.Tensor, targets: dict[str, torch.Tensor]) -> None:
+        """Add inputs x' [positions, in] and, by linear, their targets [positions, out].
+
+        Raises:
+            NumericalError: NaN or infinity; names the linear.
+        """
+        x = wide(x)
+        self.second += check_finite(f"the compressed input of {next(iter(targets))}", x.T @ x)
+        for name, target in targets.items():
+            product = check_finite(f"the target of {name}", wide(target).T @ x)
+            if name not in self.cross:
+                self.cross[name] = torch.zeros_like(product, dtype=torch.float64)
+            self.cross[name] += product
+        self.count += len(x)
+
+
+def anchored_weight(
+    W: torch.Tensor, second: torch.Tensor, cross: torch.Tensor, *, shrinkage: float, damping: float
+) -> torch.Tensor:
+    """The weight that maps the inputs of the compressed model to the targets of the dense one.
+
+    With ``C' = E[x' x'ᵀ]`` and ``T = E[t x'ᵀ]`` it is ``W + λ (T − W C')(C' + δ tr(C')/in I)⁻¹``: λ = 1 is the ridge
+    regression of t on x', drawn towards W instead of towards zero, so that directions that no sample shows keep the
+    dense weight; λ = 0 is W. For t = W x and δ → 0 it is ``W E[x x'ᵀ] E[x' x'ᵀ]⁺``; for x' = x it is W, whatever λ, δ.
+
+    Args:
+        W: [out, in], any floating dtype.
+        second: C' [in, in] float64.
+        cross: T [out, in] float64.
+        shrinkage: λ in [0, 1].
+        damping: δ > 0.
+
+    Returns:
+        [out, in] float64.
+
+    Raises:
+        NumericalError: C' is too ill-conditioned for δ.
+    """
+    W, size = W.double(), len(second)
+    ridge = damping * float(second.trace()) / size
+    if ridge == 0 or shrinkage == 0:  # no input at all, or no wish
+        return W
+    factor, failed = torch.linalg.cholesky_ex(second + ridge * torch.eye(size, dtype=W.dtype, device=W.device))
+    if int(failed):
+        raise NumericalError("the compressed inputs are too ill-conditioned; raise compensate.damping")
+    return W + shrinkage * torch.cholesky_solve((cross - W @ second).T, factor).T

@@ -1,0 +1,235 @@
+"""Both models, dense and compressed, walked block by block over the calibration samples."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from spectrim.anatomy import Anatomy
+from spectrim.calibrate import Statistics
+from spectrim.calibrate.data import Data, load_data
+from spectrim.calibrate.moments import wide
+from spectrim.calibrate.passes import forward_options, model_inputs, prepared
+from spectrim.calibrate.positions import Positions, positions
+from spectrim.compensate.closed_form import ShiftedSum, anchored_weight
+from spectrim.compensate.store import Factors, Store
+from spectrim.compensate.streams import Pass, stopping_at
+from spectrim.compensate.units import Group, Unit, rows
+from spectrim.decompose import decompose, factors
+from spectrim.errors import ModelError, NumericalError, RecipeError, StatisticsError
+from spectrim.linalg import check_finite
+from spectrim.metric import chosen, joint_weights, layer_metric
+from spectrim.plan import Plan
+from spectrim.recipe import Recipe
+from spectrim.samples import Modality
+from spectrim.spectra import Spectra, directions
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """One batch on its way through the dense and through the compressed model."""
+
+    modality: Modality
+    counted: Positions
+    dense: Pass
+    small: Pass
+
+
+class Anchored:
+    """Anchored compensation of one model under one recipe (METHODS, section 3)."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        parts: Anatomy,
+        recipe: Recipe,
+        plan: Plan,
+        spectra: Spectra,
+        statistics: Statistics,
+        processor: Any,
+    ) -> None:
+        self._model, self._parts, self._recipe, self._plan = model, parts, recipe, plan
+        self._spectra, self._statistics, self._processor = spectra, statistics, processor
+        self._store = Store(statistics, recipe, plan)
+        names: dict[str, list[Any]] = {}
+        for linear in parts.linears:
+            if linear.name in plan.ranks:
+                names.setdefault(linear.block or linear.name, []).append(linear)
+        self._units = {name: Unit(model, name, linears) for name, linears in names.items()}
+
+    @torch.no_grad()
+    def factors(self, progress: Callable[[int, int], None] | None = None) -> dict[str, Factors]:
+        """Factors of all linears that samples reach, by name; the model is dense before and after.
+
+        The calibration samples run through both models at once and stop before every unit. Linears of a unit that read
+        one input are solved together, in the order in which the unit runs them, each with those before it factored.
+        Units that an earlier run has left on disk are not solved again.
+
+        Raises:
+            RecipeError: no sample is of a modality that the recipe's metric counts.
+            SampleError: the calibration samples cannot be loaded any more.
+            StatisticsError: they are other samples now, or factors cannot be written or read.
+            ModelError: the compressed model takes another path than the dense one.
+            NumericalError: NaN or infinity; names the linear.
+        """
+        found: dict[str, Factors] = {}
+        missing = dict(self._units)
+        for name, unit in self._units.items():
+            if self._store.has(name):
+                found |= (kept := self._store.read(name))
+                unit.factor(self._plan, kept)
+                del missing[name]
+        if missing:
+            with prepared(self._model), self._passes() as pairs:
+                for at, solved in self._walk(pairs):
+                    found |= solved
+                    self._store.write(at, solved)
+                    del missing[at]
+                    if progress is not None:
+                        progress(len(self._units) - len(missing), len(self._units))
+        for name in missing:  # no sample comes there, which the next call need not find out again
+            self._store.write(name, {})
+        return found
+
+    def _walk(self, pairs: list[_Pair]) -> Iterator[tuple[str, dict[str, Factors]]]:
+        """Solve unit after unit; yields each with its factors, and ends after the last that any sample reaches."""
+        while going := [pair for pair in pairs if pair.dense.unit is not None or pair.small.unit is not None]:
+            # Images come first and pass through all that text passes through: text waits where it is.
+            name = going[0].dense.unit
+            here = [pair for pair in going if pair.dense.unit == name]
+            if name is None or any(pair.small.unit != name for pair in here):
+                raise ModelError(
+                    f"the compressed model does not run through the same layers as the dense one (at {name}); "
+                    "set compensate.kind=none"
+                )
+            unit = self._units[name]
+            if not unit.small:
+                yield name, self._solve(unit, here)
+            if all(one.small for one in self._units.values()):
+                return
+            for pair in here:
+                for stream, small in ((pair.dense, False), (pair.small, True)):
+                    assert stream.call is not None
+                    stream.answer(unit.run(stream.call, small=small))
+
+    def _solve(self, unit: Unit, here: list[_Pair]) -> dict[str, Factors]:
+        firsts = {pair.modality: pair.dense.call for pair in reversed(here)}
+        calls = [call for call in firsts.values() if call is not None]
+        found: dict[str, Factors] = {}
+        for group in unit.groups(calls, residual=self._recipe.compensate.residual):
+            sums: dict[Modality, ShiftedSum] = {}
+            for pair in here:
+                self._add(unit, group, pair, sums)
+            solved = {name: self._factors(unit, name, sums) for name in group.members}
+            unit.factor(self._plan, solved)
+            found |= solved
+        rest = {name: self._factors(unit, name, {}) for name in unit.dense if name not in found}
+        unit.factor(self._plan, rest)
+        return found | rest
+
+    def _add(self, unit: Unit, group: Group, pair: _Pair, sums: dict[Modality, ShiftedSum]) -> None:
+        """Add one batch to the sums of its modality; nothing where the group does not run whole."""
+        first, size = group.members[0], unit.linears[group.members[0]].in_features
+        assert pair.dense.call is not None
+        assert pair.small.call is not None
+        dense = unit.tap(pair.dense.call, small=False, y=group.members, r=group.writers)
+        small = unit.tap(pair.small.call, small=True, x=(first,), r=group.writers)
+        if not dense.y.keys() >= set(group.members) or first not in small.x:
+            return
+        x = small.x[first]
+        mask = pair.counted.rows(unit.linears[first].place, x.shape[:-1])
+        targets = {}
+        for name in group.members:
+            y, bias = dense.y[name], unit.dense[name].bias
+            if y.shape[:-1] != x.shape[:-1]:
+                raise ModelError(f"{name} reads other positions in the compressed model; set compensate.kind=none")
+            target = wide(y) if bias is None else wide(y) - wide(bias)
+            if name in dense.r and name in small.r:
+                target = target + (wide(dense.r[name]) - wide(small.r[name])).reshape(target.shape)
+            targets[name] = rows(target, mask)
+        if x.numel():
+            sums.setdefault(pair.modality, ShiftedSum.zero(size, x.device)).add(rows(x, mask), targets)
+
+    def _factors(self, unit: Unit, name: str, sums: dict[Modality, ShiftedSum]) -> Factors:
+        W, rank = unit.dense[name].weight, self._plan.ranks[name]
+        part, how = self._recipe.metric, self._recipe.compensate
+        taken = chosen(part, sums)
+        if not taken:
+            A, B = factors(W, *self._spectra.directions(name, rank, W.device))
+        else:
+            means = [(s.second + s.second.T) / (2 * s.count) for s in taken]
+            weights = joint_weights([float(mean.trace()) for mean in means], part.gamma)
+            second = torch.stack([w * mean for w, mean in zip(weights, means, strict=True)]).sum(0)
+            cross = torch.stack([w * s.cross[name] / s.count for w, s in zip(weights, taken, strict=True)]).sum(0)
+            value: torch.Tensor | None = second
+            output = None
+            if part.kind != "whitening":
+                whole = part.model_copy(update={"per_head": not isinstance(rank, int)})
+                metric = layer_metric(whole, unit.linears[name], self._statistics, W.device)
+                output = metric.output
+                if part.kind != "curvature":  # a metric that is not made of these inputs stays what it is
+                    value = None if metric.value is None else metric.value.to(W.device)
+            try:
+                target = anchored_weight(W, second, cross, shrinkage=how.shrinkage, damping=how.damping)
+                heads = 1 if isinstance(rank, int) else len(rank)
+                A, B = factors(target, *directions(decompose(target, value, output, heads), rank))
+            except NumericalError as error:
+                raise NumericalError(f"{name}: {error}") from error
+        A, B = (check_finite(f"the factor {s} of {name}", F.to(W.dtype)) for s, F in (("A", A), ("B", B)))
+        return A, B
+
+    @contextmanager
+    def _passes(self) -> Iterator[list[_Pair]]:
+        """Both passes of every batch, images first, each at its first unit."""
+        model, settings, part = self._model, self._statistics.manifest.settings, self._recipe.metric
+        data, pairs = self._data(), []
+        passes: list[Pass] = []
+        order: tuple[Modality, ...] = ("image", "text")
+        with stopping_at({name: unit.module for name, unit in self._units.items()}):
+            try:
+                for modality in order:
+                    if not chosen(part, {modality: modality}):
+                        continue
+                    only = settings.image_tokens_only and modality == "image"
+                    for batch in data.batches(modality, settings.batch_size):
+                        inputs = model_inputs(model, batch)
+                        counted = positions(model, inputs, image_tokens_only=only)
+                        forward = partial(model, **inputs, **forward_options(model))
+                        dense, small = (Pass(forward, model.device.type) for _ in range(2))
+                        for one in (dense, small):
+                            passes.append(one)
+                            one.start()
+                        pairs.append(_Pair(modality, counted, dense, small))
+                if not pairs:
+                    raise RecipeError(
+                        f"compensation needs {part.modality} samples and {self._statistics.path} has none; "
+                        f"calibrate with a source of {part.modality} samples"
+                    )
+                yield pairs
+            finally:
+                for one in passes:
+                    one.close()
+
+    def _data(self) -> Data:
+        """The samples of the calibration, or the first of them."""
+        manifest, most = self._statistics.manifest, self._recipe.compensate.samples
+        data = load_data(
+            self._model,
+            self._processor,
+            text=manifest.data.text,
+            images=manifest.data.images,
+            samples=manifest.settings.samples,
+            seqlen=manifest.settings.seqlen,
+            seed=manifest.settings.seed,
+            instruction=manifest.settings.instruction,
+            sees=self._parts.tower is not None,
+        )
+        if data.fingerprint() != manifest.data.fingerprint:
+            raise StatisticsError(
+                f"the samples are not those of {self._statistics.path} any more; restore them or calibrate again"
+            )
+        return replace(data, windows=None if data.windows is None else data.windows[:most], images=data.images[:most])

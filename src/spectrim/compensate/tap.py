@@ -1,0 +1,93 @@
+"""What the linears of a block read and give in one run of it, and what their outputs are added to."""
+
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.hooks import RemovableHandle
+
+_ADDITIONS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
+
+
+class _EnoughError(Exception):
+    """All that was asked for has been seen."""
+
+
+class Tap(TorchDispatchMode):
+    """Records, by linear, ``x`` (input), ``y`` (output) and ``r``, to which y is added as it is.
+
+    The addition is found by what it reads, not by the name of the linear: one operand is the very memory of y, the
+    other is r and has its shape. It is the residual stream for output projections of most models; an output that is
+    normalised, gated or scaled first has no r. The first run of a linear in the block counts.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        *,
+        x: Collection[str] = (),
+        y: Collection[str] = (),
+        r: Collection[str] = (),
+    ) -> None:
+        super().__init__()
+        self.x: dict[str, torch.Tensor] = {}
+        self.y: dict[str, torch.Tensor] = {}
+        self.r: dict[str, torch.Tensor] = {}
+        self._modules, self._sums = modules, set(r)
+        self._inputs, self._outputs = set(x), {*y, *r}
+        self._stop = False
+        self._handles: list[RemovableHandle] = []
+
+    def watch(self, run: Callable[[], object], *, whole: bool = False) -> "Tap":
+        """Run the block until all that was asked for is there, or `whole`; what never came is missing then."""
+        self._stop = not whole
+        for name, module in self._modules.items():
+            if name in self._inputs:
+                self._handles.append(module.register_forward_pre_hook(partial(self._before, name)))
+            if name in self._outputs:
+                self._handles.append(module.register_forward_hook(partial(self._after, name)))
+        try:
+            with self:
+                run()
+        except _EnoughError:
+            pass
+        finally:
+            for handle in self._handles:
+                handle.remove()
+            self._handles.clear()
+        return self
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Look at additions; everything runs as it would."""
+        if func in _ADDITIONS and not kwargs and self._sums - self.r.keys():
+            self._addition(func, *args[:2])
+        return func(*args, **(kwargs or {}))
+
+    def _before(self, name: str, _module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        self.x.setdefault(name, args[0])
+        self._check()
+
+    def _after(self, name: str, _module: nn.Module, _args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        self.y.setdefault(name, output)
+        self._check()
+
+    def _addition(self, func: Any, left: Any, right: Any) -> None:
+        if not isinstance(left, torch.Tensor) or not isinstance(right, torch.Tensor) or left.shape != right.shape:
+            return
+        for name in self._sums & (self.y.keys() - self.r.keys()):
+            y = self.y[name]
+            for one, other in ((left, right), (right, left)):
+                if one.data_ptr() == y.data_ptr() and one.numel() == y.numel() and one.is_contiguous():
+                    self.r[name] = other.clone() if func is _ADDITIONS[1] else other  # which writes over it
+                    self._check()
+                    return
+
+    def _check(self) -> None:
+        here = (self._inputs <= self.x.keys(), self._outputs <= self.y.keys(), self._sums <= self.r.keys())
+        if self._stop and all(here):
+            raise _EnoughError

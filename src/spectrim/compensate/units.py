@@ -1,0 +1,98 @@
+"""The units of a model that are solved one after the other: its blocks, and the linears outside blocks."""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from spectrim.anatomy import Linear
+from spectrim.compensate.store import Factors
+from spectrim.compensate.streams import Call
+from spectrim.compensate.tap import Tap
+from spectrim.layers import LowRankLinear, replace_linears
+from spectrim.plan import Plan
+
+
+@dataclass(frozen=True)
+class Group:
+    """Linears that read one input; ``writers`` are those whose output is added to something as it is."""
+
+    members: tuple[str, ...]
+    writers: frozenset[str]
+
+
+class Unit:
+    """A block, or a linear outside blocks, that can run dense or with those linears factored that are ``small`` yet."""
+
+    def __init__(self, model: PreTrainedModel, name: str, linears: Sequence[Linear]) -> None:
+        self.name, self.linears = name, {linear.name: linear for linear in linears}
+        self.module = model.get_submodule(name)
+        self.dense: dict[str, Any] = {linear.name: model.get_submodule(linear.name) for linear in linears}
+        self.small: dict[str, LowRankLinear] = {}
+        self._model = model
+        self._forward: Callable[..., Any] = self.module.forward
+
+    def factor(self, plan: Plan, factors: dict[str, Factors]) -> None:
+        """Add factored linears."""
+        for name, (A, B) in factors.items():
+            replace_linears(self._model, {name: plan.ranks[name]})
+            layer: Any = self._model.get_submodule(name)
+            self._model.set_submodule(name, self.dense[name])
+            layer.load_factors(A, B)
+            self.small[name] = layer
+
+    def run(self, call: Call, *, small: bool) -> Any:
+        """The output of the unit, dense or with its factored linears in place."""
+        if self.name in self.dense:
+            return (self.small[self.name] if small and self.small else self._forward)(*call.args, **call.kwargs)
+        with self._in_place(small):
+            return self._forward(*call.args, **call.kwargs)
+
+    def tap(self, call: Call, *, small: bool, whole: bool = False, **wanted: Collection[str]) -> Tap:
+        """Run it as far as what is wanted of its linears (see :class:`Tap`)."""
+        if self.name in self.dense:  # nobody calls its module, so that no hook of it runs
+            found = Tap({})
+            found.x[self.name] = call.args[0]
+            if "y" in wanted:
+                found.y[self.name] = self.run(call, small=small)
+            return found
+        with self._in_place(small):
+            return Tap(self.dense, **wanted).watch(lambda: self._forward(*call.args, **call.kwargs), whole=whole)
+
+    def groups(self, calls: Sequence[Call], *, residual: bool) -> list[Group]:
+        """Its linears by input, in the order in which the dense unit runs them in any of the calls."""
+        members: dict[str, list[str]] = {}  # by the first of them
+        writers: set[str] = set()
+        for call in calls:
+            names = tuple(self.dense)
+            found = self.tap(call, small=False, whole=True, x=names, r=names if residual else ())
+            writers |= found.r.keys()
+            owners: dict[tuple[Any, ...], str] = {}
+            seen = {name for group in members.values() for name in group}
+            for name, x in found.x.items():  # all are held, so that no two share memory by chance
+                key = (x.data_ptr(), x.shape, x.stride(), x.dtype)
+                if name not in seen:
+                    members.setdefault(owners.setdefault(key, name), []).append(name)
+                else:
+                    owners.setdefault(key, name)
+        return [Group(tuple(group), frozenset(writers & set(group))) for group in members.values()]
+
+    @contextmanager
+    def _in_place(self, small: bool) -> Iterator[None]:
+        layers = self.small if small else {}
+        try:
+            for name, layer in layers.items():
+                self._model.set_submodule(name, layer)
+            yield
+        finally:
+            for name in layers:
+                self._model.set_submodule(name, self.dense[name])
+
+
+def rows(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Positions of ``x`` [*layout, width] that count, [positions, width]."""
+    flat = x.reshape(-1, x.shape[-1])
+    return flat if mask is None else flat[mask.to(flat.device)]
