@@ -77,7 +77,7 @@ def show(out: Path, *, samples: int, progress: Callable[[str, int, int], None]) 
 def _answers(report: EvaluationReport, samples: int) -> Table:
     """One question of each task: what the dense model says, and what the recipes at the smallest budget say."""
     shown = [r for r in report.results if not r.compressed or r.directory.endswith(f"-{min(BUDGETS):.0%}")]
-    shown = [r for r in shown if Path(r.directory).name.rpartition("-")[0] in ("", "jw-svd", "svd-llm")]
+    shown = [r for r in shown if Path(r.directory).name.rpartition("-")[0] in ("", "laser", "jw-svd", "svd-llm")]
     grid = Table(title="Sample answers", box=None, pad_edge=False)
     for heading in ("task", "question", "right", *(Path(r.directory).name for r in shown)):
         grid.add_column(heading)
