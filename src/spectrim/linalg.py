@@ -167,7 +167,8 @@ def left_basis(X: torch.Tensor, metric: torch.Tensor | None = None) -> tuple[tor
     s, U = eigh_descending(_weighted(X, metric) @ X.T)
     seen = int((s > _ROUNDING * s[0]).sum())
     if seen < len(s):
-        U = torch.cat([U[:, :seen], _remainder(X, U[:, :seen], len(s) - seen)], dim=1)
+        _, V = eigh_descending((U[:, seen:].T @ X) @ (X.T @ U[:, seen:]))
+        U = torch.cat([U[:, :seen], U[:, seen:] @ V], dim=1)
     return torch.where(torch.arange(len(s), device=s.device) < seen, s, 0.0), U
 
 
@@ -202,13 +203,3 @@ def _orthonormal(Z: torch.Tensor, K: torch.Tensor) -> torch.Tensor:
     if int(failed):
         raise NumericalError("a weight and its metric are too ill-conditioned to decompose; check the moments")
     return torch.linalg.solve_triangular(factor, Z.T, upper=False).T
-
-
-def _remainder(X: torch.Tensor, U: torch.Tensor, count: int) -> torch.Tensor:
-    """`count` orthonormal columns outside span(U), which hold what U leaves of X, largest energy first."""
-    left = X - U @ (U.T @ X)
-    vectors = torch.linalg.svd(left, full_matrices=False).U
-    # Where X has no more energy its vectors may lean into span(U): a second projection and a QR keep them out.
-    candidates = vectors[:, :count]
-    joined = torch.linalg.qr(torch.cat([U, candidates - U @ (U.T @ candidates)], dim=1)).Q
-    return joined[:, U.shape[1] :]
