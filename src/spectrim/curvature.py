@@ -106,11 +106,8 @@ def predicted_loss(eta: str, change: torch.Tensor, moment: Moment, output: Outpu
         G = sums["output"] if output.form.kind == "blocks" else sums["output"][None]
         GD = (G @ D.reshape(len(G), G.shape[1], -1)).reshape(D.shape)
     else:
-        GD = sums["output_diagonal"][:, None] * D
-        if output.form.kind == "sketch":
-            V = nystrom(sums["output"], sketch_test(len(D), output.form.size).double())
-            rest = (sums["output_diagonal"] - V.square().sum(1)).clamp_min(0)
-            GD = rest[:, None] * D + V @ (V.T @ D)
+        rest, V = _low_rank(output, sums)
+        GD = rest[:, None] * D + V @ (V.T @ D)
     traces = float(output.traces[2].sum()) * float(moment.second.trace()) / moment.count
     share = float((GD * CD).sum()) / traces if traces > 0 else 0.0
     return share * float(predicted_trace(eta, moment, output))
@@ -141,12 +138,18 @@ def _roots(
             blocks = _diagonal_blocks(blocks, size)
         blocks = blocks + damping * torch.eye(blocks.shape[1], dtype=blocks.dtype, device=blocks.device)
         return (BlockRoot(blocks),) if parts == 1 else tuple(BlockRoot(block[None]) for block in blocks)
-    diagonal, V = sums["output_diagonal"], sums["output_diagonal"].new_zeros(out, 0)
-    if form.kind == "sketch":
-        V = nystrom(sums["output"], sketch_test(out, form.size).to(diagonal))
-        diagonal = (diagonal - V.square().sum(1)).clamp_min(0)
+    diagonal, V = _low_rank(moment, sums)
     pairs = zip((diagonal + damping).split(size), V.split(size), strict=True)
     return tuple(LowRankRoot(d, rows) for d, rows in pairs)
+
+
+def _low_rank(moment: OutputMoment, sums: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """d [out] and V [out, r] of ``G ≈ diag(d) + V Vᵀ`` in the forms sketch and diagonal; r is 0 for the latter."""
+    diagonal = sums["output_diagonal"]
+    if moment.form.kind == "diagonal":
+        return diagonal, diagonal.new_zeros(len(diagonal), 0)
+    V = nystrom(sums["output"], sketch_test(len(diagonal), moment.form.size).to(diagonal))
+    return (diagonal - V.square().sum(1)).clamp_min(0), V
 
 
 def _diagonal_blocks(blocks: torch.Tensor, size: int) -> torch.Tensor:

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from spectrim.calibrate.data import Data
+from spectrim.calibrate.passes import model_inputs
 from spectrim.errors import ModelError, SampleError
 from spectrim.samples import Batch, Modality
 
@@ -57,10 +58,7 @@ def labelled_samples(
     for number, batch in enumerate(data.batches(modality, 1)):
         if number not in numbers:
             continue
-        inputs = {
-            name: value.to(model.device, model.dtype if value.is_floating_point() else value.dtype)
-            for name, value in batch.inputs.items()
-        }
+        inputs = model_inputs(model, batch)
         draw = seed * 1_000_003 + number
         sampler = torch.Generator().manual_seed(draw) if sampled else None
         length = inputs["input_ids"].shape[1]

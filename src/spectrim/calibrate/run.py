@@ -184,7 +184,7 @@ def _steps(
                 run_batch(model, modules, batch, sums, image_tokens_only=only)
                 yield
         return
-    fisher = settings.gradients and unit.modality == "text"
+    fisher = settings.gradients and unit.modality == "text" and not unit.group  # of all linears, by the first group
     names = manifest.groups[unit.group or 0] if settings.curvature else tuple(linears)
     modules = {linears[name]: model.get_submodule(name) for name in (tuple(linears) if fisher else names)}
     forms = {name: form for name, form in manifest.output_forms.items() if name in names}
@@ -197,7 +197,7 @@ def _steps(
         seed=settings.seed,
         numbers=range(resumed or rank, data.samples[unit.modality], processes),
     ):
-        run_gradients(model, modules, sample, sums, forms, fisher=fisher and not unit.group)
+        run_gradients(model, modules, sample, sums, forms, fisher=fisher)
         yield
 
 

@@ -152,7 +152,9 @@ class Anchored:
                 target = target + (wide(dense.r[name]) - wide(small.r[name])).reshape(target.shape)
             targets[name] = rows(target, mask)
         if x.numel():
-            sums.setdefault(pair.modality, ShiftedSum.zero(size, x.device)).add(rows(x, mask), targets)
+            if pair.modality not in sums:
+                sums[pair.modality] = ShiftedSum.zero(size, x.device)
+            sums[pair.modality].add(rows(x, mask), targets)
 
     def _factors(self, unit: Unit, name: str, sums: dict[Modality, ShiftedSum]) -> Factors:
         W, rank = unit.dense[name].weight, self._plan.ranks[name]
