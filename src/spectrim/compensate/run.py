@@ -18,7 +18,7 @@ from spectrim.calibrate.positions import Positions, positions
 from spectrim.compensate.closed_form import ShiftedSum, anchored_weight
 from spectrim.compensate.store import Factors, Store
 from spectrim.compensate.streams import Pass, stopping_at
-from spectrim.compensate.units import Group, Unit, rows
+from spectrim.compensate.units import Group, Unit
 from spectrim.decompose import decompose, factors
 from spectrim.errors import ModelError, NumericalError, RecipeError, StatisticsError
 from spectrim.linalg import check_finite
@@ -141,7 +141,7 @@ class Anchored:
         if not dense.y.keys() >= set(group.members) or first not in small.x:
             return
         x = small.x[first]
-        mask = pair.counted.rows(unit.linears[first].place, x.shape[:-1])
+        place = unit.linears[first].place
         targets = {}
         for name in group.members:
             y, bias = dense.y[name], unit.dense[name].bias
@@ -150,11 +150,11 @@ class Anchored:
             target = wide(y) if bias is None else wide(y) - wide(bias)
             if name in dense.r and name in small.r:
                 target = target + (wide(dense.r[name]) - wide(small.r[name])).reshape(target.shape)
-            targets[name] = rows(target, mask)
+            targets[name] = pair.counted.select(place, target)
         if x.numel():
             if pair.modality not in sums:
                 sums[pair.modality] = ShiftedSum.zero(size, x.device)
-            sums[pair.modality].add(rows(x, mask), targets)
+            sums[pair.modality].add(pair.counted.select(place, x), targets)
 
     def _factors(self, unit: Unit, name: str, sums: dict[Modality, ShiftedSum]) -> Factors:
         W, rank = unit.dense[name].weight, self._plan.ranks[name]

@@ -90,9 +90,3 @@ class Unit:
         finally:
             for name in layers:
                 self._model.set_submodule(name, self.dense[name])
-
-
-def rows(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Positions of ``x`` [*layout, width] that count, [positions, width]."""
-    flat = x.reshape(-1, x.shape[-1])
-    return flat if mask is None else flat[mask.to(flat.device)]
