@@ -14,7 +14,7 @@ from spectrim.calibrate import calibrate
 from spectrim.calibrate.data import load_data
 from spectrim.checkpoint import load, read_provenance
 from spectrim.compensate import run
-from spectrim.compensate.closed_form import ShiftedSum, anchored_weight
+from spectrim.compensate.closed_form import ShiftedSum, anchored_weight, blended
 from spectrim.compensate.store import Store
 from spectrim.errors import NumericalError, RecipeError, StatisticsError
 from spectrim.metric import joint_weights
@@ -47,10 +47,10 @@ def test_the_closed_form_is_least_squares_on_the_activations():
     W, X, shift = shifted()
     stream = normal(60, 6, seed=9)  # r - r'
     for target in (X @ W.T, X @ W.T + stream):
-        found = anchored_weight(W, *moments(shift, target), shrinkage=1, damping=1e-13)
+        found = anchored_weight(W, *moments(shift, target), damping=1e-13)
         torch.testing.assert_close(found, torch.linalg.lstsq(shift, target).solution.T)
     textbook = W @ (X.T @ shift) @ torch.linalg.pinv(shift.T @ shift)
-    found = anchored_weight(W, *moments(shift, X @ W.T), shrinkage=1, damping=1e-13)
+    found = anchored_weight(W, *moments(shift, X @ W.T), damping=1e-13)
     torch.testing.assert_close(found, textbook)
 
 
@@ -63,33 +63,43 @@ def test_damping_draws_towards_the_dense_weight():
     rows = torch.cat([shift / np.sqrt(60), np.sqrt(ridge) * torch.eye(10, dtype=torch.float64)])
     left = torch.cat([(X @ W.T - shift @ W.T) / np.sqrt(60), torch.zeros(10, 6, dtype=torch.float64)])
     expected = W + torch.linalg.lstsq(rows, left).solution.T
-    torch.testing.assert_close(anchored_weight(W, second, cross, shrinkage=1, damping=delta), expected)
-    far = anchored_weight(W, second, cross, shrinkage=1, damping=1e12)
+    torch.testing.assert_close(anchored_weight(W, second, cross, damping=delta), expected)
+    far = anchored_weight(W, second, cross, damping=1e12)
     torch.testing.assert_close(far, W)
 
 
-def test_shrinkage_is_the_way_between():
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+def test_blended_moments_serve_both_inputs(weight):
+    """One regression on the rows of both, and the same error of any matrix up to a constant."""
     W, X, shift = shifted()
-    found = [anchored_weight(W, *moments(shift, X @ W.T), shrinkage=s, damping=0.01) for s in (0, 0.25, 1)]
-    torch.testing.assert_close(found[0], W, rtol=0, atol=0)
-    torch.testing.assert_close(found[1], 0.75 * found[0] + 0.25 * found[2])
+    target = X @ W.T + normal(60, 6, seed=9)
+    H, T = blended(W, *moments(shift, target), X.T @ X / 60, weight)
+    near, far = np.sqrt(weight / 60), np.sqrt((1 - weight) / 60)
+    rows, wanted = torch.cat([near * shift, far * X]), torch.cat([near * target, far * X @ W.T])
+    best = anchored_weight(W, H, T, damping=1e-13)
+    torch.testing.assert_close(best, torch.linalg.lstsq(rows, wanted).solution.T)
+    if weight == 0:
+        torch.testing.assert_close(best, W)
+    other = normal(6, 10, seed=4)
+    error, least = ((wanted - rows @ V.T).square().sum() for V in (other, best))
+    torch.testing.assert_close(error - least, ((other - best) @ H * (other - best)).sum())
 
 
 @pytest.mark.parametrize("damping", [1e-6, 0.01, 1.0])
 def test_inputs_that_did_not_shift_leave_the_weight(damping):
     W, X, _ = shifted()
-    torch.testing.assert_close(anchored_weight(W, *moments(X, X @ W.T), shrinkage=1, damping=damping), W)
+    torch.testing.assert_close(anchored_weight(W, *moments(X, X @ W.T), damping=damping), W)
 
 
 def test_directions_that_no_sample_shows_keep_the_dense_weight():
     W, X, shift = shifted()
     shift[:, 7:] = 0
-    found = anchored_weight(W, *moments(shift, X @ W.T), shrinkage=1, damping=1e-9)
+    found = anchored_weight(W, *moments(shift, X @ W.T), damping=1e-9)
     torch.testing.assert_close(found[:, 7:], W[:, 7:])
     torch.testing.assert_close(
         found[:, :7], torch.linalg.lstsq(shift[:, :7], X @ W.T - 0).solution.T, rtol=1e-5, atol=1e-6
     )
-    dead = anchored_weight(W, *moments(0 * shift, X @ W.T), shrinkage=1, damping=0.01)
+    dead = anchored_weight(W, *moments(0 * shift, X @ W.T), damping=0.01)
     torch.testing.assert_close(dead, W)
 
 
@@ -102,7 +112,7 @@ def test_what_is_not_finite_is_named():
     second = torch.diag(torch.tensor([1.0, -1.0], dtype=torch.float64))
     second[0, 0] = 2.0
     with pytest.raises(NumericalError, match=r"raise compensate\.damping"):
-        anchored_weight(torch.ones(1, 2), second, torch.ones(1, 2).double(), shrinkage=1, damping=0.01)
+        anchored_weight(torch.ones(1, 2), second, torch.ones(1, 2).double(), damping=0.01)
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +191,9 @@ def test_every_linear_is_the_best_for_what_the_layers_before_it_became(family, r
     model, statistics = prepare(family, words, tmp_path / "s", torch.float64)
     parts, dense = anatomy(model), weights(model)
     before = [(modality, record(model, inputs)) for modality, inputs in batches(model, family, words)]
-    changes = {**ANCHORED, "compensate.residual": residual, "metric.gamma": 0.5}
+    share, damping = (0.3 if residual else 1.0), 0.01
+    fit = {"compensate.residual": residual, "compensate.weight": share, "compensate.damping": damping}
+    changes = {**ANCHORED, **fit, "metric.gamma": 0.5}
     with compression(model, "jw-svd", stats=statistics, processor=processor(family), changes=changes) as prepared:
         plan = prepared.plan(0.5)
         small = prepared.apply(plan)
@@ -190,20 +202,25 @@ def test_every_linear_is_the_best_for_what_the_layers_before_it_became(family, r
     small.requires_grad_(False)
     for name, rank in plan.ranks.items():
         linear, bias = parts.linear(name), dense.get(f"{name}.bias")
-        rows: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        rows: dict[str, list[tuple[torch.Tensor, ...]]] = {}
         for (modality, one), two in zip(before, after, strict=True):
             if name not in one:
                 continue
             target = flat(one[name][1]) - (0 if bias is None else bias)
             if residual and (r := stream(one, linear)) is not None:
                 target = target + flat(r) - flat(stream(two, linear))
-            rows.setdefault(modality, []).append((flat(two[name][0]), target))
+            rows.setdefault(modality, []).append((flat(two[name][0]), target, flat(one[name][0])))
         joined = {m: tuple(torch.cat(side) for side in zip(*pairs, strict=True)) for m, pairs in rows.items()}
         order = [joined[m] for m in ("text", "image") if m in joined]
-        shares = joint_weights([float(X.square().sum() / len(X)) for X, _ in order], 0.5)
-        X, T = (torch.cat([np.sqrt(w / len(p[0])) * p[i] for w, p in zip(shares, order, strict=True)]) for i in (0, 1))
         W = dense[f"{name}.weight"]
-        ridge = (0.01 * X.square().sum() / X.shape[1]).sqrt() * torch.eye(X.shape[1], dtype=X.dtype)
+        sides = [[p[:2] for p in order], [(p[2], p[2] @ W.T) for p in order]]  # compressed inputs, and dense ones
+        given: list[torch.Tensor] = []
+        for part, side in zip((share, 1 - share), sides, strict=True):
+            shares = joint_weights([float(x.square().sum() / len(x)) for x, _ in side], 0.5)
+            scales = [np.sqrt(part * w / len(x)) for w, (x, _) in zip(shares, side, strict=True)]
+            given += [scale * torch.cat(pair, dim=1) for scale, pair in zip(scales, side, strict=True)]
+        X, T = torch.cat(given).split([W.shape[1], W.shape[0]], dim=1)
+        ridge = (damping * X.square().sum() / X.shape[1]).sqrt() * torch.eye(X.shape[1], dtype=X.dtype)
         rest = torch.cat([T - X @ W.T, torch.zeros(len(ridge), len(W), dtype=X.dtype)])
         best = W + torch.linalg.lstsq(torch.cat([X, ridge]), rest).solution.T
         U, s, Vh = torch.linalg.svd(best @ X.T, full_matrices=False)
@@ -345,7 +362,7 @@ def test_what_is_done_is_not_done_again(words, tmp_path, monkeypatch):
 def test_a_saved_checkpoint_is_the_compensated_model(words, tmp_path):
     families.FAMILIES["llava"]().to(torch.bfloat16).save_pretrained(tmp_path / "dense")
     given = {"processor": processor("llava"), "text": words, "samples": 6, "seqlen": 16, "retain": 0.6}
-    changes = ANCHORED | {"compensate.shrinkage": 0.75}
+    changes = ANCHORED | {"compensate.weight": 0.75}
     small = compress(load(tmp_path / "dense"), tmp_path / "small", recipe="laser", changes=changes, **given)
     again = load(tmp_path / "small")
     assert torch.equal(logits(again), logits(small))
@@ -355,7 +372,7 @@ def test_a_saved_checkpoint_is_the_compensated_model(words, tmp_path):
     recorded = read_provenance(tmp_path / "small")["recipe"]["compensate"]
     assert recorded == Recipe.read("laser", changes).compensate.model_dump(mode="json")
     assert recorded["kind"] == "anchored"
-    assert recorded["shrinkage"] == 0.75
+    assert recorded["weight"] == 0.75
 
 
 def test_a_recipe_without_samples_gathers_them_for_compensation(words):
@@ -368,7 +385,7 @@ def test_a_recipe_without_samples_gathers_them_for_compensation(words):
 
 @pytest.mark.parametrize(
     "change",
-    [{"kind": "sequential"}, {"shrinkage": 1.5}, {"shrinkage": -0.1}, {"damping": 0}, {"samples": 0}, {"depth": 1}],
+    [{"kind": "sequential"}, {"weight": 1.5}, {"weight": -0.1}, {"damping": 0}, {"samples": 0}, {"depth": 1}],
 )
 def test_wrong_values_are_refused(change):
     with pytest.raises(RecipeError, match=f"compensate.{next(iter(change))}"):

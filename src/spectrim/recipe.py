@@ -71,15 +71,15 @@ class CompensatePart(_Part):
 
     Kind ``anchored``: block by block, each weight is first moved to the least-squares map from the inputs that the
     compressed prefix produces to the outputs of the dense model, then factored. With ``residual``, a matrix whose
-    output is added to a residual stream also makes up for what the prefix did to that stream. ``shrinkage`` is the
-    share of the move that is made, ``damping`` δ holds the map to the dense weight by δ·tr/in on the diagonal, and
-    ``samples`` limits how many calibration samples of each modality run through both models; None for all.
+    output is added to a residual stream also makes up for what the prefix did to that stream. ``weight`` is the share
+    of those inputs in the fit, the rest is that of the dense inputs; ``damping`` δ holds the map to the dense weight by
+    δ·tr/in on the diagonal, and ``samples`` limits how many calibration samples of each modality run through both models; None for all.
     """
 
     kind: Literal["none", "anchored"] = "none"
     residual: bool = True
-    shrinkage: float = Field(default=1.0, ge=0, le=1)
-    damping: float = Field(default=0.01, gt=0, allow_inf_nan=False)
+    weight: float = Field(default=0.5, ge=0, le=1)
+    damping: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
     samples: int | None = Field(default=None, ge=1)
 
 

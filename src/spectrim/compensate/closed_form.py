@@ -41,20 +41,37 @@ class ShiftedSum:
         self.count += len(x)
 
 
-def anchored_weight(
-    W: torch.Tensor, second: torch.Tensor, cross: torch.Tensor, *, shrinkage: float, damping: float
-) -> torch.Tensor:
-    """The weight that maps the inputs of the compressed model to the targets of the dense one.
+def blended(
+    W: torch.Tensor, second: torch.Tensor, cross: torch.Tensor, dense: torch.Tensor, weight: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The moments of inputs of the compressed and of the dense model together, by one share each.
 
-    With ``C' = E[x' x'ᵀ]`` and ``T = E[t x'ᵀ]`` it is ``W + λ (T − W C')(C' + δ tr(C')/in I)⁻¹``: λ = 1 is the ridge
-    regression of t on x', drawn towards W instead of towards zero, so that directions that no sample shows keep the
-    dense weight; λ = 0 is W. For t = W x and δ → 0 it is ``W E[x x'ᵀ] E[x' x'ᵀ]⁺``; for x' = x it is W, whatever λ, δ.
+    With a share ω of targets t on inputs x' and a share 1 − ω of targets W x on inputs x, the error of a matrix Ŵ,
+    ``ω E‖t − Ŵ x'‖² + (1 − ω) E‖W x − Ŵ x‖²``, is that of one regression with the moments ``H = ω C' + (1 − ω) C`` and
+    ``ω T + (1 − ω) W C``. ω = 0 is the layer by itself, ω = 1 the compressed prefix alone.
+
+    Args:
+        W: [out, in], any floating dtype.
+        second: C' = E[x' x'ᵀ], [in, in] float64.
+        cross: T = E[t x'ᵀ], [out, in] float64.
+        dense: C = E[x xᵀ], [in, in] float64.
+        weight: ω in [0, 1].
+    """
+    kept = 1 - weight
+    return weight * second + kept * dense, weight * cross + kept * (W.double() @ dense)
+
+
+def anchored_weight(W: torch.Tensor, second: torch.Tensor, cross: torch.Tensor, damping: float) -> torch.Tensor:
+    """The weight that maps the inputs x' to the targets t: ``W + (T − W C')(C' + δ tr(C')/in I)⁻¹``.
+
+    With ``C' = E[x' x'ᵀ]`` and ``T = E[t x'ᵀ]`` this is the ridge regression of t on x', drawn towards W instead of
+    towards zero, so that directions that no sample shows keep the dense weight. For t = W x and δ → 0 it is
+    ``W E[x x'ᵀ] E[x' x'ᵀ]⁺`` (METHODS, section 3); for x' = x it is W, whatever δ.
 
     Args:
         W: [out, in], any floating dtype.
         second: C' [in, in] float64.
         cross: T [out, in] float64.
-        shrinkage: λ in [0, 1].
         damping: δ > 0.
 
     Returns:
@@ -65,9 +82,9 @@ def anchored_weight(
     """
     W, size = W.double(), len(second)
     ridge = damping * float(second.trace()) / size
-    if ridge == 0 or shrinkage == 0:  # no input at all, or no wish
+    if ridge == 0:  # no input at all
         return W
     factor, failed = torch.linalg.cholesky_ex(second + ridge * torch.eye(size, dtype=W.dtype, device=W.device))
     if int(failed):
-        raise NumericalError("the compressed inputs are too ill-conditioned; raise compensate.damping")
-    return W + shrinkage * torch.cholesky_solve((cross - W @ second).T, factor).T
+        raise NumericalError("the inputs are too ill-conditioned; raise compensate.damping")
+    return W + torch.cholesky_solve((cross - W @ second).T, factor).T

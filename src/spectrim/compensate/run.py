@@ -15,7 +15,7 @@ from spectrim.calibrate.data import Data, load_data
 from spectrim.calibrate.moments import wide
 from spectrim.calibrate.passes import forward_options, model_inputs, prepared
 from spectrim.calibrate.positions import Positions, positions
-from spectrim.compensate.closed_form import ShiftedSum, anchored_weight
+from spectrim.compensate.closed_form import ShiftedSum, anchored_weight, blended
 from spectrim.compensate.store import Factors, Store
 from spectrim.compensate.streams import Pass, stopping_at
 from spectrim.compensate.units import Group, Unit
@@ -159,6 +159,7 @@ class Anchored:
     def _factors(self, unit: Unit, name: str, sums: dict[Modality, ShiftedSum]) -> Factors:
         W, rank = unit.dense[name].weight, self._plan.ranks[name]
         part, how = self._recipe.metric, self._recipe.compensate
+        heads = 1 if isinstance(rank, int) else len(rank)
         taken = chosen(part, sums)
         if not taken:
             A, B = factors(W, *self._spectra.directions(name, rank, W.device))
@@ -167,18 +168,20 @@ class Anchored:
             weights = joint_weights([float(mean.trace()) for mean in means], part.gamma)
             second = torch.stack([w * mean for w, mean in zip(weights, means, strict=True)]).sum(0)
             cross = torch.stack([w * s.cross[name] / s.count for w, s in zip(weights, taken, strict=True)]).sum(0)
+            # Input moments of the dense model stay in sight: they are of all samples, and hold what few samples say.
+            own = part.model_copy(
+                update={"kind": "curvature" if part.kind == "curvature" else "whitening", "per_head": heads > 1}
+            )
+            metric = layer_metric(own, unit.linears[name], self._statistics, W.device)
+            assert metric.value is not None
+            second, cross = blended(W, second, cross, metric.value.to(W.device), how.weight)
             value: torch.Tensor | None = second
-            output = None
-            if part.kind != "whitening":
-                whole = part.model_copy(update={"per_head": not isinstance(rank, int)})
-                metric = layer_metric(whole, unit.linears[name], self._statistics, W.device)
-                output = metric.output
-                if part.kind != "curvature":  # a metric that is not made of these inputs stays what it is
-                    value = None if metric.value is None else metric.value.to(W.device)
+            if part.kind not in ("whitening", "curvature"):  # not made of these moments, and stays what it is
+                value = layer_metric(part, unit.linears[name], self._statistics, W.device).value
+                value = None if value is None else value.to(W.device)
             try:
-                target = anchored_weight(W, second, cross, shrinkage=how.shrinkage, damping=how.damping)
-                heads = 1 if isinstance(rank, int) else len(rank)
-                A, B = factors(target, *directions(decompose(target, value, output, heads), rank))
+                target = anchored_weight(W, second, cross, how.damping)
+                A, B = factors(target, *directions(decompose(target, value, metric.output, heads), rank))
             except NumericalError as error:
                 raise NumericalError(f"{name}: {error}") from error
         A, B = (check_finite(f"the factor {s} of {name}", F.to(W.dtype)) for s, F in (("A", A), ("B", B)))

@@ -14,7 +14,7 @@ from spectrim.files import write_whole
 from spectrim.plan import Plan
 from spectrim.recipe import Recipe
 
-VERSION = 1  # of what the factors mean; a change makes earlier files unused
+VERSION = 2  # of what the factors mean; a change makes earlier files unused
 
 Factors = tuple[torch.Tensor, torch.Tensor]
 """A [out, k] and B [k, in] of one linear, in its dtype; k is the sum of ranks by head, A zero outside each head."""
