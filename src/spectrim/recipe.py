@@ -73,7 +73,8 @@ class CompensatePart(_Part):
     compressed prefix produces to the outputs of the dense model, then factored. With ``residual``, a matrix whose
     output is added to a residual stream also makes up for what the prefix did to that stream. ``weight`` is the share
     of those inputs in the fit, the rest is that of the dense inputs; ``damping`` δ holds the map to the dense weight by
-    δ·tr/in on the diagonal, and ``samples`` limits how many calibration samples of each modality run through both models; None for all.
+    δ·tr/in on the diagonal, and ``samples`` limits how many calibration samples of each modality run through both
+    models; None for all.
     """
 
     kind: Literal["none", "anchored"] = "none"
