@@ -5,7 +5,8 @@
     python benchmarks/recipes.py demo --easy-vqa easy_vqa/data --out results/easy-vqa.json
 
 Calibrates once; each recipe is decomposed once for all budgets. A recipe may carry changes:
-``jw-svd:allocation.rule=uniform``. Prints a Markdown table with date, versions and seed.
+``jw-svd:allocation.rule=uniform``. Prints Markdown tables of quality, of predicted losses, and of time and peak memory,
+with date, versions and seed.
 """
 
 import argparse
@@ -33,7 +34,17 @@ from spectrim.pipeline import compression
 from spectrim.recipe import Recipe
 from spectrim.samples import load_text
 
-RECIPES = "jw-svd,svd-llm,asvd,fwsvd,svd"
+RECIPES = "spectrim,laser,curvature,jw-svd,adasvd,svd-llm,asvd,fwsvd,svd"
+
+
+def peak_bytes() -> int:
+    """Peak resident memory of this process since the last call; since its start where there is no Linux /proc."""
+    reset = Path("/proc/self/clear_refs")
+    if not reset.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    status = Path("/proc/self/status").read_text()
+    reset.write_text("5")
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
 def easy_vqa(folder: Path, count: int) -> list[ImageQuestion]:
@@ -104,6 +115,7 @@ def main() -> None:
         rows.append({"recipe": "blind", "retain": 1.0, "bytes": 1.0, "mean": floor.mean,
                      "tasks": {task.task: task.accuracy for task in floor.tasks}})  # fmt: skip
     names = args.recipes.split(",")
+    peak_bytes()
     with tempfile.TemporaryDirectory() as scratch:
         started = time.perf_counter()
         if args.stats is not None and args.stats.exists():
@@ -121,10 +133,11 @@ def main() -> None:
                 gradients=any(Recipe.read(name.partition(":")[0]).needs_gradients for name in names),
                 curvature=any(Recipe.read(name.partition(":")[0]).needs_curvature for name in names),
             )
-        calibration = time.perf_counter() - started
+        calibration = {"seconds": time.perf_counter() - started, "peak_bytes": peak_bytes()}
         for name in names:
             recipe, *changes = name.split(":")
             pairs = {key: yaml.safe_load(value) for key, _, value in (change.partition("=") for change in changes)}
+            peak_bytes()
             started = time.perf_counter()
             with compression(model, recipe, stats=statistics, processor=processor, changes=pairs) as prepared:
                 decomposition = time.perf_counter() - started
@@ -132,21 +145,27 @@ def main() -> None:
                     started = time.perf_counter()
                     plan = prepared.plan(retain)
                     with prepared.applied(plan) as small:
-                        budget = time.perf_counter() - started
+                        budget, most = time.perf_counter() - started, peak_bytes()
                         found = measure(small, processor, text, questions, args)
                     share = plan.bytes / plan.dense_bytes
                     seconds = {"decompose": decomposition, "plan_and_factor": budget}
-                    row = {"recipe": name, "retain": retain, "bytes": share, **found, "seconds": seconds}
+                    row = {
+                        "recipe": name,
+                        "retain": retain,
+                        "bytes": share,
+                        **found,
+                        "seconds": seconds,
+                        "peak_bytes": most,
+                    }
                     rows.append(row | {"predicted_loss": prepared.predicted(plan)})
                     print(json.dumps(rows[-1]), flush=True)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+                    peak_bytes()
     report = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {name: version(name) for name in ("torch", "transformers")} | {"python": platform.python_version()},
         "seed": args.seed,
         "settings": {key: str(value) for key, value in vars(args).items() if key not in ("out", "model")},
-        "calibration_seconds": calibration,
-        "peak_bytes": peak,
+        "calibration": calibration,
         "rows": rows,
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -168,6 +187,7 @@ def markdown(report: dict[str, Any]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     if any(row.get("predicted_loss") for row in report["rows"]):
         lines += ["", *predictions(report["rows"])]
+    lines += ["", *costs(report)]
     versions = ", ".join(f"{name} {number}" for name, number in report["versions"].items())
     return "\n".join([*lines, "", f"{report['date']}, {versions}, seed {report['seed']}"])
 
@@ -180,6 +200,23 @@ def predictions(rows: list[dict[str, Any]]) -> list[str]:
             predicted, measured = found["text"], math.log(row["perplexity"] / rows[0]["perplexity"])
             cells = f"{row['retain']:.0%} | {predicted:.4f} | {measured:.4f} | {predicted / measured:.2f}"
             lines.append(f"| {row['recipe']} | {cells} |")
+    return lines
+
+
+def costs(report: dict[str, Any]) -> list[str]:
+    """Seconds and peak memory of each recipe; decomposition serves all budgets."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in report["rows"]:
+        if "seconds" in row:
+            found.setdefault(row["recipe"], []).append(row)
+    calibration = report["calibration"]
+    gib = f"{calibration['peak_bytes'] / 2**30:.2f}"
+    lines = ["| step | decompose, s | plan and factors of one budget, s | peak, GiB |", "|---|---|---|---|"]
+    lines.append(f"| calibration, for all recipes, {calibration['seconds']:.0f} s | | | {gib} |")
+    for name, rows in found.items():
+        budgets = sum(row["seconds"]["plan_and_factor"] for row in rows) / len(rows)
+        most = max(row["peak_bytes"] for row in rows) / 2**30
+        lines.append(f"| {name} | {rows[0]['seconds']['decompose']:.1f} | {budgets:.1f} | {most:.2f} |")
     return lines
 
 

