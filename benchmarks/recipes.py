@@ -60,6 +60,12 @@ def easy_vqa(folder: Path, count: int) -> list[ImageQuestion]:
     ]
 
 
+def rounded(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Round all parameters to a dtype, in place; they stay float32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype).float()
+
+
 def measure(model: Any, processor: Any, text: str, questions: Any, args: argparse.Namespace) -> dict[str, Any]:
     """Perplexity per token and per byte, accuracy by task and mean."""
     language = perplexity(
@@ -91,6 +97,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int)
     parser.add_argument("--questions", type=int, default=100, help="of each task")
     parser.add_argument("--easy-vqa", type=Path, help="ask the test questions of this easy-vqa data folder instead")
+    parser.add_argument("--store", choices=("float32", "bfloat16"), help="round all weights and factors to this dtype")
     parser.add_argument("--labels", default="given", help="of gradient passes: given or sampled")
     parser.add_argument("--stats", type=Path, help="keep the statistics here, or use those that are")
     parser.add_argument("--seed", type=int, default=0)
@@ -99,6 +106,8 @@ def main() -> None:
     source = resolve(args.model)
     # Stored in the model's own dtype, computed in float32: the table compares recipes, not rounding.
     model, processor = load(source, dtype=torch.float32), load_processor(source)
+    store = getattr(torch, args.store or "float32")
+    rounded(model, store)
     sees = hasattr(processor, "image_processor")
     text = load_text(args.heldout, split="heldout")
     questions: Any = []
@@ -145,6 +154,7 @@ def main() -> None:
                     started = time.perf_counter()
                     plan = prepared.plan(retain)
                     with prepared.applied(plan) as small:
+                        rounded(small, store)
                         budget, most = time.perf_counter() - started, peak_bytes()
                         found = measure(small, processor, text, questions, args)
                     share = plan.bytes / plan.dense_bytes

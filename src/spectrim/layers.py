@@ -37,7 +37,7 @@ class LowRankLinear(nn.Module):
 
     Pivoted (METHODS, section 6), the rank is that of the whole layer: ``B.weight`` [rank, in] are rows of the weight
     itself, those at ``pivots`` (a buffer, int32 [rank]), and ``A.weight`` [out - rank, rank] has the coefficients of
-    the other rows, ascending. The outputs are those of B and of A, put in ``order``.
+    the other rows, ascending. The outputs of B and of A are written to their places, ``order``.
 
     Raises ModelError for a rank below 1, for outputs that are no H equal heads, and for pivots with ranks by head or
     with a rank of all outputs.
@@ -87,8 +87,10 @@ class LowRankLinear(nn.Module):
         latent: torch.Tensor = self.B(x)  # [..., sum of the ranks]
         if isinstance(self.rank, int):
             y: torch.Tensor = self.A(latent)
-            if self.order is not None:
-                y = torch.cat([latent, y], dim=-1).index_select(-1, self.order)
+            if self.order is not None:  # one copy of each output, where joining and sorting would take two
+                p, others = self.order.split((latent.shape[-1], y.shape[-1]))
+                whole = y.new_empty(*y.shape[:-1], self.out_features)
+                y = whole.index_copy_(-1, p, latent).index_copy_(-1, others, y)
         else:
             parts = latent.split(self.rank, dim=-1)
             y = torch.cat([A(part) for A, part in zip(self.A, parts, strict=True)], dim=-1)
@@ -155,7 +157,7 @@ class LowRankLinear(nn.Module):
         )
         if self.order is not None:
             rows = torch.cat([B, (heads[0].weight.to(wide) @ B.to(wide)).to(B.dtype)])
-            dense.weight.copy_(rows[self.order])
+            dense.weight[self.order] = rows
         else:
             blocks, parts = dense.weight.chunk(len(heads)), B.split(head_ranks(self.rank))  # [out / H, in], [k_h, in]
             for block, head, part in zip(blocks, heads, parts, strict=True):

@@ -82,7 +82,7 @@ def _swap(X: torch.Tensor, I: torch.Tensor, J: torch.Tensor) -> None:  # noqa: E
 
 
 def row_order(pivots: torch.Tensor, out: int) -> torch.Tensor:
-    """Where each row of Ŵ stands in ``[B'; A' B']``, int64 [out], for pivots [k] of any integer dtype.
+    """Which row of Ŵ each row of ``[B'; A' B']`` is, int64 [out], for pivots [k] of any integer dtype.
 
     Raises ValueError for pivots that are not k different rows.
     """
@@ -93,4 +93,4 @@ def row_order(pivots: torch.Tensor, out: int) -> torch.Tensor:
     free[p] = False
     if int(free.sum()) != out - len(p):
         raise ValueError("pivots repeat a row")
-    return torch.cat([p, free.nonzero()[:, 0]]).argsort()
+    return torch.cat([p, free.nonzero()[:, 0]])
