@@ -418,3 +418,24 @@ def test_what_cannot_be_done_is_said(tmp_path):
         hook.remove()
     assert_same(model, before)
     assert threading.active_count() == threads
+
+
+@pytest.mark.parametrize(("family", "recipe"), [("llama", "svd-llm"), ("llava", "laser")])
+def test_refined_blocks_are_nearer_to_the_dense_ones(family, recipe, words, tmp_path):
+    """Plain squared error of the last block under whitening, and the file holds what the model computes."""
+    model, statistics = prepare(family, words, tmp_path / "s")
+    results, errors = {}, {}
+    before = [record(model, inputs) for _, inputs in batches(model, family, words)]
+    last = anatomy(model).blocks("backbone")[-1]
+    for steps in (0, 60):
+        changes = ANCHORED | {"compensate.refine": steps}
+        options = {"stats": statistics, "processor": processor(family), "changes": changes}
+        with compression(model, recipe, **options) as prepared, prepared.applied(prepared.plan(0.4)) as small:
+            results[steps] = weights(small)
+            after = [record(small, inputs) for _, inputs in batches(small, family, words)]
+        pairs = zip(before, after, strict=True)
+        errors[steps] = sum(float((one[last][1] - two[last][1]).square().sum()) for one, two in pairs if last in one)
+        with compression(model, recipe, **options) as prepared, prepared.applied(prepared.plan(0.4)) as again:
+            assert all(torch.equal(W, results[steps][name]) for name, W in weights(again).items())
+    assert errors[60] < (0.9 if recipe == "svd-llm" else 1.0) * errors[0]
+    assert all(W.isfinite().all() for W in results[60].values())

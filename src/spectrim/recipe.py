@@ -74,7 +74,7 @@ class CompensatePart(_Part):
     output is added to a residual stream also makes up for what the prefix did to that stream. ``weight`` is the share
     of those inputs in the fit, the rest is that of the dense inputs; ``damping`` δ holds the map to the dense weight by
     δ·tr/in on the diagonal, and ``samples`` limits how many calibration samples of each modality run through both
-    models; None for all.
+    models; None for all. ``refine`` is how many steps of Adam then bring each block nearer to the dense one.
     """
 
     kind: Literal["none", "anchored"] = "none"
@@ -82,6 +82,7 @@ class CompensatePart(_Part):
     weight: float = Field(default=0.5, ge=0, le=1)
     damping: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
     samples: int | None = Field(default=None, ge=1)
+    refine: int = Field(default=0, ge=0)
 
 
 class Recipe(_Part):

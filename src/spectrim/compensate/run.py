@@ -16,6 +16,7 @@ from spectrim.calibrate.moments import wide
 from spectrim.calibrate.passes import forward_options, model_inputs, prepared
 from spectrim.calibrate.positions import Positions, positions
 from spectrim.compensate.closed_form import ShiftedSum, anchored_weight, blended
+from spectrim.compensate.refine import refine
 from spectrim.compensate.store import Factors, Store
 from spectrim.compensate.streams import Pass, stopping_at
 from spectrim.compensate.units import Group, Unit
@@ -120,7 +121,9 @@ class Anchored:
         firsts = {pair.modality: pair.dense.call for pair in reversed(here)}
         calls = [call for call in firsts.values() if call is not None]
         found: dict[str, Factors] = {}
+        last: str | None = None  # of those whose output is added to the residual stream
         for group in unit.groups(calls, residual=self._recipe.compensate.residual):
+            last = max(group.writers, default=last)
             sums: dict[Modality, ShiftedSum] = {}
             for pair in here:
                 self._add(unit, group, pair, sums)
@@ -129,6 +132,16 @@ class Anchored:
             found |= solved
         rest = {name: self._factors(unit, name, {}) for name in unit.dense if name not in found}
         unit.factor(self._plan, rest)
+        if (steps := self._recipe.compensate.refine) and unit.name not in unit.dense:
+            output = None
+            if last is not None and self._recipe.metric.kind == "curvature":
+                part = self._recipe.metric.model_copy(update={"per_head": False})
+                device = unit.dense[last].weight.device
+                found_output = layer_metric(part, unit.linears[last], self._statistics, device).output
+                output = None if found_output is None else found_output.roots[0]
+            samples = [(p.dense.call, p.small.call, p.counted) for p in here if p.dense.call and p.small.call]
+            refine(unit, samples, steps, output)
+            return unit.factors()
         return found | rest
 
     def _add(self, unit: Unit, group: Group, pair: _Pair, sums: dict[Modality, ShiftedSum]) -> None:

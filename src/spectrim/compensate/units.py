@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from spectrim.anatomy import Linear
@@ -42,6 +43,15 @@ class Unit:
             self._model.set_submodule(name, self.dense[name])
             layer.load_factors(A, B)
             self.small[name] = layer
+
+    def factors(self) -> dict[str, Factors]:
+        """A and B of its factored linears, as they are now."""
+        found = {}
+        for name, layer in self.small.items():
+            heads = [layer.A] if isinstance(layer.rank, int) else list(layer.A)
+            A = torch.block_diag(*(head.weight for head in heads))
+            found[name] = (A.detach(), layer.B.weight.detach().clone())
+        return found
 
     def run(self, call: Call, *, small: bool) -> Any:
         """The output of the unit, dense or with its factored linears in place."""

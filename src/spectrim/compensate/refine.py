@@ -1,0 +1,82 @@
+"""Refinement: a few steps of Adam on the factors of one block, towards what the dense block gives."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from spectrim.calibrate.moments import wide
+from spectrim.calibrate.positions import Positions
+from spectrim.compensate.streams import Call
+from spectrim.compensate.units import Unit
+from spectrim.errors import NumericalError
+from spectrim.linalg import OutputRoot
+
+RATE = 1e-3  # of Adam, as a share of the root mean square of each factor; falls to zero by half a cosine
+
+
+def refine(
+    unit: Unit,
+    samples: Sequence[tuple[Call, Call, Positions]],
+    steps: int,
+    output: OutputRoot | None = None,
+) -> float:
+    """Bring a block's output nearer to the dense block's: ``E‖L (y − y')‖²`` over the positions that count.
+
+    y is the output of the dense block on the dense model's stream, y' that of the compressed block on the compressed
+    model's, so that the block also makes up for those before it. Batches take turns. Factors are changed in place;
+    float32 copies hold what lower precision would round away.
+
+    Args:
+        unit: a block whose factors are solved.
+        samples: its calls in the dense and in the compressed model, and the positions that count, by batch.
+        steps: of Adam; 0 changes nothing.
+        output: the metric of the block's output, such as that of its last linear before the residual stream; None for
+            the identity.
+
+    Returns:
+        The error of the last round over its batches, relative to that of the first; 1 without a whole round to compare.
+
+    Raises:
+        NumericalError: the error is not finite; names the block.
+    """
+    place = next(iter(unit.linears.values())).place
+    parameters = [p for layer in unit.small.values() for p in (*layer.A.parameters(), *layer.B.parameters())]
+    masters = [parameter.detach().float().clone() for parameter in parameters]
+    groups = [{"params": [m], "lr": RATE * float(m.square().mean().sqrt())} for m in masters]
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
+    targets = [_rows(unit.run(dense, small=False), counted, place) for dense, _, counted in samples]
+    errors: list[float] = []
+    frozen = [parameter.requires_grad for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        for step in range(steps):
+            (_, call, counted), target = samples[step % len(samples)], targets[step % len(samples)]
+            with torch.enable_grad():
+                missing = target - _rows(unit.run(call, small=True), counted, place)
+                if output is not None:
+                    missing = output.times(missing.T.double()).float()
+                error = missing.square().sum() / max(len(target), 1)
+                gradients = torch.autograd.grad(error, parameters)
+            errors.append(float(error.detach()))
+            if not math.isfinite(errors[-1]):
+                raise NumericalError(f"the refinement of {unit.name} is not finite; set compensate.refine=0")
+            for master, gradient in zip(masters, gradients, strict=True):
+                master.grad = gradient.float()
+            optimizer.step()
+            schedule.step()
+            for parameter, master in zip(parameters, masters, strict=True):
+                parameter.data.copy_(master)
+    finally:
+        for parameter, state in zip(parameters, frozen, strict=True):
+            parameter.requires_grad_(state)
+    first, last = errors[: len(samples)], errors[-len(samples) :]
+    return 1.0 if len(errors) < 2 * len(samples) or not sum(first) else sum(last) / sum(first)
+
+
+def _rows(output: Any, counted: Positions, place: Any) -> torch.Tensor:
+    """The positions of a block's output that count, [positions, width]."""
+    return wide(counted.select(place, output[0] if isinstance(output, tuple) else output))
