@@ -90,6 +90,7 @@ def main() -> None:
     parser.add_argument("--recipes", default=RECIPES)
     parser.add_argument("--retain", default="0.8,0.6,0.4")
     parser.add_argument("--text", default="builtin", help="calibration text")
+    parser.add_argument("--images", default="builtin", help="calibration images, where the model sees")
     parser.add_argument("--heldout", default="builtin", help="text for perplexity")
     parser.add_argument("--samples", type=int, default=192)
     parser.add_argument("--seqlen", type=int, default=128)
@@ -135,6 +136,7 @@ def main() -> None:
                 args.stats or Path(scratch),
                 processor=processor,
                 text=args.text,
+                images=args.images,
                 samples=args.samples,
                 seqlen=args.seqlen,
                 seed=args.seed,
