@@ -79,7 +79,7 @@ class CompensatePart(_Part):
 
     kind: Literal["none", "anchored"] = "none"
     residual: bool = True
-    weight: float = Field(default=0.5, ge=0, le=1)
+    weight: float = Field(default=0.3, ge=0, le=1)
     damping: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
     samples: int | None = Field(default=None, ge=1)
     refine: int = Field(default=0, ge=0)
