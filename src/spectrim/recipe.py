@@ -47,12 +47,17 @@ class AllocationPart(_Part):
 
     Rules: ``uniform`` (one retention for all), ``global-sigma`` (one threshold on raw singular values, JW-SVD as
     written), ``global-energy`` (one threshold on each layer's relative energy per parameter), ``sensitivity``
-    (ASVD: one threshold on the loss that each layer causes alone) and ``loss-aware`` (LASER: one threshold on the
-    predicted loss per byte, which the metric ``curvature`` gives). Places that are not listed stay dense and count at
-    their full size.
+    (ASVD: one threshold on the loss that each layer causes alone), ``adacr`` (AdaSVD: each block's retention follows
+    its importance) and ``loss-aware`` (LASER: one threshold on the predicted loss per byte, which the metric
+    ``curvature`` gives). Places that are not listed stay dense and count at their full size.
+
+    Of ``adacr``: ``importance`` is the cosine between what a block reads and what it gives, or one minus it, and
+    ``floor`` is the retention that importance does not touch, the paper's minimal retention ratio.
     """
 
-    rule: Literal["uniform", "global-sigma", "global-energy", "sensitivity", "loss-aware"] = "uniform"
+    rule: Literal["uniform", "global-sigma", "global-energy", "sensitivity", "adacr", "loss-aware"] = "uniform"
+    importance: Literal["cos", "1-cos"] = "cos"
+    floor: float = Field(default=0.0, ge=0, lt=1)
     places: tuple[Place, ...] = Field(default=PLACES, min_length=1)
 
 
@@ -72,15 +77,22 @@ class CompensatePart(_Part):
     Kind ``anchored``: block by block, each weight is first moved to the least-squares map from the inputs that the
     compressed prefix produces to the outputs of the dense model, then factored. With ``residual``, a matrix whose
     output is added to a residual stream also makes up for what the prefix did to that stream. ``shrinkage`` is the
-    share of the move that is made, ``damping`` δ holds the map to the dense weight by δ·tr/in on the diagonal, and
-    ``samples`` limits how many calibration samples of each modality run through both models; None for all.
+    share of the move that is made, and ``damping`` δ holds the map to the dense weight by δ·tr/in on the diagonal.
+
+    Kind ``adacomp``: the same walk, but the factors of the recipe without compensation are fitted in turn to that map,
+    ``rounds`` times each.
+
+    Of both: ``samples`` limits how many calibration samples of each modality run through both models (None for all),
+    and ``buckets`` averages them in so many groups before anything is summed (stack-of-batch; None sums all).
     """
 
-    kind: Literal["none", "anchored"] = "none"
+    kind: Literal["none", "anchored", "adacomp"] = "none"
     residual: bool = True
     shrinkage: float = Field(default=1.0, ge=0, le=1)
     damping: float = Field(default=0.01, gt=0, allow_inf_nan=False)
     samples: int | None = Field(default=None, ge=1)
+    rounds: int = Field(default=1, ge=1)
+    buckets: int | None = Field(default=None, ge=1)
 
 
 class Recipe(_Part):
@@ -98,7 +110,8 @@ class Recipe(_Part):
     @property
     def needs_statistics(self) -> bool:
         """Whether calibration must come first."""
-        return self.metric.kind != "identity" or self.allocation.rule == "sensitivity" or self.compensate.kind != "none"
+        measured = self.allocation.rule in ("sensitivity", "adacr")
+        return self.metric.kind != "identity" or measured or self.compensate.kind != "none"
 
     @property
     def needs_gradients(self) -> bool:
