@@ -347,7 +347,7 @@ def test_what_is_done_is_not_done_again(words, tmp_path, monkeypatch):
     results = {}
     for kind in ("none", "anchored", "again"):
         if kind == "again":
-            monkeypatch.setattr(run, "load_data", None)
+            monkeypatch.setattr(run, "reload_data", None)
         changes = ANCHORED if kind != "none" else {}
         options = {"stats": statistics, "processor": processor("llava"), "changes": changes}
         with compression(model, "svd-llm", **options) as prepared, prepared.applied(prepared.plan(0.5)) as small:

@@ -25,9 +25,12 @@ def test_built_in_recipes_are_whole(name):
 
 
 def test_built_in_recipes_are_those_of_the_papers():
-    assert builtin_names() == ("asvd", "curvature", "fwsvd", "jw-svd", "laser", "spectrim", "svd", "svd-llm")
+    assert builtin_names() == (
+        "adasvd", "asvd", "curvature", "fwsvd", "jw-svd", "laser", "spectrim", "svd", "svd-llm",
+    )  # fmt: skip
     kinds = {name: Recipe.read(name).metric.kind for name in builtin_names()}
     assert kinds == {
+        "adasvd": "whitening",
         "svd": "identity",
         "fwsvd": "fisher-rows",
         "asvd": "activation-diagonal",
@@ -45,7 +48,8 @@ def test_built_in_recipes_are_those_of_the_papers():
     assert {name for name in builtin_names() if Recipe.read(name).metric.per_head} == {"laser"}
     assert {name for name in builtin_names() if Recipe.read(name).needs_gradients} == {"fwsvd"}
     assert {name for name in builtin_names() if not Recipe.read(name).needs_statistics} == {"svd"}
-    assert Recipe.read("svd", {"allocation.rule": "sensitivity"}).needs_statistics
+    for rule in ("sensitivity", "adacr"):
+        assert Recipe.read("svd", {"allocation.rule": rule}).needs_statistics
 
 
 @pytest.mark.parametrize("suffix", ["yaml", "yml"])
@@ -118,7 +122,7 @@ def test_binary_and_missing_files_are_named(tmp_path):
 
 
 def test_unknown_name_lists_the_known_ones():
-    with pytest.raises(RecipeError, match=r"no recipe 'jwsvd'; choose from asvd, curvature, fwsvd, jw-svd"):
+    with pytest.raises(RecipeError, match=r"no recipe 'jwsvd'; choose from adasvd, asvd, curvature, fwsvd, jw-svd"):
         Recipe.read("jwsvd")
 
 

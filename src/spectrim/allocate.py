@@ -78,9 +78,11 @@ def choice(
 
     Rules: ``uniform``: minus the retention that the linear has with a direction, so that all grow alike.
     ``global-sigma``: the raw singular value √s_i (JW-SVD, section 4.2, as written). ``global-energy``: s_i / Σs per
-    byte. ``sensitivity``: `s` itself, which then holds the measured losses. ``loss-aware``: predicted loss per byte
-    (LASER); since the dense weight costs less than all directions, it is bought after the rank from which the way to it
-    takes away more loss per byte than what follows: the lower hull of loss over bytes.
+    byte. ``sensitivity``: `s` itself, which then holds the measured losses. ``adacr``: minus the target retention at
+    which the linear has the direction, along AdaSVD's line ``floor + I (target − floor)``; `s` then holds the linear's
+    importance I. Below the floor all linears grow alike. ``loss-aware``: predicted loss per byte (LASER); since the
+    dense weight costs less than all directions, it is bought after the rank from which the way to it takes away more
+    loss per byte than what follows: the lower hull of loss over bytes.
 
     Args:
         s: [m] what the rule compares, by direction.
@@ -101,8 +103,12 @@ def choice(
         values = np.sqrt(values)
     elif part.rule == "global-energy":
         values = values / (values.sum() or 1.0)
-    elif part.rule == "uniform":
-        values = -(sizes[1:] / sizes[1]) * (sizes[1] / linear.nbytes)
+    elif part.rule in ("uniform", "adacr"):
+        retention = (sizes[1:] / sizes[1]) * (sizes[1] / linear.nbytes)
+        if part.rule == "adacr":  # an importance of zero never leaves the floor before all others are dense
+            line = part.floor + (retention - part.floor) / np.maximum(values, 1e-6)
+            retention = np.where(retention <= part.floor, retention, line)
+        values = -retention
     values = values[: n + 1].copy()
     if part.rule != "loss-aware":
         values[heads:] = np.minimum.accumulate(values[heads:])  # by head, directions are in the order of their losses

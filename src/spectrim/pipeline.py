@@ -15,12 +15,14 @@ from transformers import PreTrainedModel
 from spectrim.allocate import choice, spend
 from spectrim.anatomy import Anatomy, anatomy
 from spectrim.calibrate import Statistics, calibrate
+from spectrim.calibrate.data import reload_data
 from spectrim.checkpoint import attach, load, load_processor, save
-from spectrim.compensate import Anchored
+from spectrim.compensate import Compensation
 from spectrim.curvature import predicted_loss
 from spectrim.decompose import factors
 from spectrim.demo import resolve
 from spectrim.errors import BudgetError, RecipeError
+from spectrim.importance import SAMPLES, block_cosines, importance
 from spectrim.layers import LowRankLinear, replace_linears
 from spectrim.linalg import check_finite
 from spectrim.plan import Plan, counted, factor_params, pays_by_pivots, plan_row
@@ -54,6 +56,7 @@ class Compression:
         self.parts = parts
         self._progress = progress
         self._losses: Mapping[str, torch.Tensor] | None = None
+        self._cosines: Mapping[str, float] | None = None
 
     def plan(self, retain: float) -> Plan:
         """The plan that keeps at most `retain` of the linears' dense bytes, and less than one rank step below it.
@@ -104,7 +107,10 @@ class Compression:
         return losses
 
     def _wanted(self) -> Callable[[str], torch.Tensor]:
-        """What the allocation rule compares: spectra, or for `sensitivity` the measured losses."""
+        """What the allocation rule compares: spectra, measured losses (`sensitivity`) or importance (`adacr`)."""
+        if self.recipe.allocation.rule == "adacr":
+            found = importance(self.parts, self._measured_cosines(), self.recipe.allocation.importance)
+            return lambda name: torch.full_like(self.spectra.values(name), found[name])
         if self.recipe.allocation.rule != "sensitivity":
             return self.spectra.values
         if any(x.place != "backbone" and x.place in self.recipe.allocation.places for x in self.parts.linears):
@@ -125,6 +131,19 @@ class Compression:
             )
             self._losses = probe(self.model, self.parts, self.spectra, windows)
         return self._losses.__getitem__
+
+    def _measured_cosines(self) -> Mapping[str, float]:
+        if self._cosines is None:
+            if self.statistics is None or self.processor is None:
+                raise RecipeError(
+                    "allocation 'adacr' measures blocks on calibration samples; give statistics and the model's "
+                    "processor, or set allocation.rule=uniform"
+                )
+            sees = self.parts.tower is not None
+            data = reload_data(self.model, self.processor, self.statistics, sees=sees, samples=SAMPLES)
+            only = self.statistics.manifest.settings.image_tokens_only
+            self._cosines = block_cosines(self.model, self.parts, data, image_tokens_only=only)
+        return self._cosines
 
     @torch.no_grad()
     def predicted(self, plan: Plan) -> dict[str, float] | None:
@@ -149,7 +168,7 @@ class Compression:
         """Factor the model in place, as the plan says; it then saves, loads and dequantizes like any other.
 
         Raises:
-            SpectrimError: the recipe compensates, and its samples are missing (see ``compensate.Anchored``).
+            SpectrimError: the recipe compensates, and its samples are missing (see ``compensate.Compensation``).
         """
         compensated = self._compensated(plan)
         for name, rank in plan.ranks.items():
@@ -175,7 +194,7 @@ class Compression:
                 "processor, or set compensate.kind=none"
             )
         progress = None if self._progress is None else partial(self._progress, "compensate")
-        return Anchored(
+        return Compensation(
             self.model, self.parts, self.recipe, plan, self.spectra, self.statistics, self.processor
         ).factors(progress)
 

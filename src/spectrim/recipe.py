@@ -47,12 +47,17 @@ class AllocationPart(_Part):
 
     Rules: ``uniform`` (one retention for all), ``global-sigma`` (one threshold on raw singular values, JW-SVD as
     written), ``global-energy`` (one threshold on each layer's relative energy per parameter), ``sensitivity``
-    (ASVD: one threshold on the loss that each layer causes alone) and ``loss-aware`` (LASER: one threshold on the
-    predicted loss per byte, which the metric ``curvature`` gives). Places that are not listed stay dense and count at
-    their full size.
+    (ASVD: one threshold on the loss that each layer causes alone), ``adacr`` (AdaSVD: each block's retention follows
+    its importance) and ``loss-aware`` (LASER: one threshold on the predicted loss per byte, which the metric
+    ``curvature`` gives). Places that are not listed stay dense and count at their full size.
+
+    Of ``adacr``: ``importance`` is the cosine between what a block reads and what it gives, or one minus it, and
+    ``floor`` is the retention that importance does not touch, the paper's minimal retention ratio.
     """
 
-    rule: Literal["uniform", "global-sigma", "global-energy", "sensitivity", "loss-aware"] = "uniform"
+    rule: Literal["uniform", "global-sigma", "global-energy", "sensitivity", "adacr", "loss-aware"] = "uniform"
+    importance: Literal["cos", "1-cos"] = "cos"
+    floor: float = Field(default=0.0, ge=0, lt=1)
     places: tuple[Place, ...] = Field(default=PLACES, min_length=1)
 
 
@@ -71,18 +76,26 @@ class CompensatePart(_Part):
 
     Kind ``anchored``: block by block, each weight is first moved to the least-squares map from the inputs that the
     compressed prefix produces to the outputs of the dense model, then factored. With ``residual``, a matrix whose
-    output is added to a residual stream also makes up for what the prefix did to that stream. ``weight`` is the share
-    of those inputs in the fit, the rest is that of the dense inputs; ``damping`` δ holds the map to the dense weight by
-    δ·tr/in on the diagonal, and ``samples`` limits how many calibration samples of each modality run through both
-    models; None for all. ``refine`` is how many steps of Adam then bring each block nearer to the dense one.
+    output is added to a residual stream also makes up for what the prefix did to that stream. ``damping`` δ holds the
+    map to the dense weight by δ·tr/in on the diagonal.
+
+    Kind ``adacomp``: the same walk, but the factors of the recipe without compensation are fitted in turn to that map,
+    ``rounds`` times each.
+
+    Of both: ``weight`` is the share of the compressed model's inputs in the fit, the rest is that of the dense inputs;
+    ``samples`` limits how many calibration samples of each modality run through both models (None for all),
+    ``buckets`` averages them in so many groups before anything is summed (stack-of-batch; None sums all), and
+    ``refine`` is how many steps of Adam then bring each block nearer to the dense one.
     """
 
-    kind: Literal["none", "anchored"] = "none"
+    kind: Literal["none", "anchored", "adacomp"] = "none"
     residual: bool = True
     weight: float = Field(default=0.3, ge=0, le=1)
     damping: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
     samples: int | None = Field(default=None, ge=1)
     refine: int = Field(default=0, ge=0)
+    rounds: int = Field(default=1, ge=1)
+    buckets: int | None = Field(default=None, ge=1)
 
 
 class Recipe(_Part):
@@ -100,7 +113,8 @@ class Recipe(_Part):
     @property
     def needs_statistics(self) -> bool:
         """Whether calibration must come first."""
-        return self.metric.kind != "identity" or self.allocation.rule == "sensitivity" or self.compensate.kind != "none"
+        measured = self.allocation.rule in ("sensitivity", "adacr")
+        return self.metric.kind != "identity" or measured or self.compensate.kind != "none"
 
     @property
     def needs_gradients(self) -> bool:

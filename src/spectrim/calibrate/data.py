@@ -1,13 +1,14 @@
 """The samples of one calibration, checked against the model that will read them."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from spectrim.errors import SampleError
+from spectrim.calibrate.statistics import Statistics
+from spectrim.errors import SampleError, StatisticsError
 from spectrim.samples import (
     Batch,
     ImageSample,
@@ -79,6 +80,39 @@ def load_data(
     if not isinstance(processor, ProcessorMixin):
         raise SampleError("image samples need the model's processor and not its tokenizer alone; pass the processor")
     return Data(windows, load_images(images, samples=samples, seed=seed, instruction=instruction), processor)
+
+
+def reload_data(
+    model: PreTrainedModel,
+    processor: ProcessorMixin | PreTrainedTokenizerBase,
+    statistics: Statistics,
+    *,
+    sees: bool,
+    samples: int | None,
+) -> Data:
+    """The samples that statistics were gathered from, or the first of each modality; they are in random order.
+
+    Raises:
+        SampleError: they cannot be loaded any more.
+        StatisticsError: they are other samples now.
+    """
+    source, settings = statistics.manifest.data, statistics.manifest.settings
+    data = load_data(
+        model,
+        processor,
+        text=source.text,
+        images=source.images,
+        samples=settings.samples,
+        seqlen=settings.seqlen,
+        seed=settings.seed,
+        instruction=settings.instruction,
+        sees=sees,
+    )
+    if data.fingerprint() != source.fingerprint:
+        raise StatisticsError(
+            f"the samples are not those of {statistics.path} any more; restore them or calibrate again"
+        )
+    return replace(data, windows=None if data.windows is None else data.windows[:samples], images=data.images[:samples])
 
 
 def _windows(

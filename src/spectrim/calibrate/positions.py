@@ -30,6 +30,26 @@ class Positions:
         rows = x.reshape(-1, x.shape[-1])
         return rows if mask is None else rows[mask.to(rows.device)]
 
+    def average(self, place: Place, x: torch.Tensor) -> torch.Tensor:
+        """The same, averaged over the samples of the batch position by position: [positions of one sample, width].
+
+        Raises:
+            SampleError: samples do not have the same number of positions that count.
+        """
+        samples, layout = self.shape[0], x.shape[:-1]
+        # An expert of the backbone reads a list of positions that tokens chose, in whatever number.
+        alike = place != "backbone" or len(layout) > 1 or layout.numel() == samples * self.shape[1]
+        if alike := alike and layout.numel() % samples == 0:
+            mask = self.rows(place, layout)
+            counts = None if mask is None else mask.view(samples, -1).sum(1)
+            alike = counts is None or bool((counts == counts[0]).all())
+        if not alike:
+            raise SampleError(
+                "samples of one bucket differ in their positions and cannot be averaged; set compensate.buckets=null"
+            )
+        rows = self.select(place, x)
+        return rows.view(samples, -1, rows.shape[-1]).mean(0)
+
     def rows(self, place: Place, layout: torch.Size) -> torch.Tensor | None:
         """Bool mask over the flattened positions of an input ``[*layout, in]``; None where all count."""
         if place == "backbone" and layout in (self.shape, (self.shape[0] * self.shape[1],)):

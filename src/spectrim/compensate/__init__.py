@@ -1,5 +1,5 @@
 """Compensation: factors that answer to what the compressed layers before them do."""
 
-from spectrim.compensate.run import Anchored
+from spectrim.compensate.run import Compensation
 
-__all__ = ["Anchored"]
+__all__ = ["Compensation"]

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,17 +11,20 @@ from transformers import PreTrainedModel
 
 from spectrim.anatomy import Anatomy
 from spectrim.calibrate import Statistics
-from spectrim.calibrate.data import Data, load_data
+from spectrim.calibrate.data import reload_data
 from spectrim.calibrate.moments import wide
 from spectrim.calibrate.passes import forward_options, model_inputs, prepared
 from spectrim.calibrate.positions import Positions, positions
+from spectrim.compensate.alternating import alternate
 from spectrim.compensate.closed_form import ShiftedSum, anchored_weight, blended
 from spectrim.compensate.refine import refine
 from spectrim.compensate.store import Factors, Store
 from spectrim.compensate.streams import Pass, stopping_at
 from spectrim.compensate.units import Group, Unit
+from spectrim.curvature import OutputMetric
 from spectrim.decompose import decompose, factors
-from spectrim.errors import ModelError, NumericalError, RecipeError, StatisticsError
+from spectrim.errors import ModelError, NumericalError, RecipeError
+from spectrim.layers import Rank, head_ranks
 from spectrim.linalg import check_finite
 from spectrim.metric import chosen, joint_weights, layer_metric
 from spectrim.plan import Plan
@@ -40,8 +43,8 @@ class _Pair:
     small: Pass
 
 
-class Anchored:
-    """Anchored compensation of one model under one recipe (METHODS, section 3)."""
+class Compensation:
+    """Compensation of one model under one recipe, anchored or by adaComp (METHODS, section 3)."""
 
     def __init__(
         self,
@@ -155,6 +158,7 @@ class Anchored:
             return
         x = small.x[first]
         place = unit.linears[first].place
+        rows = pair.counted.select if self._recipe.compensate.buckets is None else pair.counted.average
         targets = {}
         for name in group.members:
             y, bias = dense.y[name], unit.dense[name].bias
@@ -163,20 +167,20 @@ class Anchored:
             target = wide(y) if bias is None else wide(y) - wide(bias)
             if name in dense.r and name in small.r:
                 target = target + (wide(dense.r[name]) - wide(small.r[name])).reshape(target.shape)
-            targets[name] = pair.counted.select(place, target)
+            targets[name] = rows(place, target)
         if x.numel():
             if pair.modality not in sums:
                 sums[pair.modality] = ShiftedSum.zero(size, x.device)
-            sums[pair.modality].add(pair.counted.select(place, x), targets)
+            sums[pair.modality].add(rows(place, x), targets)
 
     def _factors(self, unit: Unit, name: str, sums: dict[Modality, ShiftedSum]) -> Factors:
         W, rank = unit.dense[name].weight, self._plan.ranks[name]
         part, how = self._recipe.metric, self._recipe.compensate
         heads = 1 if isinstance(rank, int) else len(rank)
         taken = chosen(part, sums)
-        if not taken:
+        if not taken or how.kind == "adacomp":
             A, B = factors(W, *self._spectra.directions(name, rank, W.device))
-        else:
+        if taken:
             means = [(s.second + s.second.T) / (2 * s.count) for s in taken]
             weights = joint_weights([float(mean.trace()) for mean in means], part.gamma)
             second = torch.stack([w * mean for w, mean in zip(weights, means, strict=True)]).sum(0)
@@ -193,8 +197,11 @@ class Anchored:
                 value = layer_metric(part, unit.linears[name], self._statistics, W.device).value
                 value = None if value is None else value.to(W.device)
             try:
-                target = anchored_weight(W, second, cross, how.damping)
-                A, B = factors(target, *directions(decompose(target, value, metric.output, heads), rank))
+                if how.kind == "adacomp":
+                    A, B = _alternated(A, B, rank, second, cross, metric.output, how.rounds, wide(W).dtype)
+                else:
+                    target = anchored_weight(W, second, cross, how.damping)
+                    A, B = factors(target, *directions(decompose(target, value, metric.output, heads), rank))
             except NumericalError as error:
                 raise NumericalError(f"{name}: {error}") from error
         A, B = (check_finite(f"the factor {s} of {name}", F.to(W.dtype)) for s, F in (("A", A), ("B", B)))
@@ -204,7 +211,9 @@ class Anchored:
     def _passes(self) -> Iterator[list[_Pair]]:
         """Both passes of every batch, images first, each at its first unit."""
         model, settings, part = self._model, self._statistics.manifest.settings, self._recipe.metric
-        data, pairs = self._data(), []
+        how, pairs = self._recipe.compensate, []
+        sees = self._parts.tower is not None
+        data = reload_data(model, self._processor, self._statistics, sees=sees, samples=how.samples)
         passes: list[Pass] = []
         order: tuple[Modality, ...] = ("image", "text")
         with stopping_at({name: unit.module for name, unit in self._units.items()}):
@@ -213,7 +222,9 @@ class Anchored:
                     if not chosen(part, {modality: modality}):
                         continue
                     only = settings.image_tokens_only and modality == "image"
-                    for batch in data.batches(modality, settings.batch_size):
+                    # Samples are in random order and those of a batch have one shape: a batch is a bucket.
+                    bucket = -(-data.samples.get(modality, 0) // how.buckets) if how.buckets else settings.batch_size
+                    for batch in data.batches(modality, bucket):
                         inputs = model_inputs(model, batch)
                         counted = positions(model, inputs, image_tokens_only=only)
                         forward = partial(model, **inputs, **forward_options(model))
@@ -232,22 +243,21 @@ class Anchored:
                 for one in passes:
                     one.close()
 
-    def _data(self) -> Data:
-        """The samples of the calibration, or the first of them."""
-        manifest, most = self._statistics.manifest, self._recipe.compensate.samples
-        data = load_data(
-            self._model,
-            self._processor,
-            text=manifest.data.text,
-            images=manifest.data.images,
-            samples=manifest.settings.samples,
-            seqlen=manifest.settings.seqlen,
-            seed=manifest.settings.seed,
-            instruction=manifest.settings.instruction,
-            sees=self._parts.tower is not None,
-        )
-        if data.fingerprint() != manifest.data.fingerprint:
-            raise StatisticsError(
-                f"the samples are not those of {self._statistics.path} any more; restore them or calibrate again"
-            )
-        return replace(data, windows=None if data.windows is None else data.windows[:most], images=data.images[:most])
+
+def _alternated(
+    A: torch.Tensor,
+    B: torch.Tensor,
+    rank: Rank,
+    second: torch.Tensor,
+    cross: torch.Tensor,
+    output: OutputMetric | None,
+    rounds: int,
+    formed: torch.dtype,
+) -> Factors:
+    """adaComp of a linear from A [out, k] and B [k, in], head by head where its rank is."""
+    ranks = head_ranks(rank)
+    blocks = [rows.split(ranks, dim=1)[head] for head, rows in enumerate(A.chunk(len(ranks)))]
+    roots = (None,) * len(ranks) if output is None else output.roots
+    given = zip(blocks, B.split(ranks), cross.chunk(len(ranks)), roots, strict=True)
+    found = [alternate(a, b, second, t, rounds=rounds, formed=formed, output=root) for a, b, t, root in given]
+    return torch.block_diag(*(a for a, _ in found)), torch.cat([b for _, b in found])
