@@ -9,7 +9,8 @@ from torch import nn
 from compressed import logits
 from families import FAMILIES, example_inputs, text_inputs
 from spectrim.anatomy import anatomy
-from spectrim.compensate import Anchored
+from spectrim.calibrate import Moment
+from spectrim.compensate import Compensation, run
 from spectrim.compensate.streams import Call, Pass, stopping_at
 from spectrim.compensate.tap import Tap
 from spectrim.compensate.units import Unit
@@ -46,8 +47,14 @@ def test_every_linear_of_every_family_is_compensated(family, monkeypatch, tmp_pa
     parts, expected = anatomy(model), logits(model)
     ranks = {x.name: plan_row(x, max(1, min(x.out_features, x.in_features) // 3)) for x in parts.linears}
     settings = SimpleNamespace(image_tokens_only=False, batch_size=4)
-    manifest = SimpleNamespace(settings=settings, model_dump=lambda mode: {})
-    statistics = SimpleNamespace(path=tmp_path, manifest=manifest)
+    data = SimpleNamespace(modalities=("text", "image"))
+    manifest = SimpleNamespace(settings=settings, data=data, model_dump=lambda mode: {})
+
+    def moment(name: str, _modality: str) -> Moment:
+        size = parts.linear(name).in_features
+        return Moment(torch.eye(size, dtype=torch.float64), torch.ones(size, dtype=torch.float64), 1)
+
+    statistics = SimpleNamespace(path=tmp_path, manifest=manifest, moment=moment)
     writers: set[str] = set()
     real = Unit.groups
 
@@ -57,10 +64,10 @@ def test_every_linear_of_every_family_is_compensated(family, monkeypatch, tmp_pa
         return found
 
     monkeypatch.setattr(Unit, "groups", groups)
-    monkeypatch.setattr(Anchored, "_data", lambda self: Samples(model))
+    monkeypatch.setattr(run, "reload_data", lambda *_, **__: Samples(model))
     # No spectra: a linear that no sample reaches would need its own.
     plan = Plan(recipe="jw-svd", linears=ranks)
-    found = Anchored(model, parts, Recipe.read("jw-svd"), plan, None, statistics, None).factors()
+    found = Compensation(model, parts, Recipe.read("jw-svd"), plan, None, statistics, None).factors()
     assert found.keys() == {linear.name for linear in parts.linears}
     assert all(A.isfinite().all() and B.isfinite().all() for A, B in found.values())
     assert torch.equal(logits(model), expected)

@@ -20,6 +20,7 @@ from spectrim.compensate.closed_form import ShiftedSum, anchored_weight, blended
 from spectrim.compensate.refine import refine
 from spectrim.compensate.store import Factors, Store
 from spectrim.compensate.streams import Pass, stopping_at
+from spectrim.compensate.tap import Tap
 from spectrim.compensate.units import Group, Unit
 from spectrim.curvature import OutputMetric
 from spectrim.decompose import decompose, factors
@@ -111,25 +112,33 @@ class Compensation:
                     "set compensate.kind=none"
                 )
             unit = self._units[name]
+            outputs: list[Any] = []
             if not unit.small:
-                yield name, self._solve(unit, here)
+                solved, outputs = self._solve(unit, here)
+                yield name, solved
             if all(one.small for one in self._units.values()):
                 return
-            for pair in here:
-                for stream, small in ((pair.dense, False), (pair.small, True)):
-                    assert stream.call is not None
-                    stream.answer(unit.run(stream.call, small=small))
+            for i, pair in enumerate(here):
+                assert pair.dense.call is not None
+                assert pair.small.call is not None
+                pair.dense.answer(outputs[i] if outputs else unit.run(pair.dense.call, small=False))
+                pair.small.answer(unit.run(pair.small.call, small=True))
 
-    def _solve(self, unit: Unit, here: list[_Pair]) -> dict[str, Factors]:
+    def _solve(self, unit: Unit, here: list[_Pair]) -> tuple[dict[str, Factors], list[Any]]:
+        """Factors of the unit's linears, and what the dense unit gives for each batch."""
         firsts = {pair.modality: pair.dense.call for pair in reversed(here)}
         calls = [call for call in firsts.values() if call is not None]
         found: dict[str, Factors] = {}
         last: str | None = None  # of those whose output is added to the residual stream
-        for group in unit.groups(calls, residual=self._recipe.compensate.residual):
+        groups = unit.groups(calls, residual=self._recipe.compensate.residual)
+        writers = frozenset[str]().union(*(group.writers for group in groups))
+        # Kept for all batches of this one unit: its dense side runs once.
+        dense = [unit.tap(p.dense.call, small=False, whole=True, y=unit.dense, r=writers) for p in here if p.dense.call]
+        for group in groups:
             last = max(group.writers, default=last)
             sums: dict[Modality, ShiftedSum] = {}
-            for pair in here:
-                self._add(unit, group, pair, sums)
+            for pair, seen in zip(here, dense, strict=True):
+                self._add(unit, group, pair, seen, sums)
             solved = {name: self._factors(unit, name, sums) for name in group.members}
             unit.factor(self._plan, solved)
             found |= solved
@@ -144,15 +153,13 @@ class Compensation:
                 output = None if found_output is None else found_output.roots[0]
             samples = [(p.dense.call, p.small.call, p.counted) for p in here if p.dense.call and p.small.call]
             refine(unit, samples, steps, output)
-            return unit.factors()
-        return found | rest
+            return unit.factors(), [seen.output for seen in dense]
+        return found | rest, [seen.output for seen in dense]
 
-    def _add(self, unit: Unit, group: Group, pair: _Pair, sums: dict[Modality, ShiftedSum]) -> None:
+    def _add(self, unit: Unit, group: Group, pair: _Pair, dense: Tap, sums: dict[Modality, ShiftedSum]) -> None:
         """Add one batch to the sums of its modality; nothing where the group does not run whole."""
         first, size = group.members[0], unit.linears[group.members[0]].in_features
-        assert pair.dense.call is not None
         assert pair.small.call is not None
-        dense = unit.tap(pair.dense.call, small=False, y=group.members, r=group.writers)
         small = unit.tap(pair.small.call, small=True, x=(first,), r=group.writers)
         if not dense.y.keys() >= set(group.members) or first not in small.x:
             return

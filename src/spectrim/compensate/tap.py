@@ -21,7 +21,8 @@ class Tap(TorchDispatchMode):
 
     The addition is found by what it reads, not by the name of the linear: one operand is the very memory of y, the
     other is r and has its shape. It is the residual stream for output projections of most models; an output that is
-    normalised, gated or scaled first has no r. The first run of a linear in the block counts.
+    normalised, gated or scaled first has no r. The first run of a linear in the block counts. ``output`` is that of the
+    block, if it ran whole.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Tap(TorchDispatchMode):
         self.x: dict[str, torch.Tensor] = {}
         self.y: dict[str, torch.Tensor] = {}
         self.r: dict[str, torch.Tensor] = {}
+        self.output: Any = None
         self._modules, self._sums = modules, set(r)
         self._inputs, self._outputs = set(x), {*y, *r}
         self._stop = False
@@ -51,7 +53,7 @@ class Tap(TorchDispatchMode):
                 self._handles.append(module.register_forward_hook(partial(self._after, name)))
         try:
             with self:
-                run()
+                self.output = run()
         except _EnoughError:
             pass
         finally:

@@ -66,7 +66,7 @@ class Unit:
             found = Tap({})
             found.x[self.name] = call.args[0]
             if "y" in wanted:
-                found.y[self.name] = self.run(call, small=small)
+                found.output = found.y[self.name] = self.run(call, small=small)
             return found
         with self._in_place(small):
             return Tap(self.dense, **wanted).watch(lambda: self._forward(*call.args, **call.kwargs), whole=whole)
