@@ -68,9 +68,16 @@ def test_compress_evaluate_and_load(capsys: pytest.CaptureFixture[str], statisti
     results = tmp_path / "results.json"
     code, out, err = run(
         capsys, "evaluate", "demo", tmp_path / "small", "--samples", "2", "--max-tokens", "256", "--dtype", "float32",
-        "--json", results,
+        "--json", results, "--card",
     )  # fmt: skip
     assert (code, err) == (0, "")
+    card = (tmp_path / "small" / "README.md").read_text()
+    measured = json.loads(results.read_text())["results"]
+    for row in (
+        [f"{x['perplexity']['per_token']:.2f}" for x in reversed(measured)],
+        ["mean of the tasks, %", *(f"{100 * x['vqa']['mean']:.1f}" for x in reversed(measured))],
+    ):
+        assert f"| {' | '.join(row)} |" in card
     assert "small" in out
     assert "blind floor" in out
     assert "questions/s" in out

@@ -5,10 +5,11 @@ Importing it registers the checkpoint format with transformers, so that ``from_p
 
 from spectrim.anatomy import anatomy
 from spectrim.calibrate import Statistics, calibrate
-from spectrim.checkpoint import load, load_processor, save
+from spectrim.checkpoint import load, load_processor, push, read_provenance, save
 from spectrim.errors import SpectrimError
 from spectrim.evaluate import evaluate
 from spectrim.inspect_ import inspect
+from spectrim.layers import lora_targets
 from spectrim.pipeline import Compression, compress, compression
 from spectrim.plan import Plan
 from spectrim.recipe import Recipe
@@ -27,5 +28,8 @@ __all__ = [
     "inspect",
     "load",
     "load_processor",
+    "lora_targets",
+    "push",
+    "read_provenance",
     "save",
 ]

@@ -20,9 +20,11 @@ from transformers.utils import logging as transformers_logging
 from spectrim import demo as demo_room
 from spectrim.anatomy import PLACES, anatomy
 from spectrim.calibrate import Statistics, calibrate
-from spectrim.checkpoint import load, load_processor
-from spectrim.errors import BudgetError, RecipeError, SpectrimError
-from spectrim.evaluate import costs, evaluate, losses, table
+from spectrim.checkpoint import add_results, load, load_processor, push
+from spectrim.errors import BudgetError, RecipeError, SampleError, SpectrimError
+from spectrim.evaluate import costs, evaluate, losses, markdown, table
+from spectrim.evaluate.harnesses import run_suite
+from spectrim.evaluate.suites import Suite, suite_table
 from spectrim.inspect_ import inspect, write
 from spectrim.pipeline import compression
 from spectrim.plan import Plan
@@ -271,9 +273,24 @@ def _evaluate(
     seed: Seed = 0,
     device: Device = None,
     dtype: Dtype = None,
+    suite: Annotated[
+        str | None, typer.Option(help="Benchmarks of a paper in place of tasks: adasvd, jw-svd or a .yaml file.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Samples of each task of a suite at most.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the results here too.")] = None,
+    card: Annotated[bool, typer.Option(help="Write them into the card of each compressed checkpoint too.")] = False,
 ) -> None:
     """Measure language and sight of models, and what each lost against the dense one."""
+    if suite is not None:
+        if card:
+            raise SampleError("a card holds the results of --tasks, not those of a suite; leave --card or --suite out")
+        chosen, paths = Suite.read(suite), [demo_room.resolve(model) for model in models]
+        scored = run_suite(chosen, paths, limit=limit, batch_size=batch_size, device=device, dtype=_dtype(dtype))
+        _console().print(suite_table(scored))
+        if json is not None:
+            scored.write(json)
+            _console().print(f"results: {json}")
+        return
     with _progress() as report:
         found = evaluate(
             [demo_room.resolve(model) for model in models],
@@ -297,6 +314,20 @@ def _evaluate(
     if json is not None:
         found.write(json)
         _console().print(f"results: {json}")
+    for result in found.results if card else ():
+        if result.compressed:
+            _console().print(f"card: {add_results(result.directory, markdown(found, result))}")
+
+
+@app.command("push")
+def _push(
+    checkpoint: Annotated[Path, typer.Argument(help="A directory that spectrim compress wrote.")],
+    repo_id: Annotated[str, typer.Argument(help="Where it goes on the Hugging Face hub: owner/name.")],
+    private: Annotated[bool, typer.Option(help="Make the repository a private one.")] = False,
+    revision: Annotated[str | None, typer.Option(help="The branch to write to; the main one if not given.")] = None,
+) -> None:
+    """Upload a checkpoint, with its card, to the Hugging Face hub."""
+    _console().print(push(checkpoint, repo_id, private=private, revision=revision))
 
 
 @app.command("demo")

@@ -216,3 +216,20 @@ def replace_linears(model: nn.Module, ranks: Mapping[str, Rank], pivoted: Collec
         layers[name] = layer.requires_grad_(linear.weight.requires_grad).train(linear.training)
     for name, layer in layers.items():
         model.set_submodule(name, layer)
+
+
+def lora_targets(model: nn.Module) -> list[str]:
+    """Names of all factors of `model`, for ``peft.LoraConfig(target_modules=…)``: plain linears, every one.
+
+    A layer ``name`` has ``name.B`` and ``name.A``, or ``name.A.0``, ``name.A.1``, … where it is factored head by head.
+    Dense linears are not among them; add their names to adapt them too. Raises ModelError if no layer is factored.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+    if not layers:
+        raise ModelError("the model has no factored layer to adapt; name its linears to PEFT as for any dense model")
+    return [
+        f"{name}.{factor}"
+        for name, layer in layers.items()
+        for factor, module in layer.named_modules()
+        if isinstance(module, nn.Linear)
+    ]

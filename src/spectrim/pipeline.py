@@ -211,7 +211,7 @@ class Compression:
                 quantizer.remove_quantization_config(self.model)
 
     def provenance(self, plan: Plan) -> dict[str, Any]:
-        """What spectrim.json records: recipe, budget kept by bytes and by parameters, data, versions."""
+        """What spectrim.json records: recipe, what was kept in all and by place, data, versions."""
         params = sum(linear.params for linear in self.parts.linears)
         kept = sum(
             linear.params if row.rank is None else factor_params(linear, *counted(row.rank), row.pivoted)
@@ -228,6 +228,7 @@ class Compression:
                 "checkpoint": (whole - plan.dense_bytes + plan.bytes) / whole,
             },
             "bytes": {"linears": plan.bytes, "linears_dense": plan.dense_bytes},
+            "places": plan.by_place(self.parts),
             "predicted_loss": self.predicted(plan),
             "data": None if data is None else data.data.model_dump(mode="json"),
             "calibration": None if data is None else data.settings.model_dump(mode="json"),

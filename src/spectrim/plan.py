@@ -3,14 +3,14 @@
 import json
 import re
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from pydantic_core import PydanticKnownError
 
-from spectrim.anatomy import Anatomy, Linear
+from spectrim.anatomy import PLACES, Anatomy, Linear
 from spectrim.errors import BudgetError
 from spectrim.layers import Rank, head_ranks
 
@@ -81,6 +81,29 @@ class Plan(_Part):
     def pivoted(self) -> set[str]:
         """Names of the linears that are stored by pivots."""
         return {name for name, row in self.linears.items() if row.pivoted}
+
+    def by_place(self, parts: Anatomy) -> dict[str, dict[str, Any]]:
+        """What the plan does to the linears of each place that has some: counts, ranks and bytes.
+
+        ``ranks`` are the least, the median and the most of the factored ones, those of heads added up; none of none.
+        """
+        summary = {}
+        for place in PLACES:
+            rows = [self.linears[linear.name] for linear in parts.linears if linear.place == place]
+            if not rows:
+                continue
+            ranks = sorted(counted(row.rank)[0] for row in rows if row.rank is not None)
+            summary[str(place)] = {
+                "linears": len(rows),
+                "dense": len(rows) - len(ranks),
+                "factored": len(ranks),
+                "pivoted": sum(row.pivoted for row in rows),
+                "by_head": sum(isinstance(row.rank, tuple) for row in rows),
+                "ranks": [ranks[0], ranks[len(ranks) // 2], ranks[-1]] if ranks else [],
+                "bytes": sum(row.bytes for row in rows),
+                "dense_bytes": sum(row.dense_bytes for row in rows),
+            }
+        return summary
 
     def json(self) -> str:  # type: ignore[override]
         """The text of plan.json; ranks by head stand on one line."""

@@ -1,6 +1,8 @@
 """Compressed models as standard Hugging Face directories. Importing this package registers the loader."""
 
+from spectrim.checkpoint.card import add_results
 from spectrim.checkpoint.names import checkpoint_names, runtime_names
+from spectrim.checkpoint.push import push
 from spectrim.checkpoint.quantizer import SpectrimConfig, SpectrimQuantizer, attach
 from spectrim.checkpoint.read import load, load_processor, read_provenance
 from spectrim.checkpoint.write import save
@@ -8,10 +10,12 @@ from spectrim.checkpoint.write import save
 __all__ = [
     "SpectrimConfig",
     "SpectrimQuantizer",
+    "add_results",
     "attach",
     "checkpoint_names",
     "load",
     "load_processor",
+    "push",
     "read_provenance",
     "runtime_names",
     "save",

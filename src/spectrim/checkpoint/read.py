@@ -44,7 +44,7 @@ def load(
     source, gguf = _split(directory)
     where = {name: kwargs[name] for name in _WHERE if name in kwargs}
     config = _config(source, gguf, where)
-    auto = AutoModelForImageTextToText if _sees(config) else AutoModelForCausalLM
+    auto = AutoModelForImageTextToText if sees(config) else AutoModelForCausalLM
     if gguf is not None:
         kwargs["gguf_file"] = gguf
         if hasattr(hf_quantization, "GgufConfig"):  # earlier releases always unpack
@@ -68,15 +68,15 @@ def load_processor(directory: str | Path, **kwargs: Any) -> Any:
     Raises ModelError if the model comes without one, or if it needs a package that is not installed.
     """
     source, gguf = _split(directory)
-    sees = _sees(_config(source, gguf, {name: kwargs[name] for name in _WHERE if name in kwargs}))
-    auto, kind = (AutoProcessor, "processor") if sees else (AutoTokenizer, "tokenizer")
+    vision = sees(_config(source, gguf, {name: kwargs[name] for name in _WHERE if name in kwargs}))
+    auto, kind = (AutoProcessor, "processor") if vision else (AutoTokenizer, "tokenizer")
     if gguf is not None:
         kwargs["gguf_file"] = gguf
     try:
         processor = auto.from_pretrained(source, **kwargs)
     except (OSError, ValueError, ImportError) as error:
         raise ModelError(f"cannot load the {kind} of {str(directory)!r}: {_first_line(error)}") from error
-    if sees and not hasattr(processor, "image_processor"):  # transformers falls back to the tokenizer alone
+    if vision and not hasattr(processor, "image_processor"):  # transformers falls back to the tokenizer alone
         raise ModelError(f"{str(directory)!r} has no image processor; add its preprocessor_config.json")
     return processor
 
@@ -119,5 +119,6 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
-def _sees(config: PreTrainedConfig) -> bool:
+def sees(config: PreTrainedConfig) -> bool:
+    """Whether a model of this config takes images."""
     return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING

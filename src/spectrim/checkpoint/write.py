@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
+from spectrim.checkpoint.card import CARD, model_card
 from spectrim.checkpoint.quantizer import attach, release
 from spectrim.checkpoint.read import PROVENANCE, load_processor, read_provenance
 from spectrim.errors import CheckpointError
@@ -21,7 +22,7 @@ from spectrim.layers import LowRankLinear
 
 # Files of a source directory that describe its own weights, and are not copied beside other ones.
 _NOT_COPIED = (
-    ".*", "README.md", "config.json", "generation_config.json", "*.index.json", "*.safetensors", "*.bin", "*.pt",
+    ".*", CARD, "config.json", "generation_config.json", "*.index.json", "*.safetensors", "*.bin", "*.pt",
     "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx*", PROVENANCE,
 )  # fmt: skip
 
@@ -40,8 +41,9 @@ def save(
 
     `processor` is a processor or tokenizer object, or a model directory or hub id whose processor, tokenizer and
     chat-template files (and licence) are copied byte for byte. `provenance` (JSON types: recipe, plan, data
-    fingerprints, package versions, predicted loss, …) goes into ``spectrim.json``. `files` maps names of further text
-    files to their content. The generation config is the model's.
+    fingerprints, package versions, predicted loss, how it was ``fine_tuned`` since, …) goes into ``spectrim.json``, and
+    the model card is made of it; the card of the source is not copied. `files` maps names of further text files to
+    their content; a ``README.md`` among them is the card. The generation config is the model's.
 
     All is written and synced in a hidden directory beside the target, which then replaces it in one step. A non-empty
     directory that this function did not write is refused with CheckpointError unless `overwrite`; so are names in
@@ -66,12 +68,14 @@ def save(
             for weights in temporary.glob("*.safetensors"):  # safetensors keeps its files from other users
                 shutil.copymode(temporary / "config.json", weights)
             (temporary / PROVENANCE).write_text(record, encoding="utf-8")
+            if CARD not in files:
+                (temporary / CARD).write_text(model_card(model, provenance or {}), encoding="utf-8")
     return target
 
 
 def _record(provenance: Mapping[str, Any] | None, files: Mapping[str, str]) -> str:
     for name in files:
-        if name != "README.md" and (not name or Path(name).name != name or _matches(name, _NOT_COPIED)):
+        if name != CARD and (not name or Path(name).name != name or _matches(name, _NOT_COPIED)):
             raise CheckpointError(
                 f"{name!r} cannot be added to a checkpoint; choose a plain name that no model file has"
             )

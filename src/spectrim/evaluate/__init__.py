@@ -6,7 +6,7 @@ from spectrim.evaluate.language import Perplexity, perplexity, plan_windows
 from spectrim.evaluate.questions import ImageQuestion, Question, blind_questions, load_questions
 from spectrim.evaluate.results import DirectoryResult, EvaluationReport, TaskScore, VqaScore
 from spectrim.evaluate.running import evaluate
-from spectrim.evaluate.tables import costs, losses, table
+from spectrim.evaluate.tables import costs, losses, markdown, table
 
 __all__ = [
     "Answer",
@@ -23,6 +23,7 @@ __all__ = [
     "evaluate",
     "load_questions",
     "losses",
+    "markdown",
     "mcnemar",
     "normalise",
     "paired_difference",

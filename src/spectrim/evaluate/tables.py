@@ -1,4 +1,4 @@
-"""An evaluation report as a table for the terminal."""
+"""An evaluation report as tables for the terminal, and one model of it in Markdown."""
 
 from math import log
 from pathlib import Path
@@ -103,3 +103,40 @@ def losses(report: EvaluationReport) -> Table | None:
         measured = log(result.perplexity.per_token) - log(reference.perplexity.per_token)
         grid.add_row(name, f"{predicted:.4f}", f"{measured:.4f}")
     return grid if grid.row_count else None
+
+
+def markdown(report: EvaluationReport, result: DirectoryResult) -> str:
+    """One model of a report beside the reference, for its model card: what was measured, on what, when and with what.
+
+    Accuracies in per cent with their 95 % intervals, perplexity per token, bytes of the weights.
+    """
+    reference = next((x for x in report.results if x.directory == report.reference and x is not result), None)
+    columns = {"this model": result, **({"dense": reference} if reference else {})}
+    rows = []
+    for index, task in enumerate(result.vqa.tasks if result.vqa else ()):
+        scores = [x.vqa.tasks[index] for x in columns.values() if x.vqa]
+        cells = [f"{100 * s.accuracy:.1f} [{100 * s.low:.1f}, {100 * s.high:.1f}]" for s in scores]
+        rows.append([f"{task.task}, % of {task.questions}", *cells])
+    if result.vqa:
+        rows.append(["mean of the tasks, %", *(f"{100 * x.vqa.mean:.1f}" for x in columns.values() if x.vqa)])
+    if result.perplexity:
+        cells = [f"{x.perplexity.per_token:.2f}" for x in columns.values() if x.perplexity]
+        rows.append([f"perplexity, {result.perplexity.tokens} tokens", *cells])
+    rows.append(["weights, MB", *(f"{x.bytes / 1e6:.1f}" for x in columns.values())])
+    lines = ["", *columns], ["---"] * (1 + len(columns)), *rows
+    sources = {"questions": report.questions, "text": report.text}
+    said = "; ".join(
+        f"{what} `{Path(source.name).name}`, SHA-256 {source.sha256[:12]}…"
+        for what, source in sources.items()
+        if source
+    )
+    versions = ", ".join(f"{name} {number}" for name, number in report.versions.items() if number)
+    settings = report.settings
+    return "\n".join(
+        [
+            *(f"| {' | '.join(line)} |" for line in lines),
+            "",
+            f"By `spectrim evaluate` on {report.date[:10]}, in {result.dtype} on {result.device}, with 95 % intervals; "
+            f"{said}; seed {settings.seed}, windows of {settings.seqlen} tokens; {versions}.",
+        ]
+    )

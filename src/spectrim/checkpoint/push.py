@@ -1,0 +1,55 @@
+"""Uploading a checkpoint to the Hugging Face hub."""
+
+from pathlib import Path
+
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import (  # type: ignore[attr-defined]  # the client exports not all it raises
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    OfflineModeIsEnabled,
+)
+
+from spectrim.checkpoint.read import read_provenance
+from spectrim.errors import CheckpointError
+
+
+def push(directory: str | Path, repo_id: str, *, private: bool = False, revision: str | None = None) -> str:
+    """Upload a checkpoint that spectrim wrote to the model repository `repo_id`, in one commit; returns its address.
+
+    The repository, and the branch `revision` (None: the main one), are made where they are missing. Raises
+    CheckpointError for a directory without spectrim's record or without a config, when nobody is logged in, offline,
+    for an id that is none, for a hub that refuses, and for `private` where the repository is public already.
+    """
+    path = Path(directory)
+    read_provenance(path)
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"{path} has no config.json, so it is no whole checkpoint; compress the model again")
+    if get_token() is None:
+        raise CheckpointError("nobody is logged in to the Hugging Face hub; run `hf auth login`, or set HF_TOKEN")
+    api = HfApi()
+    try:
+        address = api.create_repo(repo_id, private=private or None, exist_ok=True)
+        if private and not api.model_info(repo_id).private:
+            raise CheckpointError(f"{repo_id} is public already; name another repository, or leave --private out")
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        api.upload_folder(
+            repo_id=repo_id, folder_path=path, revision=revision, commit_message="Upload a checkpoint made by spectrim"
+        )
+    except HFValidationError as error:
+        raise CheckpointError(f"{repo_id!r} is no repository id ({_line(error)}); write it as owner/name") from error
+    except HfHubHTTPError as error:
+        raise CheckpointError(
+            f"the Hugging Face hub refuses {repo_id} ({_line(error)}); check its name and what your token may write"
+        ) from error
+    except (OfflineModeIsEnabled, HTTPError) as error:
+        raise CheckpointError(
+            f"the Hugging Face hub cannot be reached ({_line(error)}); unset HF_HUB_OFFLINE and check the network"
+        ) from error
+    return str(address)
+
+
+def _line(error: Exception) -> str:
+    """What the hub says first; addresses and advice follow in its messages."""
+    return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__

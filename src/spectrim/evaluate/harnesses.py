@@ -1,0 +1,151 @@
+"""Suites in other people's harnesses: lm-eval with the model in memory, lmms-eval with the checkpoint's directory."""
+
+import platform
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from spectrim.checkpoint import load, load_processor
+from spectrim.checkpoint.quantizer import release
+from spectrim.errors import SampleError
+from spectrim.evaluate.answering import takes_images
+from spectrim.evaluate.running import is_compressed
+from spectrim.evaluate.suites import Suite, SuiteReport, read_scores
+
+PACKAGES = {"lm-eval": ("lm_eval", "eval"), "lmms-eval": ("lmms_eval", "lmms")}  # module and extra
+
+# lmms-eval has one class per family; its name by the config's model_type. Its generic class loads no language head.
+LMMS_MODELS = {
+    "gemma3": "gemma3",
+    "internvl": "internvl_hf",
+    "llava": "llava_hf",
+    "llava_next": "llava_hf",
+    "mllama": "llama_vision",
+    "qwen2_vl": "qwen2_vl",
+    "qwen2_5_vl": "qwen2_5_vl",
+    "qwen3_vl": "qwen3_vl",
+}
+
+
+def run_suite(
+    suite: Suite,
+    directories: Sequence[str | Path],
+    *,
+    limit: int | None = None,
+    batch_size: int | None = None,
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> SuiteReport:
+    """Score every model directory on a suite; one model is in memory at a time.
+
+    `limit` asks that many samples of each task at most (the scores are then not those of the benchmark). `device` and
+    `dtype` go to the loader; lmms-eval chooses its own dtype.
+
+    Raises:
+        SampleError: the harness is not installed, lacks a task or a model class, or cannot get its data.
+        CheckpointError: a directory is no model.
+    """
+    module, extra = PACKAGES[suite.harness]
+    if find_spec(module) is None:
+        raise SampleError(
+            f"suite '{suite.name}' runs in {suite.harness}, which is not installed; pip install 'spectrim[{extra}]'"
+        )
+    for directory in directories:
+        is_compressed(Path(directory))  # names a directory that is none before any model loads
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    run = _lm_eval if suite.harness == "lm-eval" else _lmms_eval
+    scores = {}
+    for directory in map(str, directories):
+        try:
+            found = run(suite, directory, limit, batch_size or 1, place, dtype)
+        except OSError as error:  # data sets that cannot be fetched
+            said = str(error).strip().partition("\n")[0]
+            raise SampleError(
+                f"suite '{suite.name}' stopped ({said}); its data sets come from the Hugging Face hub, so check the "
+                "network"
+            ) from error
+        scores[directory] = read_scores(found, suite.tasks)
+    return SuiteReport(
+        suite=suite,
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        versions={
+            "spectrim": release(),
+            suite.harness: version(suite.harness),
+            "torch": version("torch"),
+            "transformers": version("transformers"),
+            "python": platform.python_version(),
+        },
+        limit=limit,
+        scores=scores,
+    )
+
+
+def _lm_eval(
+    suite: Suite, directory: str, limit: int | None, batch_size: int, device: str, dtype: torch.dtype | None
+) -> Mapping[str, Any]:
+    from lm_eval import simple_evaluate
+    from lm_eval.models.hf_vlms import HFMultimodalLM
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=suite.task_folder)
+    _check_tasks(suite, manager.all_tasks)
+    processor = load_processor(directory)
+    if suite.images and not takes_images(processor):
+        raise SampleError(f"{directory} holds a text-only model; suite '{suite.name}' shows images")
+    # Loaded here: the harness itself opens image-text models for image tasks only.
+    model = load(directory, device_map=device, dtype=dtype)
+    if suite.images:
+        wrapped = HFMultimodalLM(pretrained=model, batch_size=batch_size)
+    else:
+        tokenizer = getattr(processor, "tokenizer", processor)
+        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    return simple_evaluate(
+        model=wrapped,
+        tasks=list(suite.tasks),
+        num_fewshot=suite.num_fewshot,
+        limit=limit,
+        task_manager=manager,
+        log_samples=False,
+        apply_chat_template=suite.images,
+    )
+
+
+def _lmms_eval(
+    suite: Suite, directory: str, limit: int | None, batch_size: int, device: str, dtype: torch.dtype | None
+) -> Mapping[str, Any]:
+    from lmms_eval.evaluator import simple_evaluate
+    from lmms_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=suite.task_folder)
+    _check_tasks(suite, manager.all_tasks)
+    kind = AutoConfig.from_pretrained(directory).model_type
+    if kind not in LMMS_MODELS:
+        raise SampleError(
+            f"no class of lmms-eval is known to open {directory}, a {kind}; run lmms-eval itself by "
+            "`python -m spectrim.harness lmms_eval`, with the class that fits"
+        )
+    return simple_evaluate(
+        model=LMMS_MODELS[kind],
+        model_args={"pretrained": directory},
+        tasks=list(suite.tasks),
+        num_fewshot=suite.num_fewshot,
+        limit=limit,
+        batch_size=batch_size,
+        device=device,
+        task_manager=manager,
+        log_samples=False,
+    )
+
+
+def _check_tasks(suite: Suite, known: Sequence[str]) -> None:
+    if missing := [task for task in suite.tasks if task not in known]:
+        raise SampleError(
+            f"{suite.harness} has no task '{missing[0]}'; correct suite '{suite.name}', or install the release that has"
+        )
