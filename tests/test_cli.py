@@ -32,9 +32,9 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int
 def statistics(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("cli") / "statistics"
     source = resolve("demo")
-    spectrim.calibrate(
-        spectrim.load(source), path, processor=spectrim.load_processor(source), samples=16, seqlen=64, batch_size=16
-    )
+    processor = spectrim.load_processor(source)
+    options = {"samples": 8, "seqlen": 64, "batch_size": 8, "curvature": True}
+    spectrim.calibrate(spectrim.load(source), path, processor=processor, **options)
     return path
 
 
@@ -56,6 +56,7 @@ def test_compress_evaluate_and_load(capsys: pytest.CaptureFixture[str], statisti
     code, out, err = run(capsys, "compress", "demo", "-o", tmp_path / "small", "--retain", "0.5", "--stats", statistics)
     assert (code, err) == (0, "")
     record = read_provenance(tmp_path / "small")
+    assert record["recipe"]["name"] == "spectrim"
     assert 0.49 < record["retention"]["bytes"] <= 0.5
     assert (tmp_path / "small" / "plan.json").exists()
     assert "bytes of linears" in out
