@@ -397,7 +397,7 @@ def _weights(model: Any) -> dict[str, torch.Tensor]:
 
 def assemble(args: argparse.Namespace) -> None:
     """Write the ordinary Hugging Face directory: bf16 weights, tokenizer, chat template, processor, model card."""
-    from safetensors.torch import load_file
+    from safetensors.torch import load_file, save_file
     from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -421,6 +421,10 @@ def assemble(args: argparse.Namespace) -> None:
         num_additional_image_tokens=1, chat_template=CHAT_TEMPLATE,
     )  # fmt: skip
     model.save_pretrained(args.out)
+    # LLaVA files on the hub have one more level in the names of the tower; vLLM 0.32 knows only those names.
+    tensors = load_file(args.out / "model.safetensors")
+    names = {name: name.replace("vision_tower.", "vision_tower.vision_model.", 1) for name in tensors}
+    save_file({names[name]: x for name, x in tensors.items()}, args.out / "model.safetensors", {"format": "pt"})
     processor.save_pretrained(args.out)
     for path in args.out.iterdir():  # safetensors keeps its files from other users
         path.chmod(0o644)

@@ -56,7 +56,8 @@ def output_metric(
     """
     if not statistics.manifest.settings.curvature:
         raise RecipeError(
-            f"metric 'curvature' needs output gradients and {statistics.path} has none; calibrate again without --no-curvature"
+            f"metric 'curvature' needs output gradients and {statistics.path} has none; "
+            "calibrate again without --no-curvature"
         )
     parts = (linear.per_head or 1) if part.per_head else 1
     gathered = [(moment, statistics.output(linear.name, modality)) for modality, moment in inputs]

@@ -1,0 +1,182 @@
+"""What one process of a server computes of a factored linear; pure arithmetic on names, rows and tensors.
+
+Servers merge linears that read one input (q, k, v; gate, up) and share each of them among processes (tensor
+parallelism): by rows, so that every process has some of the outputs, or by columns, so that the outputs of all
+processes add up. Both work on the factors themselves. For rows, a process has those rows of A and all of B; for
+columns, all of A and those columns of B, because A (B₁x₁) + A (B₂x₂) = A B x. Pivoted factors need no special case: the
+outputs are ``[B'x; A'B'x]`` in another order, so a process drops the rows of A' that it does not need, keeps B', and
+picks its own outputs.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+
+import torch
+
+from spectrim.errors import CheckpointError
+from spectrim.layers import Rank, head_ranks
+from spectrim.pivots import row_order
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some outputs of one head: rows `rows` of its A, which read the part `latent` of the piece's latents."""
+
+    head: int
+    rows: tuple[range, ...]
+    latent: range
+
+    @property
+    def out(self) -> int:
+        """How many outputs."""
+        return sum(map(len, self.rows))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one process computes of one linear of the checkpoint.
+
+    `shape` [out, in] is that of the whole linear, `rank` None for a dense one. The process gives the outputs `rows`, in
+    this order, and reads the inputs `columns`. Raises CheckpointError for a rank that the linear cannot have.
+    """
+
+    name: str
+    rank: Rank | None
+    pivoted: bool
+    shape: tuple[int, int]
+    rows: tuple[range, ...]
+    columns: range
+    heads: tuple[int, ...] = field(init=False)  # those whose rows are needed, in the order of their latents
+    blocks: tuple[Block, ...] = field(init=False)  # in the order of the outputs; none for a dense linear
+
+    def __post_init__(self) -> None:
+        out = self.shape[0]
+        ranks = (1,) if self.rank is None else head_ranks(self.rank)
+        if out % len(ranks) or (self.pivoted and ranks[0] >= out):
+            raise CheckpointError(
+                f"{self.name!r} has {out} outputs and the ranks {self.rank}; copy the checkpoint's config.json again"
+            )
+        parts: list[tuple[int, list[range]]] = []
+        for head, rows in _by_head(self.rows, out // len(ranks)):
+            if parts and parts[-1][0] == head:
+                parts[-1][1].append(rows)
+            else:
+                parts.append((head, [rows]))
+        heads = tuple(dict.fromkeys(head for head, _ in parts))
+        latents, start = {}, 0
+        for head in heads:
+            latents[head] = range(start, start + ranks[head])
+            start += ranks[head]
+        blocks = tuple(Block(head, tuple(rows), latents[head]) for head, rows in parts)
+        object.__setattr__(self, "heads", heads)
+        object.__setattr__(self, "blocks", () if self.rank is None else blocks)
+
+    @property
+    def out(self) -> int:
+        """How many outputs the process computes."""
+        return sum(map(len, self.rows))
+
+    @property
+    def latents(self) -> int:
+        """How many rows the first product has: those of the dense weight, or of B for the heads at hand."""
+        if self.rank is None:
+            return self.out
+        ranks = head_ranks(self.rank)
+        return sum(ranks[head] for head in self.heads)
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor that the checkpoint must bring, by its name behind that of the linear."""
+        out, inputs = self.shape
+        if self.rank is None:
+            return {"weight": (out, inputs)}
+        ranks = head_ranks(self.rank)
+        k = sum(ranks)
+        if isinstance(self.rank, int):
+            factors: dict[str, tuple[int, ...]] = {"A.weight": (out - self.pivoted * k, k), "B.weight": (k, inputs)}
+            return factors | ({"pivots": (k,)} if self.pivoted else {})
+        heads: dict[str, tuple[int, ...]] = {f"A.{h}.weight": (out // len(ranks), r) for h, r in enumerate(ranks)}
+        return heads | {"B.weight": (k, inputs)}
+
+    def first(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The matrix of the first product, [latents, columns], from the dense weight or from B."""
+        if self.rank is None:
+            rows = self.rows
+        else:
+            ranks = head_ranks(self.rank)
+            rows = tuple(range(start := sum(ranks[:head]), start + ranks[head]) for head in self.heads)
+        return take(tensor, rows)[:, self.columns.start : self.columns.stop]
+
+    def unpivot(self, pivots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """``(others, order)``: the rows of A' that are needed, and where each output stands in [B'x; A'[others] B'x].
+
+        `pivots` is [k] of any integer dtype; both results are int64, `order` [out]. Raises CheckpointError for pivots
+        that are not different rows of the linear.
+        """
+        try:
+            order = take(row_order(pivots, self.shape[0]).argsort(), self.rows)
+        except ValueError as error:
+            raise CheckpointError(f"{self.name}.pivots: {error}") from None
+        k = len(pivots)
+        free = order >= k
+        others = order[free] - k
+        order[free] = k + torch.arange(len(others), device=order.device)
+        return others, order
+
+
+def _by_head(rows: Sequence[range], size: int) -> list[tuple[int, range]]:
+    """`rows` cut at multiples of `size`: the number of the head, and the rows inside it."""
+    cut = []
+    for part in rows:
+        start = part.start
+        while start < part.stop:
+            head = start // size
+            stop = min(part.stop, (head + 1) * size)
+            cut.append((head, range(start - head * size, stop - head * size)))
+            start = stop
+    return cut
+
+
+def take(tensor: torch.Tensor, rows: Sequence[range]) -> torch.Tensor:
+    """The rows `rows` of a tensor, in this order; a view where they are one range."""
+    parts = [tensor[part.start : part.stop] for part in rows]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def members(prefix: str, packed: Mapping[str, Sequence[str]], known: Mapping[str, object]) -> list[str]:
+    """Names of the linears that the server's module `prefix` merges; itself where the checkpoint has it in one piece.
+
+    `packed` maps the last part of a merged module's name to those of its parts; `known` are the factored linears.
+    """
+    parent, _, last = prefix.rpartition(".")
+    if prefix in known or last not in packed:
+        return [prefix]
+    return [f"{parent}.{part}" if parent else part for part in packed[last]]
+
+
+def row_shards(
+    wholes: Sequence[int], counts: Sequence[int], sizes: Sequence[int], index: int
+) -> tuple[tuple[range, ...], ...]:
+    """The rows of each merged part that process `index` computes.
+
+    Part i has `wholes[i]` rows, of which every process has `sizes[i]`; `counts[i]` neighbouring processes have the same
+    ones, as they do with fewer key/value heads than processes.
+    """
+    shards = []
+    for whole, count, size in zip(wholes, counts, sizes, strict=True):
+        start = index // count * size
+        if start + size > whole:
+            raise CheckpointError(f"{whole} rows cannot be shared by {size}; choose another tensor-parallel size")
+        shards.append((range(start, start + size),))
+    return tuple(shards)
+
+
+def fused(wholes: Sequence[int], shards: Sequence[Sequence[range]]) -> tuple[range, ...]:
+    """The rows of parts that the checkpoint has one below the other in one linear."""
+    starts = [sum(wholes[:i]) for i in range(len(wholes))]
+    return tuple(
+        chain.from_iterable(
+            (range(start + rows.start, start + rows.stop) for rows in part)
+            for start, part in zip(starts, shards, strict=True)
+        )
+    )
