@@ -237,7 +237,7 @@ def test_compression_from_end_to_end(family, dtype, tmp_path):
     record = read_provenance(tmp_path / "small")
     numbers = sum(t.numel() for key, t in tensors.items() if key.endswith(kinds[:2])) + kept // dtype.itemsize
     assert record["retention"]["params"] == pytest.approx(numbers / sum(x.params for x in linears))
-    assert record["recipe"]["storage"] == {"pivoted": True}
+    assert record["recipe"]["storage"] == {"pivoted": True, "multiple": 1}
     # The same plan, obeyed by another recipe.
     again = compress(load(tmp_path / "dense"), recipe="jw-svd", plan=plan, changes={"metric.kind": "identity"})
     assert torch.equal(logits(again), logits(small))
@@ -256,5 +256,5 @@ def test_a_model_is_dense_again_after_the_block():
 
 def test_storage_is_a_part_of_every_recipe():
     for name in ("svd", "laser"):
-        assert not Recipe.read(name).storage.pivoted
+        assert Recipe.read(name).storage.pivoted == (name == "spectrim")
         assert Recipe.read(name, PIVOTED).storage.pivoted

@@ -17,6 +17,8 @@ from spectrim.recipe import AllocationPart
 class Choice:
     """The options of one linear: 0 … n directions, each way smaller than its dense weight, or that weight.
 
+    With a `step` above 1, a direction below stands for so many directions of the spectrum, bought together.
+
     Purchases are blocks of directions, wanted less from block to block, and the dense weight after `jump` of them. What
     is left at the end may buy parts of blocks, and blocks beyond `jump`.
     """
@@ -28,6 +30,7 @@ class Choice:
     scores: np.ndarray  # [blocks]: how much each block is wanted, the first infinitely
     jump: int  # number of blocks before the dense weight
     whole: float  # how much the dense weight is wanted, at most as much as the blocks before it
+    step: int = 1
 
     @property
     def prices(self) -> np.ndarray:
@@ -73,6 +76,7 @@ def choice(
     loss: torch.Tensor | None,
     heads: int = 1,
     pivoted: bool = False,
+    multiple: int = 1,
 ) -> Choice:
     """The options of one linear under an allocation rule; its scores are comparable across linears.
 
@@ -90,9 +94,15 @@ def choice(
         heads: parts that are factored apart, each with one direction at least.
         pivoted: store the factors by pivots where that is smaller; a direction then costs less than the one before,
             and where it counts by the byte, several may have to be bought at once. Whole linears only.
+        multiple: ranks are multiples of this, or the weight stays dense. Whole linears only.
     """
     values = (s if loss is None or part.rule != "loss-aware" else loss).double().numpy()
-    counts = np.arange(len(values) + 1)
+    step = multiple if heads == 1 else 1
+    starts = np.arange(0, len(values), step)
+    counts = np.append(
+        starts, len(values)
+    )  # the last, which may be no multiple, is never smaller than the dense weight
+    values = np.add.reduceat(values, starts)
     sizes = factor_bytes(linear, counts, heads)
     if pivoted and heads == 1:
         sizes = np.minimum(sizes, factor_bytes(linear, counts, pivoted=True))
@@ -100,13 +110,13 @@ def choice(
     prices = np.diff(sizes[: n + 2])  # the last is that of the direction in whose place the dense weight comes
     left = values[::-1].cumsum()[::-1][: n + 1]  # what the dense weight takes away after each number of directions
     if part.rule == "global-sigma":
-        values = np.sqrt(values)
+        values = np.sqrt(values / step)
     elif part.rule == "global-energy":
         values = values / (values.sum() or 1.0)
     elif part.rule in ("uniform", "adacr"):
         retention = (sizes[1:] / sizes[1]) * (sizes[1] / linear.nbytes)
         if part.rule == "adacr":  # an importance of zero never leaves the floor before all others are dense
-            line = part.floor + (retention - part.floor) / np.maximum(values, 1e-6)
+            line = part.floor + (retention - part.floor) / np.maximum(values / step, 1e-6)
             retention = np.where(retention <= part.floor, retention, line)
         values = -retention
     values = values[: n + 1].copy()
@@ -115,11 +125,11 @@ def choice(
     by_byte = part.rule in ("global-energy", "loss-aware")
     scores = values / prices if by_byte else values
     if n < heads:  # the least is the dense weight
-        return Choice(sizes[: n + 1], linear.nbytes, values[:n], np.empty(0, int), np.empty(0), 0, np.inf)
+        return Choice(sizes[: n + 1], linear.nbytes, values[:n], np.empty(0, int), np.empty(0), 0, np.inf, step)
     ends = _blocks(values[:n], prices[:n], heads) if by_byte else np.arange(heads, n + 1)
-    starts = np.append(0, ends[:-1])
-    singles = ends - starts == 1
-    sums = np.add.reduceat(values[:n], starts) / np.add.reduceat(prices[:n], starts)
+    first = np.append(0, ends[:-1])
+    singles = ends - first == 1
+    sums = np.add.reduceat(values[:n], first) / np.add.reduceat(prices[:n], first)
     worth = np.where(singles, scores[ends - 1], sums)
     worth[0] = np.inf
     jump, whole = len(ends), min(float(scores[n]), float(worth[-1]))
@@ -127,7 +137,7 @@ def choice(
         slopes = left[ends] / (linear.nbytes - sizes[ends])
         jump = int(np.append(worth[1:] <= slopes[:-1], True).argmax()) + 1
         whole = float(slopes[jump - 1])
-    return Choice(sizes[: n + 1], linear.nbytes, values[:n], ends, worth, jump, whole)
+    return Choice(sizes[: n + 1], linear.nbytes, values[:n], ends, worth, jump, whole, step)
 
 
 def _blocks(gains: np.ndarray, prices: np.ndarray, least: int) -> np.ndarray:
@@ -170,7 +180,8 @@ def spend(choices: Mapping[str, Choice], budget: int) -> dict[str, int | None]:
     left = budget - int(price[order[:taken]].sum())
     found = [None if b > option.jump else option.count(b) for option, b in zip(options, blocks, strict=True)]
     _fill(options, found, left)
-    return dict(zip(names, found, strict=True))
+    counts = [None if count is None else count * option.step for count, option in zip(found, options, strict=True)]
+    return dict(zip(names, counts, strict=True))
 
 
 def _fill(options: Sequence[Choice], found: list[int | None], left: int) -> None:

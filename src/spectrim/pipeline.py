@@ -77,9 +77,10 @@ class Compression:
                 f"the linears outside {', '.join(part.places)} stay dense and take {frozen} of the {budget} bytes; "
                 "raise the retention or name more allocation.places"
             )
-        wanted, spectra, by_pivots = self._wanted(), self.spectra, self.recipe.storage.pivoted
+        wanted, spectra, storage = self._wanted(), self.spectra, self.recipe.storage
+        by_pivots, options = storage.pivoted, {"pivoted": storage.pivoted, "multiple": storage.multiple}
         choices = {
-            x.name: choice(part, x, wanted(x.name), self._predicted(x.name), spectra.heads(x.name), by_pivots)
+            x.name: choice(part, x, wanted(x.name), self._predicted(x.name), spectra.heads(x.name), **options)
             for x in free
         }
         counts = spend(choices, budget - frozen)

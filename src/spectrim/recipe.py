@@ -65,10 +65,12 @@ class StoragePart(_Part):
     """How factors are stored; the model computes the same.
 
     ``pivoted`` keeps rank k in k (in + out − k) numbers and k indices instead of k (in + out) numbers, wherever that is
-    smaller; linears that are factored head by head stay as they are.
+    smaller; linears that are factored head by head stay as they are. Ranks are multiples of ``multiple``, which some
+    hardware is faster with; by head they are not rounded.
     """
 
     pivoted: bool = False
+    multiple: int = Field(default=1, ge=1)
 
 
 class CompensatePart(_Part):
