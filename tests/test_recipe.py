@@ -25,7 +25,10 @@ def test_built_in_recipes_are_whole(name):
 
 
 def test_built_in_recipes_are_those_of_the_papers():
-    assert builtin_names() == ("asvd", "curvature", "fwsvd", "jw-svd", "laser", "svd", "svd-llm")
+    assert builtin_names() == (
+        *("asvd", "curvature", "curvature+gptq", "fwsvd", "jw-svd", "jw-svd+gptq", "laser", "laser+gptq"),
+        *("svd", "svd-llm"),
+    )
     kinds = {name: Recipe.read(name).metric.kind for name in builtin_names()}
     assert kinds == {
         "svd": "identity",
@@ -33,11 +36,16 @@ def test_built_in_recipes_are_those_of_the_papers():
         "asvd": "activation-diagonal",
         "svd-llm": "whitening",
         "jw-svd": "whitening",
+        "jw-svd+gptq": "whitening",
         "curvature": "curvature",
+        "curvature+gptq": "curvature",
         "laser": "curvature",
+        "laser+gptq": "curvature",
     }
-    assert {name for name in builtin_names() if Recipe.read(name).needs_curvature} == {"curvature", "laser"}
-    assert {name for name in builtin_names() if Recipe.read(name).metric.per_head} == {"laser"}
+    assert {name for name in builtin_names() if Recipe.read(name).needs_curvature} == {
+        *("curvature", "curvature+gptq", "laser", "laser+gptq"),
+    }
+    assert {name for name in builtin_names() if Recipe.read(name).metric.per_head} == {"laser", "laser+gptq"}
     assert {name for name in builtin_names() if Recipe.read(name).needs_gradients} == {"fwsvd"}
     assert {name for name in builtin_names() if not Recipe.read(name).needs_statistics} == {"svd"}
     assert Recipe.read("svd", {"allocation.rule": "sensitivity"}).needs_statistics
@@ -113,7 +121,9 @@ def test_binary_and_missing_files_are_named(tmp_path):
 
 
 def test_unknown_name_lists_the_known_ones():
-    with pytest.raises(RecipeError, match=r"no recipe 'jwsvd'; choose from asvd, curvature, fwsvd, jw-svd"):
+    with pytest.raises(
+        RecipeError, match=r"no recipe 'jwsvd'; choose from asvd, curvature, curvature\+gptq, fwsvd, jw-svd"
+    ):
         Recipe.read("jwsvd")
 
 
