@@ -26,8 +26,9 @@ def test_built_in_recipes_are_whole(name):
 
 def test_built_in_recipes_are_those_of_the_papers():
     assert builtin_names() == (
-        "adasvd", "asvd", "curvature", "fwsvd", "jw-svd", "laser", "spectrim", "svd", "svd-llm",
-    )  # fmt: skip
+        *("adasvd", "asvd", "curvature", "curvature+gptq", "fwsvd", "jw-svd", "jw-svd+gptq", "laser", "laser+gptq"),
+        *("spectrim", "svd", "svd-llm"),
+    )
     kinds = {name: Recipe.read(name).metric.kind for name in builtin_names()}
     assert kinds == {
         "adasvd": "whitening",
@@ -36,16 +37,17 @@ def test_built_in_recipes_are_those_of_the_papers():
         "asvd": "activation-diagonal",
         "svd-llm": "whitening",
         "jw-svd": "whitening",
+        "jw-svd+gptq": "whitening",
         "curvature": "curvature",
+        "curvature+gptq": "curvature",
         "laser": "curvature",
+        "laser+gptq": "curvature",
         "spectrim": "curvature",
     }
     assert {name for name in builtin_names() if Recipe.read(name).needs_curvature} == {
-        "curvature",
-        "laser",
-        "spectrim",
+        *("curvature", "curvature+gptq", "laser", "laser+gptq", "spectrim"),
     }
-    assert {name for name in builtin_names() if Recipe.read(name).metric.per_head} == {"laser"}
+    assert {name for name in builtin_names() if Recipe.read(name).metric.per_head} == {"laser", "laser+gptq"}
     assert {name for name in builtin_names() if Recipe.read(name).needs_gradients} == {"fwsvd"}
     assert {name for name in builtin_names() if not Recipe.read(name).needs_statistics} == {"svd"}
     for rule in ("sensitivity", "adacr"):
@@ -122,7 +124,9 @@ def test_binary_and_missing_files_are_named(tmp_path):
 
 
 def test_unknown_name_lists_the_known_ones():
-    with pytest.raises(RecipeError, match=r"no recipe 'jwsvd'; choose from adasvd, asvd, curvature, fwsvd, jw-svd"):
+    with pytest.raises(
+        RecipeError, match=r"no recipe 'jwsvd'; choose from adasvd, asvd, curvature, curvature\+gptq, fwsvd, jw-svd"
+    ):
         Recipe.read("jwsvd")
 
 

@@ -12,8 +12,10 @@ from torch import nn
 from torch.nn.utils import skip_init
 
 from spectrim.errors import ModelError
+from spectrim.packed import PackedLinear
 from spectrim.pivots import pivoted as pivoted_factors
 from spectrim.pivots import row_order
+from spectrim.quantize import Grid
 
 Rank = int | tuple[int, ...]  # of the whole layer, or of each head: of each of as many equal groups of outputs
 
@@ -38,6 +40,9 @@ class LowRankLinear(nn.Module):
     Pivoted (METHODS, section 6), the rank is that of the whole layer: ``B.weight`` [rank, in] are rows of the weight
     itself, those at ``pivots`` (a buffer, int32 [rank]), and ``A.weight`` [out - rank, rank] has the coefficients of
     the other rows, ascending. The outputs of B and of A are written to their places, ``order``.
+
+    Factors may be PackedLinear layers, and a whole layer may have a third child ``R``, a PackedLinear [out, in] that
+    holds the rest of the weight: ``y = A (B x) + R x + bias``; `pack_linears` makes both.
 
     Raises ModelError for a rank below 1, for outputs that are no H equal heads, and for pivots with ranks by head or
     with a rank of all outputs.
@@ -75,6 +80,7 @@ class LowRankLinear(nn.Module):
         self.B = factor(in_features, sum(ranks))
         heads = [factor(k, out_features // len(ranks) - pivoted * k) for k in ranks]
         self.A: Any = heads[0] if isinstance(rank, int) else nn.ModuleList(heads)
+        self.R: PackedLinear | None = None
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         with torch.no_grad():
             for parameter in self.parameters():
@@ -94,6 +100,8 @@ class LowRankLinear(nn.Module):
         else:
             parts = latent.split(self.rank, dim=-1)
             y = torch.cat([A(part) for A, part in zip(self.A, parts, strict=True)], dim=-1)
+        if self.R is not None:
+            y = y + self.R(x)
         return y if self.bias is None else y + self.bias
 
     @torch.no_grad()
@@ -106,6 +114,8 @@ class LowRankLinear(nn.Module):
         not finite, of which no pivots can be found.
         """
         heads, ranks = self._heads(), head_ranks(self.rank)
+        if any(isinstance(factor, PackedLinear) for factor in (*heads, self.B)):
+            raise ModelError("packed factors take codes, not numbers; load factors before pack_linears")
         k = sum(ranks)
         if A.shape != (self.out_features, k) or B.shape != (k, self.in_features):
             raise ModelError(
@@ -161,18 +171,19 @@ class LowRankLinear(nn.Module):
         else:
             blocks, parts = dense.weight.chunk(len(heads)), B.split(head_ranks(self.rank))  # [out / H, in], [k_h, in]
             for block, head, part in zip(blocks, heads, parts, strict=True):
-                block.copy_(head.weight.to(wide) @ part.to(wide))
+                found = head.weight.to(wide) @ part.to(wide)
+                block.copy_(found if self.R is None else found + self.R.weight.to(wide))
         if self.bias is not None:
             dense.bias.copy_(self.bias)
         return dense.train(self.training)
 
     def _heads(self) -> list[nn.Linear]:
-        """The linears of A, one by one; ModelError unless all factors are plain linears with values."""
+        """The linears of A, one by one; ModelError unless all factors are plain or packed linears with values."""
         heads: dict[str, Any] = (
             {"A": self.A} if isinstance(self.rank, int) else {f"A.{h}": A for h, A in enumerate(self.A)}
         )
         for name, factor in {**heads, "B": self.B}.items():
-            if not isinstance(factor, nn.Linear):
+            if not isinstance(factor, nn.Linear | PackedLinear):
                 raise ModelError(
                     f"factor {name} is a {type(factor).__name__}, not a plain linear; merge its adapter first"
                 )
@@ -233,3 +244,37 @@ def lora_targets(model: nn.Module) -> list[str]:
         for factor, module in layer.named_modules()
         if isinstance(module, nn.Linear)
     ]
+
+
+def pack_linears(model: nn.Module, grids: Mapping[str, Grid]) -> None:
+    """Exchange linears of `model`, in place, for empty PackedLinear layers of the same shape, dtype and device.
+
+    `grids` is keyed by runtime names: of dense linears, of factors (``X.A``, ``X.A.0``, ``X.B``), and of the rest of a
+    weight (``X.R``), which a LowRankLinear gets by it. The bias parameter is handed over. Raises ModelError, before
+    anything is changed, for a name that is none of these, and for a grid that does not fit.
+    """
+    packed: dict[str, PackedLinear] = {}
+    for name, grid in grids.items():
+        parent, _, child = name.rpartition(".")
+        try:
+            owner = model.get_submodule(parent)
+            linear: Any = owner.B if child == "R" and isinstance(owner, LowRankLinear) else model.get_submodule(name)
+        except AttributeError:
+            raise ModelError(f"the model has no module {name!r}; grids are keyed by the names of linears") from None
+        if type(linear) is not nn.Linear:
+            raise ModelError(f"{name!r} is a {type(linear).__name__}, not an nn.Linear; leave it out of the grids")
+        shape = linear.in_features, linear.out_features
+        if isinstance(owner, LowRankLinear):
+            if owner.pivots is not None:
+                raise ModelError(f"{name!r} is a factor of a layer that is stored by pivots; pack whole factors only")
+            shape = (owner.in_features, owner.out_features) if child == "R" else shape
+        like: dict[str, Any] = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+        try:
+            layer = PackedLinear(*shape, grid, bias=False, **like)
+        except ModelError as error:
+            raise ModelError(f"{name!r}: {error}") from None
+        layer.bias = linear.bias
+        packed[name] = layer.train(linear.training)
+    for name, layer in packed.items():
+        owner = model.get_submodule(name.rpartition(".")[0])
+        setattr(owner, name.rpartition(".")[2], layer)

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from spectrim.allocate import choice, spend
-from spectrim.anatomy import Anatomy, anatomy
+from spectrim.anatomy import Anatomy, Linear, anatomy
 from spectrim.calibrate import Statistics, calibrate
 from spectrim.calibrate.data import reload_data
 from spectrim.checkpoint import attach, load, load_processor, save
@@ -22,10 +22,12 @@ from spectrim.curvature import predicted_loss
 from spectrim.decompose import factors
 from spectrim.demo import resolve
 from spectrim.errors import BudgetError, RecipeError
+from spectrim.hybrid import Hybrid
 from spectrim.importance import SAMPLES, block_cosines, importance
 from spectrim.layers import LowRankLinear, replace_linears
 from spectrim.linalg import check_finite
-from spectrim.plan import Plan, counted, factor_params, pays_by_pivots, plan_row
+from spectrim.packed import PackedLinear
+from spectrim.plan import Plan, PlanRow, counted, factor_params, pays_by_pivots, plan_row
 from spectrim.recipe import Recipe
 from spectrim.samples import load_text, text_windows
 from spectrim.sensitivity import WINDOWS, probe
@@ -57,6 +59,14 @@ class Compression:
         self._progress = progress
         self._losses: Mapping[str, torch.Tensor] | None = None
         self._cosines: Mapping[str, float] | None = None
+        self._hybrid: Hybrid | None = None
+
+    @property
+    def hybrid(self) -> Hybrid:
+        """The options of integer weights, and those weights."""
+        if self._hybrid is None:
+            self._hybrid = Hybrid(self.model, self.recipe, self.statistics, self.spectra)
+        return self._hybrid
 
     def plan(self, retain: float) -> Plan:
         """The plan that keeps at most `retain` of the linears' dense bytes, and less than one rank step below it.
@@ -77,8 +87,15 @@ class Compression:
                 f"the linears outside {', '.join(part.places)} stay dense and take {frozen} of the {budget} bytes; "
                 "raise the retention or name more allocation.places"
             )
+        if self.recipe.quantize.bits is not None:
+            for linear in free:
+                self._predicted(linear.name)
+            hybrid = self.hybrid.rows(free, budget - frozen)
+            rows = {x.name: hybrid.get(x.name) or plan_row(x, None, 0.0) for x in self.parts.linears}
+            return Plan(recipe=self.recipe.name, retain=retain, linears=rows)
         wanted, spectra, storage = self._wanted(), self.spectra, self.recipe.storage
-        by_pivots, options = storage.pivoted, {"pivoted": storage.pivoted, "multiple": storage.multiple}
+        by_pivots = storage.pivoted
+        options: dict[str, Any] = {"pivoted": by_pivots, "multiple": storage.multiple}
         choices = {
             x.name: choice(part, x, wanted(x.name), self._predicted(x.name), spectra.heads(x.name), **options)
             for x in free
@@ -155,14 +172,26 @@ class Compression:
         if self.statistics is None or not self.recipe.needs_curvature:
             return None
         found = dict.fromkeys(self.statistics.manifest.data.modalities, 0.0)
-        for name, rank in plan.ranks.items():
+        for name in plan.changed:
             W: Any = self.model.get_submodule(name).weight
-            A, B = factors(W, *self.spectra.directions(name, rank, W.device))
+            small = self._weight(name, plan.linears[name], W)
             for modality in found:
                 moment, output = self.statistics.moment(name, modality), self.statistics.output(name, modality)
                 if moment is not None and output is not None:
-                    found[modality] += predicted_loss(self.recipe.metric.eta, A @ B - W.double(), moment, output)
+                    found[modality] += predicted_loss(self.recipe.metric.eta, small - W.double(), moment, output)
         return {str(modality): loss for modality, loss in found.items()}
+
+    def _weight(self, name: str, row: PlanRow, W: torch.Tensor) -> torch.Tensor:
+        """The weight [out, in] that a row computes with."""
+        if row.integers is not None:
+            return self.hybrid.stored(self._linears[name], row).weight()
+        assert row.rank is not None
+        A, B = factors(W, *self.spectra.directions(name, row.rank, W.device))
+        return A @ B
+
+    @property
+    def _linears(self) -> dict[str, Linear]:
+        return {linear.name: linear for linear in self.parts.linears}
 
     @torch.no_grad()
     def apply(self, plan: Plan) -> PreTrainedModel:
@@ -172,7 +201,13 @@ class Compression:
             SpectrimError: the recipe compensates, and its samples are missing (see ``compensate.Compensation``).
         """
         compensated = self._compensated(plan)
+        for name in plan.changed:
+            row = plan.linears[name]
+            if row.integers is not None:
+                self.hybrid.stored(self._linears[name], row).put(self.model, name, row.rank)
         for name, rank in plan.ranks.items():
+            if plan.linears[name].integers is not None:
+                continue
             dense: Any = self.model.get_submodule(name)
             if name in compensated:
                 A, B = compensated[name]
@@ -183,12 +218,14 @@ class Compression:
             replace_linears(self.model, {name: rank}, plan.pivoted & {name})
             layer: Any = self.model.get_submodule(name)
             layer.load_factors(A, B)
-        return attach(self.model) if plan.ranks else self.model
+        return attach(self.model) if plan.changed else self.model
 
     def _compensated(self, plan: Plan) -> Mapping[str, tuple[torch.Tensor, torch.Tensor]]:
         """Compensated factors by linear; none where the recipe wants none."""
         if self.recipe.compensate.kind == "none":
             return {}
+        if any(row.integers is not None for row in plan.linears.values()):
+            raise RecipeError("compensation does not go with a plan of integers; set compensate.kind=none")
         if self.statistics is None or self.processor is None:
             raise RecipeError(
                 "compensation runs the calibration samples through the model again; give statistics and the model's "
@@ -202,7 +239,7 @@ class Compression:
     @contextmanager
     def applied(self, plan: Plan) -> Iterator[PreTrainedModel]:
         """The factored model inside the block, the dense one again after it."""
-        dense: dict[str, nn.Module] = {name: self.model.get_submodule(name) for name in plan.ranks}
+        dense: dict[str, nn.Module] = {name: self.model.get_submodule(name) for name in plan.changed}
         try:
             yield self.apply(plan)
         finally:
@@ -274,7 +311,7 @@ def compression(
         raise TypeError(f"calibrate() has no argument '{unknown[0]}'")
     chosen = Recipe.read(recipe, changes)
     parts = anatomy(model)
-    if any(isinstance(module, LowRankLinear) for module in model.modules()):
+    if any(isinstance(module, LowRankLinear | PackedLinear) for module in model.modules()):
         raise RecipeError("the model is compressed already; start from the dense model, or dequantize it first")
 
     def report(stage: str) -> Callable[[int, int], None] | None:

@@ -7,12 +7,13 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_core import PydanticKnownError
 
 from spectrim.anatomy import PLACES, Anatomy, Linear
 from spectrim.errors import BudgetError
 from spectrim.layers import Rank, head_ranks
+from spectrim.quantize import Grid, fitting_group
 
 N = TypeVar("N", int, np.ndarray)
 PIVOT = torch.int32.itemsize  # bytes of one pivot
@@ -22,14 +23,43 @@ class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class Integers(_Part):
+    """Which weights of a row are integers.
+
+    ``bits`` are those of the dense weight, or of both factors where the row has a rank. ``residual`` are those of a
+    whole weight [out, in] that is added to the product of the factors, which may then stay as they are (``bits`` None).
+    ``group`` is the largest number of inputs that share a scale; of 128, 64 and 32 each weight takes the largest that
+    divides its inputs, else one scale by output. An asymmetric grid has a zero point for each scale.
+    """
+
+    bits: int | None = Field(default=None, ge=2, le=8)
+    residual: int | None = Field(default=None, ge=2, le=8)
+    group: Literal[32, 64, 128] = 128
+    symmetric: bool = True
+
+    def grids(self, linear: Linear, rank: Rank | None) -> dict[str, tuple[int, int, Grid]]:
+        """Outputs, inputs and grid of each integer weight of a linear; by part: A, B, R, or "" for the dense one."""
+        out, size = linear.out_features, linear.in_features
+        shapes = {"": (out, size, self.bits)} if rank is None else {"R": (out, size, self.residual)}
+        if rank is not None:
+            k = counted(rank)[0]
+            shapes |= {"A": (out, k, self.bits), "B": (k, size, self.bits)}
+        return {
+            part: (rows, columns, Grid(bits, fitting_group(columns, self.group), self.symmetric))
+            for part, (rows, columns, bits) in shapes.items()
+            if bits is not None
+        }
+
+
 class PlanRow(_Part):
     """One linear: its rank (None: dense; a list: one for each head of a q, k or v), and what follows from it.
 
     ``error`` is the relative error in the recipe's metric, Σ_{i>k} s_i / Σ s_i (None where no spectrum was made);
     ``metric`` says which samples the metric came from; ``loss`` is the increase of the model's loss, in nats, that is
     predicted of this row alone (None where nothing predicts it). ``pivoted`` says that the factors are stored by
-    pivots, for which a row needs one rank below its number of outputs; of a dense row it says nothing. Only ``rank``
-    and ``pivoted`` are obeyed, all else are notes.
+    pivots, for which a row needs one rank below its number of outputs; of a dense row it says nothing. ``integers``
+    says which weights are quantised, None for none. Only ``rank``, ``pivoted`` and ``integers`` are obeyed, all else
+    are notes.
     """
 
     rank: Rank | None
@@ -39,6 +69,7 @@ class PlanRow(_Part):
     error: float | None = None
     metric: str | None = None
     loss: float | None = None
+    integers: Integers | None = None
 
     @field_validator("rank")
     @classmethod
@@ -76,6 +107,11 @@ class Plan(_Part):
     def ranks(self) -> dict[str, Rank]:
         """Ranks of the linears that are factored."""
         return {name: row.rank for name, row in self.linears.items() if row.rank is not None}
+
+    @property
+    def changed(self) -> set[str]:
+        """Names of the linears that are factored or hold integers."""
+        return {name for name, row in self.linears.items() if row.rank is not None or row.integers is not None}
 
     @property
     def pivoted(self) -> set[str]:
@@ -150,8 +186,11 @@ class Plan(_Part):
                         f"{where} stores '{name}' by pivots, which needs one rank below its {linear.out_features} "
                         "outputs; set pivoted to false"
                     )
+            integers = None if row is None else row.integers
+            if integers is not None:
+                _check_integers(linear, rank, pivoted, integers, where)
             # The notes of a row may be those of another rank.
-            rows[name] = plan_row(linear, rank, pivoted=pivoted)
+            rows[name] = plan_row(linear, rank, pivoted=pivoted, integers=integers)
         return Plan(recipe=self.recipe, retain=self.retain, linears=rows)
 
 
@@ -163,17 +202,28 @@ def plan_row(
     *,
     loss: float | None = None,
     pivoted: bool = False,
+    integers: Integers | None = None,
 ) -> PlanRow:
     """The row of one linear, with its bytes."""
     return PlanRow(
         rank=rank,
         pivoted=pivoted,
-        bytes=linear.nbytes if rank is None else factor_bytes(linear, *counted(rank), pivoted),
+        bytes=row_bytes(linear, rank, integers, pivoted),
         dense_bytes=linear.nbytes,
         error=error,
         metric=metric,
         loss=loss,
+        integers=integers,
     )
+
+
+def row_bytes(linear: Linear, rank: Rank | None, integers: Integers | None = None, pivoted: bool = False) -> int:
+    """Stored bytes of one linear, bias not counted; of integers with scales, zero points and shapes."""
+    grids = {} if integers is None else integers.grids(linear, rank)
+    packed = sum(grid.nbytes(out, size, linear.dtype.itemsize) for out, size, grid in grids.values())
+    if rank is None:
+        return packed if grids else linear.nbytes
+    return packed if "A" in grids else packed + factor_bytes(linear, *counted(rank), pivoted)
 
 
 def counted(rank: Rank) -> tuple[int, int]:
@@ -200,6 +250,18 @@ def pays_by_pivots(linear: Linear, rank: Rank | None) -> bool:
     if not isinstance(rank, int) or rank >= linear.out_features:
         return False
     return factor_bytes(linear, rank, pivoted=True) < factor_bytes(linear, rank)
+
+
+def _check_integers(linear: Linear, rank: Rank | None, pivoted: bool, integers: Integers, where: str) -> None:
+    wrong = None
+    if rank is None and (integers.bits is None or integers.residual is not None):
+        wrong = "a dense row has bits and no residual"
+    elif rank is not None and (pivoted or not isinstance(rank, int)):
+        wrong = "only rows of one rank and without pivots can have integers"
+    elif integers.bits is None and integers.residual is None:
+        wrong = "bits or a residual are needed"
+    if wrong is not None:
+        raise BudgetError(f"{where} gives '{linear.name}' integers, but {wrong}; set integers to null, or correct them")
 
 
 def _check_rank(linear: Linear, rank: Rank, where: str) -> None:

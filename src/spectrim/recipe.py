@@ -1,4 +1,4 @@
-"""Recipes: which metric, which allocation, which compensation. Frozen, versioned, readable from YAML.
+"""Recipes: which metric, which allocation, which storage, which compensation. Frozen, versioned, readable from YAML.
 
 The built-in ones are in recipes/.
 """
@@ -100,6 +100,22 @@ class CompensatePart(_Part):
     buckets: int | None = Field(default=None, ge=1)
 
 
+class QuantizePart(_Part):
+    """Whether weights are stored as integers.
+
+    ``bits``: None for none; 3, 4 or 8 for all factors, and for what would stay dense; ``auto`` lets the allocation
+    choose for every linear among dense and integer weights, factors, integer factors, and both together. ``group``
+    inputs share a scale; ``symmetric`` grids have no zero points. ``method`` gptq feeds rounding errors on in the
+    recipe's metric, rtn rounds to nearest. ``roles`` says which linears may hold integers.
+    """
+
+    bits: Literal[3, 4, 8, "auto"] | None = None
+    group: Literal[32, 64, 128] = 128
+    symmetric: bool = True
+    method: Literal["gptq", "rtn"] = "gptq"
+    roles: Literal["all", "feed-forward"] = "all"
+
+
 class Recipe(_Part):
     """A compression method by name. ``summary`` and ``paper`` are what `spectrim recipes` prints."""
 
@@ -111,6 +127,7 @@ class Recipe(_Part):
     allocation: AllocationPart = AllocationPart()
     storage: StoragePart = StoragePart()
     compensate: CompensatePart = CompensatePart()
+    quantize: QuantizePart = QuantizePart()
 
     @property
     def needs_statistics(self) -> bool:
@@ -132,6 +149,10 @@ class Recipe(_Part):
     def _consistent(self) -> "Recipe":
         if self.allocation.rule == "loss-aware" and self.metric.kind != "curvature":
             raise ValueError("allocation 'loss-aware' needs predicted losses; set metric.kind=curvature")
+        if self.quantize.bits is not None and (self.storage.pivoted or self.compensate.kind != "none"):
+            raise ValueError(
+                "integers go with neither pivots nor compensation; set quantize.bits to null, or those off"
+            )
         return self
 
     @classmethod

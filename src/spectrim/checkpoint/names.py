@@ -20,15 +20,17 @@ from transformers.core_model_loading import (
 
 from spectrim.errors import CheckpointError
 from spectrim.layers import LowRankLinear
+from spectrim.packed import PackedLinear
 
 FACTOR = ".B.weight"  # the tensor that stands for a factored linear; A is several tensors where ranks are by head
+_PACKED = (".B.weight_packed", ".weight_packed")  # the same where B, or the whole weight, is packed integers
 
 
 def checkpoint_names(model: PreTrainedModel) -> dict[str, str]:
     """Run-time name → checkpoint name, without ``.weight``, of every linear that may be stored in factored form.
 
-    Covers dense linears and LowRankLinear layers. Left out are linears that the model's checkpoint format stores merged
-    with other tensors, so that factors have no place in it.
+    Covers dense linears, LowRankLinear and PackedLinear layers. Left out are linears that the model's checkpoint format
+    stores merged with other tensors, so that factors have no place in it.
     """
     linears = _linears(model)
     saved = saved_names(model, {*model.state_dict(), *(name + FACTOR for name in linears)})
@@ -39,12 +41,17 @@ def checkpoint_names(model: PreTrainedModel) -> dict[str, str]:
     }
 
 
-def stored_layers(model: PreTrainedModel) -> dict[str, LowRankLinear]:
-    """Every LowRankLinear of `model` by its checkpoint name.
+def compressed_layers(model: nn.Module) -> dict[str, LowRankLinear | PackedLinear]:
+    """Every LowRankLinear of `model`, and every PackedLinear that is no part of one, by runtime name."""
+    return {name: x for name, x in _linears(model).items() if isinstance(x, LowRankLinear | PackedLinear)}
+
+
+def stored_layers(model: PreTrainedModel) -> dict[str, LowRankLinear | PackedLinear]:
+    """Every compressed layer of `model` by its checkpoint name.
 
     Raises CheckpointError for a layer that has no name in the checkpoint format or whose name does not lead back to it.
     """
-    layers = {name: module for name, module in _linears(model).items() if isinstance(module, LowRankLinear)}
+    layers = compressed_layers(model)
     names = checkpoint_names(model)
     if unnamed := sorted(layers.keys() - names.keys()):
         raise CheckpointError(
@@ -69,12 +76,17 @@ def runtime_names(model: PreTrainedModel, names: Iterable[str], tensors: Iterabl
     `model`.
     """
     linears = _linears(model)
-    wanted = {f"{name}{FACTOR}": name for name in names}
-    keys = wanted.keys() if tensors is None else set(tensors)
+    held = None if tensors is None else set(tensors)
+    suffixes = (FACTOR, *_PACKED)
+    wanted = {
+        f"{name}{next((end for end in suffixes if held is not None and name + end in held), FACTOR)}": name
+        for name in names
+    }
+    keys = wanted.keys() if held is None else held
     if missing := sorted(wanted.keys() - keys):
         raise CheckpointError(f"the checkpoint lacks the tensor {shortened(missing)}; copy or compress it again")
     known: dict[str, Any] = dict.fromkeys(model.state_dict(), True)
-    known |= {f"{name}{FACTOR}": True for name in linears}
+    known |= {f"{name}{end}": True for name in linears for end in suffixes}
     renamings, converters = _split(get_model_conversion_mapping(model))
     found = {}
     for key in sorted(keys, key=dot_natural_key):
@@ -83,7 +95,7 @@ def runtime_names(model: PreTrainedModel, names: Iterable[str], tensors: Iterabl
         if renamed not in known and key in known:
             renamed, converter = rename_source_key(key, [], [], prefix, known)
         if key in wanted:
-            name = renamed.removesuffix(FACTOR)
+            name = renamed.removesuffix(key.removeprefix(wanted[key]))
             if converter is not None or name not in linears:
                 raise CheckpointError(
                     f"the checkpoint's linear {wanted[key]!r} maps to no linear of {type(model).__name__}; load it "
@@ -118,7 +130,7 @@ def shortened(names: Sequence[str], limit: int = 5) -> str:
 
 
 def _linears(model: nn.Module) -> dict[str, nn.Module]:
-    """Dense and factored linears by run-time name, without the factors themselves."""
+    """Dense, factored and packed linears by run-time name, without the factors themselves."""
     linears: dict[str, nn.Module] = {}
     inside = None
     for name, module in model.named_modules():  # parents come before their children
@@ -126,7 +138,7 @@ def _linears(model: nn.Module) -> dict[str, nn.Module]:
             continue
         if isinstance(module, LowRankLinear):
             inside = f"{name}."
-        if isinstance(module, nn.Linear | LowRankLinear):
+        if isinstance(module, nn.Linear | LowRankLinear | PackedLinear):
             linears[name] = module
     return linears
 

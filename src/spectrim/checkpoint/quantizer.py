@@ -11,13 +11,19 @@ H ranks; its tensors are ``name.A.0.weight`` [out / H, rank[0]], ``name.A.1.weig
 [sum(rank), in]. A linear in the list ``pivoted`` has ``name.B.weight`` [rank, in], ``name.A.weight`` [out - rank, rank]
 and ``name.pivots``, int32 [rank]: B holds those rows of the weight, A the coefficients of all other rows, ascending.
 
+Where weights are integers, ``quantization_config`` also has ``inner``: a compressed-tensors config of the format
+``pack-quantized`` whose targets are the checkpoint names of all integer linears, one by one: dense ones (``name``),
+factors (``name.A``, ``name.B``, ``name.A.0``) and what is added to a product of factors (``name.R``, [out, in]). In
+place of ``weight`` these have ``weight_packed``, ``weight_scale``, ``weight_shape`` and, where asymmetric,
+``weight_zero_point``.
+
 Opened without this module, transformers only logs a warning about an unknown quantization method, and fills every
 factored layer with random weights. Two guards in the checkpoint make that an error:
 
 - ``fusion_config`` in config.json names a module fusion that only this module registers, and that is switched off;
   transformers refuses a name that it does not know, and its message contains the name: our sentence.
-- Every factored linear also has an empty tensor ``name.weight``. Where a dense weight is expected, its shape does not
-  fit; this stops transformers 4, too, which knows nothing of fusions. A loader of factors skips them.
+- Every factored or packed linear also has an empty tensor ``name.weight``. Where a dense weight is expected, its shape
+  does not fit; this stops transformers 4, too, which knows nothing of fusions. A loader of factors skips them.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -32,9 +38,10 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from spectrim.checkpoint.names import runtime_names, saved_names, shortened, stored_layers
+from spectrim.checkpoint.names import compressed_layers, runtime_names, saved_names, shortened, stored_layers
 from spectrim.errors import CheckpointError, ModelError
-from spectrim.layers import LowRankLinear, Rank, replace_linears
+from spectrim.layers import LowRankLinear, Rank, pack_linears, replace_linears
+from spectrim.packed import PackedLinear, inner_config, inner_grids
 
 METHOD = "spectrim"
 VERSION = 1
@@ -62,8 +69,9 @@ class SpectrimConfig(QuantizationConfigMixin):
     """``quantization_config`` of a checkpoint with factored linears.
 
     `ranks` maps checkpoint names of linears, without ``.weight``, to ranks, or lists of ranks by head; `pivoted` names
-    those of them that are stored by pivots; `spectrim_version` is the release that wrote the checkpoint. Raises
-    CheckpointError for another format version, unknown entries, impossible ranks and pivots without a rank.
+    those of them that are stored by pivots; `inner` is the compressed-tensors config of the integer weights, None where
+    there are none; `spectrim_version` is the release that wrote the checkpoint. Raises CheckpointError for another
+    format version, unknown entries, impossible ranks, pivots without a rank and an inner config of another kind.
     """
 
     def __init__(
@@ -73,6 +81,7 @@ class SpectrimConfig(QuantizationConfigMixin):
         version: int = VERSION,
         spectrim_version: str | None = None,
         quant_method: str = METHOD,
+        inner: Mapping[str, Any] | None = None,
         **unknown: Any,
     ) -> None:
         if version != VERSION:
@@ -83,7 +92,7 @@ class SpectrimConfig(QuantizationConfigMixin):
             )
         if unknown:
             raise CheckpointError(f"quantization_config has unknown entries: {shortened(sorted(unknown))}; remove them")
-        if not isinstance(ranks, Mapping) or not ranks:
+        if not isinstance(ranks, Mapping) or not (ranks or inner):
             raise CheckpointError("quantization_config has no ranks; copy the checkpoint's config.json again")
         checked: dict[str, Rank] = {}
         for name, rank in ranks.items():
@@ -103,6 +112,7 @@ class SpectrimConfig(QuantizationConfigMixin):
         self.spectrim_version = spectrim_version or release()
         self.ranks = checked
         self.pivoted = sorted(set(pivoted))
+        self.inner = None if inner is None else dict(inner)
 
 
 @register_quantizer(METHOD)
@@ -120,12 +130,15 @@ class SpectrimQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
         """Swap the linears on the meta device, and have every missing tensor reported as an error."""
-        ranks = self.quantization_config.ranks
+        ranks, inner = self.quantization_config.ranks, self.quantization_config.inner
         tensors = None if checkpoint_files is None else _tensor_names(checkpoint_files)
-        names = runtime_names(model, ranks, tensors)
+        grids = {} if inner is None else inner_grids(inner)
+        layers = {target: _layer(target, ranks) for target in grids}
+        names = runtime_names(model, {**ranks, **dict.fromkeys(layers.values())}, tensors)
         try:
             pivoted = {names[name] for name in self.quantization_config.pivoted}
             replace_linears(model, {names[name]: rank for name, rank in ranks.items()}, pivoted)
+            pack_linears(model, {names[layers[t]] + t.removeprefix(layers[t]): grid for t, grid in grids.items()})
         except ModelError as error:
             raise CheckpointError(f"quantization_config does not fit the model: {error}") from error
         sentinels = {f"{name}.weight" for name in names.values()}
@@ -161,10 +174,15 @@ class SpectrimQuantizer(HfQuantizer):
             )
         del vars(model)[_REPORT]
         # transformers before 5.23 takes tensors of any shape for a model with a quantizer.
-        linears = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear))
-        if misfits := [f"{name}.weight" for name, x in linears if x.weight.shape != (x.out_features, x.in_features)]:
+        misfits = []
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear) and module.weight.shape != (module.out_features, module.in_features):
+                misfits.append(f"{name}.weight")
+            elif isinstance(module, PackedLinear) and (wrong := module.misfit()):
+                misfits.append(f"{name}.{wrong}")
+        if misfits:
             raise CheckpointError(
-                f"the checkpoint holds {shortened(sorted(misfits))} in another shape than its ranks say; copy or "
+                f"the checkpoint holds {shortened(sorted(misfits))} in another shape than its config says; copy or "
                 "compress it again"
             )
         for name, module in model.named_modules():
@@ -189,14 +207,15 @@ class SpectrimQuantizer(HfQuantizer):
             return None, {}  # only the adapter is written
         attach(model)
         tensors: dict[str, torch.Tensor] = model.state_dict()
-        factored = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, LowRankLinear)]
-        for name in saved_names(model, factored):  # those that the format merges with others stand without the guard
+        for name in saved_names(
+            model, [f"{name}.weight" for name in compressed_layers(model)]
+        ):  # those that the format merges with others stand without the guard
             tensors[name] = torch.empty(0, dtype=model.dtype)
         return tensors, {}
 
     def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        """Merge all factors into dense linears, in place, and make `model` a plain one; see LowRankLinear.to_dense."""
-        dense = {name: module.to_dense() for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+        """Merge factors and unpack integers into dense linears, in place, and make `model` a plain one."""
+        dense = {name: layer.to_dense() for name, layer in compressed_layers(model).items()}
         for name, linear in dense.items():
             model.set_submodule(name, linear if dtype is None else linear.to(dtype))
         self.remove_quantization_config(model)
@@ -234,9 +253,9 @@ class SpectrimQuantizer(HfQuantizer):
 
 
 def attach(model: PreTrainedModel) -> PreTrainedModel:
-    """Make a model that holds LowRankLinear layers one that transformers saves, merges and re-loads as such.
+    """Make a model that holds LowRankLinear or PackedLinear layers one that transformers saves, merges and re-loads.
 
-    Sets ``model.config.quantization_config`` (ranks and pivoted linears by checkpoint name), the guard and
+    Sets ``model.config.quantization_config`` (ranks, pivots and grids by checkpoint name), the guard and
     ``model.hf_quantizer``; returns `model`. Afterwards ``model.save_pretrained`` and ``model.dequantize`` work. Raises
     ModelError if there is no such layer, CheckpointError if one cannot be stored or if the model is quantised in
     another way.
@@ -245,20 +264,34 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
     present = getattr(config, "quantization_config", None)
     if present is not None and not isinstance(present, SpectrimConfig):
         raise CheckpointError("the model is already quantised in another way; compress the unquantised model")
-    layers = [name for name, module in model.named_modules() if isinstance(module, LowRankLinear)]
+    layers = compressed_layers(model)
     if not layers:
-        raise ModelError("the model holds no factored layer; save it with its own save_pretrained")
+        raise ModelError("the model holds no factored layer and no packed one; save it with its own save_pretrained")
     tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
     if shared := [name for name in layers if f"{name}.weight" in tied]:
         raise CheckpointError(f"{shortened(shared)} shares its weight with another layer; keep it dense")
     stored = stored_layers(model)
+    factored = {name: layer for name, layer in stored.items() if isinstance(layer, LowRankLinear)}
+    grids = {
+        f"{name}.{part}".removesuffix("."): module.grid
+        for name, layer in stored.items()
+        for part, module in layer.named_modules()
+        if isinstance(module, PackedLinear)
+    }
     config.quantization_config = SpectrimConfig(
-        {name: layer.rank for name, layer in stored.items()},
-        [name for name, layer in stored.items() if layer.pivots is not None],
+        {name: layer.rank for name, layer in factored.items()},
+        [name for name, layer in factored.items() if layer.pivots is not None],
+        inner=inner_config(grids) if grids else None,
     )
     config.fusion_config = {**(getattr(config, "fusion_config", None) or {}), GUARD: False}
     vars(model)["hf_quantizer"] = SpectrimQuantizer(config.quantization_config)
     return model
+
+
+def _layer(target: str, ranks: Mapping[str, Rank]) -> str:
+    """The layer that an integer linear is, or is a part of."""
+    owners = (target.removesuffix(f".{end}") for end in (target.rpartition(".")[2], ".".join(target.split(".")[-2:])))
+    return next((owner for owner in owners if owner in ranks), target)
 
 
 def _tensor_names(files: Iterable[str]) -> list[str]:

@@ -14,11 +14,11 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from spectrim.checkpoint.card import CARD, model_card
+from spectrim.checkpoint.names import compressed_layers
 from spectrim.checkpoint.quantizer import attach, release
 from spectrim.checkpoint.read import PROVENANCE, load_processor, read_provenance
 from spectrim.errors import CheckpointError
 from spectrim.files import sync
-from spectrim.layers import LowRankLinear
 
 # Files of a source directory that describe its own weights, and are not copied beside other ones.
 _NOT_COPIED = (
@@ -54,7 +54,7 @@ def save(
     files = dict(files or {})
     record = _record(provenance, files)
     _check_target(target, overwrite)
-    if any(isinstance(module, LowRankLinear) for module in model.modules()):
+    if compressed_layers(model):
         attach(model)
     with _io_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,64 @@
+"""What error feedback saves on single linears: to nearest, along the inputs, on both sides, and what was predicted.
+
+    python benchmarks/rounding.py smollm2.gguf --stats STATS --linears layers.5.self_attn.q_proj,layers.5.mlp.down_proj
+
+Predicted losses in nats of each linear alone, as dense integers and as integer factors of one rank, with and without
+the re-fit of A. The statistics need curvature.
+"""
+
+import argparse
+from functools import partial
+
+import torch
+
+from spectrim.anatomy import anatomy
+from spectrim.calibrate import Statistics
+from spectrim.checkpoint import load
+from spectrim.decompose import decompose, sides
+from spectrim.demo import resolve
+from spectrim.hybrid import gram, refit
+from spectrim.metric import layer_metric
+from spectrim.quantize import Grid, conditional, error, expected, fitting_group, quantize
+from spectrim.recipe import Recipe
+from spectrim.spectra import directions
+
+
+def main() -> None:
+    """Parse the command line, measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--stats", required=True)
+    parser.add_argument("--linears", required=True, help="ends of names, with commas")
+    parser.add_argument("--bits", default="3,4")
+    parser.add_argument("--rank", type=int, default=192)
+    parser.add_argument("--group", type=int, default=128)
+    args = parser.parse_args()
+    model, statistics = load(resolve(args.model), dtype=torch.float32), Statistics.open(args.stats)
+    head = "linear | bits | to nearest | inputs | both sides | predicted | rank | truncated | nearest | fed on | re-fit"
+    print(f"| {head} |\n{'|---' * 11}|")
+    for linear in anatomy(model).linears:
+        if not linear.name.endswith(tuple(args.linears.split(","))):
+            continue
+        W = model.get_submodule(linear.name).weight.detach().double()
+        metric = layer_metric(Recipe.read("curvature").metric, linear, statistics)
+        assert metric.output is not None
+        root, C = metric.output.roots[0], metric.value
+        G = metric.output.nats[0] * root.metric_times(torch.eye(len(W), dtype=torch.float64))
+        spectrum = decompose(W, C, metric.output)
+        A, B = (factor.double() for factor in sides(W, *directions(spectrum, args.rank)[1:]))
+        for bits in map(int, args.bits.split(",")):
+            grid, narrow = (Grid(bits, fitting_group(n, args.group)) for n in (W.shape[1], args.rank))
+            rounded = partial(quantize, dtype=torch.bfloat16)
+            found = [error(W - rounded(W, grid, *given).dense(), C, G) for given in ((), (C,), (C, G))]
+            weights = conditional(C, W.shape[1], W), conditional(G, len(W), W)
+            found += [float(expected(W, grid, *weights, torch.bfloat16).sum())]
+            cells = [f"{value:.5f}" for value in found] + [str(args.rank), f"{error(W - A @ B, C, G):.5f}"]
+            nearest = rounded(A, narrow).dense() @ rounded(B, grid).dense()
+            kept = rounded(B, grid, C).dense()
+            again = [rounded(X, narrow, gram(kept, C), G).dense() @ kept for X in (A, refit(W, A, kept, C))]
+            cells += [f"{error(W - product, C, G):.5f}" for product in (nearest, *again)]
+            print(f"| {linear.name} | {bits} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,327 @@
+"""Every linear chooses how it is stored: dense, factored, integers, or factors and integers together.
+
+The predicted loss of an option that holds integers needs no integers: after error feedback the rounding residuals r are
+as large as those of rounding to nearest on the same grid, and the error is ``Σ S_ii² r_ij² T_jj²`` (see
+:mod:`spectrim.quantize`), so one rounding prices an option. What the plan chooses is then quantised in earnest.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from spectrim.anatomy import Linear
+from spectrim.calibrate import Statistics
+from spectrim.decompose import decompose, sides
+from spectrim.errors import BudgetError, NumericalError, RecipeError
+from spectrim.layers import Rank, pack_linears, replace_linears
+from spectrim.linalg import check_finite
+from spectrim.metric import Metric, layer_metric
+from spectrim.plan import Integers, PlanRow, counted, factor_bytes, plan_row, row_bytes
+from spectrim.quantize import Grid, Quantized, conditional, expected, fitting_group, quantize
+from spectrim.recipe import Recipe
+from spectrim.spectra import Spectra, directions
+
+BITS = (3, 4, 8)  # of integers where the recipe leaves them to the allocation
+RESIDUAL_BITS = (3, 4)  # of a whole weight that has factors beside it
+FACTOR_BITS = 8  # of those factors
+RANKS = 32  # ranks that are options are multiples of this
+FEED_FORWARD = ("gate", "up", "down", "gate_up", "fc1", "fc2")
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to store a linear: its row's rank and integers, its bytes, and what it costs in the rule's unit."""
+
+    rank: Rank | None
+    integers: Integers | None
+    bytes: int
+    cost: float
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A linear as it is stored: integers by part (A, B, R, or "" for a dense weight), and its factors before that."""
+
+    parts: dict[str, Quantized]
+    factors: tuple[torch.Tensor, torch.Tensor] | None
+
+    def weight(self) -> torch.Tensor:
+        """The weight [out, in] that the model computes with, float64."""
+        if self.factors is None:
+            return self.parts[""].dense()
+        A, B = (
+            self.parts[name].dense() if name in self.parts else factor.double()
+            for name, factor in zip("AB", self.factors, strict=True)
+        )
+        return A @ B if "R" not in self.parts else A @ B + self.parts["R"].dense()
+
+    def put(self, model: nn.Module, name: str, rank: Rank | None) -> None:
+        """Exchange the dense linear `name` of `model` for this."""
+        if self.factors is not None:
+            assert rank is not None
+            replace_linears(model, {name: rank})
+            layer: Any = model.get_submodule(name)
+            layer.load_factors(*self.factors)
+        places = {part: f"{name}.{part}".removesuffix(".") for part in self.parts}
+        pack_linears(model, {places[part]: found.grid for part, found in self.parts.items()})
+        for part, found in self.parts.items():
+            packed: Any = model.get_submodule(places[part])
+            packed.load(found)
+
+
+class Hybrid:
+    """The options of all linears of one model under one recipe, and the integers of those that are chosen."""
+
+    def __init__(self, model: nn.Module, recipe: Recipe, statistics: Statistics | None, spectra: Spectra) -> None:
+        if recipe.allocation.rule not in ("uniform", "global-energy", "loss-aware"):
+            raise RecipeError(
+                f"allocation '{recipe.allocation.rule}' cannot compare integers with factors; "
+                "set allocation.rule=loss-aware, global-energy or uniform"
+            )
+        self._model, self._recipe, self._statistics, self._spectra = model, recipe, statistics, spectra
+        self._options: dict[str, list[Option]] = {}
+        self._stored: dict[tuple[str, str], Stored] = {}
+
+    def rows(self, linears: Sequence[Linear], budget: int) -> dict[str, PlanRow]:
+        """The rows of the linears that share `budget` bytes; by name."""
+        options = {linear.name: self.options(linear) for linear in linears}
+        if self._recipe.allocation.rule == "uniform":
+            share = budget / sum(linear.nbytes for linear in linears)
+            chosen = {}
+            for linear in linears:
+                fitting = [option for option in options[linear.name] if option.bytes <= share * linear.nbytes]
+                least = min(options[linear.name], key=lambda option: option.bytes)
+                chosen[linear.name] = min(fitting, key=lambda option: option.cost, default=least)
+            if (spent := sum(option.bytes for option in chosen.values())) > budget:
+                raise BudgetError(
+                    f"the budget of {budget} bytes is less than {spent}, the least there is; raise --retain"
+                )
+        else:
+            chosen = cheapest(options, budget)
+        rows = {}
+        for linear in linears:
+            option, loss = chosen[linear.name], None
+            if self._spectra.losses(linear.name) is not None:
+                loss = option.cost
+            source = self._spectra.sources[linear.name]
+            error = option.cost / max(self._unit(linear.name), 1e-300)
+            rows[linear.name] = plan_row(linear, option.rank, error, source, loss=loss, integers=option.integers)
+        return rows
+
+    def options(self, linear: Linear) -> list[Option]:
+        """All options of one linear, with predicted costs: nats under curvature, else shares of its energy."""
+        if linear.name not in self._options:
+            try:
+                self._options[linear.name] = self._make(linear)
+            except NumericalError as error:
+                raise NumericalError(f"{linear.name}: {error}") from error
+        return self._options[linear.name]
+
+    def stored(self, linear: Linear, row: PlanRow) -> Stored:
+        """The integers (and factors) of a row that has some; made once."""
+        key = (linear.name, row.model_dump_json(include={"rank", "integers"}))
+        if key not in self._stored:
+            self._stored = {other: found for other, found in self._stored.items() if other[0] != linear.name}
+            self._stored[key] = self._make_stored(linear, row)
+        return self._stored[key]
+
+    def _weight(self, linear: Linear) -> torch.Tensor:
+        weight = self._model.get_submodule(linear.name).weight
+        assert isinstance(weight, torch.Tensor)
+        return check_finite(f"the weight of {linear.name}", weight.detach()).double()
+
+    def _metrics(self, linear: Linear, W: torch.Tensor) -> tuple[Metric, torch.Tensor | None, torch.Tensor | None]:
+        """The metric of a linear, and C and G in the unit of its costs."""
+        metric = layer_metric(self._recipe.metric, linear, self._statistics, W.device)
+        C = None if metric.value is None else metric.value.to(W.device)
+        if metric.output is None:
+            return metric, C, torch.full((len(W),), self._scale(linear.name), dtype=W.dtype, device=W.device)
+        rows = len(W) // len(metric.output.roots)
+        eye = torch.eye(rows, dtype=W.dtype, device=W.device)
+        pairs = zip(metric.output.roots, metric.output.nats.tolist(), strict=True)
+        return metric, C, torch.block_diag(*(n * (eye if r is None else r.metric_times(eye)) for r, n in pairs))
+
+    def _unit(self, name: str) -> float:
+        """The cost of a linear without any direction."""
+        losses = self._spectra.losses(name)
+        return 1.0 if losses is None else float(losses.sum())
+
+    def _scale(self, name: str) -> float:
+        """What turns squared error into a share of the energy."""
+        return 1 / max(float(self._spectra.values(name).sum()), 1e-300)
+
+    def _make(self, linear: Linear) -> list[Option]:
+        part, spectra = self._recipe.quantize, self._spectra
+        heads, losses = spectra.heads(linear.name), spectra.losses(linear.name)
+        costs = spectra.values(linear.name) * self._scale(linear.name) if losses is None else losses
+        left = torch.cat([costs.flip(0).cumsum(0).flip(0), costs.new_zeros(1)]).tolist()
+        integers, step = part.roles == "all" or linear.role in FEED_FORWARD, self._step(len(left) - 1)
+        found: list[Option] = []
+        if part.bits == "auto" or not integers:
+            sizes = factor_bytes(linear, np.arange(len(left)), heads).tolist()
+            found = [
+                Option(spectra.rank(linear.name, count), None, sizes[count], left[count])
+                for count in range(max(heads, step), len(left), step)
+                if sizes[count] < linear.nbytes
+            ] + [Option(None, None, linear.nbytes, 0.0)]
+        if not integers:
+            return found
+        W = self._weight(linear)
+        _, C, G = self._metrics(linear, W)
+        s, t = self._weights(G, len(W), W), self._weights(C, W.shape[1], W)
+        price = partial(expected, dtype=linear.dtype)
+        make = partial(Integers, group=part.group, symmetric=part.symmetric)
+        menu: tuple[int, ...] = BITS if part.bits == "auto" else (part.bits,) if part.bits else ()
+        for bits in menu:
+            noise = price(W, self._grid(bits, W.shape[1]), t, s)
+            total, alone = float(noise.sum()), make(bits=bits)
+            found.append(Option(None, alone, row_bytes(linear, None, alone), total))
+            if part.bits == "auto" and bits in RESIDUAL_BITS and heads == 1:
+                # Residuals are as if independent: k directions take away what they hold of a matrix of such entries.
+                N = noise.sqrt() if len(W) <= W.shape[1] else noise.sqrt().T
+                N = N * torch.randn(N.shape, generator=torch.Generator().manual_seed(0), dtype=N.dtype).sign().to(N)
+                taken = torch.linalg.eigvalsh(N @ N.T).flip(0).cumsum(0).tolist()
+                both = make(bits=FACTOR_BITS, residual=bits)
+                for count in range(step, min(4 * step, (len(left) - 1) // 2) + 1, step):
+                    found.append(Option(count, both, row_bytes(linear, count, both), total - taken[count - 1]))
+        if heads == 1:
+            A, B = sides(W, *spectra.directions(linear.name, len(left) - 1, W.device)[1:])
+            A, B = A.double(), B.double()
+            energy = ((B if C is None else B * C if C.ndim == 1 else B @ C) * B).sum(1)  # of B C Bᵀ, which is diagonal
+            gain = ((A if G is None else G[:, None] * A if G.ndim == 1 else G @ A) * A).sum(0)  # of AᵀGA, likewise
+            for bits in menu:
+                noise_A = price(A, self._grid(bits, A.shape[1]), energy, s).sum(0)
+                noise_B = price(B, self._grid(bits, B.shape[1]), t, gain).sum(1)
+                added = (noise_A + noise_B).cumsum(0).tolist()
+                each = make(bits=bits)
+                for count in range(step, len(left), step):
+                    found.append(Option(count, each, row_bytes(linear, count, each), left[count] + added[count - 1]))
+        return found
+
+    def _step(self, most: int) -> int:
+        """Distance between the ranks that are options; less for small linears."""
+        return RANKS if most >= 4 * RANKS else 8 if most >= RANKS else 1
+
+    def _grid(self, bits: int, size: int) -> Grid:
+        part = self._recipe.quantize
+        return Grid(bits, fitting_group(size, part.group), part.symmetric)
+
+    def _weights(self, M: torch.Tensor | None, size: int, like: torch.Tensor) -> torch.Tensor:
+        """How much a squared rounding residual counts on one side: less by far where errors are fed on."""
+        if M is None or M.ndim == 1 or self._recipe.quantize.method == "gptq":
+            return conditional(M, size, like)
+        return M.diagonal().to(like)
+
+    def _make_stored(self, linear: Linear, row: PlanRow) -> Stored:
+        assert row.integers is not None
+        W, how = self._weight(linear), row.integers
+        metric, C, G = self._metrics(linear, W)
+        fed = self._recipe.quantize.method == "gptq"
+
+        def integers(X: torch.Tensor, bits: int, C: torch.Tensor | None, G: torch.Tensor | None) -> Quantized:
+            grid = Grid(bits, fitting_group(X.shape[1], how.group), how.symmetric)
+            return quantize(X, grid, C if fed else None, G if fed else None, dtype=linear.dtype)
+
+        try:
+            if row.rank is None:
+                assert how.bits is not None
+                return Stored({"": integers(W, how.bits, C, G)}, None)
+            count, parts, rest = counted(row.rank)[0], {}, W
+            if how.residual is None:
+                found = self._spectra.directions(linear.name, row.rank, W.device)
+            else:
+                parts["R"] = integers(W, how.residual, C, G)
+                rest = W - parts["R"].dense()
+                found = directions(decompose(rest, C, metric.output), count)
+            A, B = (factor.double() for factor in sides(rest, *found[1:]))
+            if how.bits is not None:
+                parts["B"] = integers(B, how.bits, C, None)
+                B = parts["B"].dense()
+                A = refit(rest, A, B, C) if fed else A
+                parts["A"] = integers(A, how.bits, gram(B, C), G)
+            return Stored(parts, (A, B))
+        except NumericalError as error:
+            raise NumericalError(f"{linear.name}: {error}") from error
+
+
+def gram(B: torch.Tensor, C: torch.Tensor | None) -> torch.Tensor:
+    """``B C Bᵀ`` [k, k] of B [k, in]: the metric of the inputs of the other factor."""
+    return (B if C is None else B * C if C.ndim == 1 else B @ C) @ B.T
+
+
+def refit(W: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor | None = None) -> torch.Tensor:
+    """The A [out, k] of least ``‖L (W − A B) R‖`` for a given B [k, in], whatever L is (adaComp, AdaSVD, section 3.2).
+
+    ``A + (W − A B) C Bᵀ (B C Bᵀ)⁺``: in directions that the metric C of the inputs does not see, A stays what it is.
+    """
+    rest = W - A @ B
+    rest = rest if C is None else rest * C if C.ndim == 1 else rest @ C
+    return A + rest @ B.T @ torch.linalg.pinv(gram(B, C), hermitian=True, rtol=1e-9)
+
+
+def cheapest(options: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]:
+    """One option of each linear, of at most `budget` bytes together and of nearly the least cost.
+
+    One price of a byte for the whole model: each linear walks the lower hull of its options' costs over bytes, steepest
+    steps first. What is left is spent on the exchanges that save most per byte, hull or not.
+
+    Raises:
+        BudgetError: the smallest options together are too large.
+    """
+    hulls = {name: _hull(found) for name, found in options.items()}
+    chosen = {name: hull[0] for name, hull in hulls.items()}
+    left = budget - sum(option.bytes for option in chosen.values())
+    if left < 0:
+        raise BudgetError(
+            f"the budget of {budget} bytes is less than the {budget - left} of the smallest options; raise --retain"
+        )
+    steps = [
+        ((before.cost - after.cost) / (after.bytes - before.bytes), number, name, after)
+        for name, hull in hulls.items()
+        for number, (before, after) in enumerate(pairwise(hull))
+    ]
+    for _, _, name, after in sorted(steps, key=lambda step: (-step[0], step[1])):
+        if after.bytes - chosen[name].bytes > left:
+            break
+        left -= after.bytes - chosen[name].bytes
+        chosen[name] = after
+    best = {name: _exchange(found, chosen[name], left) for name, found in options.items()}
+    while any(best.values()):
+        name = max((name for name in best if best[name]), key=lambda name: _slope(chosen[name], best[name]))
+        option = best[name]
+        assert option is not None
+        if option.bytes - chosen[name].bytes <= left:
+            left -= option.bytes - chosen[name].bytes
+            chosen[name] = option
+        best[name] = _exchange(options[name], chosen[name], left)
+    return chosen
+
+
+def _exchange(options: Sequence[Option], now: Option, left: int) -> Option | None:
+    """The option that saves most cost per byte in place of `now`, of those that `left` more bytes pay for."""
+    found = [option for option in options if option.cost < now.cost and option.bytes - now.bytes <= left]
+    return max(found, key=lambda option: _slope(now, option), default=None)
+
+
+def _hull(options: Sequence[Option]) -> list[Option]:
+    """Vertices of the lower hull of cost over bytes, from the smallest option to the one of least cost."""
+    hull: list[Option] = []
+    for option in sorted(options, key=lambda option: (option.bytes, option.cost)):
+        if hull and option.cost >= hull[-1].cost:
+            continue
+        while len(hull) > 1 and _slope(hull[-2], option) >= _slope(hull[-2], hull[-1]):
+            hull.pop()
+        hull.append(option)
+    return hull
+
+
+def _slope(before: Option, after: Option | None) -> float:
+    """Cost that a step takes away per byte."""
+    assert after is not None
+    return (before.cost - after.cost) / max(after.bytes - before.bytes, 1)

@@ -1,0 +1,180 @@
+"""Integer linears, in the tensors of compressed-tensors' format ``pack-quantized``.
+
+Packing, unpacking and the arithmetic of scales and zero points are those of compressed-tensors, so that its own loader,
+transformers' and vLLM's read the same weight.
+"""
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import torch
+from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+from compressed_tensors.config import CompressionFormat
+from compressed_tensors.quantization import (
+    QuantizationArgs,
+    QuantizationConfig,
+    QuantizationScheme,
+    QuantizationStatus,
+    QuantizationStrategy,
+)
+from pydantic import ValidationError
+from torch import nn
+from torch.nn.utils import skip_init
+
+from spectrim.errors import CheckpointError, ModelError
+from spectrim.quantize import Grid, Quantized
+
+
+class PackedLinear(nn.Module):
+    """A linear layer whose weight is integers: ``y = W x + bias`` with W unpacked whenever it is used.
+
+    Buffers: ``weight_packed`` int32 [out, ⌈in · bits / 32⌉], ``weight_scale`` [out, groups], ``weight_shape`` int64 [2]
+    and, on an asymmetric grid, ``weight_zero_point`` int32 [⌈out · bits / 32⌉, groups]. Scales start as NaN, so that a
+    layer that nobody filled shows in the first logits. Raises ModelError for a group that does not divide the inputs.
+    """
+
+    weight_packed: torch.Tensor
+    weight_scale: torch.Tensor
+    weight_shape: torch.Tensor
+    weight_zero_point: torch.Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        grid: Grid,
+        bias: bool = True,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if grid.group is not None and in_features % grid.group:
+            raise ModelError(f"groups of {grid.group} do not divide {in_features} inputs; choose another group")
+        self.in_features, self.out_features, self.grid = in_features, out_features, grid
+        groups = 1 if grid.group is None else in_features // grid.group
+        words, high = -(-in_features * grid.bits // 32), -(-out_features * grid.bits // 32)
+        like: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.register_buffer("weight_packed", torch.zeros(out_features, words, dtype=torch.int32, device=device))
+        self.register_buffer("weight_scale", torch.full((out_features, groups), torch.nan, **like))
+        self.register_buffer("weight_shape", torch.tensor([out_features, in_features], device=device))
+        zero = None if grid.symmetric else torch.zeros(high, groups, dtype=torch.int32, device=device)
+        self.register_buffer("weight_zero_point", zero)
+        self.bias = nn.Parameter(torch.full((out_features,), torch.nan, **like)) if bias else None
+
+    @cached_property
+    def _scheme(self) -> QuantizationScheme:
+        return scheme(self.grid, [])
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight [out, in] in the dtype of the scales, unpacked anew."""
+        tensors = {"weight_packed": self.weight_packed, "weight_scale": self.weight_scale}
+        if self.weight_zero_point is not None:
+            tensors["weight_zero_point"] = self.weight_zero_point
+        shape = torch.tensor([self.out_features, self.in_features])
+        return PackedQuantizationCompressor.decompress(tensors | {"weight_shape": shape}, self._scheme)["weight"]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map x [..., in] to [..., out] in the dtype of the scales."""
+        return nn.functional.linear(x, self.weight, self.bias)
+
+    @torch.no_grad()
+    def load(self, found: Quantized) -> None:
+        """Pack codes [out, in] on this layer's grid. Raises ModelError for another shape or grid."""
+        if found.grid != self.grid or found.codes.shape != (self.out_features, self.in_features):
+            raise ModelError(
+                f"codes of shape {list(found.codes.shape)} on {found.grid} do not fit a layer that takes "
+                f"{[self.out_features, self.in_features]} on {self.grid}"
+            )
+        self.weight_packed.copy_(pack_to_int32(found.codes, self.grid.bits))
+        self.weight_scale.copy_(found.scale)
+        if self.weight_zero_point is not None:
+            assert found.zero is not None
+            self.weight_zero_point.copy_(pack_to_int32(found.zero, self.grid.bits, packed_dim=0))
+
+    @torch.no_grad()
+    def to_dense(self) -> nn.Linear:
+        """The dense layer of the same map, in the dtype of the scales; ModelError where the weight has no values."""
+        if self.weight_packed.is_meta:
+            raise ModelError("packed weights on the meta device have no values; load the model without offloading")
+        W = self.weight
+        like: dict[str, Any] = {"device": W.device, "dtype": W.dtype}
+        dense = skip_init(nn.Linear, self.in_features, self.out_features, self.bias is not None, **like)
+        dense.weight.copy_(W)
+        if self.bias is not None:
+            dense.bias.copy_(self.bias)
+        return dense.train(self.training)
+
+    def misfit(self) -> str | None:
+        """Name of the first tensor whose shape is not what the grid and the size of the layer say."""
+        like = PackedLinear(self.in_features, self.out_features, self.grid, bias=self.bias is not None, device="meta")
+        wanted = {name: tensor.shape for name, tensor in like.state_dict().items()}
+        held = {name: tensor.shape for name, tensor in self.state_dict().items()}
+        wrong = sorted(name for name, shape in wanted.items() if held.get(name) != shape)
+        if not wrong and self.weight_shape.tolist() != [self.out_features, self.in_features]:
+            return "weight_shape"
+        return wrong[0] if wrong else None
+
+    def extra_repr(self) -> str:
+        """Shape of the layer, as ``nn.Linear`` shows its own, and its grid."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"bits={self.grid.bits}, group={self.grid.group}" + ", symmetric=False" * (not self.grid.symmetric)
+        )
+
+
+def scheme(grid: Grid, targets: list[str]) -> QuantizationScheme:
+    """What compressed-tensors calls a grid."""
+    weights = QuantizationArgs(
+        num_bits=grid.bits,
+        symmetric=grid.symmetric,
+        strategy=QuantizationStrategy.CHANNEL if grid.group is None else QuantizationStrategy.GROUP,
+        group_size=grid.group,
+    )
+    return QuantizationScheme(targets=targets, weights=weights)
+
+
+def inner_config(grids: Mapping[str, Grid]) -> dict[str, Any]:
+    """The compressed-tensors config (JSON types) of linears on grids, by checkpoint name; each is named as a target."""
+    targets: dict[Grid, list[str]] = {}
+    for name, grid in grids.items():
+        targets.setdefault(grid, []).append(name)
+    config = QuantizationConfig(
+        config_groups={f"group_{n}": scheme(grid, sorted(names)) for n, (grid, names) in enumerate(targets.items())},
+        format=CompressionFormat.pack_quantized.value,
+        quantization_status=QuantizationStatus.COMPRESSED,
+    )
+    return config.model_dump(mode="json")
+
+
+def inner_grids(config: Any) -> dict[str, Grid]:
+    """The inverse of `inner_config`: grids by checkpoint name.
+
+    Raises CheckpointError for a config that compressed-tensors refuses, and for one with more than packed integer
+    weights of named linears.
+    """
+    try:
+        read = QuantizationConfig.model_validate(config)
+    except ValidationError as error:
+        first = error.errors()[0]
+        detail = ": ".join([*map(str, first["loc"]), first["msg"]])
+        raise CheckpointError(
+            f"the inner quantization_config is none of compressed-tensors ({detail}); copy config.json again"
+        ) from error
+    grids: dict[str, Grid] = {}
+    for group in read.config_groups.values():
+        assert isinstance(group, QuantizationScheme)
+        weights = group.weights
+        fits = read.format == CompressionFormat.pack_quantized.value and weights is not None
+        if weights is None or not fits or weights.type != "int" or group.input_activations or group.output_activations:
+            raise CheckpointError(
+                "the inner quantization_config holds more than packed integer weights; load such a checkpoint with "
+                "compressed-tensors itself"
+            )
+        size = weights.group_size
+        grid = Grid(weights.num_bits, size if size and size > 0 else None, weights.symmetric)
+        grids |= dict.fromkeys(group.targets, grid)
+    return grids

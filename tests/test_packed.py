@@ -1,0 +1,198 @@
+"""Integer linears: the tensors of compressed-tensors, from disk and back."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
+from compressed_tensors.quantization import QuantizationConfig
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import nn
+
+from compressed import config_of, cut, edited, logits
+from families import FAMILIES
+from spectrim.anatomy import anatomy
+from spectrim.checkpoint import attach, load, save
+from spectrim.errors import CheckpointError, ModelError
+from spectrim.layers import LowRankLinear, pack_linears, replace_linears
+from spectrim.packed import PackedLinear, inner_config, inner_grids
+from spectrim.quantize import Grid, fitting_group, quantize
+
+FORMS = ("dense", "factors", "B alone", "rest", "plain")
+
+
+def grid_of(size: int, bits: int, symmetric: bool) -> Grid:
+    return Grid(bits, fitting_group(size, 64), symmetric)
+
+
+def packed(family: str, model: Any = None) -> Any:
+    """A few-layer model whose linears take turns: packed, factored and packed in three ways, and left as they are."""
+    model = FAMILIES[family]() if model is None else model
+    for number, linear in enumerate(anatomy(model).linears):
+        form, bits, symmetric = FORMS[number % len(FORMS)], (3, 4, 8)[number % 3], number % 2 == 0
+        W = model.get_submodule(linear.name).weight.detach()
+        parts = {}
+        if form == "dense":
+            parts = {linear.name: W}
+        elif form != "plain":
+            A, B = cut(W, min(W.shape) // 3)
+            replace_linears(model, {linear.name: len(B)})
+            model.get_submodule(linear.name).load_factors(A, B)
+            parts = {f"{linear.name}.B": B} | ({} if form == "B alone" else {f"{linear.name}.A": A})
+            if form == "rest":
+                parts[f"{linear.name}.R"] = W.float() - A @ B
+        found = {n: quantize(X, grid_of(X.shape[1], bits, symmetric), dtype=model.dtype) for n, X in parts.items()}
+        pack_linears(model, {name: each.grid for name, each in found.items()})
+        for name, each in found.items():
+            model.get_submodule(name).load(each)
+    return model
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(2, 8), st.integers(1, 40), st.sampled_from([32, 48, 64]), st.booleans(), st.booleans(),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+)  # fmt: skip
+def test_a_layer_computes_what_its_codes_say(bits, out, size, symmetric, bias, dtype):
+    generator = torch.Generator().manual_seed(bits + out)
+    W = torch.randn(out, size, generator=generator)
+    found = quantize(W, grid_of(size, bits, symmetric), dtype=dtype)
+    layer = PackedLinear(size, out, found.grid, bias, dtype=dtype)
+    assert layer.weight.isnan().all()
+    if layer.bias is not None:
+        nn.init.normal_(layer.bias)
+    layer.load(found)
+    assert layer.weight.dtype == dtype
+    torch.testing.assert_close(
+        layer.weight.double(), found.dense(), rtol=2**-8 if dtype == torch.bfloat16 else 1e-6, atol=0
+    )
+    x = torch.randn(3, size, generator=generator).to(dtype)
+    expected = nn.functional.linear(x, layer.weight, layer.bias)
+    assert torch.equal(layer(x), expected)
+    assert torch.equal(layer.to_dense()(x), expected)
+    # The bytes that a plan counts are those of the tensors.
+    stored = sum(tensor.nbytes for name, tensor in layer.state_dict().items() if name != "bias")
+    assert stored == found.grid.nbytes(out, size, dtype.itemsize)
+    assert layer.misfit() is None
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ModelError, match="groups of 32 do not divide 48 inputs"):
+        PackedLinear(48, 8, Grid(4, 32))
+    layer = PackedLinear(32, 8, Grid(4, 32))
+    with pytest.raises(ModelError, match="do not fit a layer"):
+        layer.load(quantize(torch.randn(8, 32), Grid(3, 32)))
+    layer.weight_packed = torch.zeros(8, 3, dtype=torch.int32)
+    assert layer.misfit() == "weight_packed"
+    model = nn.Sequential(nn.Linear(32, 8), nn.ReLU())
+    for name, message in (("1", "is a ReLU"), ("2", "has no module '2'"), ("0.R", "has no module")):
+        with pytest.raises(ModelError, match=message):
+            pack_linears(model, {name: Grid(4, 32)})
+    replace_linears(model, {"0": 4}, {"0"})
+    with pytest.raises(ModelError, match="stored by pivots"):
+        pack_linears(model, {"0.B": Grid(4, 32)})
+    plain = nn.Sequential(nn.Linear(32, 8))
+    replace_linears(plain, {"0": 4})
+    pack_linears(plain, {"0.B": Grid(4, 32)})
+    with pytest.raises(ModelError, match="packed factors take codes"):
+        plain[0].load_factors(torch.ones(8, 4), torch.ones(4, 32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "qwen2_5_vl"])
+def test_from_disk_and_back(family, dtype, tmp_path):
+    FAMILIES[family]().to(dtype).save_pretrained(tmp_path / "dense")
+    model = packed(family, load(tmp_path / "dense"))
+    expected = logits(model)
+    assert expected.isfinite().all()
+    first = save(model, tmp_path / "a")
+    again = load(first)
+    assert torch.equal(logits(again), expected)
+    kinds = {name: type(module) for name, module in model.named_modules()}
+    assert {name: type(module) for name, module in again.named_modules()} == kinds
+    second = save(again, tmp_path / "b")
+    assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
+    assert config_of(first)["quantization_config"] == config_of(second)["quantization_config"]
+    # Integers and factors are merged into one dense weight each.
+    again.dequantize()
+    assert not any(isinstance(module, PackedLinear | LowRankLinear) for module in again.modules())
+    torch.testing.assert_close(logits(again), expected, rtol=1e-4 if dtype == torch.float32 else 0.1, atol=0.05)
+
+
+def test_compressed_tensors_reads_the_same_weights(tmp_path):
+    """Names, tensors and config, read by compressed-tensors alone, without any code of ours."""
+    model = packed("llama")
+    directory = save(model, tmp_path / "a")
+    config = QuantizationConfig.model_validate(config_of(directory)["quantization_config"]["inner"])
+    tensors, seen = load_file(directory / "model.safetensors"), 0
+    for group in config.config_groups.values():
+        for target in group.targets:
+            stored = {k.rpartition(".")[2]: t for k, t in tensors.items() if k.rpartition(".")[0] == target}
+            assert stored.keys() - {"weight", "bias"} == {*PackedQuantizationCompressor.compression_param_names(group)}
+            stored = {name: tensor for name, tensor in stored.items() if name not in ("weight", "bias")}
+            weight = PackedQuantizationCompressor.decompress(stored, group)["weight"]
+            assert torch.equal(weight, model.get_submodule(target).weight)
+            seen += 1
+    assert seen == sum(isinstance(module, PackedLinear) for module in model.modules())
+
+
+@pytest.mark.slow
+def test_a_fresh_process_computes_the_same(tmp_path):
+    model = packed("llama")
+    save(model, tmp_path / "a")
+    torch.save(logits(model), tmp_path / "expected.pt")
+    code = (
+        "import sys, torch, spectrim\nfrom transformers import AutoModelForCausalLM\nfrom compressed import logits\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1] + '/a')\n"
+        "assert torch.equal(logits(model), torch.load(sys.argv[1] + '/expected.pt'))\n"
+    )
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    subprocess.run([sys.executable, "-c", code, tmp_path], check=True, env={**os.environ, "PYTHONPATH": paths})
+
+
+@pytest.mark.parametrize("family", ["llama"])
+def test_damage_is_named(family, tmp_path):
+    model = packed(family)
+    save(model, tmp_path / "a")
+    name = next(name for name, module in model.named_modules() if isinstance(module, PackedLinear))
+    with edited(tmp_path / "a") as tensors:
+        kept = tensors.pop(f"{name}.weight_scale")
+    with pytest.raises(CheckpointError, match=f"{name}.weight_scale"):
+        load(tmp_path / "a")
+    with edited(tmp_path / "a") as tensors:
+        tensors[f"{name}.weight_scale"] = kept[:, :1].repeat(1, 7)
+    with pytest.raises(CheckpointError, match=f"{name}.weight_scale"):
+        load(tmp_path / "a")
+    config = config_of(tmp_path / "a")
+    config["quantization_config"]["inner"]["format"] = "int-quantized"
+    (tmp_path / "a" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="more than packed integer weights"):
+        load(tmp_path / "a")
+    config["quantization_config"]["inner"] = {"config_groups": 3}
+    (tmp_path / "a" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="none of compressed-tensors"):
+        load(tmp_path / "a")
+
+
+def test_plain_transformers_refuses_it(tmp_path):
+    model = attach(packed("llama"))
+    model.save_pretrained(tmp_path)
+    config = config_of(tmp_path)
+    assert any("pip install spectrim" in name for name in config["fusion_config"])
+    empty = [name for name, tensor in load_file(tmp_path / "model.safetensors").items() if tensor.numel() == 0]
+    assert len(empty) == sum(FORMS[n % len(FORMS)] != "plain" for n in range(len(anatomy(FAMILIES["llama"]()).linears)))
+
+
+def test_the_inner_config_says_what_it_was_made_from():
+    grids = {"a": Grid(4, 32), "b.A": Grid(3, None, symmetric=False), "b.B": Grid(4, 32), "c": Grid(8, 128)}
+    config = json.loads(json.dumps(inner_config(grids)))
+    assert inner_grids(config) == grids
+    assert config["format"] == "pack-quantized"
+    assert len(config["config_groups"]) == 3
