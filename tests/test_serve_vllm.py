@@ -31,6 +31,8 @@ from spectrim.checkpoint import SpectrimConfig
 from spectrim.errors import CheckpointError
 from spectrim.evaluate import load_questions
 from spectrim.layers import LowRankLinear, Rank
+from spectrim.packed import inner_config
+from spectrim.quantize import Grid
 from spectrim.samples.batches import image_prompt
 from spectrim.serve.plugin import FactoredConfig
 
@@ -67,6 +69,12 @@ def config(parts: dict[str, torch.nn.Module]) -> FactoredConfig:
     made = FactoredConfig(SpectrimConfig({name: layer.rank for name, layer in low_rank.items()}, pivoted))
     made.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
     return made
+
+
+def test_integers_are_refused():
+    inner = inner_config({"model.layers.0.self_attn.q_proj": Grid(4, 32)})
+    with pytest.raises(CheckpointError, match="holds integers, which spectrim does not serve"):
+        FactoredConfig(SpectrimConfig(inner=inner))
 
 
 @pytest.fixture

@@ -37,10 +37,17 @@ _SHARDS = {"q": 0, "k": 1, "v": 2}
 
 
 class FactoredConfig(QuantizationConfig):
-    """vLLM's view of ``quantization_config`` of a checkpoint; `ranks` and `pivoted` are keyed by vLLM's names."""
+    """vLLM's view of ``quantization_config`` of a checkpoint; `ranks` and `pivoted` are keyed by vLLM's names.
+
+    Raises CheckpointError for integers, which are not served yet.
+    """
 
     def __init__(self, config: SpectrimConfig) -> None:
         super().__init__()
+        if config.inner is not None:
+            raise CheckpointError(
+                "the checkpoint holds integers, which spectrim does not serve in vLLM yet; compress without quantize.bits"
+            )
         self.ranks: dict[str, Rank] = dict(config.ranks)
         self.pivoted = set(config.pivoted)
 
