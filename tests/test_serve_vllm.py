@@ -74,7 +74,7 @@ def config(parts: dict[str, torch.nn.Module]) -> FactoredConfig:
 def test_integers_are_refused():
     inner = inner_config({"model.layers.0.self_attn.q_proj": Grid(4, 32)})
     with pytest.raises(CheckpointError, match="holds integers, which spectrim does not serve"):
-        FactoredConfig(SpectrimConfig(inner=inner))
+        FactoredConfig(SpectrimConfig({}, inner=inner))
 
 
 @pytest.fixture

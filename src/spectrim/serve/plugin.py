@@ -46,7 +46,8 @@ class FactoredConfig(QuantizationConfig):
         super().__init__()
         if config.inner is not None:
             raise CheckpointError(
-                "the checkpoint holds integers, which spectrim does not serve in vLLM yet; compress without quantize.bits"
+                "the checkpoint holds integers, which spectrim does not serve in vLLM yet; "
+                "compress without quantize.bits"
             )
         self.ranks: dict[str, Rank] = dict(config.ranks)
         self.pivoted = set(config.pivoted)
