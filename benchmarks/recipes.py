@@ -30,6 +30,7 @@ from spectrim.checkpoint import load, load_processor
 from spectrim.demo import resolve
 from spectrim.evaluate import ImageQuestion, blind_questions, load_questions, perplexity, vqa
 from spectrim.evaluate.results import score
+from spectrim.layers import LowRankLinear
 from spectrim.pipeline import compression
 from spectrim.recipe import Recipe
 from spectrim.samples import load_text
@@ -61,9 +62,11 @@ def easy_vqa(folder: Path, count: int) -> list[ImageQuestion]:
 
 
 def rounded(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Round all parameters to a dtype, in place; they stay float32."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype).float()
+    """Round the factors of a model to a dtype, in place; they stay float32, and so does what is computed."""
+    for layer in model.modules():
+        if isinstance(layer, LowRankLinear):
+            for parameter in layer.parameters():
+                parameter.data = parameter.data.to(dtype).float()
 
 
 def measure(model: Any, processor: Any, text: str, questions: Any, args: argparse.Namespace) -> dict[str, Any]:
@@ -98,7 +101,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int)
     parser.add_argument("--questions", type=int, default=100, help="of each task")
     parser.add_argument("--easy-vqa", type=Path, help="ask the test questions of this easy-vqa data folder instead")
-    parser.add_argument("--store", choices=("float32", "bfloat16"), help="round all weights and factors to this dtype")
+    parser.add_argument("--store", choices=("float32", "bfloat16"), help="round the factors to this dtype")
     parser.add_argument("--labels", default="given", help="of gradient passes: given or sampled")
     parser.add_argument("--stats", type=Path, help="keep the statistics here, or use those that are")
     parser.add_argument("--seed", type=int, default=0)
@@ -108,7 +111,6 @@ def main() -> None:
     # Stored in the model's own dtype, computed in float32: the table compares recipes, not rounding.
     model, processor = load(source, dtype=torch.float32), load_processor(source)
     store = getattr(torch, args.store or "float32")
-    rounded(model, store)
     sees = hasattr(processor, "image_processor")
     text = load_text(args.heldout, split="heldout")
     questions: Any = []
