@@ -247,7 +247,7 @@ def test_every_linear_is_fitted_to_what_the_layers_before_it_became(family, buck
         expected, found = X @ B.T @ A.T, X @ layer.to_dense().weight.T
         values = torch.linalg.svdvals(X / X.norm(dim=0).clamp_min(1e-30))
         if not ((values > 1e-12 * values[0]) & (values < 1e-5 * values[0])).any():
-            assert (found - expected).norm() < 1e-4 * expected.norm(), name
+            assert (found - expected).norm() < 1e-3 * expected.norm(), name
             places.append(linear.place)
         assert (found - T).norm() <= (X @ plain[name][1].T @ plain[name][0].T - T).norm(), name
     assert places.count("backbone") > 5

@@ -15,7 +15,7 @@ from spectrim.evaluate import EvaluationReport, evaluate, load_questions
 from spectrim.pipeline import compression
 
 RECIPES = ("spectrim", "laser", "jw-svd", "svd-llm", "asvd", "fwsvd", "svd")
-BUDGETS = (0.6, 0.4)
+BUDGETS = (0.4, 0.3)
 SAMPLES, SEQLEN = 192, 128
 
 
