@@ -1,7 +1,7 @@
 """Compressed few-layer models, and ways to look into and to damage a checkpoint."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,29 @@ def factored(family: str, model: Any = None, form: str = "whole") -> hf.PreTrain
         apart = {x.name: x.heads for x in linears if x.role in ("q", "k", "v") and x.heads}
         assert apart
         ranks |= {n: tuple(len(dense[n]) // heads // 3 + h for h in range(heads)) for n, heads in apart.items()}
-    replace_linears(model, ranks, ranks.keys() if form == "pivoted" else ())
+    return cut_linears(model, ranks, ranks.keys() if form == "pivoted" else ())
+
+
+def cut_linears(model: Any, ranks: dict[str, Rank], pivoted: Collection[str]) -> hf.PreTrainedModel:
+    """The model with these linears exchanged for their best factors of these ranks, in place."""
+    dense = {name: model.get_submodule(name).weight.detach() for name in ranks}
+    replace_linears(model, ranks, pivoted)
     for name, weight in dense.items():
         each = head_ranks(ranks[name])
         A, B = zip(*(cut(rows, k) for rows, k in zip(weight.chunk(len(each)), each, strict=True)), strict=True)
         model.get_submodule(name).load_factors(torch.block_diag(*A), torch.cat(B))
     return model
+
+
+@torch.no_grad()
+def randomised(layer: LowRankLinear) -> LowRankLinear:
+    """The layer with random factors and bias; the rows of its pivots, if any, are spread over it."""
+    for parameter in layer.parameters():
+        parameter.normal_()
+    if layer.pivots is not None:
+        layer.pivots.copy_(torch.randperm(layer.out_features)[: len(layer.pivots)].sort().values)
+        layer.find_order()
+    return layer
 
 
 def cut(weight: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:

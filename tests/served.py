@@ -10,9 +10,9 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
-from compressed import cut, factored
+from compressed import cut_linears, factored
 from families import IMAGE, MROPE, PATCH, QWEN_TOKENS, TEXT, VIDEO, VISION_END, VISION_START, VOCAB, _seeded
-from spectrim.layers import Rank, head_ranks, replace_linears
+from spectrim.layers import Rank
 
 WIDE = {**TEXT, "hidden_size": 128, "initializer_range": 0.1}  # the usual 0.02 gives one token again and again
 SPECIAL = {
@@ -39,13 +39,7 @@ def llama(form: str) -> hf.PreTrainedModel:
         f"{two}.self_attn.o_proj": 17,
         f"{two}.mlp.up_proj": 40,
     }
-    dense = {name: model.get_submodule(name).weight.detach() for name in ranks}
-    replace_linears(model, ranks, {f"{one}.mlp.gate_proj", f"{one}.mlp.down_proj", f"{two}.self_attn.v_proj"})
-    for name, weight in dense.items():
-        each = head_ranks(ranks[name])
-        A, B = zip(*(cut(rows, k) for rows, k in zip(weight.chunk(len(each)), each, strict=True)), strict=True)
-        model.get_submodule(name).load_factors(torch.block_diag(*A), torch.cat(B))
-    return model
+    return cut_linears(model, ranks, {f"{one}.mlp.gate_proj", f"{one}.mlp.down_proj", f"{two}.self_attn.v_proj"})
 
 
 def qwen2_5_vl(form: str) -> tuple[hf.PreTrainedModel, Any]:

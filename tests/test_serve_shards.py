@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compressed import product
+from compressed import product, randomised
 from spectrim.errors import CheckpointError
 from spectrim.layers import LowRankLinear, Rank
 from spectrim.serve.shards import Piece, fused, members, row_shards, take
@@ -19,14 +19,7 @@ RANKS: dict[str, tuple[Rank, bool]] = {"whole": (5, False), "heads": ((1, 4, 2, 
 
 def filled(rank: Rank, pivoted: bool, out: int = OUT) -> LowRankLinear:
     """Random factors in float64; the rows of the pivots are spread over the layer."""
-    layer = LowRankLinear(IN, out, rank, bias=False, pivoted=pivoted, dtype=torch.float64)
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.normal_()
-        if layer.pivots is not None:
-            layer.pivots.copy_(torch.randperm(out)[: len(layer.pivots)].sort().values)
-            layer.find_order()
-    return layer
+    return randomised(LowRankLinear(IN, out, rank, bias=False, pivoted=pivoted, dtype=torch.float64))
 
 
 def computed(piece: Piece, tensors: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:

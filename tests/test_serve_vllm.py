@@ -25,6 +25,7 @@ with warnings.catch_warnings():
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.model_executor.layers import linear as vllm_linear
 
+from compressed import randomised
 from served import greedy, llama, picture, qwen2_5_vl
 from spectrim import compress, load, load_processor, save
 from spectrim.checkpoint import SpectrimConfig
@@ -53,14 +54,7 @@ def part(out: int, rank: Rank | None, pivoted: bool) -> torch.nn.Module:
     """A dense or factored linear with random values; pivots anywhere."""
     if rank is None:
         return torch.nn.Linear(IN, out)
-    layer = LowRankLinear(IN, out, rank, pivoted=pivoted)
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.normal_()
-        if layer.pivots is not None:
-            layer.pivots.copy_(torch.randperm(out)[: len(layer.pivots)].sort().values)
-            layer.find_order()
-    return layer
+    return randomised(LowRankLinear(IN, out, rank, pivoted=pivoted))
 
 
 def config(parts: dict[str, torch.nn.Module]) -> FactoredConfig:

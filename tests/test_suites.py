@@ -241,7 +241,7 @@ def test_lmms_eval_gets_the_directory_and_the_class_of_the_family(
         vars(module).update(content)
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(harnesses, "find_spec", lambda name: object())
-    monkeypatch.setattr(harnesses, "version", lambda name: "1")
+    monkeypatch.setattr(harnesses, "versions", lambda *packages: dict.fromkeys(packages, "1"))
     suite = Suite(name="local", harness="lmms-eval", tasks=("mme",))
     report = run_suite(suite, [checkpoint], limit=3, device="cpu")
     assert (asked["model"], asked["model_args"]) == ("llava_hf", {"pretrained": str(checkpoint)})

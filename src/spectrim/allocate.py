@@ -99,9 +99,7 @@ def choice(
     values = (s if loss is None or part.rule != "loss-aware" else loss).double().numpy()
     step = multiple if heads == 1 else 1
     starts = np.arange(0, len(values), step)
-    counts = np.append(
-        starts, len(values)
-    )  # the last, which may be no multiple, is never smaller than the dense weight
+    counts = np.append(starts, len(values))  # the last may be no multiple: it is never smaller than the dense weight
     values = np.add.reduceat(values, starts)
     sizes = factor_bytes(linear, counts, heads)
     if pivoted and heads == 1:

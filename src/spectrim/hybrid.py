@@ -20,7 +20,7 @@ from spectrim.calibrate import Statistics
 from spectrim.decompose import decompose, sides
 from spectrim.errors import BudgetError, NumericalError, RecipeError
 from spectrim.layers import Rank, pack_linears, replace_linears
-from spectrim.linalg import check_finite
+from spectrim.linalg import check_finite, times_metric
 from spectrim.metric import Metric, layer_metric
 from spectrim.plan import Integers, PlanRow, counted, factor_bytes, plan_row, row_bytes
 from spectrim.quantize import Grid, Quantized, conditional, expected, fitting_group, quantize
@@ -193,8 +193,8 @@ class Hybrid:
         if heads == 1:
             A, B = sides(W, *spectra.directions(linear.name, len(left) - 1, W.device)[1:])
             A, B = A.double(), B.double()
-            energy = ((B if C is None else B * C if C.ndim == 1 else B @ C) * B).sum(1)  # of B C Bᵀ, which is diagonal
-            gain = ((A if G is None else G[:, None] * A if G.ndim == 1 else G @ A) * A).sum(0)  # of AᵀGA, likewise
+            energy = (times_metric(B, C) * B).sum(1)  # of B C Bᵀ, which is diagonal
+            gain = (times_metric(A.T, G) * A.T).sum(1)  # of AᵀGA, likewise
             for bits in menu:
                 noise_A = price(A, self._grid(bits, A.shape[1]), energy, s).sum(0)
                 noise_B = price(B, self._grid(bits, B.shape[1]), t, gain).sum(1)
@@ -252,7 +252,7 @@ class Hybrid:
 
 def gram(B: torch.Tensor, C: torch.Tensor | None) -> torch.Tensor:
     """``B C Bᵀ`` [k, k] of B [k, in]: the metric of the inputs of the other factor."""
-    return (B if C is None else B * C if C.ndim == 1 else B @ C) @ B.T
+    return times_metric(B, C) @ B.T
 
 
 def refit(W: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor | None = None) -> torch.Tensor:
@@ -260,9 +260,7 @@ def refit(W: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor | N
 
     ``A + (W − A B) C Bᵀ (B C Bᵀ)⁺``: in directions that the metric C of the inputs does not see, A stays what it is.
     """
-    rest = W - A @ B
-    rest = rest if C is None else rest * C if C.ndim == 1 else rest @ C
-    return A + rest @ B.T @ torch.linalg.pinv(gram(B, C), hermitian=True, rtol=1e-9)
+    return A + times_metric(W - A @ B, C) @ B.T @ torch.linalg.pinv(gram(B, C), hermitian=True, rtol=1e-9)
 
 
 def cheapest(options: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]:

@@ -134,6 +134,11 @@ class LowRankLinear(nn.Module):
         self.B.weight.copy_(B)
 
     @torch.no_grad()
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies of A [out, k] and B [k, in] as `load_factors` takes them; of a layer without pivots."""
+        return torch.block_diag(*(head.weight for head in self._heads())), self.B.weight.clone()
+
+    @torch.no_grad()
     def find_order(self) -> None:
         """Bring the order of the outputs up to date with the pivots; needed after `pivots` was written to.
 

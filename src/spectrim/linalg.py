@@ -145,8 +145,8 @@ def nystrom(Y: torch.Tensor, test: torch.Tensor) -> torch.Tensor:
     return Y @ (vectors[:, kept] / values[kept].sqrt())
 
 
-def _weighted(X: torch.Tensor, metric: torch.Tensor | None) -> torch.Tensor:
-    """``X R Rᵀ`` for an input metric that is the identity (None), a diagonal [in] or a matrix [in, in]."""
+def times_metric(X: torch.Tensor, metric: torch.Tensor | None) -> torch.Tensor:
+    """``X M`` for X [n, in] and a metric M that is the identity (None), a diagonal [in] or a matrix [in, in]."""
     if metric is None:
         return X
     return X * metric if metric.ndim == 1 else X @ metric
@@ -164,7 +164,7 @@ def left_basis(X: torch.Tensor, metric: torch.Tensor | None = None) -> tuple[tor
         ``‖(X − U_k U_kᵀ X) R‖² = Σ_{i>k} s_i``. Directions that the metric does not see (s = 0) come last, ordered by
         the energy that X itself has in them.
     """
-    s, U = eigh_descending(_weighted(X, metric) @ X.T)
+    s, U = eigh_descending(times_metric(X, metric) @ X.T)
     seen = int((s > _ROUNDING * s[0]).sum())
     if seen < len(s):
         _, V = eigh_descending((U[:, seen:].T @ X) @ (X.T @ U[:, seen:]))

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from spectrim.allocate import choice, spend
-from spectrim.anatomy import Anatomy, Linear, anatomy
+from spectrim.anatomy import Anatomy, anatomy
 from spectrim.calibrate import Statistics, calibrate
 from spectrim.calibrate.data import reload_data
 from spectrim.checkpoint import attach, load, load_processor, save
@@ -184,14 +184,10 @@ class Compression:
     def _weight(self, name: str, row: PlanRow, W: torch.Tensor) -> torch.Tensor:
         """The weight [out, in] that a row computes with."""
         if row.integers is not None:
-            return self.hybrid.stored(self._linears[name], row).weight()
+            return self.hybrid.stored(self.parts.linear(name), row).weight()
         assert row.rank is not None
         A, B = factors(W, *self.spectra.directions(name, row.rank, W.device))
         return A @ B
-
-    @property
-    def _linears(self) -> dict[str, Linear]:
-        return {linear.name: linear for linear in self.parts.linears}
 
     @torch.no_grad()
     def apply(self, plan: Plan) -> PreTrainedModel:
@@ -204,18 +200,17 @@ class Compression:
         for name in plan.changed:
             row = plan.linears[name]
             if row.integers is not None:
-                self.hybrid.stored(self._linears[name], row).put(self.model, name, row.rank)
-        for name, rank in plan.ranks.items():
-            if plan.linears[name].integers is not None:
+                self.hybrid.stored(self.parts.linear(name), row).put(self.model, name, row.rank)
                 continue
+            assert row.rank is not None
             dense: Any = self.model.get_submodule(name)
             if name in compensated:
                 A, B = compensated[name]
             else:
-                A, B = factors(dense.weight, *self.spectra.directions(name, rank, dense.weight.device))
+                A, B = factors(dense.weight, *self.spectra.directions(name, row.rank, dense.weight.device))
             check_finite(f"the factor A of {name}", A)
             check_finite(f"the factor B of {name}", B)
-            replace_linears(self.model, {name: rank}, plan.pivoted & {name})
+            replace_linears(self.model, {name: row.rank}, {name} if row.pivoted else ())
             layer: Any = self.model.get_submodule(name)
             layer.load_factors(A, B)
         return attach(self.model) if plan.changed else self.model

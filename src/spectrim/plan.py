@@ -109,9 +109,9 @@ class Plan(_Part):
         return {name: row.rank for name, row in self.linears.items() if row.rank is not None}
 
     @property
-    def changed(self) -> set[str]:
-        """Names of the linears that are factored or hold integers."""
-        return {name for name, row in self.linears.items() if row.rank is not None or row.integers is not None}
+    def changed(self) -> tuple[str, ...]:
+        """Names of the linears that are factored or hold integers, in the order of the plan."""
+        return tuple(name for name, row in self.linears.items() if row.rank is not None or row.integers is not None)
 
     @property
     def pivoted(self) -> set[str]:

@@ -8,12 +8,12 @@ rounding residuals r. With G the identity this is GPTQ (Frantar et al., ICLR 202
 second factor carries the error on across the rows as well. Rounding to nearest is the case of two diagonal metrics.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from spectrim.errors import NumericalError
+from spectrim.linalg import times_metric
 
 GROUPS = (128, 64, 32)
 DAMPING = 0.01  # of the metrics, as a share of the mean of their diagonals
@@ -44,6 +44,10 @@ class Grid:
     def high(self) -> int:
         """The largest code."""
         return (1 << self.bits - 1) - 1
+
+    def nearest(self, x: torch.Tensor, step: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+        """The codes nearest to x in steps of `step` from the zero point `offset`, in the dtype of x."""
+        return ((x / step).round() + offset).clamp(self.low, self.high)
 
     def nbytes(self, out: int, size: int, itemsize: int) -> int:
         """Stored bytes of a weight [out, size] with scales of `itemsize` bytes; words are whole, the shape counts."""
@@ -101,19 +105,16 @@ def quantize(
     scale, zero = scales(W, grid, weights, dtype)
     step, offset = (part[rows][:, columns] for part in _spread(scale, zero, W.shape[1]))
 
-    def rounded(x: torch.Tensor, step: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-        return ((x / step).round() + offset).clamp(grid.low, grid.high)
-
     X = W[rows][:, columns]
     if S is None and T is None:
-        codes = rounded(X, step, offset)
+        codes = grid.nearest(X, step, offset)
     elif S is None:
         assert T is not None
-        codes = _by_columns(X, step, offset, T, rounded)
+        codes = _by_columns(X, step, offset, T, grid)
     elif T is None:
-        codes = _by_columns(X.T, step.T, offset.T, S, rounded).T
+        codes = _by_columns(X.T, step.T, offset.T, S, grid).T
     else:
-        codes = _by_waves(X, step, offset, S, T, rounded)
+        codes = _by_waves(X, step, offset, S, T, grid)
     placed = torch.empty_like(codes, dtype=torch.int8)
     placed[rows[:, None], columns] = codes.to(torch.int8)
     return Quantized(grid, placed, scale, zero)
@@ -135,16 +136,14 @@ def expected(
     """
     scale, zero = scales(W, grid, inputs, dtype)
     step, offset = _spread(scale, zero, W.shape[1])
-    codes = ((W.double() / step).round() + offset).clamp(grid.low, grid.high)
+    codes = grid.nearest(W.double(), step, offset)
     return ((codes - offset) * step - W).square() * inputs * outputs[:, None]
 
 
 def error(E: torch.Tensor, C: torch.Tensor | None = None, G: torch.Tensor | None = None) -> float:
     """``tr(G E C Eᵀ)`` of E [out, in] for metrics as :func:`quantize` takes them."""
     E = E.double()
-    left = E if G is None else G[:, None] * E if G.ndim == 1 else G @ E
-    right = E if C is None else E * C if C.ndim == 1 else E @ C
-    return float((left * right).sum())
+    return float((times_metric(E.T, G).T * times_metric(E, C)).sum())
 
 
 def scales(
@@ -211,12 +210,7 @@ def _triangular(
     return order, weights, (upper / upper.diagonal()).triu(1)
 
 
-_Rounded = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-def _by_columns(
-    W: torch.Tensor, step: torch.Tensor, offset: torch.Tensor, T: torch.Tensor, rounded: _Rounded
-) -> torch.Tensor:
+def _by_columns(W: torch.Tensor, step: torch.Tensor, offset: torch.Tensor, T: torch.Tensor, grid: Grid) -> torch.Tensor:
     """Codes [out, in] column by column: what one leaves goes to the later ones by T [in, in]; rows are independent."""
     W, step, offset = (part.T.contiguous() for part in (W, step, offset))
     codes, E = torch.empty_like(W), torch.empty_like(W)  # [in, out]
@@ -229,13 +223,13 @@ def _by_columns(
             target = W[at] + carried[j]
             if j:
                 target += inside[j, :j] @ errors[:j]
-            codes[at] = rounded(target, step[at], offset[at])
+            codes[at] = grid.nearest(target, step[at], offset[at])
             errors[j] = W[at] - (codes[at] - offset[at]) * step[at]
     return codes.T
 
 
 def _by_waves(
-    W: torch.Tensor, step: torch.Tensor, offset: torch.Tensor, S: torch.Tensor, T: torch.Tensor, rounded: _Rounded
+    W: torch.Tensor, step: torch.Tensor, offset: torch.Tensor, S: torch.Tensor, T: torch.Tensor, grid: Grid
 ) -> torch.Tensor:
     """Codes [out, in] with errors fed on along the inputs by T [in, in] and along the outputs by S [out, out].
 
@@ -263,7 +257,7 @@ def _by_waves(
             (stacked(W), left, above, stacked(step), stacked(offset)),
             torch.stack([S[i, i] for i, _ in spans]),
             torch.stack([T[j, j].flip(0, 1) for _, j in spans]),
-            rounded,
+            grid,
         )
         for (i, j), *parts in zip(spans, *found, strict=True):
             for whole, part in zip((codes, E, F), parts, strict=True):
@@ -272,7 +266,7 @@ def _by_waves(
 
 
 def _wave(
-    given: tuple[torch.Tensor, ...], S: torch.Tensor, T: torch.Tensor, rounded: _Rounded
+    given: tuple[torch.Tensor, ...], S: torch.Tensor, T: torch.Tensor, grid: Grid
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes, E and F of independent tiles [tiles, n, n]; all columns, those of `given` too, run from right to left.
 
@@ -287,7 +281,7 @@ def _wave(
         j = slice(i.start + at, i.stop + at)
         x, left, above, step, offset = (part.diagonal(at, 1, 2) for part in given)
         left = left + (E[:, i] * T[:, j]).sum(2)
-        code = rounded(x + left + above + (F[:, :, j] * S[:, :, i]).sum(1), step, offset)
+        code = grid.nearest(x + left + above + (F[:, :, j] * S[:, :, i]).sum(1), step, offset)
         rest = x - (code - offset) * step
         for whole, part in zip((codes, E, F), (code, rest, rest + left), strict=True):
             whole.diagonal(at, 1, 2).copy_(part)

@@ -1,6 +1,5 @@
 """Refinement: a few steps of Adam on the factors of one block, towards what the dense block gives."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +20,7 @@ def refine(
     samples: Sequence[tuple[Call, Call, Positions]],
     steps: int,
     output: OutputRoot | None = None,
-) -> float:
+) -> None:
     """Bring a block's output nearer to the dense block's: ``E‖L (y − y')‖²`` over the positions that count.
 
     y is the output of the dense block on the dense model's stream, y' that of the compressed block on the compressed
@@ -35,9 +34,6 @@ def refine(
         output: the metric of the block's output, such as that of its last linear before the residual stream; None for
             the identity.
 
-    Returns:
-        The error of the last round over its batches, relative to that of the first; 1 without a whole round to compare.
-
     Raises:
         NumericalError: the error is not finite; names the block.
     """
@@ -48,7 +44,6 @@ def refine(
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
     targets = [_rows(unit.run(dense, small=False), counted, place) for dense, _, counted in samples]
-    errors: list[float] = []
     frozen = [parameter.requires_grad for parameter in parameters]
     try:
         for parameter in parameters:
@@ -61,8 +56,7 @@ def refine(
                     missing = output.times(missing.T.double()).float()
                 error = missing.square().sum() / max(len(target), 1)
                 gradients = torch.autograd.grad(error, parameters)
-            errors.append(float(error.detach()))
-            if not math.isfinite(errors[-1]):
+            if not bool(error.isfinite()):
                 raise NumericalError(f"the refinement of {unit.name} is not finite; set compensate.refine=0")
             for master, gradient in zip(masters, gradients, strict=True):
                 master.grad = gradient.float()
@@ -73,8 +67,6 @@ def refine(
     finally:
         for parameter, state in zip(parameters, frozen, strict=True):
             parameter.requires_grad_(state)
-    first, last = errors[: len(samples)], errors[-len(samples) :]
-    return 1.0 if len(errors) < 2 * len(samples) or not sum(first) else sum(last) / sum(first)
 
 
 def _rows(output: Any, counted: Positions, place: Any) -> torch.Tensor:

@@ -147,12 +147,12 @@ class Compensation:
         if (steps := self._recipe.compensate.refine) and unit.name not in unit.dense:
             output = None
             if last is not None and self._recipe.metric.kind == "curvature":
-                part = self._recipe.metric.model_copy(update={"per_head": False})
-                device = unit.dense[last].weight.device
-                found_output = layer_metric(part, unit.linears[last], self._statistics, device).output
-                output = None if found_output is None else found_output.roots[0]
+                whole = self._recipe.metric.model_copy(update={"per_head": False})
+                output = layer_metric(
+                    whole, unit.linears[last], self._statistics, unit.dense[last].weight.device
+                ).output
             samples = [(p.dense.call, p.small.call, p.counted) for p in here if p.dense.call and p.small.call]
-            refine(unit, samples, steps, output)
+            refine(unit, samples, steps, None if output is None else output.roots[0])
             return unit.factors(), [seen.output for seen in dense]
         return found | rest, [seen.output for seen in dense]
 
@@ -200,7 +200,7 @@ class Compensation:
             assert metric.value is not None
             second, cross = blended(W, second, cross, metric.value.to(W.device), how.weight)
             value: torch.Tensor | None = second
-            if part.kind not in ("whitening", "curvature"):  # not made of these moments, and stays what it is
+            if part.kind != own.kind:  # not made of these moments, and stays what it is
                 value = layer_metric(part, unit.linears[name], self._statistics, W.device).value
                 value = None if value is None else value.to(W.device)
             try:

@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from spectrim.anatomy import Linear
@@ -46,12 +45,7 @@ class Unit:
 
     def factors(self) -> dict[str, Factors]:
         """A and B of its factored linears, as they are now."""
-        found = {}
-        for name, layer in self.small.items():
-            heads = [layer.A] if isinstance(layer.rank, int) else list(layer.A)
-            A = torch.block_diag(*(head.weight for head in heads))
-            found[name] = (A.detach(), layer.B.weight.detach().clone())
-        return found
+        return {name: layer.factors() for name, layer in self.small.items()}
 
     def run(self, call: Call, *, small: bool) -> Any:
         """The output of the unit, dense or with its factored linears in place."""

@@ -1,9 +1,7 @@
 """Suites in other people's harnesses: lm-eval with the model in memory, lmms-eval with the checkpoint's directory."""
 
-import platform
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,9 +10,9 @@ import torch
 from transformers import AutoConfig
 
 from spectrim.checkpoint import load, load_processor
-from spectrim.checkpoint.quantizer import release
 from spectrim.errors import SampleError
 from spectrim.evaluate.answering import takes_images
+from spectrim.evaluate.results import versions
 from spectrim.evaluate.running import is_compressed
 from spectrim.evaluate.suites import Suite, SuiteReport, read_scores
 
@@ -74,13 +72,7 @@ def run_suite(
     return SuiteReport(
         suite=suite,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
-        versions={
-            "spectrim": release(),
-            suite.harness: version(suite.harness),
-            "torch": version("torch"),
-            "transformers": version("transformers"),
-            "python": platform.python_version(),
-        },
+        versions=versions(suite.harness, "torch", "transformers"),
         limit=limit,
         scores=scores,
     )

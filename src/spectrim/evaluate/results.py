@@ -1,12 +1,15 @@
 """The results of an evaluation as frozen dataclasses, and their JSON form."""
 
 import json
+import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
+from spectrim.checkpoint.quantizer import release
 from spectrim.errors import SampleError
 from spectrim.evaluate.answering import Answer
 from spectrim.evaluate.footprint import Memory
@@ -15,6 +18,15 @@ from spectrim.evaluate.language import Perplexity
 from spectrim.files import write_whole
 
 SCHEMA = 1
+
+
+def versions(*packages: str) -> dict[str, str | None]:
+    """Releases of spectrim, of these packages and of Python."""
+    return {
+        "spectrim": release(),
+        **{package: version(package) for package in packages},
+        "python": platform.python_version(),
+    }
 
 
 @dataclass(frozen=True)

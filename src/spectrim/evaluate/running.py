@@ -1,12 +1,10 @@
 """Evaluates model directories one after the other on the same text and the same questions."""
 
 import json
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from hashlib import sha256
-from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -14,14 +12,23 @@ from typing import Any
 import torch
 
 from spectrim.checkpoint import load, load_processor, read_provenance
-from spectrim.checkpoint.quantizer import METHOD, release
+from spectrim.checkpoint.quantizer import METHOD
 from spectrim.checkpoint.read import PROVENANCE
 from spectrim.errors import CheckpointError, SampleError
 from spectrim.evaluate.answering import Answer, takes_images, vqa
 from spectrim.evaluate.footprint import PeakMemory, stored_bytes
 from spectrim.evaluate.language import Perplexity, Progress, perplexity
 from spectrim.evaluate.questions import Question, blind_questions, load_questions
-from spectrim.evaluate.results import DirectoryResult, EvaluationReport, Settings, Source, VqaScore, differences, score
+from spectrim.evaluate.results import (
+    DirectoryResult,
+    EvaluationReport,
+    Settings,
+    Source,
+    VqaScore,
+    differences,
+    score,
+    versions,
+)
 from spectrim.samples import load_text
 
 TASKS = ("perplexity", "vqa")
@@ -108,12 +115,7 @@ def evaluate(
         ]
     return EvaluationReport(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
-        versions={
-            "spectrim": release(),
-            "torch": version("torch"),
-            "transformers": version("transformers"),
-            "python": platform.python_version(),
-        },
+        versions=versions("torch", "transformers"),
         settings=settings,
         text=None if work.text is None else Source(text, sha256(work.text.encode()).hexdigest()),
         questions=Source(vqa_source, _fingerprint(questions)) if questions else None,
