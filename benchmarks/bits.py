@@ -26,7 +26,7 @@ from spectrim.errors import BudgetError
 from spectrim.evaluate import perplexity
 from spectrim.hybrid import Option, cheapest
 from spectrim.pipeline import compression
-from spectrim.plan import Plan, plan_row
+from spectrim.plan import Plan
 from spectrim.samples import load_text
 
 KINDS: dict[str, Callable[[Option], bool]] = {
@@ -96,9 +96,8 @@ def main() -> None:
                     plan = Plan(
                         recipe=prepared.recipe.name,
                         linears={
-                            linear.name: plan_row(linear, o.rank, loss=o.cost, integers=o.integers)
+                            linear.name: chosen[linear.name].row(linear, loss=chosen[linear.name].cost)
                             for linear in narrow
-                            for o in (chosen[linear.name],)
                         },
                     )
                     row = {"kind": kind, "asked": bits, "bits": 8 * plan.bytes / weights, "predicted": plan.loss}

@@ -16,11 +16,11 @@ from spectrim.calibrate import Statistics
 from spectrim.checkpoint import load
 from spectrim.decompose import decompose, sides
 from spectrim.demo import resolve
-from spectrim.hybrid import gram, refit
 from spectrim.metric import layer_metric
 from spectrim.quantize import Grid, conditional, error, expected, fitting_group, quantize
 from spectrim.recipe import Recipe
 from spectrim.spectra import directions
+from spectrim.stored import gram, refit
 
 
 def main() -> None:

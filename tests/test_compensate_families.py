@@ -65,11 +65,14 @@ def test_every_linear_of_every_family_is_compensated(family, monkeypatch, tmp_pa
 
     monkeypatch.setattr(Unit, "groups", groups)
     monkeypatch.setattr(run, "reload_data", lambda *_, **__: Samples(model))
-    # No spectra: a linear that no sample reaches would need its own.
     plan = Plan(recipe="jw-svd", linears=ranks)
-    found = Compensation(model, parts, Recipe.read("jw-svd"), plan, None, statistics, None).factors()
+
+    def alone(name, _row):
+        raise AssertionError(f"no sample reaches {name}")
+
+    found = Compensation(model, parts, Recipe.read("jw-svd"), plan, alone, statistics, None).solve()
     assert found.keys() == {linear.name for linear in parts.linears}
-    assert all(A.isfinite().all() and B.isfinite().all() for A, B in found.values())
+    assert all(stored.weight().isfinite().all() for stored in found.values())
     assert torch.equal(logits(model), expected)
     outputs = {x.name for x in parts.linears if x.block and x.name.rpartition(".")[2] in OUTPUTS}
     assert writers == {name for name in outputs if not any(part in name for part in NOT_ADDED.get(family, ()))}

@@ -31,6 +31,12 @@ class OutputMetric:
     roots: tuple[OutputRoot | None, ...]
     nats: torch.Tensor
 
+    def dense(self, out: int, device: torch.device | str = "cpu") -> torch.Tensor:
+        """G [out, out] float64 in nats: zero between heads, and the multiple of the identity that a None stands for."""
+        eye = torch.eye(out // len(self.roots), dtype=torch.float64, device=device)
+        parts = zip(self.roots, self.nats.tolist(), strict=True)
+        return torch.block_diag(*(nats * (eye if root is None else root.metric_times(eye)) for root, nats in parts))
+
 
 def output_metric(
     part: MetricPart,

@@ -11,21 +11,21 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from spectrim.anatomy import Linear
 from spectrim.calibrate import Statistics
-from spectrim.decompose import decompose, sides
+from spectrim.decompose import sides
 from spectrim.errors import BudgetError, NumericalError, RecipeError
-from spectrim.layers import Rank, pack_linears, replace_linears
+from spectrim.layers import Rank
 from spectrim.linalg import check_finite, times_metric
 from spectrim.metric import Metric, layer_metric
-from spectrim.plan import Integers, PlanRow, counted, factor_bytes, plan_row, row_bytes
-from spectrim.quantize import Grid, Quantized, conditional, expected, fitting_group, quantize
+from spectrim.plan import Integers, PlanRow, pays_by_pivots, plan_row, row_bytes
+from spectrim.quantize import Grid, conditional, expected, fitting_group
 from spectrim.recipe import Recipe
-from spectrim.spectra import Spectra, directions
+from spectrim.spectra import Spectra
+from spectrim.stored import Stored, make_stored
 
 BITS = (3, 4, 8)  # of integers where the recipe leaves them to the allocation
 RESIDUAL_BITS = (3, 4)  # of a whole weight that has factors beside it
@@ -36,43 +36,17 @@ FEED_FORWARD = ("gate", "up", "down", "gate_up", "fc1", "fc2")
 
 @dataclass(frozen=True)
 class Option:
-    """One way to store a linear: its row's rank and integers, its bytes, and what it costs in the rule's unit."""
+    """One way to store a linear: as in its row of the plan, with its bytes and its cost in the rule's unit."""
 
     rank: Rank | None
     integers: Integers | None
     bytes: int
     cost: float
+    pivoted: bool = False
 
-
-@dataclass(frozen=True)
-class Stored:
-    """A linear as it is stored: integers by part (A, B, R, or "" for a dense weight), and its factors before that."""
-
-    parts: dict[str, Quantized]
-    factors: tuple[torch.Tensor, torch.Tensor] | None
-
-    def weight(self) -> torch.Tensor:
-        """The weight [out, in] that the model computes with, float64."""
-        if self.factors is None:
-            return self.parts[""].dense()
-        A, B = (
-            self.parts[name].dense() if name in self.parts else factor.double()
-            for name, factor in zip("AB", self.factors, strict=True)
-        )
-        return A @ B if "R" not in self.parts else A @ B + self.parts["R"].dense()
-
-    def put(self, model: nn.Module, name: str, rank: Rank | None) -> None:
-        """Exchange the dense linear `name` of `model` for this."""
-        if self.factors is not None:
-            assert rank is not None
-            replace_linears(model, {name: rank})
-            layer: Any = model.get_submodule(name)
-            layer.load_factors(*self.factors)
-        places = {part: f"{name}.{part}".removesuffix(".") for part in self.parts}
-        pack_linears(model, {places[part]: found.grid for part, found in self.parts.items()})
-        for part, found in self.parts.items():
-            packed: Any = model.get_submodule(places[part])
-            packed.load(found)
+    def row(self, linear: Linear, **notes: Any) -> PlanRow:
+        """The row of the plan that says so; `notes` are error, metric and loss of :func:`spectrim.plan.plan_row`."""
+        return plan_row(linear, self.rank, pivoted=self.pivoted, integers=self.integers, **notes)
 
 
 class Hybrid:
@@ -111,7 +85,7 @@ class Hybrid:
                 loss = option.cost
             source = self._spectra.sources[linear.name]
             error = option.cost / max(self._unit(linear.name), 1e-300)
-            rows[linear.name] = plan_row(linear, option.rank, error, source, loss=loss, integers=option.integers)
+            rows[linear.name] = option.row(linear, error=error, metric=source, loss=loss)
         return rows
 
     def options(self, linear: Linear) -> list[Option]:
@@ -128,7 +102,12 @@ class Hybrid:
         key = (linear.name, row.model_dump_json(include={"rank", "integers"}))
         if key not in self._stored:
             self._stored = {other: found for other, found in self._stored.items() if other[0] != linear.name}
-            self._stored[key] = self._make_stored(linear, row)
+            W, found = self._weight(linear), None
+            if row.rank is not None:
+                found = self._spectra.directions(linear.name, row.rank, W.device)
+            metric, C, _ = self._metrics(linear, W)
+            fed = self._recipe.quantize.method == "gptq"
+            self._stored[key] = make_stored(W, linear, row, C, metric.output, fed=fed, found=found)
         return self._stored[key]
 
     def _weight(self, linear: Linear) -> torch.Tensor:
@@ -142,10 +121,7 @@ class Hybrid:
         C = None if metric.value is None else metric.value.to(W.device)
         if metric.output is None:
             return metric, C, torch.full((len(W),), self._scale(linear.name), dtype=W.dtype, device=W.device)
-        rows = len(W) // len(metric.output.roots)
-        eye = torch.eye(rows, dtype=W.dtype, device=W.device)
-        pairs = zip(metric.output.roots, metric.output.nats.tolist(), strict=True)
-        return metric, C, torch.block_diag(*(n * (eye if r is None else r.metric_times(eye)) for r, n in pairs))
+        return metric, C, metric.output.dense(len(W), W.device)
 
     def _unit(self, name: str) -> float:
         """The cost of a linear without any direction."""
@@ -164,12 +140,12 @@ class Hybrid:
         integers, step = part.roles == "all" or linear.role in FEED_FORWARD, self._step(len(left) - 1)
         found: list[Option] = []
         if part.bits == "auto" or not integers:
-            sizes = factor_bytes(linear, np.arange(len(left)), heads).tolist()
-            found = [
-                Option(spectra.rank(linear.name, count), None, sizes[count], left[count])
-                for count in range(max(heads, step), len(left), step)
-                if sizes[count] < linear.nbytes
-            ] + [Option(None, None, linear.nbytes, 0.0)]
+            found = [Option(None, None, linear.nbytes, 0.0)]
+            for count in range(max(heads, step), len(left), step):
+                rank = spectra.rank(linear.name, count)
+                pivoted = self._recipe.storage.pivoted and pays_by_pivots(linear, rank)
+                if (size := row_bytes(linear, rank, None, pivoted)) < linear.nbytes:
+                    found.append(Option(rank, None, size, left[count], pivoted))
         if not integers:
             return found
         W = self._weight(linear)
@@ -217,50 +193,6 @@ class Hybrid:
         if M is None or M.ndim == 1 or self._recipe.quantize.method == "gptq":
             return conditional(M, size, like)
         return M.diagonal().to(like)
-
-    def _make_stored(self, linear: Linear, row: PlanRow) -> Stored:
-        assert row.integers is not None
-        W, how = self._weight(linear), row.integers
-        metric, C, G = self._metrics(linear, W)
-        fed = self._recipe.quantize.method == "gptq"
-
-        def integers(X: torch.Tensor, bits: int, C: torch.Tensor | None, G: torch.Tensor | None) -> Quantized:
-            grid = Grid(bits, fitting_group(X.shape[1], how.group), how.symmetric)
-            return quantize(X, grid, C if fed else None, G if fed else None, dtype=linear.dtype)
-
-        try:
-            if row.rank is None:
-                assert how.bits is not None
-                return Stored({"": integers(W, how.bits, C, G)}, None)
-            count, parts, rest = counted(row.rank)[0], {}, W
-            if how.residual is None:
-                found = self._spectra.directions(linear.name, row.rank, W.device)
-            else:
-                parts["R"] = integers(W, how.residual, C, G)
-                rest = W - parts["R"].dense()
-                found = directions(decompose(rest, C, metric.output), count)
-            A, B = (factor.double() for factor in sides(rest, *found[1:]))
-            if how.bits is not None:
-                parts["B"] = integers(B, how.bits, C, None)
-                B = parts["B"].dense()
-                A = refit(rest, A, B, C) if fed else A
-                parts["A"] = integers(A, how.bits, gram(B, C), G)
-            return Stored(parts, (A, B))
-        except NumericalError as error:
-            raise NumericalError(f"{linear.name}: {error}") from error
-
-
-def gram(B: torch.Tensor, C: torch.Tensor | None) -> torch.Tensor:
-    """``B C Bᵀ`` [k, k] of B [k, in]: the metric of the inputs of the other factor."""
-    return times_metric(B, C) @ B.T
-
-
-def refit(W: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor | None = None) -> torch.Tensor:
-    """The A [out, k] of least ``‖L (W − A B) R‖`` for a given B [k, in], whatever L is (adaComp, AdaSVD, section 3.2).
-
-    ``A + (W − A B) C Bᵀ (B C Bᵀ)⁺``: in directions that the metric C of the inputs does not see, A stays what it is.
-    """
-    return A + times_metric(W - A @ B, C) @ B.T @ torch.linalg.pinv(gram(B, C), hermitian=True, rtol=1e-9)
 
 
 def cheapest(options: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]:

@@ -24,14 +24,14 @@ from spectrim.demo import resolve
 from spectrim.errors import BudgetError, RecipeError
 from spectrim.hybrid import Hybrid
 from spectrim.importance import SAMPLES, block_cosines, importance
-from spectrim.layers import LowRankLinear, replace_linears
-from spectrim.linalg import check_finite
+from spectrim.layers import LowRankLinear
 from spectrim.packed import PackedLinear
 from spectrim.plan import Plan, PlanRow, counted, factor_params, pays_by_pivots, plan_row
 from spectrim.recipe import Recipe
 from spectrim.samples import load_text, text_windows
 from spectrim.sensitivity import WINDOWS, probe
 from spectrim.spectra import Spectra, cache_key, make_spectra
+from spectrim.stored import Stored, plain
 
 Progress = Callable[[str, int, int], None]
 """Called with the stage, how much of it is done, and how much there is."""
@@ -174,20 +174,21 @@ class Compression:
         found = dict.fromkeys(self.statistics.manifest.data.modalities, 0.0)
         for name in plan.changed:
             W: Any = self.model.get_submodule(name).weight
-            small = self._weight(name, plan.linears[name], W)
+            small = self._stored(name, plan.linears[name]).weight()
             for modality in found:
                 moment, output = self.statistics.moment(name, modality), self.statistics.output(name, modality)
                 if moment is not None and output is not None:
                     found[modality] += predicted_loss(self.recipe.metric.eta, small - W.double(), moment, output)
         return {str(modality): loss for modality, loss in found.items()}
 
-    def _weight(self, name: str, row: PlanRow, W: torch.Tensor) -> torch.Tensor:
-        """The weight [out, in] that a row computes with."""
+    def _stored(self, name: str, row: PlanRow) -> Stored:
+        """A linear as a row says, without compensation."""
+        linear = self.parts.linear(name)
         if row.integers is not None:
-            return self.hybrid.stored(self.parts.linear(name), row).weight()
+            return self.hybrid.stored(linear, row)
         assert row.rank is not None
-        A, B = factors(W, *self.spectra.directions(name, row.rank, W.device))
-        return A @ B
+        W: Any = self.model.get_submodule(name).weight
+        return plain(name, *factors(W, *self.spectra.directions(name, row.rank, W.device)))
 
     @torch.no_grad()
     def apply(self, plan: Plan) -> PreTrainedModel:
@@ -199,28 +200,14 @@ class Compression:
         compensated = self._compensated(plan)
         for name in plan.changed:
             row = plan.linears[name]
-            if row.integers is not None:
-                self.hybrid.stored(self.parts.linear(name), row).put(self.model, name, row.rank)
-                continue
-            assert row.rank is not None
-            dense: Any = self.model.get_submodule(name)
-            if name in compensated:
-                A, B = compensated[name]
-            else:
-                A, B = factors(dense.weight, *self.spectra.directions(name, row.rank, dense.weight.device))
-            check_finite(f"the factor A of {name}", A)
-            check_finite(f"the factor B of {name}", B)
-            replace_linears(self.model, {name: row.rank}, {name} if row.pivoted else ())
-            layer: Any = self.model.get_submodule(name)
-            layer.load_factors(A, B)
+            found = compensated.get(name) or self._stored(name, row)
+            found.put(self.model, name, row.rank, pivoted=row.pivoted)
         return attach(self.model) if plan.changed else self.model
 
-    def _compensated(self, plan: Plan) -> Mapping[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Compensated factors by linear; none where the recipe wants none."""
+    def _compensated(self, plan: Plan) -> Mapping[str, Stored]:
+        """Compensated linears by name; none where the recipe wants none."""
         if self.recipe.compensate.kind == "none":
             return {}
-        if any(row.integers is not None for row in plan.linears.values()):
-            raise RecipeError("compensation does not go with a plan of integers; set compensate.kind=none")
         if self.statistics is None or self.processor is None:
             raise RecipeError(
                 "compensation runs the calibration samples through the model again; give statistics and the model's "
@@ -228,8 +215,8 @@ class Compression:
             )
         progress = None if self._progress is None else partial(self._progress, "compensate")
         return Compensation(
-            self.model, self.parts, self.recipe, plan, self.spectra, self.statistics, self.processor
-        ).factors(progress)
+            self.model, self.parts, self.recipe, plan, self._stored, self.statistics, self.processor
+        ).solve(progress)
 
     @contextmanager
     def applied(self, plan: Plan) -> Iterator[PreTrainedModel]:

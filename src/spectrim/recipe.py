@@ -149,10 +149,8 @@ class Recipe(_Part):
     def _consistent(self) -> "Recipe":
         if self.allocation.rule == "loss-aware" and self.metric.kind != "curvature":
             raise ValueError("allocation 'loss-aware' needs predicted losses; set metric.kind=curvature")
-        if self.quantize.bits is not None and (self.storage.pivoted or self.compensate.kind != "none"):
-            raise ValueError(
-                "integers go with neither pivots nor compensation; set quantize.bits to null, or those off"
-            )
+        if self.quantize.bits is not None and self.compensate.kind == "adacomp":
+            raise ValueError("adaComp fits factors that are no integers; set compensate.kind=anchored or none")
         return self
 
     @classmethod

@@ -10,6 +10,7 @@ from spectrim.calibrate.positions import Positions
 from spectrim.compensate.streams import Call
 from spectrim.compensate.units import Unit
 from spectrim.errors import NumericalError
+from spectrim.layers import LowRankLinear
 from spectrim.linalg import OutputRoot
 
 RATE = 1e-3  # of Adam, as a share of the root mean square of each factor; falls to zero by half a cosine
@@ -28,7 +29,7 @@ def refine(
     float32 copies hold what lower precision would round away.
 
     Args:
-        unit: a block whose factors are solved.
+        unit: a block whose linears are solved.
         samples: its calls in the dense and in the compressed model, and the positions that count, by batch.
         steps: of Adam; 0 changes nothing.
         output: the metric of the block's output, such as that of its last linear before the residual stream; None for
@@ -38,7 +39,9 @@ def refine(
         NumericalError: the error is not finite; names the block.
     """
     place = next(iter(unit.linears.values())).place
-    parameters = [p for layer in unit.small.values() for p in (*layer.A.parameters(), *layer.B.parameters())]
+    parameters = [p for layer in refined(unit).values() for p in (*layer.A.parameters(), *layer.B.parameters())]
+    if not parameters:
+        return
     masters = [parameter.detach().float().clone() for parameter in parameters]
     groups = [{"params": [m], "lr": RATE * float(m.square().mean().sqrt())} for m in masters]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
@@ -67,6 +70,12 @@ def refine(
     finally:
         for parameter, state in zip(parameters, frozen, strict=True):
             parameter.requires_grad_(state)
+
+
+def refined(unit: Unit) -> dict[str, LowRankLinear]:
+    """Those of its compressed linears whose factors are floats; integers stay what they are."""
+    layers = {name: layer for name, layer in unit.small.items() if isinstance(layer, LowRankLinear)}
+    return {name: layer for name, layer in layers.items() if isinstance(layer.B, torch.nn.Linear)}
 
 
 def _rows(output: Any, counted: Positions, place: Any) -> torch.Tensor:

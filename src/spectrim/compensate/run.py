@@ -17,21 +17,19 @@ from spectrim.calibrate.passes import forward_options, model_inputs, prepared
 from spectrim.calibrate.positions import Positions, positions
 from spectrim.compensate.alternating import alternate
 from spectrim.compensate.closed_form import ShiftedSum, anchored_weight, blended
-from spectrim.compensate.refine import refine
-from spectrim.compensate.store import Factors, Store
+from spectrim.compensate.refine import refine, refined
+from spectrim.compensate.store import Store
 from spectrim.compensate.streams import Pass, stopping_at
 from spectrim.compensate.tap import Tap
 from spectrim.compensate.units import Group, Unit
 from spectrim.curvature import OutputMetric
-from spectrim.decompose import decompose, factors
 from spectrim.errors import ModelError, NumericalError, RecipeError
 from spectrim.layers import Rank, head_ranks
-from spectrim.linalg import check_finite
 from spectrim.metric import chosen, joint_weights, layer_metric
-from spectrim.plan import Plan
+from spectrim.plan import Plan, PlanRow
 from spectrim.recipe import Recipe
 from spectrim.samples import Modality
-from spectrim.spectra import Spectra, directions
+from spectrim.stored import Factors, Stored, make_stored, plain
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,10 @@ class _Pair:
 
 
 class Compensation:
-    """Compensation of one model under one recipe, anchored or by adaComp (METHODS, section 3)."""
+    """Compensation of one model under one recipe, anchored or by adaComp (METHODS, section 3).
+
+    `alone` gives a linear without compensation, from its name and its row of the plan.
+    """
 
     def __init__(
         self,
@@ -53,40 +54,42 @@ class Compensation:
         parts: Anatomy,
         recipe: Recipe,
         plan: Plan,
-        spectra: Spectra,
+        alone: Callable[[str, PlanRow], Stored],
         statistics: Statistics,
         processor: Any,
     ) -> None:
         self._model, self._parts, self._recipe, self._plan = model, parts, recipe, plan
-        self._spectra, self._statistics, self._processor = spectra, statistics, processor
+        self._alone, self._statistics, self._processor = alone, statistics, processor
+        if recipe.compensate.kind == "adacomp" and any(row.integers is not None for row in plan.linears.values()):
+            raise RecipeError("adaComp fits factors that are no integers; set compensate.kind=anchored or none")
         self._store = Store(statistics, recipe, plan)
         names: dict[str, list[Any]] = {}
         for linear in parts.linears:
-            if linear.name in plan.ranks:
+            if linear.name in plan.changed:
                 names.setdefault(linear.block or linear.name, []).append(linear)
         self._units = {name: Unit(model, name, linears) for name, linears in names.items()}
 
     @torch.no_grad()
-    def factors(self, progress: Callable[[int, int], None] | None = None) -> dict[str, Factors]:
-        """Factors of all linears that samples reach, by name; the model is dense before and after.
+    def solve(self, progress: Callable[[int, int], None] | None = None) -> dict[str, Stored]:
+        """All linears of the plan that samples reach, by name; the model is dense before and after.
 
         The calibration samples run through both models at once and stop before every unit. Linears of a unit that read
-        one input are solved together, in the order in which the unit runs them, each with those before it factored.
+        one input are solved together, in the order in which the unit runs them, each with those before it compressed.
         Units that an earlier run has left on disk are not solved again.
 
         Raises:
             RecipeError: no sample is of a modality that the recipe's metric counts.
             SampleError: the calibration samples cannot be loaded any more.
-            StatisticsError: they are other samples now, or factors cannot be written or read.
+            StatisticsError: they are other samples now, or what is solved cannot be written or read.
             ModelError: the compressed model takes another path than the dense one.
             NumericalError: NaN or infinity; names the linear.
         """
-        found: dict[str, Factors] = {}
+        found: dict[str, Stored] = {}
         missing = dict(self._units)
         for name, unit in self._units.items():
             if self._store.has(name):
                 found |= (kept := self._store.read(name))
-                unit.factor(self._plan, kept)
+                unit.compress(self._plan, kept)
                 del missing[name]
         if missing:
             with prepared(self._model), self._passes() as pairs:
@@ -100,7 +103,7 @@ class Compensation:
             self._store.write(name, {})
         return found
 
-    def _walk(self, pairs: list[_Pair]) -> Iterator[tuple[str, dict[str, Factors]]]:
+    def _walk(self, pairs: list[_Pair]) -> Iterator[tuple[str, dict[str, Stored]]]:
         """Solve unit after unit; yields each with its factors, and ends after the last that any sample reaches."""
         while going := [pair for pair in pairs if pair.dense.unit is not None or pair.small.unit is not None]:
             # Images come first and pass through all that text passes through: text waits where it is.
@@ -124,11 +127,11 @@ class Compensation:
                 pair.dense.answer(outputs[i] if outputs else unit.run(pair.dense.call, small=False))
                 pair.small.answer(unit.run(pair.small.call, small=True))
 
-    def _solve(self, unit: Unit, here: list[_Pair]) -> tuple[dict[str, Factors], list[Any]]:
-        """Factors of the unit's linears, and what the dense unit gives for each batch."""
+    def _solve(self, unit: Unit, here: list[_Pair]) -> tuple[dict[str, Stored], list[Any]]:
+        """The unit's linears, and what the dense unit gives for each batch."""
         firsts = {pair.modality: pair.dense.call for pair in reversed(here)}
         calls = [call for call in firsts.values() if call is not None]
-        found: dict[str, Factors] = {}
+        found: dict[str, Stored] = {}
         last: str | None = None  # of those whose output is added to the residual stream
         groups = unit.groups(calls, residual=self._recipe.compensate.residual)
         writers = frozenset[str]().union(*(group.writers for group in groups))
@@ -139,11 +142,12 @@ class Compensation:
             sums: dict[Modality, ShiftedSum] = {}
             for pair, seen in zip(here, dense, strict=True):
                 self._add(unit, group, pair, seen, sums)
-            solved = {name: self._factors(unit, name, sums) for name in group.members}
-            unit.factor(self._plan, solved)
+            solved = {name: self._linear(unit, name, sums) for name in group.members}
+            unit.compress(self._plan, solved)
             found |= solved
-        rest = {name: self._factors(unit, name, {}) for name in unit.dense if name not in found}
-        unit.factor(self._plan, rest)
+        rest = {name: self._alone(name, self._plan.linears[name]) for name in unit.dense if name not in found}
+        unit.compress(self._plan, rest)
+        found |= rest
         if (steps := self._recipe.compensate.refine) and unit.name not in unit.dense:
             output = None
             if last is not None and self._recipe.metric.kind == "curvature":
@@ -153,8 +157,10 @@ class Compensation:
                 ).output
             samples = [(p.dense.call, p.small.call, p.counted) for p in here if p.dense.call and p.small.call]
             refine(unit, samples, steps, None if output is None else output.roots[0])
-            return unit.factors(), [seen.output for seen in dense]
-        return found | rest, [seen.output for seen in dense]
+            for name, layer in refined(unit).items():
+                A, B = layer.factors()
+                found[name] = Stored({**found[name].parts, "A": A, "B": B})
+        return found, [seen.output for seen in dense]
 
     def _add(self, unit: Unit, group: Group, pair: _Pair, dense: Tap, sums: dict[Modality, ShiftedSum]) -> None:
         """Add one batch to the sums of its modality; nothing where the group does not run whole."""
@@ -180,39 +186,39 @@ class Compensation:
                 sums[pair.modality] = ShiftedSum.zero(size, x.device)
             sums[pair.modality].add(rows(place, x), targets)
 
-    def _factors(self, unit: Unit, name: str, sums: dict[Modality, ShiftedSum]) -> Factors:
-        W, rank = unit.dense[name].weight, self._plan.ranks[name]
+    def _linear(self, unit: Unit, name: str, sums: dict[Modality, ShiftedSum]) -> Stored:
+        linear, row, W = unit.linears[name], self._plan.linears[name], unit.dense[name].weight
         part, how = self._recipe.metric, self._recipe.compensate
-        heads = 1 if isinstance(rank, int) else len(rank)
-        taken = chosen(part, sums)
-        if not taken or how.kind == "adacomp":
-            A, B = factors(W, *self._spectra.directions(name, rank, W.device))
-        if taken:
-            means = [(s.second + s.second.T) / (2 * s.count) for s in taken]
-            weights = joint_weights([float(mean.trace()) for mean in means], part.gamma)
-            second = torch.stack([w * mean for w, mean in zip(weights, means, strict=True)]).sum(0)
-            cross = torch.stack([w * s.cross[name] / s.count for w, s in zip(weights, taken, strict=True)]).sum(0)
-            # Input moments of the dense model stay in sight: they are of all samples, and hold what few samples say.
-            own = part.model_copy(
-                update={"kind": "curvature" if part.kind == "curvature" else "whitening", "per_head": heads > 1}
-            )
-            metric = layer_metric(own, unit.linears[name], self._statistics, W.device)
-            assert metric.value is not None
-            second, cross = blended(W, second, cross, metric.value.to(W.device), how.weight)
-            value: torch.Tensor | None = second
-            if part.kind != own.kind:  # not made of these moments, and stays what it is
-                value = layer_metric(part, unit.linears[name], self._statistics, W.device).value
-                value = None if value is None else value.to(W.device)
-            try:
-                if how.kind == "adacomp":
-                    A, B = _alternated(A, B, rank, second, cross, metric.output, how.rounds, wide(W).dtype)
-                else:
-                    target = anchored_weight(W, second, cross, how.damping)
-                    A, B = factors(target, *directions(decompose(target, value, metric.output, heads), rank))
-            except NumericalError as error:
-                raise NumericalError(f"{name}: {error}") from error
-        A, B = (check_finite(f"the factor {s} of {name}", F.to(W.dtype)) for s, F in (("A", A), ("B", B)))
-        return A, B
+        if not (taken := chosen(part, sums)):
+            return self._alone(name, row)
+        means = [(s.second + s.second.T) / (2 * s.count) for s in taken]
+        weights = joint_weights([float(mean.trace()) for mean in means], part.gamma)
+        second = torch.stack([w * mean for w, mean in zip(weights, means, strict=True)]).sum(0)
+        cross = torch.stack([w * s.cross[name] / s.count for w, s in zip(weights, taken, strict=True)]).sum(0)
+        # Input moments of the dense model stay in sight: they are of all samples, and hold what few samples say.
+        own = part.model_copy(
+            update={
+                "kind": "curvature" if part.kind == "curvature" else "whitening",
+                "per_head": isinstance(row.rank, tuple),
+            }
+        )
+        metric = layer_metric(own, linear, self._statistics, W.device)
+        assert metric.value is not None
+        second, cross = blended(W, second, cross, metric.value.to(W.device), how.weight)
+        value: torch.Tensor | None = second
+        if part.kind != own.kind:  # not made of these moments, and stays what it is
+            value = layer_metric(part, linear, self._statistics, W.device).value
+            value = None if value is None else value.to(W.device)
+        try:
+            if how.kind == "adacomp":
+                A, B = (alone for alone in self._alone(name, row).parts.values() if isinstance(alone, torch.Tensor))
+                assert row.rank is not None
+                found = _alternated(A, B, row.rank, second, cross, metric.output, how.rounds, wide(W).dtype)
+                return plain(name, *found)
+            target = anchored_weight(W, second, cross, how.damping)
+            return make_stored(target, linear, row, value, metric.output, fed=self._recipe.quantize.method == "gptq")
+        except NumericalError as error:
+            raise NumericalError(f"{name}: {error}") from error
 
     @contextmanager
     def _passes(self) -> Iterator[list[_Pair]]:

@@ -1,7 +1,8 @@
-"""Compensated factors on disk: a file for each unit that is done, so that a killed run goes on after it."""
+"""Compensated linears on disk: a file for each unit that is done, so that a killed run goes on after it."""
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -13,30 +14,32 @@ from spectrim.errors import StatisticsError
 from spectrim.files import write_whole
 from spectrim.plan import Plan
 from spectrim.recipe import Recipe
+from spectrim.stored import Stored
 
-VERSION = 2  # of what the factors mean; a change makes earlier files unused
-
-Factors = tuple[torch.Tensor, torch.Tensor]
-"""A [out, k] and B [k, in] of one linear, in its dtype; k is the sum of ranks by head, A zero outside each head."""
+VERSION = 3  # of what the tensors mean; a change makes earlier files unused
 
 
 class Store:
-    """The factors of one recipe and plan, in the statistics directory."""
+    """The linears of one recipe and plan, in the statistics directory."""
 
     def __init__(self, statistics: Statistics, recipe: Recipe, plan: Plan) -> None:
         state = statistics.manifest.model_dump(mode="json")
-        parts = [recipe.metric.model_dump(mode="json"), recipe.compensate.model_dump(mode="json")]
-        content = json.dumps([VERSION, *parts, plan.ranks, state], sort_keys=True)
+        parts = [part.model_dump(mode="json") for part in (recipe.metric, recipe.compensate, recipe.quantize)]
+        rows = {name: row.model_dump(mode="json", include={"rank", "integers"}) for name, row in plan.linears.items()}
+        content = json.dumps([VERSION, *parts, rows, state], sort_keys=True)
         self.directory = statistics.path / "compensated" / hashlib.sha256(content.encode()).hexdigest()[:16]
 
     def has(self, unit: str) -> bool:
         """Is this unit done?"""
         return self._path(unit).exists()
 
-    def write(self, unit: str, factors: dict[str, Factors]) -> None:
-        """Keep the factors of one unit, by linear. Raises StatisticsError where they cannot be written."""
-        tensors = {f"{name}.{side}": t.cpu().contiguous() for name, pair in factors.items()
-                   for side, t in zip("AB", pair, strict=True)}  # fmt: skip
+    def write(self, unit: str, found: Mapping[str, Stored]) -> None:
+        """Keep the linears of one unit, by name. Raises StatisticsError where they cannot be written."""
+        tensors = {
+            f"{name}:{key}": tensor.cpu().contiguous()
+            for name, stored in found.items()
+            for key, tensor in stored.tensors().items()
+        }
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             write_whole(self._path(unit), save(tensors))
@@ -45,15 +48,19 @@ class Store:
                 f"{self._path(unit)} cannot be written ({error}); free space or copy the statistics elsewhere"
             ) from error
 
-    def read(self, unit: str) -> dict[str, Factors]:
-        """The factors of one unit, by linear. Raises StatisticsError where they cannot be read."""
+    def read(self, unit: str) -> dict[str, Stored]:
+        """The linears of one unit, by name. Raises StatisticsError where they cannot be read."""
         try:
             tensors = load_file(self._path(unit))
         except (OSError, SafetensorError) as error:
             raise StatisticsError(
                 f"{self._path(unit)} cannot be read ({error}); delete it and compress again"
             ) from error
-        return {name[:-2]: (tensors[name], tensors[f"{name[:-2]}.B"]) for name in tensors if name.endswith(".A")}
+        found: dict[str, dict[str, torch.Tensor]] = {}
+        for key, tensor in tensors.items():
+            name, _, rest = key.partition(":")
+            found.setdefault(name, {})[rest] = tensor
+        return {name: Stored.from_tensors(parts) for name, parts in found.items()}
 
     def _path(self, unit: str) -> Path:
         return self.directory / f"{unit}.safetensors"

@@ -1,6 +1,6 @@
 """The units of a model that are solved one after the other: its blocks, and the linears outside blocks."""
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -8,11 +8,10 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from spectrim.anatomy import Linear
-from spectrim.compensate.store import Factors
 from spectrim.compensate.streams import Call
 from spectrim.compensate.tap import Tap
-from spectrim.layers import LowRankLinear, replace_linears
 from spectrim.plan import Plan
+from spectrim.stored import Stored
 
 
 @dataclass(frozen=True)
@@ -24,31 +23,25 @@ class Group:
 
 
 class Unit:
-    """A block, or a linear outside blocks, that can run dense or with those linears factored that are ``small`` yet."""
+    """A block, or a linear outside blocks, that can run dense or with those linears compressed that are ``small``."""
 
     def __init__(self, model: PreTrainedModel, name: str, linears: Sequence[Linear]) -> None:
         self.name, self.linears = name, {linear.name: linear for linear in linears}
         self.module = model.get_submodule(name)
         self.dense: dict[str, Any] = {linear.name: model.get_submodule(linear.name) for linear in linears}
-        self.small: dict[str, LowRankLinear] = {}
+        self.small: dict[str, Any] = {}
         self._model = model
         self._forward: Callable[..., Any] = self.module.forward
 
-    def factor(self, plan: Plan, factors: dict[str, Factors]) -> None:
-        """Add factored linears."""
-        for name, (A, B) in factors.items():
-            replace_linears(self._model, {name: plan.ranks[name]})
-            layer: Any = self._model.get_submodule(name)
+    def compress(self, plan: Plan, found: Mapping[str, Stored]) -> None:
+        """Add compressed linears."""
+        for name, stored in found.items():
+            stored.put(self._model, name, plan.linears[name].rank)
+            self.small[name] = self._model.get_submodule(name)
             self._model.set_submodule(name, self.dense[name])
-            layer.load_factors(A, B)
-            self.small[name] = layer
-
-    def factors(self) -> dict[str, Factors]:
-        """A and B of its factored linears, as they are now."""
-        return {name: layer.factors() for name, layer in self.small.items()}
 
     def run(self, call: Call, *, small: bool) -> Any:
-        """The output of the unit, dense or with its factored linears in place."""
+        """The output of the unit, dense or with its compressed linears in place."""
         if self.name in self.dense:
             return (self.small[self.name] if small and self.small else self._forward)(*call.args, **call.kwargs)
         with self._in_place(small):

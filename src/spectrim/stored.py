@@ -1,0 +1,164 @@
+"""One linear as a checkpoint stores it: factors, integers, or both; made from a weight, its metrics and a row."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from spectrim.anatomy import Linear
+from spectrim.curvature import OutputMetric
+from spectrim.decompose import decompose, factors, sides
+from spectrim.layers import Rank, head_ranks, pack_linears, replace_linears
+from spectrim.linalg import check_finite, times_metric
+from spectrim.plan import PlanRow, counted
+from spectrim.quantize import Grid, Quantized, fitting_group, quantize
+from spectrim.spectra import directions
+
+Directions = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+"""Values [k] and directions P, Q, as :meth:`spectrim.spectra.Spectra.directions` gives them."""
+
+Factors = tuple[torch.Tensor, torch.Tensor]
+"""A [out, k] and B [k, in] of one linear; k is the sum of ranks by head, A zero outside each head."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The parts of a linear by name: factors A [out, k] and B [k, in] and a weight R [out, in] that is added to their
+    product, or the weight alone, under the name "". Each is a float tensor, or integers.
+    """
+
+    parts: Mapping[str, torch.Tensor | Quantized]
+
+    def weight(self) -> torch.Tensor:
+        """The weight [out, in] that the model computes with, float64."""
+        found = {name: _wide(part) for name, part in self.parts.items()}
+        if "" in found:
+            return found[""]
+        product = found["A"] @ found["B"]
+        return product + found["R"] if "R" in found else product
+
+    def put(self, model: nn.Module, name: str, rank: Rank | None, *, pivoted: bool = False) -> None:
+        """Exchange the dense linear `name` of `model` for this."""
+        if rank is not None:
+            replace_linears(model, {name: rank}, {name} if pivoted else ())
+            A, B = self.parts["A"], self.parts["B"]
+            if isinstance(A, torch.Tensor) and isinstance(B, torch.Tensor):
+                layer: Any = model.get_submodule(name)
+                layer.load_factors(A, B)
+        integers = {part: found for part, found in self.parts.items() if isinstance(found, Quantized)}
+        places = {part: f"{name}.{part}".removesuffix(".") for part in integers}
+        pack_linears(model, {places[part]: found.grid for part, found in integers.items()})
+        for part, found in integers.items():
+            packed: Any = model.get_submodule(places[part])
+            packed.load(found)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All of it as tensors, for a file; `from_tensors` is the inverse."""
+        found = {}
+        for name, part in self.parts.items():
+            if isinstance(part, torch.Tensor):
+                found[name] = part
+                continue
+            grid = part.grid
+            found[f"{name}.grid"] = torch.tensor([grid.bits, grid.group or 0, int(grid.symmetric)])
+            found |= {f"{name}.codes": part.codes, f"{name}.scale": part.scale}
+            if part.zero is not None:
+                found[f"{name}.zero"] = part.zero
+        return found
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, torch.Tensor]) -> "Stored":
+        """The linear that `tensors` made them of."""
+        parts: dict[str, torch.Tensor | Quantized] = {}
+        for key, tensor in tensors.items():
+            name, _, what = key.partition(".")
+            if what == "grid":
+                bits, group, symmetric = tensor.tolist()
+                grid = Grid(bits, group or None, bool(symmetric))
+                codes, scale = (tensors[f"{name}.{kind}"] for kind in ("codes", "scale"))
+                parts[name] = Quantized(grid, codes, scale, tensors.get(f"{name}.zero"))
+            elif not what:
+                parts[name] = tensor
+        return cls(parts)
+
+
+def make_stored(
+    W: torch.Tensor,
+    linear: Linear,
+    row: PlanRow,
+    C: torch.Tensor | None,
+    output: OutputMetric | None,
+    *,
+    fed: bool = True,
+    found: Directions | None = None,
+) -> Stored:
+    """A weight as a row of the plan says, with a small error in the metrics.
+
+    Args:
+        W: [out, in], any floating dtype.
+        linear: whose it is; scales are in its dtype, factors in that or in float32 if it is narrower.
+        row: with a rank, integers, or both.
+        C: metric of the inputs: None for the identity, [in] for a diagonal, or [in, in].
+        output: metric of the outputs, head by head where the rank is; None for the identity.
+        fed: feed rounding errors on in these metrics; without, entries are rounded to nearest.
+        found: directions of W in the same metrics, where they are known.
+
+    Raises:
+        NumericalError: NaN or infinity; names the linear.
+    """
+    how, W, wide = row.integers, W.double(), torch.promote_types(linear.dtype, torch.float32)
+    if found is None and row.rank is not None and (how is None or how.residual is None):
+        found = directions(decompose(W, C, output, len(head_ranks(row.rank))), row.rank)
+    if how is None:
+        assert found is not None
+        A, B = factors(W, *found)
+        return plain(linear.name, A.to(wide), B.to(wide))
+    G = None if output is None or not fed else output.dense(len(W), W.device)
+    C_fed = C if fed else None
+
+    def integers(X: torch.Tensor, bits: int, C: torch.Tensor | None, G: torch.Tensor | None) -> Quantized:
+        grid = Grid(bits, fitting_group(X.shape[1], how.group), how.symmetric)
+        return quantize(X, grid, C, G, dtype=linear.dtype)
+
+    if row.rank is None:
+        assert how.bits is not None
+        return Stored({"": integers(W, how.bits, C_fed, G)})
+    parts: dict[str, torch.Tensor | Quantized] = {}
+    if how.residual is not None:
+        parts["R"] = rough = integers(W, how.residual, C_fed, G)
+        W = W - rough.dense()
+        found = directions(decompose(W, C, output), counted(row.rank)[0])
+    assert found is not None
+    A, B = (factor.double() for factor in sides(W, *found[1:]))
+    if how.bits is None:
+        return Stored({**parts, **plain(linear.name, A.to(wide), B.to(wide)).parts})
+    parts["B"] = rounded = integers(B, how.bits, C_fed, None)
+    B = rounded.dense()
+    if fed:
+        A = refit(W, A, B, C)
+    parts["A"] = integers(A, how.bits, gram(B, C) if fed else None, G)
+    return Stored(parts)
+
+
+def plain(name: str, A: torch.Tensor, B: torch.Tensor) -> Stored:
+    """Factors as they are. Raises NumericalError where they are not finite; names the linear."""
+    return Stored({"A": check_finite(f"the factor A of {name}", A), "B": check_finite(f"the factor B of {name}", B)})
+
+
+def gram(B: torch.Tensor, C: torch.Tensor | None) -> torch.Tensor:
+    """``B C Bᵀ`` [k, k] of B [k, in]: the metric of the inputs of the other factor."""
+    return times_metric(B, C) @ B.T
+
+
+def refit(W: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor | None = None) -> torch.Tensor:
+    """The A [out, k] of least ``‖L (W − A B) R‖`` for a given B [k, in], whatever L is (adaComp, AdaSVD, section 3.2).
+
+    ``A + (W − A B) C Bᵀ (B C Bᵀ)⁺``: in directions that the metric C of the inputs does not see, A stays what it is.
+    """
+    return A + times_metric(W - A @ B, C) @ B.T @ torch.linalg.pinv(gram(B, C), hermitian=True, rtol=1e-9)
+
+
+def _wide(part: torch.Tensor | Quantized) -> torch.Tensor:
+    return part.dense() if isinstance(part, Quantized) else part.double()
