@@ -3,9 +3,10 @@
     python benchmarks/bits.py smollm2.gguf --stats STATS --out bits.json
 
 Every kind spends the same bytes by predicted loss: dense integers (fed on in the metric, or rounded to nearest),
-factors of 16 bits, factors of 4 or 8 bits, integers with factors beside them, and the hybrid of all. Bytes are those
-of a model in bfloat16, scales included; computation is in float32. The statistics need curvature. A row is printed as
-soon as it is measured; `--predict` prints predicted losses alone, which takes a small part of the time.
+factors of 16 bits (by pivots), factors of 4 or 8 bits, integers with factors beside them, and the hybrid of all, each
+linear by itself; then the hybrid as the recipe `spectrim` makes it, with compensation. Bytes are those of a model in
+bfloat16, scales included; computation is in float32. The statistics need curvature. A row is printed as soon as it is
+measured; `--predict` prints predicted losses alone, which takes a small part of the time.
 """
 
 import argparse
@@ -27,9 +28,12 @@ from spectrim.evaluate import perplexity
 from spectrim.hybrid import Option, cheapest
 from spectrim.pipeline import compression
 from spectrim.plan import Plan
+from spectrim.recipe import Recipe
 from spectrim.samples import load_text
 
+COMPENSATED = "hybrid, compensated"
 KINDS: dict[str, Callable[[Option], bool]] = {
+    COMPENSATED: lambda option: True,
     "hybrid": lambda option: True,
     "integers": lambda o: o.rank is None and o.integers is not None,
     "factors": lambda o: o.integers is None,
@@ -78,8 +82,9 @@ def main() -> None:
         kinds = {"integers, to nearest": KINDS["integers"]} if method == "rtn" else KINDS
         if not kinds.keys() & set(wanted):
             continue
-        changes = {"quantize.method": method}
-        with compression(model, "curvature+gptq", stats=args.stats, processor=processor, changes=changes) as prepared:
+        changes = {"quantize.bits": "auto", "quantize.method": method}
+        with compression(model, "spectrim", stats=args.stats, processor=processor, changes=changes) as prepared:
+            recipes = {kind: Recipe.read(prepared.recipe, {"compensate.kind": kind}) for kind in ("none", "anchored")}
             narrow = tuple(replace(linear, dtype=torch.bfloat16) for linear in prepared.parts.linears)
             prepared.parts = replace(prepared.parts, linears=narrow)
             weights = sum(linear.params for linear in narrow)
@@ -93,6 +98,7 @@ def main() -> None:
                         chosen = cheapest(menu, int(bits * weights / 8))
                     except BudgetError:
                         continue  # this kind has no option so small
+                    prepared.recipe = recipes["anchored" if kind == COMPENSATED else "none"]
                     plan = Plan(
                         recipe=prepared.recipe.name,
                         linears={
