@@ -14,13 +14,13 @@ import json
 import math
 import platform
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
+from recipes import stored_in
 from spectrim.checkpoint import load, load_processor
 from spectrim.demo import resolve
 from spectrim.errors import BudgetError
@@ -85,8 +85,8 @@ def main() -> None:
         changes = {"quantize.bits": "auto", "quantize.method": method}
         with compression(model, "spectrim", stats=args.stats, processor=processor, changes=changes) as prepared:
             recipes = {kind: Recipe.read(prepared.recipe, {"compensate.kind": kind}) for kind in ("none", "anchored")}
-            narrow = tuple(replace(linear, dtype=torch.bfloat16) for linear in prepared.parts.linears)
-            prepared.parts = replace(prepared.parts, linears=narrow)
+            prepared.parts = stored_in(prepared.parts, torch.bfloat16)
+            narrow = prepared.parts.linears
             weights = sum(linear.params for linear in narrow)
             menus = {linear.name: prepared.hybrid.options(linear) for linear in narrow}
             for bits in map(float, args.bits.split(",")):

@@ -16,6 +16,7 @@ import platform
 import resource
 import tempfile
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +26,7 @@ import torch
 import yaml
 from PIL import Image
 
+from spectrim.anatomy import Anatomy
 from spectrim.calibrate import Statistics, calibrate
 from spectrim.checkpoint import load, load_processor
 from spectrim.demo import resolve
@@ -59,6 +61,11 @@ def easy_vqa(folder: Path, count: int) -> list[ImageQuestion]:
     return [
         ImageQuestion(f"easy-vqa {name}", q.image, q.question, q.answer) for name, list_ in found.items() for q in list_
     ]
+
+
+def stored_in(parts: Anatomy, dtype: torch.dtype) -> Anatomy:
+    """The same linears, whose bytes count in another dtype."""
+    return replace(parts, linears=tuple(replace(linear, dtype=dtype) for linear in parts.linears))
 
 
 def rounded(model: torch.nn.Module, dtype: torch.dtype) -> None:
@@ -101,16 +108,18 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int)
     parser.add_argument("--questions", type=int, default=100, help="of each task")
     parser.add_argument("--easy-vqa", type=Path, help="ask the test questions of this easy-vqa data folder instead")
-    parser.add_argument("--store", choices=("float32", "bfloat16"), help="round the factors to this dtype")
+    parser.add_argument(
+        "--store", choices=("float32", "bfloat16"), default="float32", help="count bytes, and round, in this dtype"
+    )
     parser.add_argument("--labels", default="given", help="of gradient passes: given or sampled")
     parser.add_argument("--stats", type=Path, help="keep the statistics here, or use those that are")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     source = resolve(args.model)
-    # Stored in the model's own dtype, computed in float32: the table compares recipes, not rounding.
+    # Computed in float32: the table compares recipes, not rounding.
     model, processor = load(source, dtype=torch.float32), load_processor(source)
-    store = getattr(torch, args.store or "float32")
+    store = getattr(torch, args.store)
     sees = hasattr(processor, "image_processor")
     text = load_text(args.heldout, split="heldout")
     questions: Any = []
@@ -154,6 +163,7 @@ def main() -> None:
             started = time.perf_counter()
             with compression(model, recipe, stats=statistics, processor=processor, changes=pairs) as prepared:
                 decomposition = time.perf_counter() - started
+                prepared.parts = stored_in(prepared.parts, store)
                 for retain in map(float, args.retain.split(",")):
                     started = time.perf_counter()
                     plan = prepared.plan(retain)

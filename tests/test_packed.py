@@ -29,14 +29,14 @@ FORMS = ("dense", "factors", "B alone", "rest", "plain")
 
 
 def grid_of(size: int, bits: int, symmetric: bool) -> Grid:
-    return Grid(bits, fitting_group(size, 64), symmetric)
+    return Grid(bits, fitting_group(size, 32), symmetric)
 
 
 def packed(family: str, model: Any = None) -> Any:
     """A few-layer model whose linears take turns: packed, factored and packed in three ways, and left as they are."""
     model = FAMILIES[family]() if model is None else model
     for number, linear in enumerate(anatomy(model).linears):
-        form, bits, symmetric = FORMS[number % len(FORMS)], (3, 4, 8)[number % 3], number % 2 == 0
+        form, bits, symmetric = FORMS[number % len(FORMS)], (3, 4, 8, 2)[number % 4], number % 2 == 0
         W = model.get_submodule(linear.name).weight.detach()
         parts = {}
         if form == "dense":

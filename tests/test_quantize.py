@@ -181,6 +181,8 @@ def test_ranges_are_no_worse_than_whole_ones(grid, seed):
     assert cost(step[..., None], zeros) <= cost(whole, origin) + 1e-9
 
 
-@pytest.mark.parametrize(("size", "most", "group"), [(576, 128, 64), (1536, 128, 128), (96, 64, 32), (48, 128, None)])
-def test_groups_divide_the_inputs(size, most, group):
-    assert fitting_group(size, most) == group
+@pytest.mark.parametrize(
+    ("size", "wanted", "group"), [(576, 128, None), (1536, 128, 128), (96, 32, 32), (64, None, None)]
+)
+def test_groups_divide_the_inputs(size, wanted, group):
+    assert fitting_group(size, wanted) == group

@@ -27,8 +27,8 @@ from spectrim.recipe import Recipe
 from spectrim.spectra import Spectra
 from spectrim.stored import Stored, make_stored
 
-BITS = (3, 4, 8)  # of integers where the recipe leaves them to the allocation
-RESIDUAL_BITS = (3, 4)  # of a whole weight that has factors beside it
+BITS = (2, 3, 4, 8)  # of integers where the recipe leaves them to the allocation
+RESIDUAL_BITS = (2, 3, 4)  # of a whole weight that has factors beside it
 FACTOR_BITS = 8  # of those factors
 RANKS = 32  # ranks that are options are multiples of this
 FEED_FORWARD = ("gate", "up", "down", "gate_up", "fc1", "fc2")

@@ -28,13 +28,13 @@ class Integers(_Part):
 
     ``bits`` are those of the dense weight, or of both factors where the row has a rank. ``residual`` are those of a
     whole weight [out, in] that is added to the product of the factors, which may then stay as they are (``bits`` None).
-    ``group`` is the largest number of inputs that share a scale; of 128, 64 and 32 each weight takes the largest that
-    divides its inputs, else one scale by output. An asymmetric grid has a zero point for each scale.
+    ``group`` inputs share a scale, all inputs of an output where it is None or does not divide them. An asymmetric grid
+    has a zero point for each scale.
     """
 
     bits: int | None = Field(default=None, ge=2, le=8)
     residual: int | None = Field(default=None, ge=2, le=8)
-    group: Literal[32, 64, 128] = 128
+    group: Literal[32, 64, 128] | None = 128
     symmetric: bool = True
 
     def grids(self, linear: Linear, rank: Rank | None) -> dict[str, tuple[int, int, Grid]]:

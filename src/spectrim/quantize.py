@@ -15,7 +15,6 @@ import torch
 from spectrim.errors import NumericalError
 from spectrim.linalg import times_metric
 
-GROUPS = (128, 64, 32)
 DAMPING = 0.01  # of the metrics, as a share of the mean of their diagonals
 _SHAPE = 16  # bytes of the shape that compressed-tensors stores with every weight
 _TILE = 32  # rows and columns that one wave runs over
@@ -72,9 +71,9 @@ class Quantized:
         return (self.codes.double() - zero) * step
 
 
-def fitting_group(size: int, most: int) -> int | None:
-    """The largest group, at most `most`, that divides `size` inputs; None (one scale by output) where none does."""
-    return next((group for group in GROUPS if group <= most and size % group == 0), None)
+def fitting_group(size: int, group: int | None) -> int | None:
+    """`group` where it divides `size` inputs, else None: one scale by output beats smaller groups by the byte."""
+    return group if group is not None and size % group == 0 else None
 
 
 def quantize(

@@ -103,14 +103,15 @@ class CompensatePart(_Part):
 class QuantizePart(_Part):
     """Whether weights are stored as integers.
 
-    ``bits``: None for none; 3, 4 or 8 for all factors, and for what would stay dense; ``auto`` lets the allocation
+    ``bits``: None for none; 2, 3, 4 or 8 for all factors, and for what would stay dense; ``auto`` lets the allocation
     choose for every linear among dense and integer weights, factors, integer factors, and both together. ``group``
-    inputs share a scale; ``symmetric`` grids have no zero points. ``method`` gptq feeds rounding errors on in the
-    recipe's metric, rtn rounds to nearest. ``roles`` says which linears may hold integers.
+    inputs share a scale, all inputs of an output where it is None or does not divide them; ``symmetric`` grids have no
+    zero points. ``method`` gptq feeds rounding errors on in the recipe's metric, rtn rounds to nearest. ``roles`` says
+    which linears may hold integers.
     """
 
-    bits: Literal[3, 4, 8, "auto"] | None = None
-    group: Literal[32, 64, 128] = 128
+    bits: Literal[2, 3, 4, 8, "auto"] | None = None
+    group: Literal[32, 64, 128] | None = 128
     symmetric: bool = True
     method: Literal["gptq", "rtn"] = "gptq"
     roles: Literal["all", "feed-forward"] = "all"
