@@ -8,6 +8,7 @@ the re-fit of A. The statistics need curvature.
 
 import argparse
 from functools import partial
+from itertools import product
 
 import torch
 
@@ -31,32 +32,34 @@ def main() -> None:
     parser.add_argument("--linears", required=True, help="ends of names, with commas")
     parser.add_argument("--bits", default="3,4")
     parser.add_argument("--rank", type=int, default=192)
-    parser.add_argument("--group", type=int, default=128)
+    parser.add_argument("--groups", default="128", help="inputs that share a scale, with commas; none for all")
+    parser.add_argument("--zero-points", action="store_true", help="asymmetric grids")
     args = parser.parse_args()
     model, statistics = load(resolve(args.model), dtype=torch.float32), Statistics.open(args.stats)
-    head = "linear | bits | to nearest | inputs | both sides | predicted | rank | truncated | nearest | fed on | re-fit"
-    print(f"| {head} |\n{'|---' * 11}|")
+    head = "linear | bits | stored | to nearest | inputs | both sides | predicted | rank | truncated | nearest | fed on"
+    print(f"| {head} | re-fit |\n{'|---' * 12}|")
     for linear in anatomy(model).linears:
         if not linear.name.endswith(tuple(args.linears.split(","))):
             continue
         W = model.get_submodule(linear.name).weight.detach().double()
         metric = layer_metric(Recipe.read("curvature").metric, linear, statistics)
         assert metric.output is not None
-        root, C = metric.output.roots[0], metric.value
-        G = metric.output.nats[0] * root.metric_times(torch.eye(len(W), dtype=torch.float64))
+        C, G = metric.value, metric.output.dense(len(W))
         spectrum = decompose(W, C, metric.output)
         A, B = (factor.double() for factor in sides(W, *directions(spectrum, args.rank)[1:]))
-        for bits in map(int, args.bits.split(",")):
-            grid, narrow = (Grid(bits, fitting_group(n, args.group)) for n in (W.shape[1], args.rank))
+        for bits, group in product(map(int, args.bits.split(",")), args.groups.split(",")):
+            wanted = None if group == "none" else int(group)
+            grid, narrow = (Grid(bits, fitting_group(n, wanted), not args.zero_points) for n in (W.shape[1], args.rank))
             rounded = partial(quantize, dtype=torch.bfloat16)
             found = [error(W - rounded(W, grid, *given).dense(), C, G) for given in ((), (C,), (C, G))]
             weights = conditional(C, W.shape[1], W), conditional(G, len(W), W)
             found += [float(expected(W, grid, *weights, torch.bfloat16).sum())]
-            cells = [f"{value:.5f}" for value in found] + [str(args.rank), f"{error(W - A @ B, C, G):.5f}"]
-            nearest = rounded(A, narrow).dense() @ rounded(B, grid).dense()
+            cells = [f"{8 * grid.nbytes(*W.shape, torch.bfloat16.itemsize) / W.numel():.2f}"]
+            cells += [f"{value:.5f}" for value in found] + [str(args.rank), f"{error(W - A @ B, C, G):.5f}"]
+            plain = rounded(A, narrow).dense() @ rounded(B, grid).dense()
             kept = rounded(B, grid, C).dense()
             again = [rounded(X, narrow, gram(kept, C), G).dense() @ kept for X in (A, refit(W, A, kept, C))]
-            cells += [f"{error(W - product, C, G):.5f}" for product in (nearest, *again)]
+            cells += [f"{error(W - approximation, C, G):.5f}" for approximation in (plain, *again)]
             print(f"| {linear.name} | {bits} | {' | '.join(cells)} |", flush=True)
 
 
