@@ -75,6 +75,17 @@ def _llava_next() -> PreTrainedModel:
     return _seeded(hf.LlavaNextForConditionalGeneration, config)
 
 
+def _llava_onevision() -> PreTrainedModel:
+    config = hf.LlavaOnevisionConfig(
+        vision_config=hf.SiglipVisionConfig(**VISION, vision_use_head=False),
+        text_config=hf.Qwen2Config(**TEXT),
+        image_token_index=IMAGE,
+        video_token_index=VIDEO,
+        image_grid_pinpoints=[[SIDE, 2 * SIDE], [2 * SIDE, SIDE]],
+    )
+    return _seeded(hf.LlavaOnevisionForConditionalGeneration, config)
+
+
 def _qwen2_vl() -> PreTrainedModel:
     vision = {"depth": 2, "embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2, "num_heads": 2, "patch_size": PATCH}
     config = hf.Qwen2VLConfig(text_config={**TEXT, "rope_parameters": MROPE}, vision_config=vision, **QWEN_TOKENS)
@@ -215,9 +226,75 @@ def _opt() -> PreTrainedModel:
     return _seeded(hf.OPTForCausalLM, hf.OPTConfig(**text, ffn_dim=96, word_embed_proj_dim=32))
 
 
+def _deepseek_v3() -> PreTrainedModel:
+    latent = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+    experts |= {"moe_intermediate_size": 24, "first_k_dense_replace": 1}
+    config = hf.DeepseekV3Config(**{**TEXT, "num_key_value_heads": 4}, **latent, **experts)
+    return _seeded(hf.DeepseekV3ForCausalLM, config)
+
+
+def _qwen3_5() -> PreTrainedModel:
+    linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    linear |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
+    text = {**TEXT, "head_dim": 16, "rope_parameters": {**MROPE, "partial_rotary_factor": 1.0}, **linear}
+    vision = _qwen3_vision()
+    del vision["deepstack_visual_indexes"]
+    config = hf.Qwen3_5Config(
+        text_config={**text, "layer_types": ["linear_attention", "full_attention"]}, vision_config=vision, **QWEN_TOKENS
+    )
+    return _seeded(hf.Qwen3_5ForConditionalGeneration, config)
+
+
+def _glm4v() -> PreTrainedModel:
+    vision = {
+        "depth": 2,
+        "hidden_size": 32,
+        "num_heads": 2,
+        "patch_size": PATCH,
+        "image_size": SIDE,
+        "out_hidden_size": 64,
+        "intermediate_size": 48,
+    }
+    config = hf.Glm4vConfig(
+        text_config={**TEXT, "rope_parameters": {**MROPE, "partial_rotary_factor": 1.0}},
+        vision_config=vision,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        image_start_token_id=VISION_START,
+        image_end_token_id=VISION_END,
+    )
+    return _seeded(hf.Glm4vForConditionalGeneration, config)
+
+
+def _gemma4_text() -> PreTrainedModel:
+    layers = {"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": VOCAB, "num_kv_shared_layers": 0}
+    return _seeded(hf.Gemma4ForCausalLM, hf.Gemma4TextConfig(**TEXT, head_dim=16, sliding_window=64, **layers))
+
+
+def _gpt_oss() -> PreTrainedModel:
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    return _seeded(hf.GptOssForCausalLM, hf.GptOssConfig(**TEXT, head_dim=16, sliding_window=64, **experts))
+
+
+def _gpt2() -> PreTrainedModel:
+    return _seeded(
+        hf.GPT2LMHeadModel,
+        hf.GPT2Config(
+            vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=4, n_positions=256, bos_token_id=1, eos_token_id=2
+        ),
+    )
+
+
+def _falcon() -> PreTrainedModel:
+    names = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "bos_token_id", "eos_token_id")
+    return _seeded(hf.FalconForCausalLM, hf.FalconConfig(**{name: TEXT[name] for name in names}))
+
+
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "llava": _llava,
     "llava_next": _llava_next,
+    "llava_onevision": _llava_onevision,
     "qwen2_vl": _qwen2_vl,
     "qwen2_5_vl": _qwen2_5_vl,
     "qwen3_vl": _qwen3_vl,
@@ -236,12 +313,29 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "qwen3": lambda: _seeded(hf.Qwen3ForCausalLM, hf.Qwen3Config(**TEXT, head_dim=24)),
     "opt": _opt,
     "gemma": lambda: _seeded(hf.GemmaForCausalLM, hf.GemmaConfig(**{**TEXT, "num_key_value_heads": 1}, head_dim=16)),
+    "gemma3_text": lambda: _seeded(hf.Gemma3ForCausalLM, hf.Gemma3TextConfig(**TEXT, head_dim=16, sliding_window=64)),
+    "phi3": lambda: _seeded(hf.Phi3ForCausalLM, hf.Phi3Config(**TEXT)),
+    "smollm3": lambda: _seeded(hf.SmolLM3ForCausalLM, hf.SmolLM3Config(**TEXT)),
     "qwen3_moe": lambda: _seeded(hf.Qwen3MoeForCausalLM, hf.Qwen3MoeConfig(**TEXT, head_dim=16, **MOE)),
     "mixtral": lambda: _seeded(
         hf.MixtralForCausalLM, hf.MixtralConfig(**TEXT, num_local_experts=4, num_experts_per_tok=2)
     ),
 }
 VLMS = tuple(FAMILIES)[: list(FAMILIES).index("llama")]
+# Families that only benchmarks/families.py runs. Their blocks are of kinds that tests of every family do not describe
+# (linear attention, latent attention), add nothing to those, or have no linear that can be compressed.
+FURTHER: dict[str, Callable[[], PreTrainedModel]] = {
+    "qwen3_5": _qwen3_5,
+    "glm4v": _glm4v,
+    "gemma2": lambda: _seeded(hf.Gemma2ForCausalLM, hf.Gemma2Config(**TEXT, head_dim=16, sliding_window=64)),
+    "gemma4_text": _gemma4_text,
+    "olmo2": lambda: _seeded(hf.Olmo2ForCausalLM, hf.Olmo2Config(**TEXT)),
+    "granite": lambda: _seeded(hf.GraniteForCausalLM, hf.GraniteConfig(**TEXT)),
+    "gpt_oss": _gpt_oss,
+    "deepseek_v3": _deepseek_v3,
+    "falcon": _falcon,
+    "gpt2": _gpt2,
+}
 
 
 def text_inputs(model: PreTrainedModel, *, batch: int = 1, length: int = 12, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -264,7 +358,7 @@ def example_inputs(model: PreTrainedModel, *, batch: int = 1, seed: int = 0) -> 
     start, end = (torch.full((batch, 1), token) for token in (VISION_START, VISION_END))
     ids = torch.cat((before, start, image, end, after), dim=1)
     is_image = (ids == model.config.image_token_id).long()
-    if kind.startswith("qwen"):
+    if kind.startswith(("qwen", "glm4v")):
         more["mm_token_type_ids"] = is_image
     if kind == "gemma3":
         more["token_type_ids"] = is_image
@@ -278,10 +372,11 @@ def _image_format(config: Any, batch: int) -> tuple[int, tuple[int, ...], dict[s
     """Image tokens per row, shape of `pixel_values`, and the other inputs, which describe the image."""
     kind, plain = config.model_type, (batch, 3, SIDE, SIDE)
     sizes = {"image_sizes": torch.tensor([[SIDE, SIDE]] * batch)}
-    if kind.startswith("qwen"):  # flattened patches of two frames, four of them to a token
+    if kind.startswith(("qwen", "glm4v")):  # flattened patches of two frames, four of them to a token
         grid = torch.tensor([[1, SIDE // PATCH, SIDE // PATCH]] * batch)
         return 4, (16 * batch, 3 * 2 * PATCH**2), {"image_grid_thw": grid}
-    if kind == "llava_next":  # the whole image, then two tiles side by side with a line end after each row
+    if kind in ("llava_next", "llava_onevision"):
+        # The whole image, then two tiles side by side with a line end after each row.
         return 16 + 4 * (8 + 1), (batch, 3, 3, SIDE, SIDE), {"image_sizes": torch.tensor([[SIDE, 2 * SIDE]] * batch)}
     if kind in ("idefics3", "smolvlm"):
         mask = {"pixel_attention_mask": torch.ones(batch, 1, SIDE, SIDE, dtype=torch.bool)}

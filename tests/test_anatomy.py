@@ -18,13 +18,15 @@ QWEN3_VL = ("model.visual", ("model.visual.merger", "model.visual.deepstack_merg
 QWEN2_VL = ("model.visual", ("model.visual.merger",), "model.language_model")
 # Tower, connector and backbone as a reader of the model's source would name them; language models are all backbone.
 PARTS = {
-    **dict.fromkeys(("llava", "llava_next", "paligemma", "gemma3", "internvl", "pixtral", "mistral3"), LLAVA_LIKE),
+    **dict.fromkeys(
+        ("llava", "llava_next", "llava_onevision", "paligemma", "gemma3", "internvl", "pixtral", "mistral3"), LLAVA_LIKE
+    ),
     **dict.fromkeys(("idefics3", "smolvlm"), IDEFICS),
     **dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), QWEN2_VL),
     **dict.fromkeys(("qwen3_vl", "qwen3_vl_moe"), QWEN3_VL),
     "mllama": ("model.vision_model", ("model.multi_modal_projector",), "model.language_model"),
 }
-BLOCK_ROLES = {"q", "k", "v", "o", "qkv", "gate", "up", "down", "fc1", "fc2"}
+BLOCK_ROLES = {"q", "k", "v", "o", "qkv", "gate", "up", "gate_up", "down", "fc1", "fc2"}
 
 
 @pytest.fixture(params=FAMILIES)
@@ -108,7 +110,7 @@ def test_roles_heads_and_shapes_fit_together(family: str) -> None:
         width = one["o"].out_features
         assert (one["o"].in_features, one["o"].heads) == (queries * head_dim, queries)
         if "qkv" in one:
-            assert (one["qkv"].out_features, one["qkv"].in_features) == (3 * queries * head_dim, width)
+            assert (one["qkv"].out_features, one["qkv"].in_features) == ((queries + 2 * keys) * head_dim, width)
             assert one["qkv"].heads == queries
         else:
             assert (one["q"].out_features, one["q"].heads) == (queries * head_dim, queries)
@@ -119,6 +121,10 @@ def test_roles_heads_and_shapes_fit_together(family: str) -> None:
             inner = (config.intermediate_size, width)
             assert [(one[r].out_features, one[r].in_features) for r in ("gate", "up")] == [inner, inner]
             assert (one["down"].out_features, one["down"].in_features) == inner[::-1]
+        elif "gate_up" in one:
+            inner = config.intermediate_size
+            assert (one["gate_up"].out_features, one["gate_up"].in_features) == (2 * inner, width)
+            assert (one["down"].out_features, one["down"].in_features) == (width, inner)
         elif "fc1" in one:
             assert (one["fc1"].out_features, one["fc2"].in_features) == (
                 one["fc2"].in_features,

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from compressed import logits
-from families import FAMILIES, example_inputs, text_inputs
+from families import FAMILIES
+from random_samples import Samples
 from spectrim.anatomy import anatomy
 from spectrim.calibrate import Moment
 from spectrim.compensate import Compensation, run
@@ -16,29 +17,14 @@ from spectrim.compensate.tap import Tap
 from spectrim.compensate.units import Unit
 from spectrim.plan import Plan, plan_row
 from spectrim.recipe import Recipe
-from spectrim.samples import Batch
 
 # Output projections whose output is normalised, gated or scaled before it is added: they have no stream to correct.
 NOT_ADDED = {
     "gemma3": ("language_model",),
+    "gemma3_text": ("layers",),
     "internvl": ("vision_tower",),
     "mllama": ("global_transformer", "language_model.layers.1"),
 }
-
-
-class Samples:
-    """Batches of a family whose processor is not there."""
-
-    def __init__(self, model):
-        self.model = model
-
-    def batches(self, modality, _size):
-        sees = hasattr(self.model.config, "vision_config")
-        for seed in range(2):
-            if modality == "text":
-                yield Batch("text", text_inputs(self.model, batch=4, seed=seed), 4)
-            elif sees:
-                yield Batch("image", example_inputs(self.model, batch=2, seed=seed), 2)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
