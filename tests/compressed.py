@@ -1,7 +1,7 @@
 """Compressed few-layer models, and ways to look into and to damage a checkpoint."""
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from torch import nn
 
 from families import FAMILIES, example_inputs
 from spectrim.anatomy import anatomy
-from spectrim.layers import LowRankLinear, Rank, head_ranks, replace_linears
+from spectrim.layers import LowRankLinear, Rank, head_ranks, pack_linears, replace_linears
+from spectrim.quantize import Grid, quantize
 
 MAIN = ("qwen2_5_vl", "llava", "idefics3", "llama")
 
@@ -44,6 +45,23 @@ def cut_linears(model: Any, ranks: dict[str, Rank], pivoted: Collection[str]) ->
         A, B = zip(*(cut(rows, k) for rows, k in zip(weight.chunk(len(each)), each, strict=True)), strict=True)
         model.get_submodule(name).load_factors(torch.block_diag(*A), torch.cat(B))
     return model
+
+
+@torch.no_grad()
+def pack_nearest(model: nn.Module, grids: Mapping[str, Grid]) -> None:
+    """Round these linears of the model, in place; a rest ``X.R``, of which there is none before, is random."""
+    found = {}
+    for name, grid in grids.items():
+        owner, _, part = name.rpartition(".")
+        if part == "R":
+            layer = model.get_submodule(owner)
+            W = 0.1 * torch.randn(layer.out_features, layer.in_features, dtype=layer.B.weight.dtype)
+        else:
+            W = model.get_submodule(name).weight.detach()
+        found[name] = quantize(W, grid, dtype=W.dtype)
+    pack_linears(model, grids)
+    for name, integers in found.items():
+        model.get_submodule(name).load(integers)
 
 
 @torch.no_grad()

@@ -10,9 +10,10 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
-from compressed import cut_linears, factored
+from compressed import cut_linears, factored, pack_nearest
 from families import IMAGE, MROPE, PATCH, QWEN_TOKENS, TEXT, VIDEO, VISION_END, VISION_START, VOCAB, _seeded
 from spectrim.layers import Rank
+from spectrim.quantize import Grid
 
 WIDE = {**TEXT, "hidden_size": 128, "initializer_range": 0.1}  # the usual 0.02 gives one token again and again
 SPECIAL = {
@@ -24,11 +25,15 @@ SPECIAL = {
 
 
 def llama(form: str) -> hf.PreTrainedModel:
-    """In one of the forms of `compressed.factored`, or ``mixed``: dense beside factored linears in merged ones."""
+    """In one of the forms of `compressed.factored`; or ``mixed``: dense beside factored linears in merged ones; or
+    ``integers``: in all ways to have some, beside linears without.
+    """
     model = _seeded(hf.LlamaForCausalLM, hf.LlamaConfig(**WIDE, attention_bias=True))
+    one, two = (f"model.layers.{i}" for i in range(2))
+    if form == "integers":
+        return with_integers(model, f"{one}.", f"{two}.")
     if form != "mixed":
         return factored("llama", model, form)
-    one, two = (f"model.layers.{i}" for i in range(2))
     ranks: dict[str, Rank] = {
         f"{one}.self_attn.q_proj": (3, 9, 1, 5),
         f"{one}.self_attn.k_proj": 20,
@@ -40,6 +45,43 @@ def llama(form: str) -> hf.PreTrainedModel:
         f"{two}.mlp.up_proj": 40,
     }
     return cut_linears(model, ranks, {f"{one}.mlp.gate_proj", f"{one}.mlp.down_proj", f"{two}.self_attn.v_proj"})
+
+
+def with_integers(model: hf.PreTrainedModel, one: str, two: str) -> hf.PreTrainedModel:
+    """The two layers of `llama`, with 2, 3, 4 and 8 bits, groups and none, zero points and none."""
+    ranks: dict[str, Rank] = {
+        f"{one}self_attn.k_proj": (4, 7),
+        f"{one}self_attn.v_proj": 11,
+        f"{one}self_attn.o_proj": 32,
+        f"{one}mlp.gate_proj": 32,
+        f"{two}self_attn.q_proj": 20,
+        f"{two}self_attn.k_proj": 9,
+        f"{two}self_attn.o_proj": 32,
+        f"{two}mlp.gate_proj": 30,
+        f"{two}mlp.down_proj": 25,
+    }
+    cut_linears(model, ranks, {f"{one}self_attn.v_proj", f"{two}mlp.gate_proj"})
+    eight, four = Grid(8, 32), Grid(4, 32)
+    grids = {
+        f"{one}self_attn.q_proj": four,
+        f"{one}self_attn.k_proj.A.1": Grid(8, None),
+        f"{one}self_attn.k_proj.B": Grid(4, 64),
+        f"{one}self_attn.o_proj.A": four,
+        f"{one}self_attn.o_proj.B": Grid(4, 128),
+        f"{one}mlp.gate_proj.R": Grid(4, 32, symmetric=False),
+        f"{one}mlp.gate_proj.A": eight,
+        f"{one}mlp.gate_proj.B": eight,
+        f"{one}mlp.down_proj": Grid(3, None, symmetric=False),
+        f"{two}self_attn.q_proj.A": Grid(8, None),
+        f"{two}self_attn.q_proj.B": Grid(4, 32, symmetric=False),
+        f"{two}self_attn.k_proj.R": Grid(3, 64),
+        f"{two}self_attn.o_proj.R": four,
+        f"{two}self_attn.o_proj.A": Grid(4, None),
+        f"{two}mlp.up_proj": Grid(8, 128, symmetric=False),
+        f"{two}mlp.down_proj.B": Grid(2, 32),
+    }
+    pack_nearest(model, grids)
+    return model
 
 
 def qwen2_5_vl(form: str) -> tuple[hf.PreTrainedModel, Any]:

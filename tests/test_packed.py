@@ -22,7 +22,7 @@ from spectrim.anatomy import anatomy
 from spectrim.checkpoint import attach, load, save
 from spectrim.errors import CheckpointError, ModelError
 from spectrim.layers import LowRankLinear, pack_linears, replace_linears
-from spectrim.packed import PackedLinear, inner_config, inner_grids
+from spectrim.packed import PackedLinear, inner_config, inner_grids, pack, unpack
 from spectrim.quantize import Grid, fitting_group, quantize
 
 FORMS = ("dense", "factors", "B alone", "rest", "plain")
@@ -81,6 +81,21 @@ def test_a_layer_computes_what_its_codes_say(bits, out, size, symmetric, bias, d
     stored = sum(tensor.nbytes for name, tensor in layer.state_dict().items() if name != "bias")
     assert stored == found.grid.nbytes(out, size, dtype.itemsize)
     assert layer.misfit() is None
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 8), st.integers(1, 5), st.integers(1, 70), st.integers(0, 2**31))
+def test_a_row_of_codes_is_one_long_number(bits, rows, count, seed):
+    """The file's layout, whatever release of compressed-tensors is installed: each code above the one before it."""
+    half = 1 << bits - 1
+    codes = torch.randint(-half, half, (rows, count), generator=torch.Generator().manual_seed(seed)).to(torch.int8)
+    words = pack(codes, bits)
+    assert words.shape == (rows, -(-count * bits // 32))
+    assert words.dtype == torch.int32
+    for row, numbers in zip(words, codes.tolist(), strict=True):
+        whole = sum((code + half) << bits * j for j, code in enumerate(numbers))
+        assert int.from_bytes(row.numpy().tobytes(), "little") == whole
+    assert torch.equal(unpack(words, bits, count), codes)
 
 
 def test_what_does_not_fit_is_refused():

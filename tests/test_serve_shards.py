@@ -6,10 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from compressed import product, randomised
 from spectrim.errors import CheckpointError
-from spectrim.layers import LowRankLinear, Rank
+from spectrim.layers import LowRankLinear, Rank, pack_linears
+from spectrim.quantize import Grid
 from spectrim.serve.shards import Piece, fused, members, row_shards, take
 
 HEADS, SIZE = 4, 6
@@ -25,7 +27,10 @@ def filled(rank: Rank, pivoted: bool, out: int = OUT) -> LowRankLinear:
 def computed(piece: Piece, tensors: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     """What a process makes of x [tokens, in], in two products, as the plugin does."""
     inputs = x[:, piece.columns.start : piece.columns.stop]
-    latent = inputs @ piece.first(tensors["weight" if piece.rank is None else "B.weight"]).mT
+    dense = piece.rank is None
+    rows = piece.reads()["" if dense else "B"]
+    weight = take(tensors["weight" if dense else "B.weight"], rows)
+    latent = inputs @ weight[:, piece.columns.start : piece.columns.stop].mT
     assert latent.shape[1] == piece.latents
     if piece.rank is None:
         return latent
@@ -85,6 +90,38 @@ def test_tensors_are_those_of_the_layer(form):
     dense = Piece("x", None, False, (OUT, IN), (range(OUT),), range(IN))
     assert dense.tensors() == {"weight": (OUT, IN)}
     assert dense.latents == OUT
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_tensors_of_integers_are_those_of_the_layer(bits, symmetric):
+    grid, inputs = Grid(bits, 32, symmetric), 64
+    for rank, parts in ((5, ["B", "R"]), (32, ["A", "B"]), ((1, 32, 2, 3), ["A.1", "B"]), (None, [""])):
+        model = nn.Module()
+        model.x = nn.Linear(inputs, OUT, bias=False)
+        if rank is not None:
+            model.x = LowRankLinear(inputs, OUT, rank, bias=False)
+        pack_linears(model, {f"x.{part}".removesuffix("."): grid for part in parts})
+        piece = Piece("x", rank, False, (OUT, inputs), (range(OUT),), range(inputs), dict.fromkeys(parts, grid))
+        assert piece.tensors() == {name: tuple(tensor.shape) for name, tensor in model.x.state_dict().items()}
+
+
+def test_integers_that_a_linear_cannot_have():
+    def piece(rank: Rank | None, pivoted: bool, part: str) -> Piece:
+        return Piece("x", rank, pivoted, (OUT, 64), (range(OUT),), range(64), {part: Grid(4, 32)})
+
+    for rank, pivoted, part in ((None, False, "R"), (5, True, "B"), (5, False, ""), ((1, 2), False, "A.2")):
+        with pytest.raises(CheckpointError, match=f"'x' cannot have integers as its part '{part}'"):
+            piece(rank, pivoted, part)
+    with pytest.raises(CheckpointError, match="'x', part 'A': groups of 32 do not divide 5 inputs"):
+        piece(5, False, "A")
+
+
+def test_rest_beside_factors_is_shared_like_a_dense_weight():
+    """It reads all columns at hand, and gives the rows at hand in the order of the outputs."""
+    grids = {"R": Grid(4, None)}
+    piece = Piece("x", 3, False, (OUT, IN), (range(4, 8), range(2)), range(6), grids)
+    assert piece.reads() == {"B": (range(3),), "R": (range(4, 8), range(2))}
 
 
 def test_a_process_reads_no_more_than_its_heads():

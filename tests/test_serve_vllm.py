@@ -11,7 +11,6 @@ import time
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -22,155 +21,16 @@ import torch
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     pytest.importorskip("vllm")
-    from vllm.config import VllmConfig, set_current_vllm_config
-    from vllm.model_executor.layers import linear as vllm_linear
 
-from compressed import randomised
 from served import greedy, llama, picture, qwen2_5_vl
 from spectrim import compress, load, load_processor, save
-from spectrim.checkpoint import SpectrimConfig
-from spectrim.errors import CheckpointError
 from spectrim.evaluate import load_questions
-from spectrim.layers import LowRankLinear, Rank
-from spectrim.packed import inner_config
-from spectrim.quantize import Grid
 from spectrim.samples.batches import image_prompt
 from spectrim.serve.plugin import FactoredConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 IDS = [5, 17, 33, 90, 21, 7, 64]
 TOKENS = 16
-HEADS, SHARED, SIZE, IN = 4, 2, 8, 20
-# q, k and v of a merged linear: rank (None is dense) and whether it is pivoted
-MERGED: dict[str, list[tuple[Rank | None, bool]]] = {
-    "whole": [(9, False), (6, False), (5, False)],
-    "mixed": [((3, 1, 4, 2), False), (None, False), (6, True)],
-    "heads": [((3, 1, 4, 2), False), ((5, 2), False), ((1, 6), False)],
-    "pivoted": [(9, True), (6, True), (5, True)],
-}
-
-
-def part(out: int, rank: Rank | None, pivoted: bool) -> torch.nn.Module:
-    """A dense or factored linear with random values; pivots anywhere."""
-    if rank is None:
-        return torch.nn.Linear(IN, out)
-    return randomised(LowRankLinear(IN, out, rank, pivoted=pivoted))
-
-
-def config(parts: dict[str, torch.nn.Module]) -> FactoredConfig:
-    low_rank = {name: layer for name, layer in parts.items() if isinstance(layer, LowRankLinear)}
-    pivoted = [name for name, layer in low_rank.items() if layer.pivots is not None]
-    made = FactoredConfig(SpectrimConfig({name: layer.rank for name, layer in low_rank.items()}, pivoted))
-    made.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
-    return made
-
-
-def test_integers_are_refused():
-    inner = inner_config({"model.layers.0.self_attn.q_proj": Grid(4, 32)})
-    with pytest.raises(CheckpointError, match="holds integers, which spectrim does not serve"):
-        FactoredConfig(SpectrimConfig({}, inner=inner))
-
-
-@pytest.fixture
-def process(monkeypatch) -> Iterator[Any]:
-    """``process(rank, size)``: vLLM's layers are built as in that one of `size` processes."""
-
-    def become(rank: int, size: int) -> None:
-        monkeypatch.setattr(vllm_linear, "get_tensor_model_parallel_rank", lambda: rank)
-        monkeypatch.setattr(vllm_linear, "get_tensor_model_parallel_world_size", lambda: size)
-
-    with set_current_vllm_config(VllmConfig()):
-        yield become
-
-
-def fill(layer: Any, source: torch.nn.Module, shard: str | None = None) -> None:
-    """Load the tensors of a part, and the guard that stands beside factors, as vLLM's loader does."""
-    tensors = dict(source.state_dict())
-    if isinstance(source, LowRankLinear):
-        tensors["weight"] = torch.empty(0)
-    for name, tensor in tensors.items():
-        slot = layer.get_parameter(name)
-        slot.weight_loader(slot, tensor.clone(), *([] if shard is None else [shard]))
-
-
-@pytest.mark.parametrize("form", MERGED)
-@pytest.mark.parametrize("parallel", [1, 2, 4])
-def test_merged_linear_in_several_processes(form, parallel, process):
-    """Each process gives its query heads and its key/value heads, of which four processes share two."""
-    torch.manual_seed(0)
-    outs = [HEADS * SIZE, SHARED * SIZE, SHARED * SIZE]
-    names = [f"x.{name}_proj" for name in "qkv"]
-    parts = {name: part(out, *each) for name, out, each in zip(names, outs, MERGED[form], strict=True)}
-    x = torch.randn(3, IN)
-    wanted = [parts[name](x) for name in names]
-    for rank in range(parallel):
-        process(rank, parallel)
-        layer = vllm_linear.QKVParallelLinear(
-            IN, SIZE, HEADS, SHARED, bias=True, quant_config=config(parts), prefix="x.qkv_proj"
-        )
-        for name, shard in zip(names, "qkv", strict=True):
-            fill(layer, parts[name], shard)
-        layer.quant_method.process_weights_after_loading(layer)
-        got = layer(x)[0].split([layer.num_heads * SIZE] + [layer.num_kv_heads * SIZE] * 2, dim=-1)
-        for whole, mine, repeats in zip(wanted, got, [1, *[layer.num_kv_head_replicas] * 2], strict=True):
-            start = rank // repeats * mine.shape[1]
-            torch.testing.assert_close(mine, whole[:, start : start + mine.shape[1]], atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize(("rank", "pivoted"), [(9, False), ((3, 1, 4, 2), False), (9, True)])
-@pytest.mark.parametrize("parallel", [1, 2])
-def test_linears_that_share_inputs_or_come_joined(rank, pivoted, parallel, process):
-    """Row-parallel outputs of all processes add up; q, k and v in one linear of the checkpoint are taken apart."""
-    torch.manual_seed(0)
-    down, x = part(32, rank, pivoted), torch.randn(3, IN)
-    joined = part(3 * HEADS * SIZE, rank, pivoted)
-    total = torch.zeros(3, 32)
-    thirds = joined(x).view(3, 3, parallel, -1)
-    for index in range(parallel):
-        process(index, parallel)
-        settings = config({"x.down": down, "x.qkv": joined})
-        layer = vllm_linear.RowParallelLinear(
-            IN, 32, bias=True, reduce_results=parallel == 1, skip_bias_add=parallel > 1, quant_config=settings,
-            prefix="x.down",
-        )  # fmt: skip
-        fill(layer, down)
-        layer.quant_method.process_weights_after_loading(layer)
-        total += layer(x.chunk(parallel, dim=1)[index])[0]
-        layer = vllm_linear.QKVParallelLinear(IN, SIZE, HEADS, bias=True, quant_config=settings, prefix="x.qkv")
-        fill(layer, joined)
-        layer.quant_method.process_weights_after_loading(layer)
-        mine = thirds[:, :, index].flatten(1)
-        torch.testing.assert_close(layer(x)[0], mine, atol=1e-4, rtol=1e-4)
-    if parallel > 1:
-        total += down.bias
-    torch.testing.assert_close(total, down(x), atol=1e-4, rtol=1e-4)
-
-
-def test_a_tensor_that_is_missing_or_misshapen_is_an_error(process):
-    process(0, 1)
-    parts = {"x.o_proj": part(16, 5, True)}
-
-    def layer() -> Any:
-        return vllm_linear.RowParallelLinear(IN, 16, quant_config=config(parts), prefix="x.o_proj")
-
-    made = layer()
-    with pytest.raises(CheckpointError, match=r"lacks x\.o_proj\.A\.weight, x\.o_proj\.B\.weight, x\.o_proj\.pivots"):
-        made.quant_method.process_weights_after_loading(made)
-    slot = made.get_parameter("A.weight")
-    with pytest.raises(CheckpointError, match=r"x\.o_proj\.A\.weight has the shape \[16, 5\] instead of \[11, 5\]"):
-        slot.weight_loader(slot, torch.zeros(16, 5))
-    slot = made.get_parameter("weight")
-    with pytest.raises(CheckpointError, match=r"x\.o_proj\.weight has the shape"):
-        slot.weight_loader(slot, torch.zeros(16, IN))
-
-
-def test_a_layer_that_loads_in_its_own_way_is_refused(process):
-    class Own(vllm_linear.ReplicatedLinear):
-        def weight_loader(self, *args: Any) -> None: ...
-
-    process(0, 1)
-    with pytest.raises(CheckpointError, match=r"x\.gate is a Own in vLLM, which spectrim cannot serve"):
-        Own(IN, 16, quant_config=config({"x.gate": part(16, 5, False)}), prefix="x.gate")
 
 
 def test_the_plugin_is_an_entry_point():
@@ -181,8 +41,7 @@ def test_the_plugin_is_an_entry_point():
     assert get_quantization_config("spectrim") is FactoredConfig
 
 
-FORMS = ("whole", "headwise", "pivoted", "mixed")
-
+FORMS = ("whole", "headwise", "pivoted", "mixed", "integers")
 
 Cases = dict[str, tuple[dict[str, Any], list[int]]]  # what vLLM is to do, and the tokens of transformers
 
@@ -194,9 +53,12 @@ def llama_cases(home: Path) -> Cases:
         save(model, home / form)
         job = {"directory": str(home / form), "prompt_token_ids": IDS, "tokens": TOKENS}
         cases[form] = job, greedy(model, TOKENS, input_ids=torch.tensor([IDS]))
-    for form in ("mixed", "pivoted"):
+    for form in ("mixed", "pivoted", "integers"):
         job, wanted = cases[form]
         cases[f"{form}, two processes"] = {**job, "parallel": 2}, wanted
+    job = {**cases["integers"][0], "dtype": "float16", "tokens": 12}  # some matrices stay integers
+    model = load(home / "integers", dtype=torch.float16)
+    cases["integers, 16 bits"] = job, greedy(model, 12, input_ids=torch.tensor([IDS]))
     return cases
 
 
@@ -214,14 +76,19 @@ def qwen2_5_vl_cases(home: Path) -> Cases:
 
 def llava_cases(home: Path) -> Cases:
     cases: Cases = {}
-    compress("demo", home / "small", recipe="svd", retain=0.8)
-    processor, model = load_processor(home / "small"), load(home / "small", dtype=torch.float32)
-    for question in load_questions("builtin", 1, 0)[:2]:
-        image, prompt = home / f"{question.task}.png", image_prompt(processor, question.question)
-        question.image.save(image)
-        job = {"directory": str(home / "small"), "prompt": prompt, "image": str(image), "tokens": 8}
-        inputs = processor(text=[prompt], images=[[question.image]], return_tensors="pt")
-        cases[question.task] = job, greedy(model, 8, **inputs)
+    for name, changes in {
+        "floats": {},
+        "integers": {"quantize.bits": "auto", "allocation.rule": "global-energy"},
+    }.items():
+        small = home / name
+        compress("demo", small, recipe="svd", retain=0.8 if name == "floats" else 0.4, changes=changes)
+        processor, model = load_processor(small), load(small, dtype=torch.float32)
+        for question in load_questions("builtin", 1, 0)[:2]:
+            image, prompt = home / f"{question.task}.png", image_prompt(processor, question.question)
+            question.image.save(image)
+            job = {"directory": str(small), "prompt": prompt, "image": str(image), "tokens": 8}
+            inputs = processor(text=[prompt], images=[[question.image]], return_tensors="pt")
+            cases[f"{question.task}, {name}"] = job, greedy(model, 8, **inputs)
     return cases
 
 

@@ -1,7 +1,7 @@
 """Greedy tokens from vLLM, in a process of its own: ``python vllm_generate.py JOBS.json RESULTS.json``.
 
-A job is ``{"directory", "parallel", "tokens", "prompt" or "prompt_token_ids", "image"}``; the results are, in the same
-order, lists of token ids, or the traceback of what went wrong as a string.
+A job is ``{"directory", "parallel", "dtype", "tokens", "prompt" or "prompt_token_ids", "image"}``; the results are, in
+the same order, lists of token ids, or the traceback of what went wrong as a string.
 """
 
 import json
@@ -20,7 +20,7 @@ def generate(job: dict[str, Any]) -> list[int]:
     image = job.get("image")
     llm = LLM(
         job["directory"],
-        dtype="float32",
+        dtype=job.get("dtype", "float32"),
         enforce_eager=True,
         max_model_len=256,
         max_num_seqs=2,

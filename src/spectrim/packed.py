@@ -1,16 +1,15 @@
 """Integer linears, in the tensors of compressed-tensors' format ``pack-quantized``.
 
-Packing, unpacking and the arithmetic of scales and zero points are those of compressed-tensors, so that its own loader,
-transformers' and vLLM's read the same weight.
+The layout is that of compressed-tensors from 0.18 on, whatever release is installed, so that its own loader,
+transformers' and vLLM's read the same weight. Release 0.17, which vLLM 0.32 asks for, has the same layout for integers
+of 4 and 8 bits, but leaves bits of every word unused for those of 3.
 """
 
 from collections.abc import Mapping
-from functools import cached_property
 from typing import Any
 
 import torch
-from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
-from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from compressed_tensors.config import CompressionFormat
 from compressed_tensors.quantization import (
     QuantizationArgs,
@@ -64,18 +63,16 @@ class PackedLinear(nn.Module):
         self.register_buffer("weight_zero_point", zero)
         self.bias = nn.Parameter(torch.full((out_features,), torch.nan, **like)) if bias else None
 
-    @cached_property
-    def _scheme(self) -> QuantizationScheme:
-        return scheme(self.grid, [])
-
     @property
     def weight(self) -> torch.Tensor:
         """The weight [out, in] in the dtype of the scales, unpacked anew."""
-        tensors = {"weight_packed": self.weight_packed, "weight_scale": self.weight_scale}
+        scale = self.weight_scale
+        codes = unpack(self.weight_packed, self.grid.bits, self.in_features).to(scale.dtype)
+        codes = codes.unflatten(1, (scale.shape[1], -1))  # [out, groups, group]
         if self.weight_zero_point is not None:
-            tensors["weight_zero_point"] = self.weight_zero_point
-        shape = torch.tensor([self.out_features, self.in_features])
-        return PackedQuantizationCompressor.decompress(tensors | {"weight_shape": shape}, self._scheme)["weight"]
+            zero = unpack(self.weight_zero_point.T, self.grid.bits, self.out_features).T
+            codes = codes - zero.to(scale.dtype)[..., None]
+        return (codes * scale[..., None]).flatten(1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map x [..., in] to [..., out] in the dtype of the scales."""
@@ -89,11 +86,11 @@ class PackedLinear(nn.Module):
                 f"codes of shape {list(found.codes.shape)} on {found.grid} do not fit a layer that takes "
                 f"{[self.out_features, self.in_features]} on {self.grid}"
             )
-        self.weight_packed.copy_(pack_to_int32(found.codes, self.grid.bits))
+        self.weight_packed.copy_(pack(found.codes, self.grid.bits))
         self.weight_scale.copy_(found.scale)
         if self.weight_zero_point is not None:
             assert found.zero is not None
-            self.weight_zero_point.copy_(pack_to_int32(found.zero, self.grid.bits, packed_dim=0))
+            self.weight_zero_point.copy_(pack(found.zero.T, self.grid.bits).T)
 
     @torch.no_grad()
     def to_dense(self) -> nn.Linear:
@@ -124,6 +121,37 @@ class PackedLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"bits={self.grid.bits}, group={self.grid.group}" + ", symmetric=False" * (not self.grid.symmetric)
         )
+
+
+def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Words int32 [rows, ⌈columns · bits / 32⌉] of signed codes int8 [rows, columns], one row after the other."""
+    if 32 % bits == 0:
+        return pack_to_int32(codes, bits)
+    # Eight codes are `bits` bytes; a word has its low byte first.
+    count = codes.shape[1]
+    eights = nn.functional.pad(codes.long() + (1 << bits - 1), (0, -count % 8)).unflatten(1, (-1, 8))
+    joined = (eights << _steps(8, bits, eights)).sum(2, keepdim=True)
+    stream = (joined >> _steps(bits, 8, joined) & 255).to(torch.uint8).flatten(1)
+    found = stream.new_zeros(len(codes), -(-count * bits // 32) * 4)
+    size = min(stream.shape[1], found.shape[1])
+    found[:, :size] = stream[:, :size]
+    return found.view(torch.int32)
+
+
+def unpack(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    """The inverse of `pack`: codes int8 [rows, count]."""
+    if 32 % bits == 0:
+        return unpack_from_int32(words, bits, torch.Size((len(words), count)))
+    stream = words.contiguous().view(torch.uint8)
+    kind = torch.int32 if bits < 4 else torch.int64
+    groups = nn.functional.pad(stream, (0, -stream.shape[1] % bits)).unflatten(1, (-1, bits)).to(kind)
+    joined = (groups << _steps(bits, 8, groups)).sum(2, keepdim=True, dtype=kind)
+    codes = joined >> _steps(8, bits, joined) & (1 << bits) - 1
+    return (codes.flatten(1)[:, :count] - (1 << bits - 1)).to(torch.int8)
+
+
+def _steps(count: int, step: int, like: torch.Tensor) -> torch.Tensor:
+    return step * torch.arange(count, dtype=like.dtype, device=like.device)
 
 
 def scheme(grid: Grid, targets: list[str]) -> QuantizationScheme:

@@ -42,6 +42,7 @@ from spectrim.checkpoint.names import compressed_layers, runtime_names, saved_na
 from spectrim.errors import CheckpointError, ModelError
 from spectrim.layers import LowRankLinear, Rank, pack_linears, replace_linears
 from spectrim.packed import PackedLinear, inner_config, inner_grids
+from spectrim.quantize import Grid
 
 METHOD = "spectrim"
 VERSION = 1
@@ -114,6 +115,19 @@ class SpectrimConfig(QuantizationConfigMixin):
         self.pivoted = sorted(set(pivoted))
         self.inner = None if inner is None else dict(inner)
 
+    def grids(self) -> dict[str, dict[str, Grid]]:
+        """Grids of the integers by linear and part: ``""`` for a dense weight, ``A``, ``A.0``, ``B`` or ``R``.
+
+        Raises CheckpointError for an inner config that holds anything else than packed integer weights.
+        """
+        found: dict[str, dict[str, Grid]] = {}
+        for target, grid in ({} if self.inner is None else inner_grids(self.inner)).items():
+            path = target.split(".")
+            owners = (".".join(path[:-1]), ".".join(path[:-2]))
+            owner = next((name for name in owners if name in self.ranks), target)
+            found.setdefault(owner, {})[target.removeprefix(owner).removeprefix(".")] = grid
+        return found
+
 
 @register_quantizer(METHOD)
 class SpectrimQuantizer(HfQuantizer):
@@ -130,15 +144,18 @@ class SpectrimQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
         """Swap the linears on the meta device, and have every missing tensor reported as an error."""
-        ranks, inner = self.quantization_config.ranks, self.quantization_config.inner
+        ranks, grids = self.quantization_config.ranks, self.quantization_config.grids()
         tensors = None if checkpoint_files is None else _tensor_names(checkpoint_files)
-        grids = {} if inner is None else inner_grids(inner)
-        layers = {target: _layer(target, ranks) for target in grids}
-        names = runtime_names(model, {**ranks, **dict.fromkeys(layers.values())}, tensors)
+        names = runtime_names(model, {**ranks, **dict.fromkeys(grids)}, tensors)
+        places = {
+            f"{names[name]}.{part}".removesuffix("."): grid
+            for name, parts in grids.items()
+            for part, grid in parts.items()
+        }
         try:
             pivoted = {names[name] for name in self.quantization_config.pivoted}
             replace_linears(model, {names[name]: rank for name, rank in ranks.items()}, pivoted)
-            pack_linears(model, {names[layers[t]] + t.removeprefix(layers[t]): grid for t, grid in grids.items()})
+            pack_linears(model, places)
         except ModelError as error:
             raise CheckpointError(f"quantization_config does not fit the model: {error}") from error
         sentinels = {f"{name}.weight" for name in names.values()}
@@ -286,12 +303,6 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
     config.fusion_config = {**(getattr(config, "fusion_config", None) or {}), GUARD: False}
     vars(model)["hf_quantizer"] = SpectrimQuantizer(config.quantization_config)
     return model
-
-
-def _layer(target: str, ranks: Mapping[str, Rank]) -> str:
-    """The layer that an integer linear is, or is a part of."""
-    owners = (target.removesuffix(f".{end}") for end in (target.rpartition(".")[2], ".".join(target.split(".")[-2:])))
-    return next((owner for owner in owners if owner in ranks), target)
 
 
 def _tensor_names(files: Iterable[str]) -> list[str]:

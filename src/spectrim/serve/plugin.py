@@ -5,12 +5,13 @@ module and says whose they are: ``q_proj.B.weight`` becomes ``qkv_proj.B.weight`
 therefore has one slot for each name that a part may bring, and its slots put what arrives where it is computed.
 
 The product runs in two steps. ``first`` joins B of every factored part and the rows of every dense part, so that the
-input is read once; ``second`` has A of every part or head. Both use vLLM's own unquantised kernels.
+input is read once; ``second`` has A of every part or head. Integers stay integers where vLLM has a kernel for them, and
+``first`` then has a matrix for each grid; else they are unpacked as soon as all tensors of a matrix have arrived.
 """
 
-from collections.abc import Callable
+from collections import Counter
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -30,27 +31,26 @@ from spectrim.checkpoint.names import shortened
 from spectrim.checkpoint.quantizer import METHOD, SpectrimConfig
 from spectrim.errors import CheckpointError
 from spectrim.layers import Rank
-from spectrim.serve.shards import Piece, fused, members, row_shards, take
+from spectrim.packed import PackedLinear
+from spectrim.quantize import Grid
+from spectrim.serve.matrices import Matrix, PackedMatrix, has_kernel
+from spectrim.serve.shards import Piece, fused, members, row_shards
 
 _KINDS = (ReplicatedLinear, RowParallelLinear, ColumnParallelLinear, MergedColumnParallelLinear, QKVParallelLinear)
 _SHARDS = {"q": 0, "k": 1, "v": 2}
 
 
 class FactoredConfig(QuantizationConfig):
-    """vLLM's view of ``quantization_config`` of a checkpoint; `ranks` and `pivoted` are keyed by vLLM's names.
+    """vLLM's view of ``quantization_config`` of a checkpoint, keyed by vLLM's names of linears.
 
-    Raises CheckpointError for integers, which are not served yet.
+    Raises CheckpointError where `SpectrimConfig.grids` does.
     """
 
     def __init__(self, config: SpectrimConfig) -> None:
         super().__init__()
-        if config.inner is not None:
-            raise CheckpointError(
-                "the checkpoint holds integers, which spectrim does not serve in vLLM yet; "
-                "compress without quantize.bits"
-            )
         self.ranks: dict[str, Rank] = dict(config.ranks)
         self.pivoted = set(config.pivoted)
+        self.grids = config.grids()  # of the parts of each linear
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "FactoredConfig":
@@ -62,12 +62,12 @@ class FactoredConfig(QuantizationConfig):
         return METHOD
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        """Factors are ordinary floats."""
+        """What is not integers is ordinary floats, and so are inputs."""
         return [torch.float16, torch.bfloat16, torch.float32]
 
     @classmethod
     def get_min_capability(cls) -> int:
-        """No kernel of ours: any GPU will do."""
+        """No kernel of ours, and none for integers: any GPU will do."""
         return 0
 
     @staticmethod
@@ -83,38 +83,51 @@ class FactoredConfig(QuantizationConfig):
 
         self.ranks = {renamed(name): rank for name, rank in self.ranks.items()}
         self.pivoted = {renamed(name) for name in self.pivoted}
+        self.grids = {renamed(name): parts for name, parts in self.grids.items()}
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
-        """A FactoredLinearMethod for linears with a factored part, vLLM's own method for all others."""
+        """A FactoredLinearMethod for linears with a part in factors or integers, vLLM's own method for all others."""
+        known = {**self.ranks, **self.grids}
         if isinstance(layer, LinearBase):
-            names = members(prefix, self.packed_modules_mapping, self.ranks)
-            if any(name in self.ranks for name in names):
+            names = members(prefix, self.packed_modules_mapping, known)
+            if any(name in known for name in names):
                 return FactoredLinearMethod(names, self)
             return UnquantizedLinearMethod()
-        if prefix in self.ranks:
+        if prefix in known:
             raise CheckpointError(f"vLLM has no linear {prefix!r} but a {type(layer).__name__}; keep it dense")
         return None
 
 
-class Matrix(nn.Module):
-    """A weight [out, in] that vLLM's unquantised method can prepare and apply; its values are undefined at first."""
+class Target(NamedTuple):
+    """Where rows and columns of a matrix of the checkpoint go: one below the other in `matrix`, from `start` on."""
 
-    def __init__(self, out: int, inputs: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(out, inputs, dtype=dtype), requires_grad=False)
+    matrix: Matrix | PackedMatrix
+    start: int
+    rows: tuple[range, ...]
+    columns: range
+
+
+class Span(NamedTuple):
+    """Outputs `start` to `stop` of the matrix of the first product with this number."""
+
+    number: int
+    start: int
+    stop: int
 
 
 class FactoredLinearMethod(LinearMethodBase):
-    """Loads and runs one vLLM linear, at least one of whose parts `names` is factored."""
+    """Loads and runs one vLLM linear, at least one of whose parts `names` is factored, or integers."""
 
     def __init__(self, names: list[str], config: FactoredConfig) -> None:
         super().__init__()
         self.names, self.config = names, config
-        self.dense = UnquantizedLinearMethod()
         self.pieces: list[Piece] = []
-        self.pivots: dict[int, torch.Tensor] = {}  # of the piece with this number
         self.missing: set[tuple[int, str]] = set()  # tensors by piece and name
-        self.steps: list[tuple[int, int, int | None]] = []  # latents from, to, and the matrix that reads them, if any
+        self.pivots: dict[int, torch.Tensor] = {}  # of the piece with this number
+        self.held: dict[tuple[int, str], PackedLinear] = {}  # integers of which some have arrived, by piece and part
+        self.targets: dict[tuple[int, str], list[Target]] = {}  # by piece and part
+        # Of each piece: outputs of the first product, with the matrix that reads them, if any; and what is added.
+        self.steps: list[tuple[list[tuple[Span, int | None]], Span | None]] = []
 
     def create_weights(
         self,
@@ -129,20 +142,25 @@ class FactoredLinearMethod(LinearMethodBase):
         """Room for what this process computes, and the slots that the loader fills."""
         self.pieces = self._pieces(layer, input_size, input_size_per_partition, output_partition_sizes)
         self.missing = {(i, name) for i, piece in enumerate(self.pieces) for name in piece.tensors()}
-        start = 0
-        second: list[Matrix] = []
-        for piece in self.pieces:
+        first, spans = self._first(params_dtype)
+        layer.first = nn.ModuleList(first)
+        layer.second = nn.ModuleList()
+        for i, piece in enumerate(self.pieces):
+            read = spans[i, "" if piece.rank is None else "B"]
+            steps: list[tuple[Span, int | None]] = []
             if piece.rank is None or piece.pivoted:
-                self.steps.append((start, start + piece.latents, None))
+                steps.append((read, None))
             for block in piece.blocks:
-                latent = range(start + block.latent.start, start + block.latent.stop)
-                self.steps.append((latent.start, latent.stop, len(second)))
+                part = "A" if isinstance(piece.rank, int) else f"A.{block.head}"
                 # Which rows of a pivoted A' are needed is known when the pivots are.
-                out = piece.shape[0] - len(block.latent) if piece.pivoted else block.out
-                second.append(Matrix(out, len(block.latent), params_dtype))
-            start += piece.latents
-        layer.first = Matrix(start, input_size_per_partition, params_dtype)
-        layer.second = nn.ModuleList(second)
+                rows = (range(piece.sizes()[part][0]),) if piece.pivoted else block.rows
+                columns = range(len(block.latent))
+                matrix = _matrix(sum(map(len, rows)), columns, piece.grids.get(part), params_dtype)
+                self.targets.setdefault((i, part), []).append(Target(matrix, 0, rows, columns))
+                latent = Span(read.number, read.start + block.latent.start, read.start + block.latent.stop)
+                steps.append((latent, len(layer.second)))
+                layer.second.append(matrix)
+            self.steps.append((steps, spans.get((i, "R"))))
         names = {"weight"}.union(*(piece.tensors() for piece in self.pieces))
         for name in sorted(names):
             *path, last = name.split(".")
@@ -154,6 +172,27 @@ class FactoredLinearMethod(LinearMethodBase):
             slot = nn.Parameter(torch.empty(0, dtype=params_dtype), requires_grad=False)
             slot.weight_loader = partial(self._load, layer, name)  # type: ignore[attr-defined]
             module.register_parameter(last, slot)
+
+    def _first(self, dtype: torch.dtype) -> tuple[list[Matrix | PackedMatrix], dict[tuple[int, str], Span]]:
+        """The matrices of the first product, one for floats, one for each grid that stays; who has which rows."""
+        parts = [(i, part, rows) for i, piece in enumerate(self.pieces) for part, rows in piece.reads().items()]
+        columns = self.pieces[0].columns
+        counts: Counter[Grid | None] = Counter()
+        for i, part, rows in parts:
+            counts[self.pieces[i].grids.get(part)] += sum(map(len, rows))
+        stays = {grid for grid, count in counts.items() if grid and has_kernel(count, columns, grid, dtype)}
+        kinds = [grid if (grid := self.pieces[i].grids.get(part)) in stays else None for i, part, _ in parts]
+        sizes: Counter[Grid | None] = Counter()
+        spans = {}
+        for (i, part, rows), grid in zip(parts, kinds, strict=True):
+            start = sizes[grid]
+            sizes[grid] += sum(map(len, rows))
+            spans[i, part] = Span(list(sizes).index(grid), start, sizes[grid])
+        first = [_matrix(count, columns, grid, dtype) for grid, count in sizes.items()]
+        for i, part, rows in parts:
+            span = spans[i, part]
+            self.targets[i, part] = [Target(first[span.number], span.start, rows, columns)]
+        return first, spans
 
     def _pieces(self, layer: Any, inputs: int, local_inputs: int, sizes: list[int]) -> list[Piece]:
         # vLLM's own classes; a subclass that loads in a way of its own also shares its weights in another way.
@@ -186,7 +225,15 @@ class FactoredLinearMethod(LinearMethodBase):
                 "these dense"
             )
         return [
-            Piece(name, self.config.ranks.get(name), name in self.config.pivoted, (whole, inputs), rows, columns)
+            Piece(
+                name,
+                self.config.ranks.get(name),
+                name in self.config.pivoted,
+                (whole, inputs),
+                rows,
+                columns,
+                self.config.grids.get(name, {}),
+            )
             for name, whole, rows in zip(self.names, wholes, shards, strict=True)
         ]
 
@@ -196,25 +243,34 @@ class FactoredLinearMethod(LinearMethodBase):
         if not isinstance(i, int):
             raise CheckpointError(f"vLLM loads {shortened(self.names)} joined as {shard!r}; keep these linears dense")
         piece = self.pieces[i]
-        if name == "weight" and piece.rank is not None and not tensor.numel():
+        expected = piece.tensors().get(name)
+        if name == "weight" and expected is None and not tensor.numel():
             return  # the guard against loaders that know no factors
-        if (expected := piece.tensors().get(name)) != tuple(tensor.shape):
+        if expected != tuple(tensor.shape):
             raise CheckpointError(
                 f"the checkpoint's {piece.name}.{name} has the shape {list(tensor.shape)} instead of "
                 f"{None if expected is None else list(expected)}; copy or compress it again"
             )
-        blocks_before = sum(len(other.blocks) for other in self.pieces[:i])
+        self.missing.discard((i, name))
+        part, _, kind = name.rpartition(".")
+        found: torch.Tensor | PackedLinear = tensor
         if name == "pivots":
             self.pivots[i] = tensor.to(slot.device)
-        elif name in ("weight", "B.weight"):
-            start = sum(other.latents for other in self.pieces[:i])
-            layer.first.weight.data[start : start + piece.latents].copy_(piece.first(tensor))
-        else:
-            head = int(name.split(".")[1]) if name.count(".") == 2 else 0
-            for j, block in enumerate(piece.blocks, start=blocks_before):
-                if block.head == head:
-                    layer.second[j].weight.data.copy_(tensor if piece.pivoted else take(tensor, block.rows))
-        self.missing.discard((i, name))
+            return
+        if part in piece.grids:
+            if (i, part) not in self.held:
+                self.held[i, part] = piece.packed(part, dtype=slot.dtype, device=slot.device)
+            found = self.held[i, part]
+            getattr(found, kind).copy_(tensor)
+            if any((i, f"{part}.{kind}".removeprefix(".")) in self.missing for kind in found.state_dict()):
+                return
+            if wrong := self.held.pop((i, part)).misfit():
+                raise CheckpointError(
+                    f"the checkpoint's {f'{piece.name}.{part}'.removesuffix('.')}.{wrong} contradicts the shape of the "
+                    "linear; copy or compress it again"
+                )
+        for target in self.targets.get((i, part), ()):  # none where this process needs nothing of a head
+            target.matrix.put(target.start, found, target.rows, target.columns)
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Check that all is there, put pivoted rows in order, and hand the matrices to vLLM's kernels.
@@ -224,35 +280,46 @@ class FactoredLinearMethod(LinearMethodBase):
         if self.missing:
             missing = sorted(f"{self.pieces[i].name}.{name}" for i, name in self.missing)
             raise CheckpointError(f"the checkpoint lacks {shortened(missing)}; copy or compress it again")
-        orders, start, j = [], 0, 0
+        orders, start = [], 0
         for i, piece in enumerate(self.pieces):
-            order = torch.arange(piece.out, device=layer.first.weight.device)
+            order = torch.arange(piece.out, device=layer.weight.device)
             width = piece.out
             if piece.pivoted:
                 others, order = piece.unpivot(self.pivots[i])
-                layer.second[j].weight.data = layer.second[j].weight.data[others]
+                (target,) = self.targets[i, "A"]
+                assert isinstance(target.matrix, Matrix)
+                target.matrix.weight.data = target.matrix.weight.data[others]
                 width = piece.latents + len(others)
+                if not len(others):
+                    self.steps[i][0].pop()
             orders.append(order + start)
             start += width
-            j += len(piece.blocks)
         layer.register_buffer("order", torch.cat(orders) if self.pivots else None, persistent=False)
-        self.steps = [step for step in self.steps if step[2] is None or len(layer.second[step[2]].weight)]
-        for matrix in (layer.first, *layer.second):
-            if len(matrix.weight):
-                self.dense.process_weights_after_loading(matrix)
+        for matrix in (*layer.first, *layer.second):
+            matrix.prepare()
         for name in {name.partition(".")[0] for piece in self.pieces for name in piece.tensors()} - {"weight"}:
             delattr(layer, name)  # the slots; an empty `weight` stays, for code that asks it for its device
         self.pivots.clear()
+        self.targets.clear()
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Map x [..., inputs of this process] to the outputs of this process [..., out]."""
-        gemm: Callable[..., torch.Tensor] = self.dense.apply
-        latent = gemm(layer.first, x)
-        parts = []
-        for start, stop, j in self.steps:
-            part = latent[..., start:stop]
-            parts.append(part if j is None else gemm(layer.second[j], part.contiguous()))
+        read = [matrix(x) for matrix in layer.first]
+
+        def outputs(span: Span) -> torch.Tensor:
+            return read[span.number][..., span.start : span.stop]
+
+        parts: list[torch.Tensor] = []
+        for steps, rest in self.steps:
+            made = [outputs(span) if j is None else layer.second[j](outputs(span).contiguous()) for span, j in steps]
+            parts += made if rest is None else [torch.cat(made, dim=-1) + outputs(rest)]
         y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
         if layer.order is not None:
             y = y.index_select(-1, layer.order)
         return y if bias is None else y + bias
+
+
+def _matrix(out: int, columns: range, grid: Grid | None, dtype: torch.dtype) -> Matrix | PackedMatrix:
+    if grid is not None and has_kernel(out, columns, grid, dtype):
+        return PackedMatrix(out, len(columns), grid, dtype)
+    return Matrix(out, len(columns), dtype)

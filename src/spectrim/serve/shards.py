@@ -5,18 +5,21 @@ parallelism): by rows, so that every process has some of the outputs, or by colu
 processes add up. Both work on the factors themselves. For rows, a process has those rows of A and all of B; for
 columns, all of A and those columns of B, because A (B₁x₁) + A (B₂x₂) = A B x. Pivoted factors need no special case: the
 outputs are ``[B'x; A'B'x]`` in another order, so a process drops the rows of A' that it does not need, keeps B', and
-picks its own outputs.
+picks its own outputs. The rest R of a weight beside its factors is shared like a dense weight, and added.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import Any
 
 import torch
 
-from spectrim.errors import CheckpointError
+from spectrim.errors import CheckpointError, ModelError
 from spectrim.layers import Rank, head_ranks
+from spectrim.packed import PackedLinear
 from spectrim.pivots import row_order
+from spectrim.quantize import Grid
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,8 @@ class Piece:
     """What one process computes of one linear of the checkpoint.
 
     `shape` [out, in] is that of the whole linear, `rank` None for a dense one. The process gives the outputs `rows`, in
-    this order, and reads the inputs `columns`. Raises CheckpointError for a rank that the linear cannot have.
+    this order, and reads the inputs `columns`. `grids` are those of its integers by part: ``""`` for a dense weight, A,
+    A.0, B or R. Raises CheckpointError for ranks and integers that the linear cannot have.
     """
 
     name: str
@@ -47,6 +51,7 @@ class Piece:
     shape: tuple[int, int]
     rows: tuple[range, ...]
     columns: range
+    grids: Mapping[str, Grid] = field(default_factory=dict)
     heads: tuple[int, ...] = field(init=False)  # those whose rows are needed, in the order of their latents
     blocks: tuple[Block, ...] = field(init=False)  # in the order of the outputs; none for a dense linear
 
@@ -71,6 +76,8 @@ class Piece:
         blocks = tuple(Block(head, tuple(rows), latents[head]) for head, rows in parts)
         object.__setattr__(self, "heads", heads)
         object.__setattr__(self, "blocks", () if self.rank is None else blocks)
+        for part in self.grids:
+            self.packed(part, device="meta")
 
     @property
     def out(self) -> int:
@@ -85,27 +92,50 @@ class Piece:
         ranks = head_ranks(self.rank)
         return sum(ranks[head] for head in self.heads)
 
-    def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor that the checkpoint must bring, by its name behind that of the linear."""
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """Size [out, in] of every matrix of the whole linear, by part."""
         out, inputs = self.shape
         if self.rank is None:
-            return {"weight": (out, inputs)}
+            return {"": self.shape}
         ranks = head_ranks(self.rank)
         k = sum(ranks)
         if isinstance(self.rank, int):
-            factors: dict[str, tuple[int, ...]] = {"A.weight": (out - self.pivoted * k, k), "B.weight": (k, inputs)}
-            return factors | ({"pivots": (k,)} if self.pivoted else {})
-        heads: dict[str, tuple[int, ...]] = {f"A.{h}.weight": (out // len(ranks), r) for h, r in enumerate(ranks)}
-        return heads | {"B.weight": (k, inputs)}
-
-    def first(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The matrix of the first product, [latents, columns], from the dense weight or from B."""
-        if self.rank is None:
-            rows = self.rows
+            sizes = {"A": (out - self.pivoted * k, k), "B": (k, inputs)}
         else:
-            ranks = head_ranks(self.rank)
-            rows = tuple(range(start := sum(ranks[:head]), start + ranks[head]) for head in self.heads)
-        return take(tensor, rows)[:, self.columns.start : self.columns.stop]
+            sizes = {f"A.{h}": (out // len(ranks), r) for h, r in enumerate(ranks)} | {"B": (k, inputs)}
+        return sizes | ({"R": self.shape} if "R" in self.grids else {})
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor that the checkpoint must bring, by its name behind that of the linear."""
+        found: dict[str, tuple[int, ...]] = {"pivots": (self.sizes()["B"][0],)} if self.pivoted else {}
+        for part, size in self.sizes().items():
+            held = {"weight": size}
+            if part in self.grids:
+                layer = self.packed(part, device="meta")
+                held = {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}
+            found |= {f"{part}.{name}".removeprefix("."): shape for name, shape in held.items()}
+        return found
+
+    def packed(self, part: str, **like: Any) -> PackedLinear:
+        """An empty layer for the integers of a part; CheckpointError where there can be none."""
+        if self.pivoted or part not in self.sizes():
+            raise CheckpointError(f"{self.name!r} cannot have integers as its part {part!r}; copy config.json again")
+        out, inputs = self.sizes()[part]
+        try:
+            return PackedLinear(inputs, out, self.grids[part], bias=False, **like)
+        except ModelError as error:
+            raise CheckpointError(f"{self.name!r}, part {part!r}: {error}") from error
+
+    def reads(self) -> dict[str, tuple[range, ...]]:
+        """The parts that read the input, and those of their rows that the process needs, in the order of its outputs.
+
+        A dense weight; or B, whose rows are the latents, and R, whose outputs are added.
+        """
+        if self.rank is None:
+            return {"": self.rows}
+        ranks = head_ranks(self.rank)
+        rows = tuple(range(start := sum(ranks[:head]), start + ranks[head]) for head in self.heads)
+        return {"B": rows} | ({"R": self.rows} if "R" in self.grids else {})
 
     def unpivot(self, pivots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """``(others, order)``: the rows of A' that are needed, and where each output stands in [B'x; A'[others] B'x].
