@@ -142,7 +142,7 @@ def unpack(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     """The inverse of `pack`: codes int8 [rows, count]."""
     if 32 % bits == 0:
         return unpack_from_int32(words, bits, torch.Size((len(words), count)))
-    stream = words.contiguous().view(torch.uint8)
+    stream = words.flatten().view(torch.uint8).view(len(words), -1)  # a single column has any stride
     kind = torch.int32 if bits < 4 else torch.int64
     groups = nn.functional.pad(stream, (0, -stream.shape[1] % bits)).unflatten(1, (-1, bits)).to(kind)
     joined = (groups << _steps(bits, 8, groups)).sum(2, keepdim=True, dtype=kind)
