@@ -225,20 +225,22 @@ def test_eta_is_one_where_nothing_depends():
 
 
 @pytest.mark.parametrize("heads", [1, 2])
-@pytest.mark.parametrize(("beta", "gamma"), [(1.0, 1.0), (0.2, 5.0)])
-def test_the_joint_prediction_adds_up_where_modalities_agree(beta, gamma, heads):
-    """Where both modalities weigh all directions alike, but to any scale, the loss is text loss plus image loss."""
+@pytest.mark.parametrize(("beta", "gamma", "price"), [(1.0, 1.0, 1.0), (0.2, 5.0, 1.0), (1.0, 0.3, 5.0)])
+def test_the_joint_prediction_adds_up_where_modalities_agree(beta, gamma, price, heads):
+    """Where both modalities weigh all directions alike, the loss is text loss plus image loss times its price."""
     g, x = normal(25, 6), normal(25, 4, seed=1)
     moments = {"text": input_moment(x), "image": input_moment(7 * x.repeat(3, 1))}
     outputs = {"text": output_moment([(g, x)], 24, heads=heads)}
     outputs["image"] = output_moment([(0.01 * g.repeat(3, 1), 7 * x.repeat(3, 1))], 5, heads=heads)
     statistics, one = Stub(moments, outputs), linear(6, 4, heads=heads)
     options = {"per_head": True, "beta": beta, "gamma": gamma}
-    joint, alone, other = (
-        layer_metric(curvature(modality=m, **options), one, statistics) for m in ("joint", "text", "image")
+    alone, other = (layer_metric(curvature(modality=m, **options), one, statistics) for m in ("text", "image"))
+    joint, dear = (
+        layer_metric(curvature(modality=m, image_price=price, **options), one, statistics) for m in ("joint", "image")
     )
     D = normal(6, 4, seed=2)
-    assert predicted(joint, D) == pytest.approx(predicted(alone, D) + predicted(other, D), rel=1e-6)
+    assert predicted(dear, D) == pytest.approx(price * predicted(other, D), rel=1e-6)
+    assert predicted(joint, D) == pytest.approx(predicted(alone, D) + predicted(dear, D), rel=1e-6)
     assert predicted(other, D) > 0.001 * predicted(alone, D) > 0
 
 

@@ -226,6 +226,21 @@ def test_an_edited_plan_is_obeyed(calibrated, tmp_path):
         compress(model("llama"), recipe="svd-llm", plan=as_object, stats=calibrated["llama"])
 
 
+def test_dearer_images_move_bytes_to_the_tower(words, tmp_path):
+    """The tower does nothing to text, so that its bytes grow with the price of image loss, within one budget."""
+    one = model("llava")
+    options = {"processor": processor("llava"), "text": words, "samples": 4, "seqlen": 8, "curvature": True}
+    statistics = calibrate(one, tmp_path / "stats", **options)
+    kept = []
+    for price in (0.01, 1.0, 100.0):
+        with compression(one, "curvature", stats=statistics, changes={"metric.image_price": price}) as prepared:
+            plan = prepared.plan(0.5)
+        assert plan.bytes <= 0.5 * plan.dense_bytes
+        kept.append(sum(plan.linears[linear.name].bytes for linear in prepared.parts.in_place("tower")))
+    assert kept == sorted(kept)
+    assert kept[0] < kept[-1]
+
+
 def test_places_that_a_recipe_leaves_out_stay_dense(calibrated):
     small = compress(
         model("llava"),

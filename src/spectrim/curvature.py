@@ -49,7 +49,7 @@ def output_metric(
     """The output metric of one linear, of the modalities whose input moments are given.
 
     With both, ``G = G_T + β (tr G_T / tr G_I) G_I``. Its unit of error costs as much as the traces of both modalities
-    cost together: text and image losses are added, whatever the balance inside the metric.
+    cost together: text losses and image losses, times their price, are added, whatever the balance inside the metric.
 
     Args:
         inputs: input moments by modality.
@@ -66,11 +66,12 @@ def output_metric(
             "calibrate again without --no-curvature"
         )
     parts = (linear.per_head or 1) if part.per_head else 1
-    gathered = [(moment, statistics.output(linear.name, modality)) for modality, moment in inputs]
-    found = [(moment, output) for moment, output in gathered if output is not None and _trace(output) != 0]
+    prices = {"text": 1.0, "image": part.image_price}
+    gathered = [(prices[modality], moment, statistics.output(linear.name, modality)) for modality, moment in inputs]
+    found = [(price, moment, output) for price, moment, output in gathered if output is not None and _trace(output)]
     if not found:
         return OutputMetric((None,) * parts, torch.zeros(parts, dtype=torch.float64))
-    outputs = [output for _, output in found]
+    outputs = [output for _, _, output in found]
     for output in outputs:
         check_finite(f"the output moment of {linear.name}", output.traces)
     first = outputs[0]
@@ -80,7 +81,8 @@ def output_metric(
     damping = part.damping * sum(w * _trace(o) for w, o in zip(weights, outputs, strict=True)) / linear.out_features
     roots = _roots(first, sums, damping, linear.out_features, parts)
     joint = _weighted(shares, [_by_part(output, parts) for output in outputs])
-    costs = torch.stack([predicted_trace(part.eta, moment, output, parts) for moment, output in found]).sum(0)
+    losses = [price * predicted_trace(part.eta, moment, output, parts) for price, moment, output in found]
+    costs = torch.stack(losses).sum(0)
     return OutputMetric(roots, torch.where(joint > 0, costs / (joint * input_trace).clamp_min(1e-300), 0.0))
 
 

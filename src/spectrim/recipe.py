@@ -28,13 +28,15 @@ class MetricPart(_Part):
     under text: the identity, or image moments.
 
     Of ``curvature``: ``damping`` δ adds δ·tr(G)/out to the diagonal of G; ``eta`` is the trace-ratio correction of
-    predicted losses, by token, by sequence or none; ``per_head`` factors q, k and v head by head.
+    predicted losses, by token, by sequence or none; ``image_price`` is what a nat of image loss counts, in nats of
+    text, where predicted losses of linears are compared; ``per_head`` factors q, k and v head by head.
     """
 
     kind: Literal["identity", "fisher-rows", "activation-diagonal", "whitening", "curvature"]
     modality: Literal["text", "image", "joint"] = "text"
     gamma: float = Field(1.0, gt=0, allow_inf_nan=False)
     beta: float = Field(1.0, gt=0, allow_inf_nan=False)
+    image_price: float = Field(1.0, gt=0, allow_inf_nan=False)
     alpha: float = Field(0.5, ge=0, allow_inf_nan=False)
     damping: float = Field(0.01, gt=0, allow_inf_nan=False)
     eta: Literal["none", "token", "sequence"] = "none"
