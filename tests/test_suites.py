@@ -227,7 +227,16 @@ def test_lmms_eval_gets_the_directory_and_the_class_of_the_family(
 
     def simple_evaluate(**options: Any) -> dict[str, Any]:
         asked.update(options)
-        return {"results": {"mme": {"alias": "mme", "mme_score,none": 12.5, "mme_score_stderr,none": "N/A"}}}
+        return {
+            "results": {
+                "mme": {
+                    "alias": "mme",
+                    "mme_score,none": 12.5,
+                    "mme_score_stderr,none": "N/A",
+                    "mme_score_stderr_clt,none": 0.5,
+                }
+            }
+        }
 
     class TaskManager:
         def __init__(self, include_path: str | None) -> None:
@@ -244,7 +253,7 @@ def test_lmms_eval_gets_the_directory_and_the_class_of_the_family(
     monkeypatch.setattr(harnesses, "versions", lambda *packages: dict.fromkeys(packages, "1"))
     suite = Suite(name="local", harness="lmms-eval", tasks=("mme",))
     report = run_suite(suite, [checkpoint], limit=3, device="cpu")
-    assert (asked["model"], asked["model_args"]) == ("llava_hf", {"pretrained": str(checkpoint)})
+    assert (asked["model"], asked["model_args"]) == ("llava_hf", f"pretrained={checkpoint},device_map=cpu")
     assert (asked["tasks"], asked["limit"], asked["device"]) == (["mme"], 3, "cpu")
     [score] = report.scores[str(checkpoint)]
     assert (score.metric, score.value, score.error) == ("mme_score", 12.5, None)

@@ -125,7 +125,7 @@ def _lmms_eval(
         )
     return simple_evaluate(
         model=LMMS_MODELS[kind],
-        model_args={"pretrained": directory},
+        model_args=f"pretrained={directory},device_map={device}",
         tasks=list(suite.tasks),
         num_fewshot=suite.num_fewshot,
         limit=limit,

@@ -116,7 +116,7 @@ def _scores(task: str, row: Mapping[str, Any]) -> list[Score]:
     scores = []
     for key, value in row.items():
         metric, _, rule = key.partition(",")
-        if rule and not metric.endswith("_stderr") and isinstance(value, int | float):
+        if rule and "_stderr" not in metric and isinstance(value, int | float):
             error = row.get(f"{metric}_stderr,{rule}")
             shown = metric if rule == "none" else f"{metric} ({rule})"
             scores.append(Score(task, shown, float(value), error if isinstance(error, float) else None))
