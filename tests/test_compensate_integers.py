@@ -12,7 +12,7 @@ from spectrim.compensate import run
 from spectrim.errors import RecipeError
 from spectrim.pipeline import compress, compression
 from spectrim.plan import Integers, Plan, plan_row
-from spectrim.quantize import Grid, quantize
+from spectrim.quantize import Grid, error, quantize
 from spectrim.recipe import Recipe
 from spectrim.stored import Stored, make_stored
 from test_compensate import batches, calibrated, prepare, words  # noqa: F401
@@ -120,3 +120,16 @@ def test_adacomp_refuses_integers(words, calibrated):  # noqa: F811
         pytest.raises(RecipeError, match="adaComp fits factors that are no integers"),
     ):
         prepared.apply(Plan(recipe="adasvd", linears=linears))
+
+
+def test_damping_trades_what_samples_show_for_what_they_do_not():
+    """Little damping: the least error in the metric. Much damping: that of rounding each entry by itself."""
+    linear = anatomy(families.FAMILIES["llama"]()).linears[0]
+    W = normal(linear.out_features, linear.in_features)
+    C, row = metric(linear.in_features, decay=1.0), plan_row(linear, None, integers=Integers(bits=3))
+    found = [W - make_stored(W, linear, row, C, None, damping=d).weight() for d in (1e-3, 0.1, 10.0)]
+    shown, all_over = [error(E, C) for E in found], [error(E) for E in found]
+    assert shown == sorted(shown)
+    assert all_over == sorted(all_over, reverse=True)
+    nearest = W - make_stored(W, linear, row, C, None, damping=None).weight()
+    assert error(found[0], C) < 0.9 * error(nearest, C)

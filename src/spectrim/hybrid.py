@@ -106,8 +106,8 @@ class Hybrid:
             if row.rank is not None:
                 found = self._spectra.directions(linear.name, row.rank, W.device)
             metric, C, _ = self._metrics(linear, W)
-            fed = self._recipe.quantize.method == "gptq"
-            self._stored[key] = make_stored(W, linear, row, C, metric.output, fed=fed, found=found)
+            how = self._recipe.quantize.feedback
+            self._stored[key] = make_stored(W, linear, row, C, metric.output, damping=how, found=found)
         return self._stored[key]
 
     def _weight(self, linear: Linear) -> torch.Tensor:
@@ -190,8 +190,9 @@ class Hybrid:
 
     def _weights(self, M: torch.Tensor | None, size: int, like: torch.Tensor) -> torch.Tensor:
         """How much a squared rounding residual counts on one side: less by far where errors are fed on."""
-        if M is None or M.ndim == 1 or self._recipe.quantize.method == "gptq":
-            return conditional(M, size, like)
+        damping = self._recipe.quantize.feedback
+        if M is None or M.ndim == 1 or damping is not None:
+            return conditional(M, size, like, damping or 0.0)
         return M.diagonal().to(like)
 
 

@@ -15,7 +15,7 @@ import torch
 from spectrim.errors import NumericalError
 from spectrim.linalg import times_metric
 
-DAMPING = 0.01  # of the metrics, as a share of the mean of their diagonals
+DAMPING = 0.1  # of the metrics, as a share of the mean of their diagonals
 _SHAPE = 16  # bytes of the shape that compressed-tensors stores with every weight
 _TILE = 32  # rows and columns that one wave runs over
 _BLOCK = 128  # columns between two matrix products

@@ -108,15 +108,22 @@ class QuantizePart(_Part):
     ``bits``: None for none; 2, 3, 4 or 8 for all factors, and for what would stay dense; ``auto`` lets the allocation
     choose for every linear among dense and integer weights, factors, integer factors, and both together. ``group``
     inputs share a scale, all inputs of an output where it is None or does not divide them; ``symmetric`` grids have no
-    zero points. ``method`` gptq feeds rounding errors on in the recipe's metric, rtn rounds to nearest. ``roles`` says
-    which linears may hold integers.
+    zero points. ``method`` gptq feeds rounding errors on in the recipe's metric, rtn rounds to nearest.
+    ``damping`` is the share of the mean of each metric's diagonal that is added to it there: more keeps errors away
+    from what the samples do not show. ``roles`` says which linears may hold integers.
     """
 
     bits: Literal[2, 3, 4, 8, "auto"] | None = None
     group: Literal[32, 64, 128] | None = 128
     symmetric: bool = True
     method: Literal["gptq", "rtn"] = "gptq"
+    damping: float = Field(default=0.1, gt=0, allow_inf_nan=False)
     roles: Literal["all", "feed-forward"] = "all"
+
+    @property
+    def feedback(self) -> float | None:
+        """The damping of the metrics in which errors are fed on; None where entries are rounded to nearest."""
+        return self.damping if self.method == "gptq" else None
 
 
 class Recipe(_Part):

@@ -13,7 +13,7 @@ from spectrim.decompose import decompose, factors, sides
 from spectrim.layers import Rank, head_ranks, pack_linears, replace_linears
 from spectrim.linalg import check_finite, times_metric
 from spectrim.plan import PlanRow, counted
-from spectrim.quantize import Grid, Quantized, fitting_group, quantize
+from spectrim.quantize import DAMPING, Grid, Quantized, fitting_group, quantize
 from spectrim.spectra import directions
 
 Directions = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
@@ -91,7 +91,7 @@ def make_stored(
     C: torch.Tensor | None,
     output: OutputMetric | None,
     *,
-    fed: bool = True,
+    damping: float | None = DAMPING,
     found: Directions | None = None,
 ) -> Stored:
     """A weight as a row of the plan says, with a small error in the metrics.
@@ -102,7 +102,8 @@ def make_stored(
         row: with a rank, integers, or both.
         C: metric of the inputs: None for the identity, [in] for a diagonal, or [in, in].
         output: metric of the outputs, head by head where the rank is; None for the identity.
-        fed: feed rounding errors on in these metrics; without, entries are rounded to nearest.
+        damping: of these metrics where rounding errors are fed on in them (see :func:`spectrim.quantize.quantize`);
+            None rounds entries to nearest.
         found: directions of W in the same metrics, where they are known.
 
     Raises:
@@ -115,12 +116,13 @@ def make_stored(
         assert found is not None
         A, B = factors(W, *found)
         return plain(linear.name, A.to(wide), B.to(wide))
+    fed = damping is not None
     G = None if output is None or not fed else output.dense(len(W), W.device)
     C_fed = C if fed else None
 
     def integers(X: torch.Tensor, bits: int, C: torch.Tensor | None, G: torch.Tensor | None) -> Quantized:
         grid = Grid(bits, fitting_group(X.shape[1], how.group), how.symmetric)
-        return quantize(X, grid, C, G, dtype=linear.dtype)
+        return quantize(X, grid, C, G, dtype=linear.dtype, damping=damping or 0.0)
 
     if row.rank is None:
         assert how.bits is not None

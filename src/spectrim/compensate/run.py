@@ -216,7 +216,7 @@ class Compensation:
                 found = _alternated(A, B, row.rank, second, cross, metric.output, how.rounds, wide(W).dtype)
                 return plain(name, *found)
             target = anchored_weight(W, second, cross, how.damping)
-            return make_stored(target, linear, row, value, metric.output, fed=self._recipe.quantize.method == "gptq")
+            return make_stored(target, linear, row, value, metric.output, damping=self._recipe.quantize.feedback)
         except NumericalError as error:
             raise NumericalError(f"{name}: {error}") from error
 
