@@ -85,8 +85,8 @@ def test_one_rounding_predicts_the_error_after_feedback(bits, symmetric, out, si
     C, G = metric(size, seed=seed + 1, decay=1.0), metric(out, seed=seed + 2, decay=1.0)
     C, G = (M + 0.1 * M.diagonal().mean() * torch.eye(len(M)) for M in (C, G))
     for inputs, outputs in ((C, None), (None, G), (C, G)):
-        reached = error(W - quantize(W, grid, inputs, outputs).dense(), inputs, outputs)
-        weights = conditional(inputs, size, W), conditional(outputs, out, W)
+        reached = error(W - quantize(W, grid, inputs, outputs, damping=0.01).dense(), inputs, outputs)
+        weights = conditional(inputs, size, W, 0.01), conditional(outputs, out, W, 0.01)
         assert float(expected(W, grid, *weights).sum()) == pytest.approx(reached, rel=0.35)
 
 
