@@ -216,10 +216,7 @@ def test_a_tensor_that_is_missing_or_misshapen_is_an_error(process):
     process(0, 1)
     parts = {"x.o_proj": part(16, 5, True)}
 
-    def layer() -> Any:
-        return vllm_linear.RowParallelLinear(IN, 16, quant_config=config(parts), prefix="x.o_proj")
-
-    made = layer()
+    made = vllm_linear.RowParallelLinear(IN, 16, quant_config=config(parts), prefix="x.o_proj")
     with pytest.raises(CheckpointError, match=r"lacks x\.o_proj\.A\.weight, x\.o_proj\.B\.weight, x\.o_proj\.pivots"):
         made.quant_method.process_weights_after_loading(made)
     slot = made.get_parameter("A.weight")
@@ -234,11 +231,8 @@ def test_integers_that_are_missing_or_misshapen_are_an_error(process):
     process(0, 1)
     q = rounded(part(16, 5, False, 64), ["B"], 4, False)
 
-    def layer() -> Any:
-        return vllm_linear.RowParallelLinear(64, 16, quant_config=config({"x.o_proj": q}), prefix="x.o_proj")
-
     tensors = {name: tensor for name, tensor in q.state_dict().items() if name != "B.weight_scale"}
-    made = layer()
+    made = vllm_linear.RowParallelLinear(64, 16, quant_config=config({"x.o_proj": q}), prefix="x.o_proj")
     for name, tensor in tensors.items():
         slot = made.get_parameter(name)
         slot.weight_loader(slot, tensor)

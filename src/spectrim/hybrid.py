@@ -102,12 +102,12 @@ class Hybrid:
         key = (linear.name, row.model_dump_json(include={"rank", "integers"}))
         if key not in self._stored:
             self._stored = {other: found for other, found in self._stored.items() if other[0] != linear.name}
+            assert row.integers is not None
             W, found = self._weight(linear), None
-            if row.rank is not None:
+            if row.rank is not None and row.integers.residual is None:
                 found = self._spectra.directions(linear.name, row.rank, W.device)
-            metric, C, _ = self._metrics(linear, W)
-            how = self._recipe.quantize.feedback
-            self._stored[key] = make_stored(W, linear, row, C, metric.output, damping=how, found=found)
+            metric, how = self._metric(linear, W), self._recipe.quantize.feedback
+            self._stored[key] = make_stored(W, linear, row, metric.value, metric.output, damping=how, found=found)
         return self._stored[key]
 
     def _weight(self, linear: Linear) -> torch.Tensor:
@@ -115,13 +115,16 @@ class Hybrid:
         assert isinstance(weight, torch.Tensor)
         return check_finite(f"the weight of {linear.name}", weight.detach()).double()
 
+    def _metric(self, linear: Linear, W: torch.Tensor) -> Metric:
+        return layer_metric(self._recipe.metric, linear, self._statistics, W.device)
+
     def _metrics(self, linear: Linear, W: torch.Tensor) -> tuple[Metric, torch.Tensor | None, torch.Tensor | None]:
         """The metric of a linear, and C and G in the unit of its costs."""
-        metric = layer_metric(self._recipe.metric, linear, self._statistics, W.device)
-        C = None if metric.value is None else metric.value.to(W.device)
+        metric = self._metric(linear, W)
         if metric.output is None:
-            return metric, C, torch.full((len(W),), self._scale(linear.name), dtype=W.dtype, device=W.device)
-        return metric, C, metric.output.dense(len(W), W.device)
+            G = torch.full((len(W),), self._scale(linear.name), dtype=W.dtype, device=W.device)
+            return metric, metric.value, G
+        return metric, metric.value, metric.output.dense(len(W), W.device)
 
     def _unit(self, name: str) -> float:
         """The cost of a linear without any direction."""

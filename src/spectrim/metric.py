@@ -35,7 +35,7 @@ class Metric:
 def layer_metric(
     part: MetricPart, linear: Linear, statistics: Statistics | None, device: torch.device | str = "cpu"
 ) -> Metric:
-    """The metrics of one linear; the roots of its output metric are taken on `device`.
+    """The metrics of one linear, on `device`, where the roots of its output metric are taken, too.
 
     Raises:
         RecipeError: the recipe needs statistics that were not gathered; says how to gather them.
@@ -46,7 +46,7 @@ def layer_metric(
     if statistics is None:
         raise RecipeError(f"metric '{part.kind}' needs calibration statistics; give a statistics directory or samples")
     if part.kind == "fisher-rows":
-        return _fisher_rows(linear, statistics)
+        return _fisher_rows(linear, statistics, device)
     found = _moments(part, linear, statistics)
     if not found:
         return Metric(None, "identity")
@@ -57,11 +57,12 @@ def layer_metric(
         means = torch.stack([m.abs_sum for m in moments]).sum(0) / sum(m.count for m in moments)
         check_finite(f"the mean input of {linear.name}", means)
         floor = means.max() * 1e-6  # a channel that was never on still keeps its columns
-        return Metric(means.clamp_min(floor) ** (2 * part.alpha), source)
+        return Metric((means.clamp_min(floor) ** (2 * part.alpha)).to(device), source)
     value = check_finite(f"the second moment of {linear.name}", joint_second_moment(moments, part.gamma))
-    if part.kind == "whitening":
-        return Metric(value, source)
-    return Metric(value, source, output_metric(part, linear, statistics, found, float(value.trace()), device))
+    output = None
+    if part.kind == "curvature":
+        output = output_metric(part, linear, statistics, found, float(value.trace()), device)
+    return Metric(value.to(device), source, output)
 
 
 def joint_second_moment(moments: Sequence[Moment], gamma: float) -> torch.Tensor:
@@ -107,7 +108,7 @@ def _moments(part: MetricPart, linear: Linear, statistics: Statistics) -> list[t
     return found
 
 
-def _fisher_rows(linear: Linear, statistics: Statistics) -> Metric:
+def _fisher_rows(linear: Linear, statistics: Statistics, device: torch.device | str) -> Metric:
     """FWSVD (Hsu et al., ICLR 2022), section 3: input i weighs Σ_out (∂L/∂W_oi)², averaged over samples."""
     if not statistics.manifest.settings.gradients:
         raise RecipeError(
@@ -119,4 +120,4 @@ def _fisher_rows(linear: Linear, statistics: Statistics) -> Metric:
     value = check_finite(f"the Fisher diagonal of {linear.name}", found.fisher_cols / found.count)
     if float(value.max()) == 0:
         return Metric(None, "identity")
-    return Metric(value.clamp_min(value.max() * 1e-12), "text")
+    return Metric(value.clamp_min(value.max() * 1e-12).to(device), "text")

@@ -158,9 +158,8 @@ def _make(model: nn.Module, linear: Linear, part: MetricPart, statistics: Statis
     assert isinstance(weight, torch.Tensor)
     W = check_finite(f"the weight of {linear.name}", weight.detach())
     metric = layer_metric(part, linear, statistics, W.device)
-    value = None if metric.value is None else metric.value.to(W.device)
     try:
-        spectrum = decompose(W, value, metric.output, linear.per_head or 1 if part.per_head else 1)
+        spectrum = decompose(W, metric.value, metric.output, linear.per_head or 1 if part.per_head else 1)
     except NumericalError as error:
         raise NumericalError(f"{linear.name}: {error}") from error
     check_finite(f"the spectrum of {linear.name}", spectrum.s)

@@ -10,10 +10,11 @@ from torch import nn
 from spectrim.anatomy import Linear
 from spectrim.curvature import OutputMetric
 from spectrim.decompose import decompose, factors, sides
+from spectrim.errors import NumericalError
 from spectrim.layers import Rank, head_ranks, pack_linears, replace_linears
 from spectrim.linalg import check_finite, times_metric
 from spectrim.plan import PlanRow, counted
-from spectrim.quantize import DAMPING, Grid, Quantized, fitting_group, quantize
+from spectrim.quantize import DAMPING, Grid, Quantized, quantize
 from spectrim.spectra import directions
 
 Directions = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
@@ -39,14 +40,19 @@ class Stored:
         product = found["A"] @ found["B"]
         return product + found["R"] if "R" in found else product
 
+    @property
+    def factors(self) -> Factors | None:
+        """A and B where both are floats."""
+        A, B = self.parts.get("A"), self.parts.get("B")
+        return (A, B) if isinstance(A, torch.Tensor) and isinstance(B, torch.Tensor) else None
+
     def put(self, model: nn.Module, name: str, rank: Rank | None, *, pivoted: bool = False) -> None:
         """Exchange the dense linear `name` of `model` for this."""
         if rank is not None:
             replace_linears(model, {name: rank}, {name} if pivoted else ())
-            A, B = self.parts["A"], self.parts["B"]
-            if isinstance(A, torch.Tensor) and isinstance(B, torch.Tensor):
+            if self.factors is not None:
                 layer: Any = model.get_submodule(name)
-                layer.load_factors(A, B)
+                layer.load_factors(*self.factors)
         integers = {part: found for part, found in self.parts.items() if isinstance(found, Quantized)}
         places = {part: f"{name}.{part}".removesuffix(".") for part in integers}
         pack_linears(model, {places[part]: found.grid for part, found in integers.items()})
@@ -109,44 +115,63 @@ def make_stored(
     Raises:
         NumericalError: NaN or infinity; names the linear.
     """
-    how, W, wide = row.integers, W.double(), torch.promote_types(linear.dtype, torch.float32)
+    try:
+        parts = _parts(W.double(), linear, row, C, output, damping, found)
+    except NumericalError as error:
+        raise NumericalError(f"{linear.name}: {error}") from error
+    return _finite(linear.name, parts)
+
+
+def _parts(
+    W: torch.Tensor,
+    linear: Linear,
+    row: PlanRow,
+    C: torch.Tensor | None,
+    output: OutputMetric | None,
+    damping: float | None,
+    found: Directions | None,
+) -> dict[str, torch.Tensor | Quantized]:
+    how, wide = row.integers, torch.promote_types(linear.dtype, torch.float32)
+    parts: dict[str, torch.Tensor | Quantized] = {}
     if found is None and row.rank is not None and (how is None or how.residual is None):
         found = directions(decompose(W, C, output, len(head_ranks(row.rank))), row.rank)
     if how is None:
         assert found is not None
         A, B = factors(W, *found)
-        return plain(linear.name, A.to(wide), B.to(wide))
-    fed = damping is not None
+        return {"A": A.to(wide), "B": B.to(wide)}
+    fed, grids = damping is not None, how.grids(linear, row.rank)
     G = None if output is None or not fed else output.dense(len(W), W.device)
-    C_fed = C if fed else None
 
-    def integers(X: torch.Tensor, bits: int, C: torch.Tensor | None, G: torch.Tensor | None) -> Quantized:
-        grid = Grid(bits, fitting_group(X.shape[1], how.group), how.symmetric)
-        return quantize(X, grid, C, G, dtype=linear.dtype, damping=damping or 0.0)
+    def integers(part: str, X: torch.Tensor, C: torch.Tensor | None, G: torch.Tensor | None) -> Quantized:
+        given = (C, G) if fed else (None, None)
+        parts[part] = rounded = quantize(X, grids[part][2], *given, dtype=linear.dtype, damping=damping or 0.0)
+        return rounded
 
     if row.rank is None:
-        assert how.bits is not None
-        return Stored({"": integers(W, how.bits, C_fed, G)})
-    parts: dict[str, torch.Tensor | Quantized] = {}
+        integers("", W, C, G)
+        return parts
     if how.residual is not None:
-        parts["R"] = rough = integers(W, how.residual, C_fed, G)
-        W = W - rough.dense()
+        W = W - integers("R", W, C, G).dense()
         found = directions(decompose(W, C, output), counted(row.rank)[0])
     assert found is not None
     A, B = (factor.double() for factor in sides(W, *found[1:]))
     if how.bits is None:
-        return Stored({**parts, **plain(linear.name, A.to(wide), B.to(wide)).parts})
-    parts["B"] = rounded = integers(B, how.bits, C_fed, None)
-    B = rounded.dense()
-    if fed:
-        A = refit(W, A, B, C)
-    parts["A"] = integers(A, how.bits, gram(B, C) if fed else None, G)
-    return Stored(parts)
+        return parts | {"A": A.to(wide), "B": B.to(wide)}
+    B = integers("B", B, C, None).dense()
+    integers("A", refit(W, A, B, C) if fed else A, gram(B, C) if fed else None, G)
+    return parts
 
 
 def plain(name: str, A: torch.Tensor, B: torch.Tensor) -> Stored:
     """Factors as they are. Raises NumericalError where they are not finite; names the linear."""
-    return Stored({"A": check_finite(f"the factor A of {name}", A), "B": check_finite(f"the factor B of {name}", B)})
+    return _finite(name, {"A": A, "B": B})
+
+
+def _finite(name: str, parts: Mapping[str, torch.Tensor | Quantized]) -> Stored:
+    for part, found in parts.items():
+        if isinstance(found, torch.Tensor):
+            check_finite(f"the factor {part} of {name}", found)
+    return Stored(parts)
 
 
 def gram(B: torch.Tensor, C: torch.Tensor | None) -> torch.Tensor:

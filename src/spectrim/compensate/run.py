@@ -104,7 +104,7 @@ class Compensation:
         return found
 
     def _walk(self, pairs: list[_Pair]) -> Iterator[tuple[str, dict[str, Stored]]]:
-        """Solve unit after unit; yields each with its factors, and ends after the last that any sample reaches."""
+        """Solve unit after unit; yields each with its linears, and ends after the last that any sample reaches."""
         while going := [pair for pair in pairs if pair.dense.unit is not None or pair.small.unit is not None]:
             # Images come first and pass through all that text passes through: text waits where it is.
             name = going[0].dense.unit
@@ -204,21 +204,21 @@ class Compensation:
         )
         metric = layer_metric(own, linear, self._statistics, W.device)
         assert metric.value is not None
-        second, cross = blended(W, second, cross, metric.value.to(W.device), how.weight)
+        second, cross = blended(W, second, cross, metric.value, how.weight)
         value: torch.Tensor | None = second
         if part.kind != own.kind:  # not made of these moments, and stays what it is
             value = layer_metric(part, linear, self._statistics, W.device).value
-            value = None if value is None else value.to(W.device)
         try:
             if how.kind == "adacomp":
-                A, B = (alone for alone in self._alone(name, row).parts.values() if isinstance(alone, torch.Tensor))
+                alone = self._alone(name, row).factors
                 assert row.rank is not None
-                found = _alternated(A, B, row.rank, second, cross, metric.output, how.rounds, wide(W).dtype)
+                assert alone is not None
+                found = _alternated(*alone, row.rank, second, cross, metric.output, how.rounds, wide(W).dtype)
                 return plain(name, *found)
             target = anchored_weight(W, second, cross, how.damping)
-            return make_stored(target, linear, row, value, metric.output, damping=self._recipe.quantize.feedback)
         except NumericalError as error:
             raise NumericalError(f"{name}: {error}") from error
+        return make_stored(target, linear, row, value, metric.output, damping=self._recipe.quantize.feedback)
 
     @contextmanager
     def _passes(self) -> Iterator[list[_Pair]]:
