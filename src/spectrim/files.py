@@ -1,8 +1,13 @@
-"""Writing files whole or not at all."""
+"""Reading JSON and YAML that somebody else may have written, and writing files whole or not at all."""
 
+import json
 import os
 import tempfile
+from collections.abc import Hashable
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -27,3 +32,52 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def parse_json(content: str | bytes) -> Any:
+    """The value that JSON text stands for.
+
+    Raises ValueError, whose message is the rest of a sentence ("FILE …"), for text that is not UTF-8, not JSON, nested
+    too deeply, or that gives a key of one object twice: the first value would go without a word.
+    """
+    try:
+        value = json.loads(content, object_pairs_hook=_unique)
+        json.dumps(value, ensure_ascii=False).encode()  # an escaped half of a surrogate pair is no character
+    except UnicodeEncodeError as error:
+        raise ValueError("holds half of a surrogate pair (such as \\ud800), which is no character") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"is not UTF-8 (byte {error.start})") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"is not JSON ({error})") from error
+    except RecursionError as error:
+        raise ValueError("is nested too deeply to be read") from error
+    return value
+
+
+def parse_yaml(content: str | bytes) -> Any:
+    """The value that YAML text stands for; as `parse_json` otherwise, with tags of Python objects refused."""
+    try:
+        return yaml.load(content, Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"is not YAML ({' '.join(str(error).split())})") from error
+    except RecursionError as error:
+        raise ValueError("is nested too deeply to be read") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"gives the key {next(key for key in keys if keys.count(key) > 1)!r} twice")
+    return found
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, but for doubled keys, which it refuses."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        for number, key in enumerate(keys):
+            if key in keys[:number]:
+                raise yaml.constructor.ConstructorError(None, None, f"gives the key {key!r} twice", node.start_mark)
+        return super().construct_mapping(node, deep)
