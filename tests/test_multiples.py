@@ -110,13 +110,12 @@ def test_integers_and_multiples_within_the_budget(family, rule, multiple, bits, 
         found.plan((least - 0.5) / dense)
 
 
-@pytest.mark.parametrize(("bits", "retain"), [(4, 0.09), ("auto", 0.05)])
-def test_a_model_with_round_ranks_of_integers(bits, retain):
-    changes = {"storage.multiple": 16, "quantize.bits": bits, "quantize.group": 32}
-    small = compress(families.FAMILIES["llama"](), recipe="svd", retain=retain, changes=changes)
+def test_a_model_with_round_ranks_of_integers():
+    changes = {"storage.multiple": 16, "quantize.bits": 4, "quantize.group": 32}
+    small = compress(families.FAMILIES["llama"](), recipe="svd", retain=0.09, changes=changes)
     ranks = [layer.rank for layer in low_rank(small).values()]
     assert ranks
     assert all(rank % 16 == 0 for rank in ranks)
-    plain = compress(families.FAMILIES["llama"](), recipe="svd", retain=retain, changes=changes | {"storage.multiple": 1})
+    plain = compress(families.FAMILIES["llama"](), recipe="svd", retain=0.09, changes=changes | {"storage.multiple": 1})
     assert any(layer.rank % 16 for layer in low_rank(plain).values())
     assert logits(small).isfinite().all()
