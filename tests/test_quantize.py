@@ -181,6 +181,33 @@ def test_ranges_are_no_worse_than_whole_ones(grid, seed):
     assert cost(step[..., None], zeros) <= cost(whole, origin) + 1e-9
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from([2, 3, 4]), st.booleans(), st.integers(0, 2**31))
+def test_ranges_are_the_best_of_those_that_are_tried(bits, symmetric, seed):
+    """From whole down to a half in sixteen steps."""
+    grid = Grid(bits, 32, symmetric)
+    W, weights = normal(6, 64, seed=seed), normal(64, seed=seed + 1).exp()
+    W[:, ::32] = 4.0
+    X, w = W.view(6, 2, 32), weights.view(2, 32)
+    low, high = X.amin(-1).clamp_max(0), X.amax(-1).clamp_min(0)
+    if symmetric:
+        low, high = -torch.maximum(-low, high), torch.maximum(-low, high)
+
+    def cost(step, origin):
+        codes = ((X / step[..., None]).round() + origin[..., None]).clamp(grid.low, grid.high)
+        return (((codes - origin[..., None]) * step[..., None] - X).square() * w).sum(-1)
+
+    costs = []
+    for shrink in torch.linspace(1, 0.5, 16).double():
+        step = shrink * (high - low) / (2**bits - 1)
+        origin = 0 * step if symmetric else (grid.low - low * shrink / step).round().clamp(grid.low, grid.high)
+        costs.append(cost(step, origin))
+    step, zero = scales(W, grid, weights)
+    found = cost(step, torch.zeros_like(step) if zero is None else zero.double())
+    torch.testing.assert_close(found, torch.stack(costs).amin(0), rtol=1e-4, atol=0)
+    assert bits > 2 or (found < costs[0]).any()
+
+
 @pytest.mark.parametrize(
     ("size", "wanted", "group"), [(576, 128, None), (1536, 128, 128), (96, 32, 32), (64, None, None)]
 )

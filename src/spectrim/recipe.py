@@ -49,10 +49,10 @@ class AllocationPart(_Part):
 
     Rules: ``uniform`` (one retention for all), ``global-sigma`` (one threshold on raw singular values under moments
     that are sums over all positions, JW-SVD as written), ``global-sigma-mean`` (the same under means, so that the
-    number of samples does not count), ``global-energy`` (one threshold on each layer's relative energy per parameter), ``sensitivity``
-    (ASVD: one threshold on the loss that each layer causes alone), ``adacr`` (AdaSVD: each block's retention follows
-    its importance) and ``loss-aware`` (LASER: one threshold on the predicted loss per byte, which the metric
-    ``curvature`` gives). Places that are not listed stay dense and count at their full size.
+    number of samples does not count), ``global-energy`` (one threshold on each layer's relative energy per parameter),
+    ``sensitivity`` (ASVD: one threshold on the loss that each layer causes alone), ``adacr`` (AdaSVD: each block's
+    retention follows its importance) and ``loss-aware`` (LASER: one threshold on the predicted loss per byte, which the
+    metric ``curvature`` gives). Places that are not listed stay dense and count at their full size.
 
     Of ``adacr``: ``importance`` is the cosine between what a block reads and what it gives, or one minus it, and
     ``floor`` is the retention that importance does not touch, the paper's minimal retention ratio.
