@@ -256,7 +256,15 @@ def run(tree: Path, tests: list[str]) -> tuple[bool, float]:
             with (tree / "log").open("w") as log:
                 os.dup2(log.fileno(), 1)
                 os.dup2(log.fileno(), 2)
-            options = ["-x", "-q", "-p", "no:cacheprovider", "-W", "ignore:Module already imported", "--hypothesis-seed=0"]
+            options = [
+                "-x",
+                "-q",
+                "-p",
+                "no:cacheprovider",
+                "-W",
+                "ignore:Module already imported",
+                "--hypothesis-seed=0",
+            ]
             code = int(pytest.main([*options, *tests]))
         except BaseException:
             traceback.print_exc()
