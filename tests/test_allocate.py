@@ -13,7 +13,7 @@ from spectrim.anatomy import Linear
 from spectrim.errors import BudgetError
 from spectrim.recipe import AllocationPart
 
-RULES = ("uniform", "global-sigma", "global-energy", "sensitivity")
+RULES = ("uniform", "global-sigma", "global-sigma-mean", "global-energy", "sensitivity")
 
 
 def linear(number: int, out: int, size: int, dtype: torch.dtype = torch.bfloat16) -> Linear:
@@ -127,6 +127,7 @@ def threshold_ranks(model, values, at: float) -> dict[str, int | None]:
 
 VALUES = {
     "global-sigma": lambda one, s: s.sqrt(),
+    "global-sigma-mean": lambda one, s: s.sqrt(),
     "global-energy": lambda one, s: s / s.sum() / price(one, 1),
     "sensitivity": lambda one, s: s,
 }

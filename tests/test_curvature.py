@@ -29,7 +29,7 @@ from spectrim.calibrate.forms import Form
 from spectrim.calibrate.labels import Labelled
 from spectrim.calibrate.moments import OutputSum
 from spectrim.checkpoint import load, load_processor
-from spectrim.curvature import predicted_trace
+from spectrim.curvature import predicted_loss, predicted_trace
 from spectrim.decompose import decompose, factors
 from spectrim.demo import resolve
 from spectrim.errors import NumericalError, RecipeError
@@ -270,6 +270,23 @@ def dense_output_metric(form: str, G: torch.Tensor) -> torch.Tensor:
 
 
 FORMS = ["full", "blocks:4", "sketch:3", "sketch:8", "diagonal"]
+
+
+@pytest.mark.parametrize("eta", ["none", "token", "sequence"])
+@pytest.mark.parametrize("form", FORMS)
+def test_the_loss_of_one_modality_in_all_forms(form, eta):
+    """``½ η tr(G D C Dᵀ) positions/labels``, with the G that the form stands for, low-rank part and all."""
+    statistics, drawn = both(form=form)
+    g, x = (torch.cat(parts) for parts in zip(*drawn["text"], strict=True))
+    G, C, D = dense_output_metric(form, g.T @ g / len(g)), x.T @ x / len(x), normal(8, 5)
+    fisher = {
+        "none": G.trace() * C.trace() * len(g),
+        "token": (g.square().sum(1) * x.square().sum(1)).sum(),
+        "sequence": sum((g.T @ x).square().sum() for g, x in drawn["text"]),
+    }[eta]
+    expected = 0.5 * (G @ D @ C @ D.T).trace() / (G.trace() * C.trace()) * fisher / 30
+    found = predicted_loss(eta, D, statistics.moment("a", "text"), statistics.output("a", "text"))
+    assert found == pytest.approx(float(expected), rel=1e-9)
 
 
 @pytest.mark.parametrize("heads", [1, 2])

@@ -33,6 +33,7 @@ def test_json_gives_what_was_written(value):
         (b'"\xff"', "not UTF-8"),
         ("{", "not JSON"),
         ("", "not JSON"),
+        ('{"a": ' + "9" * 5000 + "}", "holds a number of 5000 digits"),
     ],
 )
 def test_json_that_is_refused(content, said):
@@ -50,6 +51,8 @@ def test_json_that_is_refused(content, said):
         (b"a: \xff", "not YAML"),
         ("a: !!python/object/apply:os.getcwd []", "not YAML"),
         ("? [1, 2]\n: 3", "not YAML"),
+        ("a: 2026-13-45", "not YAML"),
+        ("a: " + "9" * 5000, "not YAML"),
     ],
 )
 def test_yaml_that_is_refused(content, said):
@@ -59,3 +62,9 @@ def test_yaml_that_is_refused(content, said):
 
 def test_yaml_with_merged_keys_is_legal():
     assert parse_yaml("base: &b {x: 1, y: 2}\nmine: {<<: *b, y: 3}")["mine"] == {"x": 1, "y": 3}
+
+
+@pytest.mark.parametrize("text", ["1e-3", "-2E+4", ".5e1", "1.e2", "3.25e-1"])
+def test_yaml_reads_every_decimal_number(text):
+    assert parse_yaml(f"a: {text}") == {"a": float(text)}
+    assert parse_yaml("[1e, e3, 1e3x, x1e3]") == ["1e", "e3", "1e3x", "x1e3"]

@@ -15,7 +15,7 @@ from spectrim.anatomy import anatomy
 from spectrim.calibrate import Statistics, calibrate
 from spectrim.checkpoint import load, read_provenance
 from spectrim.errors import BudgetError, RecipeError
-from spectrim.hybrid import FEED_FORWARD, Option, cheapest
+from spectrim.hybrid import FEED_FORWARD, Option, alike, cheapest
 from spectrim.packed import PackedLinear
 from spectrim.pipeline import compress, compression
 from spectrim.plan import Integers, Plan, plan_row
@@ -68,6 +68,51 @@ def test_enough_bytes_buy_the_least_cost_and_too_few_are_refused(menu):
     cheapest(menu, least)
     with pytest.raises(BudgetError, match=f"less than the {least} of the smallest options"):
         cheapest(menu, least - 1)
+
+
+@settings(max_examples=300, deadline=None)
+@given(menus(), st.floats(0, 1), st.booleans())
+def test_no_bytes_are_left_that_would_save_cost(menu, share, even):
+    least, most = (sum(end(o.bytes for o in found) for found in menu.values()) for end in (min, max))
+    budget = int(least + share * (most - least))
+    dense = {name: 31 + len(found) for name, found in menu.items()}
+    chosen = alike(menu, dense, budget) if even else cheapest(menu, budget)
+    left = budget - sum(option.bytes for option in chosen.values())
+    assert left >= 0
+    for name, found in menu.items():
+        assert chosen[name] in found
+        steps = [option.bytes - chosen[name].bytes for option in found if option.cost < chosen[name].cost]
+        assert left < min(steps, default=budget + 1)
+
+
+def test_what_the_hull_leaves_buys_what_lies_off_it():
+    """The next vertex costs 9 bytes; of the 5 that are left, 4 buy a point above the hull."""
+    sizes = [(10, 8.0), (14, 7.0), (19, 0.0)]
+    menu = {"l0": [Option(None, None, *each) for each in sizes]}
+    assert [cheapest(menu, budget)["l0"].bytes for budget in (10, 13, 15, 18, 19)] == [10, 10, 14, 14, 19]
+
+
+@settings(max_examples=200, deadline=None)
+@given(menus(), st.floats(0, 1))
+def test_one_retention_for_all(menu, share):
+    """Every linear has at least what the largest common retention that can be paid gives it."""
+    dense = {name: 31 + 3 * number for number, name in enumerate(menu)}
+    least, most = (sum(end(o.bytes for o in found) for found in menu.values()) for end in (min, max))
+    budget = int(least + share * (most - least))
+
+    def best(retention: float) -> dict[str, Option]:
+        smallest = {name: min(o.bytes for o in found) for name, found in menu.items()}
+        return {
+            name: min((o for o in found if o.bytes <= max(retention * dense[name] + 1e-9, smallest[name])),
+                      key=lambda o: o.cost) for name, found in menu.items()
+        }  # fmt: skip
+
+    every = [best(share) for share in sorted({0, *(o.bytes / dense[n] for n, found in menu.items() for o in found)})]
+    paid = [found for found in every if sum(option.bytes for option in found.values()) <= budget]
+    chosen = alike(menu, dense, budget)
+    assert all(chosen[name].cost <= paid[-1][name].cost for name in menu)
+    with pytest.raises(BudgetError, match=f"less than the {least} of the smallest options; raise --retain"):
+        alike(menu, dense, least - 1)
 
 
 # ---- refit ----

@@ -58,6 +58,8 @@ def test_laws_of_the_projection(problem):
     size = min(W.shape)
     assert found.s.shape == (size,)
     assert found.P.shape == (size, size)
+    sigma = torch.linalg.svdvals(W @ X.T)
+    close(found.s, torch.cat([sigma, sigma.new_zeros(size)])[:size].square())
     assert (found.s >= 0).all()
     assert (found.s.diff() <= 0).all()
     live = dual(found).diagonal().round()

@@ -328,8 +328,6 @@ def test_sensitivity_search_follows_the_measured_loss(calibrated):
         with uniform as other:
             assert plan.ranks != other.plan(0.5).ranks
         assert plan.bytes <= 0.5 * plan.dense_bytes
-        for values in prepared._losses.values():
-            assert (values.diff() <= 0).all()
         prepared.apply(plan)
     assert logits(dense).isfinite().all()
     with (

@@ -18,7 +18,7 @@ from spectrim.checkpoint import load, read_provenance
 from spectrim.errors import BudgetError
 from spectrim.pipeline import compress, compression
 from spectrim.plan import Plan, pays_by_pivots, plan_row
-from spectrim.recipe import AllocationPart, Recipe
+from spectrim.recipe import AllocationPart, Recipe, builtin_names
 from test_allocate import linear, spectrum
 
 PIVOTED = {"storage.pivoted": True}
@@ -255,6 +255,7 @@ def test_a_model_is_dense_again_after_the_block():
 
 
 def test_storage_is_a_part_of_every_recipe():
-    for name in ("svd", "laser"):
+    for name in builtin_names():
         assert Recipe.read(name).storage.pivoted == (name == "spectrim")
         assert Recipe.read(name, PIVOTED).storage.pivoted
+        assert not Recipe.read(name, {"storage.pivoted": False}).storage.pivoted

@@ -148,11 +148,73 @@ def test_misfits_are_named(parts, file):
         Plan.read(file, parts)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"recipe": "svd", "linears": {}, "version": 2}', "\xff"])
-def test_what_is_no_plan_is_named(parts, tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ("{", "is not JSON"),
+        ("[]", "valid dictionary|Input should be an object"),
+        ("null", "Input should be an object"),
+        ("{}", "recipe: Field required"),
+        ('{"recipe": "svd", "linears": {}, "version": 2}', "version: Input should be 1"),
+        ("\xff", "is not UTF-8"),
+        ("", "is not JSON"),
+        ("[" * 100_000, "is nested too deeply"),
+        ('{"recipe": ' + "[" * 400 + "]" * 400 + "}", "recipe|recursion"),
+        ('{"recipe": "svd", "recipe": "svd-llm", "linears": {}}', "gives the key 'recipe' twice"),
+        ('{"recipe": "svd", "linears": {"a.b": {"rank": 1}, "a.b": {"rank": 2}}}', "gives the key 'a.b' twice"),
+        ('{"recipe": "svd", "linears": {"a.b": {"rank": 1, "rank": 2}}}', "gives the key 'rank' twice"),
+        ('{"recipe": "svd", "retain": NaN, "linears": {}}', "retain: "),
+        ('{"recipe": "svd", "retain": 1e999, "linears": {}}', "retain: "),
+        ('{"recipe": "svd", "retain": -0.5, "linears": {}}', "retain: "),
+        ('{"recipe": "svd", "retain": "half", "linears": {}}', "retain: "),
+        ('{"recipe": "svd", "linears": []}', "linears: "),
+        ('{"recipe": "svd", "linears": {"a.b": 3}}', "linears: a.b: "),
+        ('{"recipe": "svd", "linears": {}, "notes": 1}', "notes: Extra inputs"),
+        ('{"recipe": "\\ud800", "linears": {}}', "surrogate"),
+    ],
+)
+def test_what_is_no_plan_is_named(parts, tmp_path, content, named):
     path = tmp_path / "plan.json"
     path.write_bytes(content.encode("latin-1"))
-    with pytest.raises(BudgetError, match=r"plan\.json is no plan that can be read"):
+    with pytest.raises(BudgetError, match=rf"^\S*plan\.json is no plan that can be read \(.*({named})") as caught:
         Plan.read(path, parts)
-    with pytest.raises(BudgetError, match=r"none\.json is no plan"):
-        Plan.read(tmp_path / "none.json", parts)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_file_is_named(parts, tmp_path):
+    for path in (tmp_path / "none.json", tmp_path):
+        with pytest.raises(BudgetError, match=rf"{path.name} is no plan that can be read"):
+            Plan.read(path, parts)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("rank", value) for value in (True, 3.0, 2.5, "3", -1, -(10**30), [True] * 4, [3.0, 3, 3, 3], {}, [[1]])),
+        *(("pivoted", value) for value in (1, 0, "true", None)),
+        *(("bytes", value) for value in (-1, True, None, 1.5)),
+        *((key, value) for key in ("error", "loss") for value in (float("nan"), float("inf"), "0", True)),
+        *(("integers", value) for value in (4, True, [], {"bits": True}, {"bits": 4.5}, {"bits": 1}, {"bits": 9})),
+        *(("integers", {"bits": 4, **value}) for value in ({"group": 48}, {"group": True}, {"group": 0}, {"zero": 1})),
+        ("integers", {"bits": 4, "symmetric": 1}),
+        ("ranks", 3),
+    ],
+)
+def test_values_of_another_kind_are_named_with_their_linear(parts, file, key, value):
+    name = next(linear.name for linear in parts.linears if linear.role == "q")
+    edit(file, lambda content: content["linears"][name].update({key: value}))
+    with pytest.raises(BudgetError, match=rf"no plan that can be read \(linears: {name}: {key}: .*correct it"):
+        Plan.read(file, parts)
+
+
+@pytest.mark.parametrize("rank", [10**9, 10**30, 65])
+def test_ranks_above_the_shape_are_named_before_anything_is_made(parts, file, rank):
+    name = next(linear.name for linear in parts.linears if linear.role == "q")  # [64, 64]
+    edit(file, lambda content: content["linears"][name].update(rank=rank))
+    with pytest.raises(BudgetError, match=f"gives '{name}' rank {rank}; it can have 64 at most, or null for dense"):
+        Plan.read(file, parts)
+
+
+def test_a_plan_from_an_editor_that_marks_its_files(parts, plan, file):
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert Plan.read(file, parts).ranks == plan.ranks

@@ -181,6 +181,54 @@ def test_ranges_are_no_worse_than_whole_ones(grid, seed):
     assert cost(step[..., None], zeros) <= cost(whole, origin) + 1e-9
 
 
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from([2, 3, 4]), st.booleans(), st.integers(0, 2**31))
+def test_ranges_are_the_best_of_those_that_are_tried(bits, symmetric, seed):
+    """From whole down to a half in sixteen steps."""
+    grid = Grid(bits, 32, symmetric)
+    W, weights = normal(6, 64, seed=seed), normal(64, seed=seed + 1).exp()
+    W[:, ::32] = 4.0
+    X, w = W.view(6, 2, 32), weights.view(2, 32)
+    low, high = X.amin(-1).clamp_max(0), X.amax(-1).clamp_min(0)
+    if symmetric:
+        low, high = -torch.maximum(-low, high), torch.maximum(-low, high)
+
+    def cost(step, origin):
+        codes = ((X / step[..., None]).round() + origin[..., None]).clamp(grid.low, grid.high)
+        return (((codes - origin[..., None]) * step[..., None] - X).square() * w).sum(-1)
+
+    costs = []
+    for shrink in torch.linspace(1, 0.5, 16).double():
+        step = shrink * (high - low) / (2**bits - 1)
+        origin = 0 * step if symmetric else (grid.low - low * shrink / step).round().clamp(grid.low, grid.high)
+        costs.append(cost(step, origin))
+    step, zero = scales(W, grid, weights)
+    found = cost(step, torch.zeros_like(step) if zero is None else zero.double())
+    torch.testing.assert_close(found, torch.stack(costs).amin(0), rtol=1e-4, atol=0)
+    assert bits > 2 or (found < costs[0]).any()
+
+
+@settings(max_examples=40, deadline=None)
+@given(grids, st.integers(-30, 30), st.integers(-30, 30), st.sampled_from([(1, 32), (5, 64)]), st.integers(0, 2**31))
+def test_the_unit_of_weights_and_metrics_changes_no_code(grid, power, metric_power, shape, seed):
+    W, weights = normal(*shape, seed=seed), normal(shape[1], seed=seed + 1).exp()
+    plain = quantize(W, grid, weights)
+    scaled = quantize(W * 2.0 ** (3 * power), grid, weights * 2.0 ** (3 * metric_power))
+    assert torch.equal(scaled.codes, plain.codes)
+    assert torch.equal(scaled.scale, plain.scale * 2.0 ** (3 * power))
+
+
+def test_weights_beyond_the_dtype_of_the_scales_are_named():
+    W = normal(4, 32)
+    W[2] *= 1e9
+    assert quantize(W, Grid(4, None), dtype=torch.bfloat16).dense().isfinite().all()
+    with pytest.raises(NumericalError, match=r"need scales beyond torch\.float16; load the model in bfloat16"):
+        quantize(W, Grid(4, None), dtype=torch.float16)
+    lost = expected(W, Grid(4, None), torch.ones(32).double(), torch.ones(4).double(), torch.float16)
+    assert lost.isfinite().all()
+    assert float(lost[2].sum()) > 0.1 * float(W[2].square().sum())  # an option that nobody takes
+
+
 @pytest.mark.parametrize(
     ("size", "wanted", "group"), [(576, 128, None), (1536, 128, 128), (96, 32, 32), (64, None, None)]
 )

@@ -93,6 +93,23 @@ def test_changes_reach_parts_that_a_file_leaves_out(tmp_path):
         ({"allocation.places": ["attic"]}, r"key 'allocation.places.0'"),
         ({"allocation.places": []}, "key 'allocation.places'"),
         ({"version": 2}, "key 'version'"),
+        ({"metric.gamma": True}, "key 'metric.gamma'"),
+        ({"metric.gamma": "0.5"}, "key 'metric.gamma'"),
+        ({"metric.gamma": float("inf")}, "key 'metric.gamma'"),
+        ({"metric.gamma": [1]}, "key 'metric.gamma'"),
+        ({"metric.per_head": 1}, "key 'metric.per_head'"),
+        ({"storage.multiple": True}, "key 'storage.multiple'"),
+        ({"storage.multiple": 16.0}, "key 'storage.multiple'"),
+        ({"storage.multiple": -16}, "key 'storage.multiple'"),
+        ({"compensate.samples": "32"}, "key 'compensate.samples'"),
+        ({"quantize.bits": True}, "key 'quantize.bits"),
+        ({"quantize.damping": float("nan")}, "key 'quantize.damping'"),
+        ({"allocation.places": "backbone"}, "key 'allocation.places'"),
+        ({"allocation.floor": float("nan")}, "key 'allocation.floor'"),
+        ({"metric": {"kind": "whitening"}, "metric.gamma": 2}, "'metric' and 'metric.gamma' set one value twice"),
+        ({"metric.gamma": 2, "metric": {"kind": "whitening"}}, "'metric' and 'metric.gamma' set one value twice"),
+        ({"": 1}, "key ''"),
+        ({"metric..gamma": 1}, "key 'metric."),
         ({"name": "No Name"}, "key 'name'"),
     ],
 )
@@ -107,6 +124,18 @@ def test_wrong_keys_and_values_are_named(changes, named):
         ("metric: [", "cannot be read"),
         ("- a list", "is not a table"),
         ("", "is not a table"),
+        ("3", "is not a table"),
+        ("[" * 100_000, "nested too deeply"),
+        ("name: a\nsummary: s\npaper: p\nname: b", "gives the key 'name' twice"),
+        ("name: a\nmetric: {kind: whitening, gamma: 1, gamma: 2}", "gives the key 'gamma' twice"),
+        ("{name: a, summary: s, paper: p, metric: &m {kind: *m}}", "key 'metric.kind'"),
+        ("{name: a, summary: s, paper: p, metric: {kind: identity}, 1: 2}", "key '1': Keys should be strings"),
+        ({**GOOD, "name": 3}, "key 'name'"),
+        ({**GOOD, "metric": [1]}, "key 'metric'"),
+        ({**GOOD, "metric": {"kind": "whitening", "gamma": True}}, "key 'metric.gamma'"),
+        ({**GOOD, "metric": {"kind": "whitening", "gamma": float("nan")}}, "key 'metric.gamma'"),
+        ({**GOOD, "storage": {"multiple": "16"}}, "key 'storage.multiple'"),
+        ("name: a\npaper: !!python/name:os.getcwd", "is not YAML"),
         ({"name": "x", "summary": "s", "paper": "p"}, "key 'metric': Field required"),
     ],
 )
@@ -128,6 +157,17 @@ def test_unknown_name_lists_the_known_ones():
         RecipeError, match=r"no recipe 'jwsvd'; choose from adasvd, asvd, curvature, curvature\+gptq, fwsvd, jw-svd"
     ):
         Recipe.read("jwsvd")
+
+
+def test_a_table_that_a_file_uses_twice_changes_in_one_place(tmp_path):
+    path = write(tmp_path / "r.yaml", f"{yaml.safe_dump(GOOD)}storage: &empty {{}}\nallocation: *empty\n")
+    changed = Recipe.read(path, {"storage.multiple": 8})
+    assert (changed.storage.multiple, changed.allocation.rule) == (8, "uniform")
+
+
+def test_decimal_numbers_in_a_file_are_numbers(tmp_path):
+    path = write(tmp_path / "r.yaml", "{name: a, summary: s, paper: p, metric: {kind: curvature, damping: 1e-3}}")
+    assert Recipe.read(path).metric.damping == 0.001
 
 
 def test_loss_aware_needs_curvature():

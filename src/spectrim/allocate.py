@@ -81,12 +81,13 @@ def choice(
     """The options of one linear under an allocation rule; its scores are comparable across linears.
 
     Rules: ``uniform``: minus the retention that the linear has with a direction, so that all grow alike.
-    ``global-sigma``: the raw singular value √s_i (JW-SVD, section 4.2, as written). ``global-energy``: s_i / Σs per
-    byte. ``sensitivity``: `s` itself, which then holds the measured losses. ``adacr``: minus the target retention at
-    which the linear has the direction, along AdaSVD's line ``floor + I (target − floor)``; `s` then holds the linear's
-    importance I. Below the floor all linears grow alike. ``loss-aware``: predicted loss per byte (LASER); since the
-    dense weight costs less than all directions, it is bought after the rank from which the way to it takes away more
-    loss per byte than what follows: the lower hull of loss over bytes.
+    ``global-sigma`` and ``global-sigma-mean``: the raw singular value √s_i (JW-SVD, section 4.2) of the spectrum under
+    sums, as the paper writes, or under means. ``global-energy``: s_i / Σs per byte. ``sensitivity``: `s` itself, which
+    then holds the measured losses. ``adacr``: minus the target retention at which the linear has the direction, along
+    AdaSVD's line ``floor + I (target − floor)``; `s` then holds the linear's importance I. Below the floor all linears
+    grow alike. ``loss-aware``: predicted loss per byte (LASER); since the dense weight costs less than all directions,
+    it is bought after the rank from which the way to it takes away more loss per byte than what follows: the lower hull
+    of loss over bytes.
 
     Args:
         s: [m] what the rule compares, by direction.
@@ -107,7 +108,7 @@ def choice(
     n = int((sizes < linear.nbytes).sum()) - 1  # from here on the dense weight costs no more
     prices = np.diff(sizes[: n + 2])  # the last is that of the direction in whose place the dense weight comes
     left = values[::-1].cumsum()[::-1][: n + 1]  # what the dense weight takes away after each number of directions
-    if part.rule == "global-sigma":
+    if part.rule in ("global-sigma", "global-sigma-mean"):
         values = np.sqrt(values / step)
     elif part.rule == "global-energy":
         values = values / (values.sum() or 1.0)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Hashable
 from pathlib import Path
@@ -41,7 +42,7 @@ def parse_json(content: str | bytes) -> Any:
     too deeply, or that gives a key of one object twice: the first value would go without a word.
     """
     try:
-        value = json.loads(content, object_pairs_hook=_unique)
+        value = json.loads(content, object_pairs_hook=_unique, parse_int=_integer)
         json.dumps(value, ensure_ascii=False).encode()  # an escaped half of a surrogate pair is no character
     except UnicodeEncodeError as error:
         raise ValueError("holds half of a surrogate pair (such as \\ud800), which is no character") from error
@@ -55,10 +56,13 @@ def parse_json(content: str | bytes) -> Any:
 
 
 def parse_yaml(content: str | bytes) -> Any:
-    """The value that YAML text stands for; as `parse_json` otherwise, with tags of Python objects refused."""
+    """The value that YAML text stands for; as `parse_json` otherwise, with tags of Python objects refused.
+
+    1e-3 is a number, as in YAML 1.2, and not a word.
+    """
     try:
         return yaml.load(content, Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: bytes that are no text, a number or date that is none
         raise ValueError(f"is not YAML ({' '.join(str(error).split())})") from error
     except RecursionError as error:
         raise ValueError("is nested too deeply to be read") from error
@@ -72,6 +76,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def _integer(digits: str) -> int:
+    try:
+        return int(digits)
+    except ValueError as error:
+        raise ValueError(f"holds a number of {len(digits)} digits") from error
+
+
 class _Loader(yaml.SafeLoader):
     """YAML's safe loader, but for doubled keys, which it refuses."""
 
@@ -81,3 +92,8 @@ class _Loader(yaml.SafeLoader):
             if key in keys[:number]:
                 raise yaml.constructor.ConstructorError(None, None, f"gives the key {key!r} twice", node.start_mark)
         return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\.\d+|\d+(\.\d*)?)[eE][-+]?\d+$"), list("-+.0123456789")
+)

@@ -5,6 +5,7 @@ as large as those of rounding to nearest on the same grid, and the error is ``Σ
 :mod:`spectrim.quantize`), so one rounding prices an option. What the plan chooses is then quantised in earnest.
 """
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +31,7 @@ from spectrim.stored import Stored, make_stored
 BITS = (2, 3, 4, 8)  # of integers where the recipe leaves them to the allocation
 RESIDUAL_BITS = (2, 3, 4)  # of a whole weight that has factors beside it
 FACTOR_BITS = 8  # of those factors
-RANKS = 32  # ranks that are options are multiples of this
+RANKS = 32  # ranks that are options are multiples of this, or of `storage.multiple` above it
 FEED_FORWARD = ("gate", "up", "down", "gate_up", "fc1", "fc2")
 
 
@@ -66,16 +67,7 @@ class Hybrid:
         """The rows of the linears that share `budget` bytes; by name."""
         options = {linear.name: self.options(linear) for linear in linears}
         if self._recipe.allocation.rule == "uniform":
-            share = budget / sum(linear.nbytes for linear in linears)
-            chosen = {}
-            for linear in linears:
-                fitting = [option for option in options[linear.name] if option.bytes <= share * linear.nbytes]
-                least = min(options[linear.name], key=lambda option: option.bytes)
-                chosen[linear.name] = min(fitting, key=lambda option: option.cost, default=least)
-            if (spent := sum(option.bytes for option in chosen.values())) > budget:
-                raise BudgetError(
-                    f"the budget of {budget} bytes is less than {spent}, the least there is; raise --retain"
-                )
+            chosen = alike(options, {linear.name: linear.nbytes for linear in linears}, budget)
         else:
             chosen = cheapest(options, budget)
         rows = {}
@@ -140,7 +132,7 @@ class Hybrid:
         heads, losses = spectra.heads(linear.name), spectra.losses(linear.name)
         costs = spectra.values(linear.name) * self._scale(linear.name) if losses is None else losses
         left = torch.cat([costs.flip(0).cumsum(0).flip(0), costs.new_zeros(1)]).tolist()
-        integers, step = part.roles == "all" or linear.role in FEED_FORWARD, self._step(len(left) - 1)
+        integers, step = part.roles == "all" or linear.role in FEED_FORWARD, self._step(len(left) - 1, heads)
         found: list[Option] = []
         if part.bits == "auto" or not integers:
             found = [Option(None, None, linear.nbytes, 0.0)]
@@ -183,9 +175,10 @@ class Hybrid:
                     found.append(Option(count, each, row_bytes(linear, count, each), left[count] + added[count - 1]))
         return found
 
-    def _step(self, most: int) -> int:
-        """Distance between the ranks that are options; less for small linears."""
-        return RANKS if most >= 4 * RANKS else 8 if most >= RANKS else 1
+    def _step(self, most: int, heads: int) -> int:
+        """Distance between the ranks that are options; less for small linears. All are multiples of it."""
+        step, multiple = RANKS if most >= 4 * RANKS else 8 if most >= RANKS else 1, self._recipe.storage.multiple
+        return step if heads > 1 else -(-step // multiple) * multiple
 
     def _grid(self, bits: int, size: int) -> Grid:
         part = self._recipe.quantize
@@ -225,6 +218,44 @@ def cheapest(options: Mapping[str, Sequence[Option]], budget: int) -> dict[str, 
             break
         left -= after.bytes - chosen[name].bytes
         chosen[name] = after
+    _spend(options, chosen, left)
+    return chosen
+
+
+def alike(options: Mapping[str, Sequence[Option]], dense: Mapping[str, int], budget: int) -> dict[str, Option]:
+    """One option of each linear, of at most `budget` bytes together: of least cost at one retention for all.
+
+    The retention, of `dense` bytes, is the largest that the budget pays; a linear without an option that small has its
+    smallest. What is left is spent as in :func:`cheapest`.
+
+    Raises:
+        BudgetError: the smallest options together are too large.
+    """
+
+    def at(share: float) -> dict[str, Option]:
+        found = {}
+        for name, menu in options.items():
+            least = min(option.bytes for option in menu) / dense[name]
+            fitting = [option for option in menu if option.bytes / dense[name] <= max(share, least)]
+            found[name] = min(fitting, key=lambda option: option.cost)
+        return found
+
+    def spent(share: float) -> int:
+        return sum(option.bytes for option in at(share).values())
+
+    shares = sorted({0.0, *(option.bytes / dense[name] for name, menu in options.items() for option in menu)})
+    paid = bisect_right(shares, budget, key=spent)
+    if not paid:
+        raise BudgetError(
+            f"the budget of {budget} bytes is less than the {spent(0.0)} of the smallest options; raise --retain"
+        )
+    chosen = at(shares[paid - 1])
+    _spend(options, chosen, budget - spent(shares[paid - 1]))
+    return chosen
+
+
+def _spend(options: Mapping[str, Sequence[Option]], chosen: dict[str, Option], left: int) -> None:
+    """Spend `left` bytes on the exchanges that save most cost per byte, until none fits; changes `chosen`."""
     best = {name: _exchange(found, chosen[name], left) for name, found in options.items()}
     while any(best.values()):
         name = max((name for name in best if best[name]), key=lambda name: _slope(chosen[name], best[name]))
@@ -234,7 +265,6 @@ def cheapest(options: Mapping[str, Sequence[Option]], budget: int) -> dict[str, 
             left -= option.bytes - chosen[name].bytes
             chosen[name] = option
         best[name] = _exchange(options[name], chosen[name], left)
-    return chosen
 
 
 def _exchange(options: Sequence[Option], now: Option, left: int) -> Option | None:

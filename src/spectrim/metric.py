@@ -76,6 +76,17 @@ def joint_second_moment(moments: Sequence[Moment], gamma: float) -> torch.Tensor
     return means[0] if len(means) == 1 else means[0] + weights[1] * means[1]
 
 
+def summed(part: MetricPart, linear: str, source: str, statistics: Statistics | None) -> int:
+    """What takes the input metric of a linear, which is made of means, to the one that is made of sums.
+
+    Of a joint metric too, whose trace is that of the text moment: the positions of text. A metric that its paper
+    defines by means (ASVD), or that no sample made, is what it is.
+    """
+    if statistics is None or source == "identity" or part.kind not in ("whitening", "curvature"):
+        return 1
+    return statistics.positions(linear, "image" if source == "image" else "text")
+
+
 def joint_weights(traces: Sequence[float], gamma: float) -> list[float]:
     """Weights of the means of one modality, or of text and image, in a joint moment, from the traces of their means."""
     if len(traces) == 1 or 0 in traces:  # a layer that one modality leaves silent has the other's metric

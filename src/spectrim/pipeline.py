@@ -25,6 +25,7 @@ from spectrim.errors import BudgetError, RecipeError
 from spectrim.hybrid import Hybrid
 from spectrim.importance import SAMPLES, block_cosines, importance
 from spectrim.layers import LowRankLinear
+from spectrim.metric import summed
 from spectrim.packed import PackedLinear
 from spectrim.plan import Plan, PlanRow, counted, factor_params, pays_by_pivots, plan_row
 from spectrim.recipe import Recipe
@@ -129,6 +130,9 @@ class Compression:
         if self.recipe.allocation.rule == "adacr":
             found = importance(self.parts, self._measured_cosines(), self.recipe.allocation.importance)
             return lambda name: torch.full_like(self.spectra.values(name), found[name])
+        if self.recipe.allocation.rule == "global-sigma":
+            metric, sources = self.recipe.metric, self.spectra.sources
+            return lambda name: self.spectra.values(name) * summed(metric, name, sources[name], self.statistics)
         if self.recipe.allocation.rule != "sensitivity":
             return self.spectra.values
         if any(x.place != "backbone" and x.place in self.recipe.allocation.places for x in self.parts.linears):

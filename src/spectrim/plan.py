@@ -12,6 +12,7 @@ from pydantic_core import PydanticKnownError
 
 from spectrim.anatomy import PLACES, Anatomy, Linear
 from spectrim.errors import BudgetError
+from spectrim.files import parse_json
 from spectrim.layers import Rank, head_ranks
 from spectrim.quantize import Grid, fitting_group
 
@@ -64,11 +65,11 @@ class PlanRow(_Part):
 
     rank: Rank | None
     pivoted: bool = False
-    bytes: int
-    dense_bytes: int
-    error: float | None = None
+    bytes: int = Field(ge=0)
+    dense_bytes: int = Field(ge=0)
+    error: float | None = Field(default=None, allow_inf_nan=False)
     metric: str | None = None
-    loss: float | None = None
+    loss: float | None = Field(default=None, allow_inf_nan=False)
     integers: Integers | None = None
 
     @field_validator("rank")
@@ -84,7 +85,7 @@ class Plan(_Part):
 
     version: Literal[1] = 1
     recipe: str
-    retain: float | None = None
+    retain: float | None = Field(default=None, gt=0, le=1)
     linears: dict[str, PlanRow]
 
     @property
@@ -154,14 +155,15 @@ class Plan(_Part):
             BudgetError: the file cannot be read, is no plan, or does not fit the model; names the linear.
         """
         try:
-            plan = cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, ValidationError) as error:
+            content = parse_json(Path(path).read_bytes())
+            plan = cls.model_validate_json(json.dumps(content), strict=True)
+        except (OSError, ValueError) as error:  # a ValidationError is a ValueError
             detail: object = error
             if isinstance(error, ValidationError):
                 first = error.errors()[0]
                 detail = ": ".join([*map(str, first["loc"]), first["msg"]])
             raise BudgetError(
-                f"{path} is no plan that can be read ({detail}); write one with spectrim compress"
+                f"{path} is no plan that can be read ({detail}); correct it, or write one with spectrim compress"
             ) from error
         return plan.fitted(parts, str(path))
 
@@ -173,7 +175,7 @@ class Plan(_Part):
         """
         known = {linear.name: linear for linear in parts.linears}
         if strange := sorted(self.linears.keys() - known.keys()):
-            raise BudgetError(f"{where} plans for '{strange[0]}', which the model lacks; use a plan of this model")
+            raise BudgetError(f"{where} plans for {strange[0]!r}, which the model lacks; use a plan of this model")
         rows = {}
         for name, linear in known.items():
             row = self.linears.get(name)

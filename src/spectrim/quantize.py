@@ -96,12 +96,15 @@ def quantize(
         damping: share of the mean of a metric's diagonal that is added to it.
 
     Raises:
-        NumericalError: a metric is not positive semidefinite, or holds NaN or infinity.
+        NumericalError: a metric is not positive semidefinite, or holds NaN or infinity, or a scale is too large for
+            `dtype`.
     """
     W = W.double()
     rows, _, S = _triangular(G, len(W), damping, W)
     columns, weights, T = _triangular(C, W.shape[1], damping, W)
     scale, zero = scales(W, grid, weights, dtype)
+    if not bool(scale.isfinite().all()):
+        raise NumericalError(f"integers of it need scales beyond {dtype}; load the model in bfloat16 or float32")
     step, offset = (part[rows][:, columns] for part in _spread(scale, zero, W.shape[1]))
 
     X = W[rows][:, columns]
@@ -134,7 +137,7 @@ def expected(
     `inputs` [in] and `outputs` [out] weigh squared residuals (see :func:`conditional`).
     """
     scale, zero = scales(W, grid, inputs, dtype)
-    step, offset = _spread(scale, zero, W.shape[1])
+    step, offset = _spread(scale.nan_to_num(), zero, W.shape[1])
     codes = grid.nearest(W.double(), step, offset)
     return ((codes - offset) * step - W).square() * inputs * outputs[:, None]
 
@@ -151,27 +154,29 @@ def scales(
     """Scales [out, groups] in `dtype`, and zero points int8 of an asymmetric grid, of least squared rounding error.
 
     Ranges from that of all values of a group down to half of it are tried; `weights` [in] weigh the inputs. A group of
-    zeros has scale one.
+    zeros has scale one, and one whose scale is too large for `dtype` an infinite one.
     """
     out, size = W.shape
     X = W.reshape(out, -1, grid.group or size)  # [out, groups, group]
-    weights = weights.reshape(1, X.shape[1], -1).float()
+    weights = weights.reshape(1, X.shape[1], -1)
+    weights = (weights / weights.amax(-1, keepdim=True).clamp_min(1e-300)).float()
     levels = grid.high - grid.low
     low, high = (end.double() for end in (X.amin(-1, keepdim=True).clamp_max(0), X.amax(-1, keepdim=True).clamp_min(0)))
-    X = X.float()  # only costs are computed in it
     if grid.symmetric:
         high = torch.maximum(-low, high)
         low = -high
+    unit = torch.where(high > low, high - low, torch.ones_like(low))
+    X = (X / unit).float()  # only costs are computed in it, and only within a group
     best = torch.full_like(low, torch.inf, dtype=torch.float32)
-    found, zeros = torch.ones_like(low), torch.zeros_like(low)
+    found, zeros = torch.full_like(low, torch.inf), torch.zeros_like(low)
     for shrink in torch.linspace(1, 0.5, _SHRINKS).tolist():
         step = ((high - low) * shrink / levels).to(dtype).double()
         step = torch.where(step > 0, step, torch.ones_like(step))
         zero = zeros if grid.symmetric else (grid.low - low * shrink / step).round().clamp(grid.low, grid.high)
-        narrow, origin = step.float(), zero.float()
+        narrow, origin = (step / unit).clamp_max(1e30).float(), zero.float()  # the step of nothing is one
         rest = (X / narrow).round_().add_(origin).clamp_(grid.low, grid.high).sub_(origin).mul_(narrow).sub_(X)
         cost = (rest.square_() * weights).sum(-1, keepdim=True)
-        better = cost < best
+        better = (cost < best) & step.isfinite()
         best = torch.where(better, cost, best)
         found, zeros = torch.where(better, step, found), torch.where(better, zero, zeros)
     return found[..., 0].to(dtype), None if grid.symmetric else zeros[..., 0].to(torch.int8)

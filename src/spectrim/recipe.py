@@ -7,15 +7,15 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from spectrim.anatomy import PLACES, Place
 from spectrim.errors import RecipeError
+from spectrim.files import parse_yaml
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)  # true is no number, and "4" is none
 
 
 class MetricPart(_Part):
@@ -47,20 +47,23 @@ class MetricPart(_Part):
 class AllocationPart(_Part):
     """How the byte budget is shared.
 
-    Rules: ``uniform`` (one retention for all), ``global-sigma`` (one threshold on raw singular values, JW-SVD as
-    written), ``global-energy`` (one threshold on each layer's relative energy per parameter), ``sensitivity``
-    (ASVD: one threshold on the loss that each layer causes alone), ``adacr`` (AdaSVD: each block's retention follows
-    its importance) and ``loss-aware`` (LASER: one threshold on the predicted loss per byte, which the metric
-    ``curvature`` gives). Places that are not listed stay dense and count at their full size.
+    Rules: ``uniform`` (one retention for all), ``global-sigma`` (one threshold on raw singular values under moments
+    that are sums over all positions, JW-SVD as written), ``global-sigma-mean`` (the same under means, so that the
+    number of samples does not count), ``global-energy`` (one threshold on each layer's relative energy per parameter),
+    ``sensitivity`` (ASVD: one threshold on the loss that each layer causes alone), ``adacr`` (AdaSVD: each block's
+    retention follows its importance) and ``loss-aware`` (LASER: one threshold on the predicted loss per byte, which the
+    metric ``curvature`` gives). Places that are not listed stay dense and count at their full size.
 
     Of ``adacr``: ``importance`` is the cosine between what a block reads and what it gives, or one minus it, and
     ``floor`` is the retention that importance does not touch, the paper's minimal retention ratio.
     """
 
-    rule: Literal["uniform", "global-sigma", "global-energy", "sensitivity", "adacr", "loss-aware"] = "uniform"
+    rule: Literal[
+        "uniform", "global-sigma", "global-sigma-mean", "global-energy", "sensitivity", "adacr", "loss-aware"
+    ] = "uniform"
     importance: Literal["cos", "1-cos"] = "cos"
     floor: float = Field(default=0.0, ge=0, lt=1)
-    places: tuple[Place, ...] = Field(default=PLACES, min_length=1)
+    places: tuple[Place, ...] = Field(default=PLACES, min_length=1, strict=False)  # files have lists
 
 
 class StoragePart(_Part):
@@ -178,20 +181,22 @@ class Recipe(_Part):
             path = _path(source)
             where = f"recipe '{source}'"
             try:
-                content = yaml.safe_load(path.read_text(encoding="utf-8"))
-            except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-                raise RecipeError(
-                    f"{where} cannot be read ({' '.join(str(error).split())}); correct the file"
-                ) from error
+                content = parse_yaml(path.read_bytes())
+            except (OSError, ValueError) as error:
+                raise RecipeError(f"{where} cannot be read ({error}); correct the file") from error
         if not isinstance(content, dict):
             raise RecipeError(f"{where} is not a table of keys and values; see the built-in recipes for the form")
         for key, value in (changes or {}).items():
+            if whole := next((other for other in changes or {} if key.startswith(f"{other}.")), None):
+                raise RecipeError(f"recipe keys '{whole}' and '{key}' set one value twice; give one of them")
             *parents, last = key.split(".")
             part = content
             for name in parents:
-                part = part.setdefault(name, {}) if isinstance(part, dict) else None
-            if not isinstance(part, dict):
-                raise RecipeError(f"recipe key '{key}' leads nowhere; write it as in metric.gamma")
+                inner = part.get(name, {})
+                if not isinstance(inner, dict):
+                    raise RecipeError(f"recipe key '{key}' leads nowhere; write it as in metric.gamma")
+                part[name] = dict(inner)  # a file may use one table in two places
+                part = part[name]
             part[last] = value
         try:
             return cls.model_validate(content)

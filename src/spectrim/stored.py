@@ -14,7 +14,7 @@ from spectrim.errors import NumericalError
 from spectrim.layers import Rank, head_ranks, pack_linears, replace_linears
 from spectrim.linalg import check_finite, times_metric
 from spectrim.plan import PlanRow, counted
-from spectrim.quantize import DAMPING, Grid, Quantized, quantize
+from spectrim.quantize import DAMPING, Grid, Quantized, error, quantize
 from spectrim.spectra import directions
 
 Directions = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
@@ -116,9 +116,9 @@ def make_stored(
         NumericalError: NaN or infinity; names the linear.
     """
     try:
-        parts = _parts(W.double(), linear, row, C, output, damping, found)
-    except NumericalError as error:
-        raise NumericalError(f"{linear.name}: {error}") from error
+        parts = _parts(check_finite("its weight", W).double(), linear, row, C, output, damping, found)
+    except NumericalError as wrong:
+        raise NumericalError(f"{linear.name}: {wrong}") from wrong
     return _finite(linear.name, parts)
 
 
@@ -158,7 +158,12 @@ def _parts(
     if how.bits is None:
         return parts | {"A": A.to(wide), "B": B.to(wide)}
     B = integers("B", B, C, None).dense()
-    integers("A", refit(W, A, B, C) if fed else A, gram(B, C) if fed else None, G)
+    if not fed:
+        integers("A", A, None, None)
+        return parts
+    # The re-fit makes up for the rounding of B; under a steep metric its columns may be too unlike for one scale.
+    made = [integers("A", X, gram(B, C), G) for X in (A, refit(W, A, B, C))]
+    parts["A"] = min(made, key=lambda rounded: error(W - rounded.dense() @ B, C, G))
     return parts
 
 

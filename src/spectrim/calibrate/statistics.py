@@ -91,6 +91,11 @@ class Statistics:
                 return Moment(second, self._read(gathered, owner, "abs_sum"), gathered.counts[owner])
         return None
 
+    def positions(self, linear: str, modality: Modality) -> int:
+        """How many token positions of a modality a linear read."""
+        units = self._units(linear, modality, gradients=False)
+        return sum(unit.counts[unit.owners[linear]] for unit in units if linear in unit.owners)
+
     def gradient(self, linear: str, modality: Modality) -> GradMoment | None:
         """Gradient statistic of a linear; None when none was gathered from that modality.
 

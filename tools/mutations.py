@@ -1,0 +1,322 @@
+"""Do the tests bite? Changes the numerical core in one place at a time and runs the tests that should notice.
+
+    nice python tools/mutations.py            # all of them, an hour or so on one core
+    nice python tools/mutations.py quantize.py "no re-fit"  # those of a file, or by a part of their names
+    python tools/mutations.py --check         # only whether every text of the table is still there, once
+
+A change is made in a temporary copy of the tree, never here. Prints every change with `killed` or `SURVIVED`; exits
+with 1 if one survived that is not marked as equivalent, with 2 if the table is out of date or the tests fail as they
+are. A change whose tests run out of time counts as killed: none of them is slow otherwise.
+"""
+
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SECONDS = 600
+
+TESTS = {  # files of tests that should notice a change of a file of the source, quick ones first
+    "linalg.py": "linalg roots",
+    "decompose.py": "linalg per_head",
+    "quantize.py": "quantize",
+    "pivots.py": "pivots",
+    "stored.py": "stored hybrid",
+    "hybrid.py": "hybrid multiples",
+    "allocate.py": "allocate loss_aware pivoted_plans multiples adacr",
+    "plan.py": "plan pivoted_plans hybrid",
+    "metric.py": "metric global_sigma",
+    "curvature.py": "curvature",
+    "spectra.py": "per_head global_sigma pipeline",
+    "sensitivity.py": "sensitivity",
+    "importance.py": "adacr",
+    "packed.py": "packed",
+    "layers.py": "layers pivots per_head",
+    "calibrate/moments.py": "forms curvature calibrate",
+    "calibrate/forms.py": "forms",
+    "calibrate/gradients.py": "curvature calibrate",
+    "compensate/closed_form.py": "compensate",
+    "compensate/alternating.py": "adacomp",
+    "compensate/refine.py": "compensate::test_refined_blocks_are_nearer_to_the_dense_ones",
+}
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One change: `old` stands once in `file` (under src/spectrim) and becomes `new`.
+
+    `equivalent` is why no test can notice it, for changes that are kept as a record of that.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    equivalent: str | None = None
+
+
+M = Mutation
+MUTATIONS = [
+    # linalg
+    M("finite: only NaN", "linalg.py", "if not bool(tensor.isfinite().all()):", "if bool(tensor.isnan().any()):"),
+    M("eigenvalues ascending", "linalg.py", "values.flip(0).clamp_min(0), vectors.flip(1)", "values.clamp_min(0), vectors"),
+    M("eigenvalues not clamped", "linalg.py", "return values.flip(0).clamp_min(0), vectors.flip(1)", "return values.flip(0), vectors.flip(1)"),
+    M("root without a square root", "linalg.py", "vectors[:, :rank] * values[:rank].sqrt()", "vectors[:, :rank] * values[:rank]"),
+    M("root of full rank", "linalg.py", "rank = int((values > _ROUNDING * values[0]).sum())", "rank = len(values)"),
+    M("block root transposed", "linalg.py", "return (self._factor.mT @ self._split(X)).reshape(X.shape)", "return (self._factor @ self._split(X)).reshape(X.shape)"),
+    M("block solve with the transpose", "linalg.py", "torch.linalg.solve_triangular(self._factor.mT, self._split(X), upper=True)", "torch.linalg.solve_triangular(self._factor, self._split(X), upper=False)"),
+    M("one failed block is enough", "linalg.py", "if bool(failed.any()):", "if bool(failed.all()):"),
+    M("low-rank root without its rank", "linalg.py", "self._gain = (1 + S.square()).sqrt()[:, None]", "self._gain = (1 + 0 * S).sqrt()[:, None]"),
+    M("low-rank gain of S", "linalg.py", "self._gain = (1 + S.square()).sqrt()[:, None]", "self._gain = (1 + S).sqrt()[:, None]"),
+    M("low-rank metric without V", "linalg.py", "return self._d * X + self._V @ (self._V.T @ X)", "return self._d * X"),
+    M("low-rank inverse gain", "linalg.py", "self._stretch(X, 1 / self._gain) / self._d.sqrt()", "self._stretch(X, self._gain) / self._d.sqrt()"),
+    M("nystrom keeps rounding", "linalg.py", "kept = values > _NYSTROM_ROUNDING * values[-1].clamp_min(0)", "kept = values > 0"),
+    M("nystrom without a root", "linalg.py", "vectors[:, kept] / values[kept].sqrt()", "vectors[:, kept] / values[kept]"),
+    M("diagonal metric squared", "linalg.py", "return X * metric if metric.ndim == 1 else X @ metric", "return X * metric**2 if metric.ndim == 1 else X @ metric"),
+    M("unseen directions as they come", "linalg.py", "U = torch.cat([U[:, :seen], U[:, seen:] @ V], dim=1)", "U = torch.cat([U[:, :seen], U[:, seen:]], dim=1)"),
+    M("unseen values kept", "linalg.py", "return torch.where(torch.arange(len(s), device=s.device) < seen, s, 0.0), U", "return s, U"),
+    M("right basis: diagonal without a root", "linalg.py", "else metric.clamp_min(0).sqrt() if metric.ndim == 1", "else metric.clamp_min(0) if metric.ndim == 1"),
+    M("right basis: no rest", "linalg.py", "if seen < size:\n        # What", "if False:\n        # What"),
+    M("right basis: rest not orthogonal", "linalg.py", "torch.cat([Z, rest - Z @ (Y.T @ rest)], dim=1)", "torch.cat([Z, rest], dim=1)"),
+    # decompose
+    M("Q is P", "decompose.py", "P, Q = G.solve(U), G.transposed_times(U)", "P, Q = G.solve(U), G.solve(U)"),
+    M("tall: output metric forgotten", "decompose.py", "W.T @ (W if G is None else G.metric_times(W))", "W.T @ W"),
+    M("values split unevenly", "decompose.py", "split = torch.where(s > 0, s.sqrt(), norms).sqrt()", "split = torch.where(s > 0, s.sqrt(), norms)"),
+    M("dead factors are divided by zero", "decompose.py", "torch.where(split > 0, split, torch.ones_like(split)).to(A.dtype)", "split.to(A.dtype)"),
+    M("heads: nobody is first", "decompose.py", "urgent[:, 0] = torch.inf", "urgent[:, 0] = urgent[:, 0]"),
+    M("heads by energy, not by loss", "decompose.py", "urgent = (s if loss is None else loss)", "urgent = s"),
+    M("nats of the first head", "decompose.py", "output.nats[number].to(s.device) * s", "output.nats[0].to(s.device) * s"),
+    # quantize
+    M("codes not clamped", "quantize.py", ".round() + offset).clamp(self.low, self.high)", ".round() + offset)"),
+    M("codes truncated", "quantize.py", "return ((x / step).round() + offset)", "return ((x / step).trunc() + offset)"),
+    M("one code less", "quantize.py", "return -(1 << self.bits - 1)", "return 1 - (1 << self.bits - 1)"),
+    M("bytes without zero points", "quantize.py", "return 4 * (words + zeros) + out * groups", "return 4 * words + out * groups"),
+    M("no range search", "quantize.py", "for shrink in torch.linspace(1, 0.5, _SHRINKS).tolist():", "for shrink in [1.0]:"),
+    M("ranges without weights", "quantize.py", "cost = (rest.square_() * weights).sum(-1, keepdim=True)", "cost = rest.square_().sum(-1, keepdim=True)"),
+    M("scale of zeros", "quantize.py", "step = torch.where(step > 0, step, torch.ones_like(step))", "step = step * 1"),
+    M("scales not rounded first", "quantize.py", "step = ((high - low) * shrink / levels).to(dtype).double()", "step = ((high - low) * shrink / levels).double()"),
+    M("nothing is fed on", "quantize.py", "target += inside[j, :j] @ errors[:j]", "target += 0 * inside[j, :j] @ errors[:j]"),
+    M("blocks do not hear of each other", "quantize.py", "carried = T[:start, block].T @ E[:start]", "carried = 0 * (T[:start, block].T @ E[:start])"),
+    M("waves: nothing from the left", "quantize.py", "left = left + (E[:, i] * T[:, j]).sum(2)", "left = left + 0"),
+    M("waves: E in place of E + c", "quantize.py", "(code, rest, rest + left)", "(code, rest, rest)"),
+    M("tiles: nothing from above", "quantize.py", "above = torch.stack([(S[: i.start, i].T @ F[: i.start, j]).flip(1)", "above = torch.stack([0 * (S[: i.start, i].T @ F[: i.start, j]).flip(1)"),
+    M("no damping", "quantize.py", "M = M + damping * M.diagonal().mean()", "M = M + 0 * M.diagonal().mean()"),
+    M("order as it comes", "quantize.py", "order = M.diagonal().argsort(descending=True)", "order = M.diagonal().argsort(descending=False)"),
+    M("weights in the wrong order", "quantize.py", "weights[order] = upper.diagonal().square()", "weights[:] = upper.diagonal().square()"),
+    M("groups that do not divide", "quantize.py", "return group if group is not None and size % group == 0 else None", "return group"),
+    # pivots
+    M("no swaps", "pivots.py", "if not bool((high > bound).any()):", "if True:"),
+    M("rows not in order", "pivots.py", "return p, X[others.argsort()][:, columns], A[p] @ B", "return p, X[:, columns], A[p] @ B"),
+    M("columns not in order", "pivots.py", "return p, X[others.argsort()][:, columns], A[p] @ B", "return p, X[others.argsort()], A[p] @ B"),
+    M("swap without its correction", "pivots.py", "torch.linalg.solve(R[:, J], R - E), alpha=-1)", "torch.linalg.solve(R[:, J], R - E), alpha=0)"),
+    M("one swap at a time", "pivots.py", "while len(found) < min(S.shape):", "while len(found) < 1:", equivalent="swaps that are left over are found in the next round: slower, the same bound"),
+    M("repeated pivots pass", "pivots.py", "if int(free.sum()) != out - len(p):", "if False:"),
+    # stored
+    M("no re-fit", "stored.py", "for X in (A, refit(W, A, B, C))]", "for X in (A,)]"),
+    M("always the re-fit", "stored.py", "for X in (A, refit(W, A, B, C))]", "for X in (refit(W, A, B, C),)]"),
+    M("re-fit without the metric", "stored.py", "return A + times_metric(W - A @ B, C) @ B.T", "return A + (W - A @ B) @ B.T"),
+    M("A rounded in the identity", "stored.py", "integers(\"A\", X, gram(B, C), G)", "integers(\"A\", X, gram(B, None), G)"),
+    M("factors of the whole weight", "stored.py", "W = W - integers(\"R\", W, C, G).dense()", "integers(\"R\", W, C, G)"),
+    M("rest forgotten in the weight", "stored.py", "return product + found[\"R\"] if \"R\" in found else product", "return product"),
+    M("rounding ignores the outputs", "stored.py", "G = None if output is None or not fed else output.dense(len(W), W.device)", "G = None"),
+    M("nearest in the metric", "stored.py", "given = (C, G) if fed else (None, None)", "given = (C, G)"),
+    M("zero points not written", "stored.py", "if part.zero is not None:", "if False:"),
+    # hybrid
+    M("what is left is not spent", "hybrid.py", "        if option.bytes - chosen[name].bytes <= left:\n", "        if option.bytes - chosen[name].bytes < 0:\n"),
+    M("exchanges beyond the budget", "hybrid.py", "option.cost < now.cost and option.bytes - now.bytes <= left]", "option.cost < now.cost]"),
+    M("hull keeps inner points", "hybrid.py", "while len(hull) > 1 and", "while False and"),
+    M("multiple ignored", "hybrid.py", "return step if heads > 1 else -(-step // multiple) * multiple", "return step"),
+    M("rounding costs nothing", "hybrid.py", "left[count] + added[count - 1]", "left[count]"),
+    M("factors beside integers take nothing", "hybrid.py", "total - taken[count - 1]", "total"),
+    M("one retention: the lowest", "hybrid.py", "chosen = at(shares[paid - 1])\n    _spend(options, chosen, budget - spent(shares[paid - 1]))", "chosen = at(0.0)\n    _spend(options, chosen, budget - spent(0.0))"),
+    M("costs in the wrong unit", "hybrid.py", "error = option.cost / max(self._unit(linear.name), 1e-300)", "error = option.cost"),
+    # allocate
+    M("dense weight never early", "allocate.py", "jump = int(np.append(worth[1:] <= slopes[:-1], True).argmax()) + 1", "jump = len(ends)"),
+    M("what is left is kept", "allocate.py", "    _fill(options, found, left)\n", "    _fill(options, found, 0)\n"),
+    M("one step too many", "allocate.py", "np.cumsum(price[order]), budget, side=\"right\")", "np.cumsum(price[order]), budget, side=\"right\") + 1"),
+    M("sigma squared", "allocate.py", "values = np.sqrt(values / step)", "values = values / step"),
+    M("energy by direction, not by byte", "allocate.py", "by_byte = part.rule in (\"global-energy\", \"loss-aware\")", "by_byte = part.rule == \"loss-aware\""),
+    M("energy of all layers in one unit", "allocate.py", "values = values / (values.sum() or 1.0)", "values = values * 1.0"),
+    M("adacr without its floor", "allocate.py", "retention = np.where(retention <= part.floor, retention, line)", "retention = line"),
+    M("pivots are not priced", "allocate.py", "if pivoted and heads == 1:", "if False:"),
+    M("directions are not pooled", "allocate.py", "while blocks and gain / price > blocks[-1][0] / blocks[-1][1]:", "while False and blocks:"),
+    M("multiple forgotten at the end", "allocate.py", "counts = [None if count is None else count * option.step", "counts = [None if count is None else count"),
+    # plan
+    M("pivot indices cost nothing", "plan.py", "* linear.dtype.itemsize + pivoted * PIVOT * count", "* linear.dtype.itemsize"),
+    M("heads pay for all outputs", "plan.py", "linear.in_features + linear.out_features // heads - pivoted * count", "linear.in_features + linear.out_features - pivoted * count"),
+    M("ranks up to the larger side", "plan.py", "most = min(width, linear.in_features)", "most = max(width, linear.in_features)"),
+    M("numbers of heads are not compared", "plan.py", "if len(ranks) != linear.heads:", "if False:"),
+    M("pivots pay where they are equal", "plan.py", "return factor_bytes(linear, rank, pivoted=True) < factor_bytes(linear, rank)", "return factor_bytes(linear, rank, pivoted=True) <= factor_bytes(linear, rank)"),
+    M("strange linears pass", "plan.py", "if strange := sorted(self.linears.keys() - known.keys()):", "if strange := []:"),
+    M("doubled keys of a plan", "plan.py", "content = parse_json(Path(path).read_bytes())", "content = json.loads(Path(path).read_bytes())"),
+    M("words for numbers in a plan", "plan.py", "json.dumps(content), strict=True)", "json.dumps(content))"),
+    # metric
+    M("image sums not balanced", "metric.py", "return [1.0, gamma * (traces[0] / traces[1])]", "return [1.0, gamma]"),
+    M("balance upside down", "metric.py", "gamma * (traces[0] / traces[1])", "gamma * (traces[1] / traces[0])"),
+    M("sums in place of means", "metric.py", "means = [moment.second / moment.count for moment in moments]", "means = [moment.second for moment in moments]"),
+    M("means of modalities added", "metric.py", "/ sum(m.count for m in moments)", "/ moments[0].count"),
+    M("alpha not doubled", "metric.py", "** (2 * part.alpha)", "** part.alpha"),
+    M("unreached: always the identity", "metric.py", "if not found and part.unreached == \"image\" and \"image\" in gathered:", "if False:"),
+    M("sums: positions of text for all", "metric.py", "statistics.positions(linear, \"image\" if source == \"image\" else \"text\")", "statistics.positions(linear, \"text\") or 1"),
+    # curvature
+    M("low-rank part of the loss", "curvature.py", "GD = rest[:, None] * D + V @ (V.T @ D)", "GD = rest[:, None] * D"),
+    M("diagonal part of the loss", "curvature.py", "GD = rest[:, None] * D + V @ (V.T @ D)", "GD = V @ (V.T @ D)"),
+    M("no half", "curvature.py", "return (0.5 * correction * gradients / output.labels * energy)", "return (1.0 * correction * gradients / output.labels * energy)"),
+    M("by position, not by label", "curvature.py", "gradients / output.labels * energy", "gradients / output.count * energy"),
+    M("eta by token for sequence", "curvature.py", "\"token\": token, \"sequence\": sequence}[eta]", "\"token\": token, \"sequence\": token}[eta]"),
+    M("images at no price", "curvature.py", "losses = [price * predicted_trace", "losses = [predicted_trace"),
+    M("output metric not damped", "curvature.py", "blocks = blocks + damping * torch.eye", "blocks = blocks + 0 * torch.eye"),
+    M("beta ignored", "curvature.py", "(part.beta * _trace(first) / _trace(output)", "(_trace(first) / _trace(output)"),
+    M("nystrom beyond the diagonal", "curvature.py", "return (diagonal - V.square().sum(1)).clamp_min(0), V", "return diagonal, V"),
+    M("nats left out of the dense metric", "curvature.py", "(nats * (eye if root is None", "((eye if root is None"),
+    # spectra
+    M("heads in the order of all", "spectra.py", "(head == number).nonzero()[:count, 0]", "(head >= number).nonzero()[:count, 0]"),
+    M("spectra in float32", "spectra.py", "kept = torch.float64 if len(spectrum.P) < len(W) and spectrum.head is None else torch.float32", "kept = torch.float32"),
+    M("key without the metric", "spectra.py", "content = [VERSION, metric.model_dump(mode=\"json\"), state,", "content = [VERSION, state,"),
+    # probes
+    M("losses not above the dense one", "sensitivity.py", "losses.append(_loss(model, windows) - dense)", "losses.append(_loss(model, windows))"),
+    M("losses not made monotone", "sensitivity.py", "np.maximum.accumulate(curve[::-1])[::-1].copy()", "curve.copy()"),
+    M("importance by linears, not bytes", "importance.py", "sum(value * linear.nbytes for linear, value in raw.items()) / max(1, sum(linear.nbytes for linear in raw))", "sum(raw.values()) / max(1, len(raw))"),
+    # calibrate
+    M("|x| forgotten", "calibrate/moments.py", "total = x.abs().sum(0)  # [in]", "total = x.sum(0)  # [in]"),
+    M("products in the dtype of the inputs", "calibrate/moments.py", "return x.to(torch.promote_types(x.dtype, torch.float32))", "return x"),
+    M("sequences by the diagonal", "calibrate/moments.py", "return ((parts @ parts.transpose(1, 2)) * (x @ x.T)).sum((1, 2))", "return ((parts @ parts.transpose(1, 2)) * (x @ x.T)).diagonal(0, 1, 2).sum(1)"),
+    M("sketch without its test", "calibrate/moments.py", "found[\"output\"] = g.T @ (g @ sketch_test(out, self.form.size).to(g))", "found[\"output\"] = g.T @ g[:, : self.form.size]"),
+    M("Fisher not squared", "calibrate/moments.py", "columns = gradient.square().sum(0)  # [in]", "columns = gradient.abs().sum(0)  # [in]"),
+    M("Fisher not by label", "calibrate/gradients.py", "scale = 1 / int(where.sum()) if fisher else None", "scale = 1.0 if fisher else None"),
+    M("calls that repeat are apart", "calibrate/gradients.py", "if self._calls[linear.name] == 1:", "if True:"),
+    M("mean loss", "calibrate/gradients.py", "reduction=\"sum\").backward()", "reduction=\"mean\").backward()"),
+    M("next token is this token", "calibrate/gradients.py", "logits[0, :-1][where]", "logits[0, 1:][where]"),
+    M("forms above the limit", "calibrate/forms.py", "if len(groups) <= passes and all(cost(linear) <= limit for linear in linears):", "if len(groups) <= passes:"),
+    M("groups above the limit", "calibrate/forms.py", "room -= cost(linear)", "room -= 0"),
+    M("bytes of half the precision", "calibrate/forms.py", "return sum(8 * torch.Size(shape).numel()", "return sum(4 * torch.Size(shape).numel()"),
+    # compensate
+    M("drawn towards zero", "compensate/closed_form.py", "return W + torch.cholesky_solve((cross - W @ second).T, factor).T", "return torch.cholesky_solve(cross.T, factor).T"),
+    M("no ridge", "compensate/closed_form.py", "ridge = damping * float(second.trace()) / size\n", "ridge = 1e-12 * float(second.trace()) / size\n"),
+    M("ridge of the whole trace", "compensate/closed_form.py", "ridge = damping * float(second.trace()) / size\n", "ridge = damping * float(second.trace())\n"),
+    M("shares exchanged", "compensate/closed_form.py", "kept = 1 - weight\n", "kept, weight = weight, 1 - weight\n"),
+    M("positions not counted", "compensate/closed_form.py", "self.count += len(x)", "self.count += 1"),
+    M("B not fitted", "compensate/alternating.py", "B = B + pseudo_inverse(A.T @ weighted) @ step", "B = B + 0 * pseudo_inverse(A.T @ weighted) @ step"),
+    M("A not fitted", "compensate/alternating.py", "A = A + (cross - A @ seen) @ B.T", "A = A + 0 * (cross - A @ seen) @ B.T"),
+    M("adacomp without its output metric", "compensate/alternating.py", "weighted = A if output is None else output.metric_times(A)", "weighted = A"),
+    M("no unit diagonal", "compensate/alternating.py", "scale = torch.where(diagonal > 0, diagonal.clamp_min(1e-300).rsqrt(), 0.0)", "scale = torch.ones_like(diagonal)"),
+    M("refinement without its metric", "compensate/refine.py", "if output is not None:\n                    missing", "if False:\n                    missing"),
+    M("refinement by the first batch", "compensate/refine.py", "(_, call, counted), target = samples[step % len(samples)], targets[step % len(samples)]", "(_, call, counted), target = samples[0], targets[0]"),
+    M("refinement on the dense stream", "compensate/refine.py", "missing = target - _rows(unit.run(call, small=True), counted, place)", "missing = target - _rows(unit.run(samples[step % len(samples)][0], small=True), counted, place)"),
+    # layers
+    M("zero points not subtracted", "packed.py", "codes = codes - zero.to(scale.dtype)[..., None]", "codes = codes - 0 * zero.to(scale.dtype)[..., None]"),
+    M("words high byte first", "packed.py", "joined = (eights << _steps(8, bits, eights)).sum(2, keepdim=True)", "joined = (eights << _steps(8, bits, eights).flip(0)).sum(2, keepdim=True)"),
+    M("codes without their offset", "packed.py", "return (codes.flatten(1)[:, :count] - (1 << bits - 1)).to(torch.int8)", "return codes.flatten(1)[:, :count].to(torch.int8)"),
+    M("rest forgotten in the layer", "layers.py", "            y = y + self.R(x)\n", "            y = y + 0 * self.R(x)\n"),
+    M("pivots and others exchanged", "layers.py", "whole.index_copy_(-1, p, latent).index_copy_(-1, others, y)", "whole.index_copy_(-1, p, latent).index_copy_(-1, others.flip(0), y)"),
+    M("bias forgotten", "layers.py", "return y if self.bias is None else y + self.bias", "return y"),
+    M("dense product in low precision", "layers.py", "wide = torch.promote_types(B.dtype, torch.float32)\n", "wide = B.dtype\n"),
+    M("columns outside a head pass", "layers.py", "if A.count_nonzero() != sum(block.count_nonzero() for block in blocks):", "if False:"),
+]  # fmt: skip
+
+
+def wrong() -> list[str]:
+    """What of the table is out of date."""
+    found = []
+    for mutation in MUTATIONS:
+        path = ROOT / "src" / "spectrim" / mutation.file
+        count = path.read_text(encoding="utf-8").count(mutation.old) if path.exists() else 0
+        if count != 1:
+            found.append(f"{mutation.name!r}: {mutation.file} has its text {count} times")
+    paths = sorted({test.partition("::")[0] for file in TESTS for test in _tests(file)})
+    found += [f"{path} is missing" for path in paths if not (ROOT / path).exists()]
+    names = [mutation.name for mutation in MUTATIONS]
+    return found + [f"{name!r} stands twice" for name in sorted(set(names)) if names.count(name) > 1]
+
+
+def _tests(file: str) -> list[str]:
+    """Paths, or paths and the name of a test, as pytest takes them."""
+    named = (name.partition("::") for name in TESTS[file].split())
+    return [f"tests/test_{name}.py{colons}{test}" for name, colons, test in named]
+
+
+def run(tree: Path, tests: list[str]) -> tuple[bool, float]:
+    """Whether tests pass on a tree, and the seconds they took; in a fork, so that libraries are imported once."""
+    began = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            signal.alarm(SECONDS)
+            os.chdir(tree)
+            sys.path.insert(0, str(tree / "src"))
+            sys.dont_write_bytecode = True  # a file of the same size and second would be taken for the one before
+            os.environ |= {"PYTHONPATH": str(tree / "src"), "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1"}
+            with (tree / "log").open("w") as log:
+                os.dup2(log.fileno(), 1)
+                os.dup2(log.fileno(), 2)
+            options = [
+                "-x",
+                "-q",
+                "-p",
+                "no:cacheprovider",
+                "-W",
+                "ignore:Module already imported",
+                "--hypothesis-seed=0",
+            ]
+            code = int(pytest.main([*options, *tests]))
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+    return os.waitpid(child, 0)[1] == 0, time.monotonic() - began
+
+
+def main(words: list[str]) -> int:
+    """Run the changes whose files or names hold one of the words, all without words; returns the exit code."""
+    if problems := wrong():
+        print("\n".join(problems))
+        return 2
+    if words == ["--check"]:
+        return 0
+    chosen = [m for m in MUTATIONS if not words or any(word in f"{m.file}: {m.name}" for word in words)]
+    survived = []
+    with tempfile.TemporaryDirectory(prefix="mutations-") as scratch:
+        tree = Path(scratch)
+        for name in ("src", "tests", "tools", "pyproject.toml"):
+            if (ROOT / name).is_dir():
+                shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(ROOT / name, tree / name)
+        for tests in sorted({tuple(_tests(m.file)) for m in chosen}):
+            passed, seconds = run(tree, list(tests))
+            print(f"{seconds:4.0f} s  unchanged: {'passed' if passed else 'FAILED'}  {' '.join(tests)}", flush=True)
+            if not passed:
+                print((tree / "log").read_text()[-3000:])
+                return 2
+        for mutation in chosen:
+            path = tree / "src" / "spectrim" / mutation.file
+            text = path.read_text(encoding="utf-8")
+            path.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
+            passed, seconds = run(tree, _tests(mutation.file))
+            path.write_text(text, encoding="utf-8")
+            verdict = (
+                "killed" if not passed else f"equivalent ({mutation.equivalent})" if mutation.equivalent else "SURVIVED"
+            )
+            survived += [mutation.name] if verdict == "SURVIVED" else []
+            print(f"{seconds:4.0f} s  {verdict}  {mutation.file}: {mutation.name}", flush=True)
+    equivalent = sum(m.equivalent is not None for m in chosen)
+    print(f"{len(chosen)} changes, {equivalent} of them equivalent, {len(survived)} survived: {', '.join(survived)}")
+    return 1 if survived else 0
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["--check"]:
+        import compressed_tensors  # noqa: F401
+        import hypothesis  # noqa: F401
+        import pytest
+        import torch  # noqa: F401
+        from transformers import LlamaForCausalLM, LlavaForConditionalGeneration  # noqa: F401
+    sys.exit(main(sys.argv[1:]))
