@@ -31,6 +31,7 @@ from spectrim.lock import LOCK, writing
 _SNAPSHOT_SHARE = 0.1  # of the time at most goes into snapshots
 
 
+@torch.inference_mode(False)  # whose tensors of samples could not be differentiated
 def calibrate(
     model: PreTrainedModel,
     out: Path | str,
