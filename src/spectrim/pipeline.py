@@ -2,7 +2,7 @@
 
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property, partial
 from inspect import signature
@@ -100,11 +100,6 @@ class Compression:
                 f"the linears {' or '.join(kept)} stay dense and take {frozen} of the {budget} bytes; "
                 f"raise the retention or {remedy}"
             )
-        if unreached:
-            _log.warning(
-                "linears that no %s sample reaches stay dense, %d in all: %s",
-                *(self._samples, len(unreached), _some(unreached)),
-            )
         if self.recipe.quantize.bits is not None:
             hybrid = self.hybrid.rows(free, budget - frozen)
             sources = self.spectra.sources
@@ -138,13 +133,24 @@ class Compression:
         Where predicted losses are compared, that is all that none of the recipe's modality reaches.
         """
         found, rule = self.spectra.sources, self.recipe.allocation.rule
-        blind = (n for n in found if rule == "loss-aware" and self.spectra.losses(n) is None)
-        return frozenset({*blind, *(name for name, source in found.items() if source == "unreached")})
+        blind = {name for name in found if rule == "loss-aware" and self.spectra.losses(name) is None}
+        names = [name for name, source in found.items() if name in blind or source == "unreached"]
+        if names:
+            some = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+            _log.warning(
+                "%d of %d linears stay dense, since no %s sample reaches them: %s",
+                len(names),
+                len(found),
+                self._samples,
+                some,
+            )
+        return frozenset(names)
 
     @property
     def _samples(self) -> str:
         """Whose samples the metric counts, for messages."""
-        return "text or image" if self.recipe.metric.modality == "joint" else self.recipe.metric.modality
+        wanted: tuple[str, ...] = () if self.statistics is None else self.statistics.manifest.data.modalities
+        return " or ".join(m for m in wanted if self.recipe.metric.modality in (m, "joint"))
 
     def _wanted(self) -> Callable[[str], torch.Tensor]:
         """What the allocation rule compares: spectra, measured losses (`sensitivity`) or importance (`adacr`)."""
@@ -291,11 +297,6 @@ class Compression:
                 files={"plan.json": plan.json()},
                 overwrite=overwrite,
             )
-
-
-def _some(names: Sequence[str]) -> str:
-    """Names for a line of logging."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 @contextmanager

@@ -80,10 +80,10 @@ class ExpertMean(Statistics):
 def expert_mean(statistics: Statistics, linear: Linear) -> ExpertMean | None:
     """Of `linear` and those in its place in the other items of its module list; None where there are no others.
 
-    They have its name but for one number inside its block, its shape, and the form of its output moment.
+    They have its name but for the number of an item inside its block, its shape, and the form of its output moment.
     """
     block = linear.block or ""
-    found = re.match(r"(.*?\.)\d+(\..+)", linear.name[len(block) :])
+    found = re.match(r"(.*?\.(?:expert_?)?)\d+(\..+)", linear.name[len(block) :])
     if not block or found is None:
         return None
     before, after = block + found[1], found[2]

@@ -166,7 +166,11 @@ class Compensation:
         return found, [seen.output for seen in dense]
 
     def _add(self, unit: Unit, group: Group, pair: _Pair, dense: Tap, sums: dict[Modality, ShiftedSum]) -> None:
-        """Add one batch to the sums of its modality; nothing where the group does not run whole."""
+        """Add one batch to the sums of its modality.
+
+        Nothing where the group does not run whole, and nothing of experts: the compressed model may send them other
+        tokens than the dense one, whose outputs are then no targets.
+        """
         first, size = group.members[0], unit.linears[group.members[0]].in_features
         assert pair.small.call is not None
         small = unit.tap(pair.small.call, small=True, x=(first,), r=group.writers)
@@ -174,6 +178,8 @@ class Compensation:
             return
         x = small.x[first]
         place = unit.linears[first].place
+        if pair.counted.chosen(place, x.shape[:-1]) or pair.counted.chosen(place, dense.y[first].shape[:-1]):
+            return
         rows = pair.counted.select if self._recipe.compensate.buckets is None else pair.counted.average
         targets = {}
         for name in group.members:
