@@ -13,8 +13,9 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration
 
 import families
+from spectrim import files
 from spectrim.anatomy import anatomy
-from spectrim.calibrate import Statistics, calibrate, hooks, run, snapshot
+from spectrim.calibrate import Statistics, calibrate, hooks, run
 from spectrim.calibrate.fingerprint import model_print
 from spectrim.calibrate.forms import Form
 from spectrim.calibrate.gradients import GradientWatch
@@ -23,6 +24,7 @@ from spectrim.calibrate.moments import Sums
 from spectrim.calibrate.passes import prepared, run_batch
 from spectrim.calibrate.positions import Positions
 from spectrim.errors import ModelError, NumericalError, SampleError, StatisticsError
+from spectrim.lock import LOCK
 from spectrim.samples import Batch
 from test_samples import image_folder, llava_processor, noise, word_tokenizer, write_jsonl
 
@@ -90,6 +92,12 @@ def tensors(directory: Path) -> dict[str, torch.Tensor]:
         for file in gathered["files"].values():
             held |= {f"{modality} {name}": t for name, t in load_file(directory / file["name"]).items()}
     return held
+
+
+def named(directory: Path) -> set[str]:
+    """What a finished directory holds: the manifest, the files that it names, and the lock."""
+    gathered = Statistics.open(directory).manifest.gathered.values()
+    return {file.name for part in gathered for file in part.files.values()} | {MANIFEST, LOCK}
 
 
 def assert_same_bits(a: Path, b: Path) -> None:
@@ -350,33 +358,32 @@ def test_a_killed_run_resumes_bit_for_bit(words, pictures, tmp_path, stop, extra
     # The stop comes before the snapshot of its batch, so that the batch before it counts; gradients come one by one.
     before = {1: 0, 4: 2, 6: 4, 7: 6, 11: 10, 14: 13, 22: 21}
     assert seen[0] == (before[stop], total)
-    files = {file.name for part in resumed.manifest.gathered.values() for file in part.files.values()}
-    assert {path.name for path in (tmp_path / "killed").iterdir()} == files | {MANIFEST}
+    assert {path.name for path in (tmp_path / "killed").iterdir()} == named(tmp_path / "killed")
 
 
 @pytest.mark.usefixtures("snapshots_after_every_batch")
-@pytest.mark.parametrize("write", range(1, 24, 2))
+@pytest.mark.parametrize("write", range(1, 47, 3))
 def test_a_kill_between_two_writes_leaves_one_whole_state(words, pictures, tmp_path, monkeypatch, write):
     model = tiny("llava", torch.float32)
     options = {"processor": llava_processor(), "text": words, "images": pictures, "samples": 6, "seqlen": 12}
     options |= {"batch_size": 2, "checkpoint_seconds": 0}
     calibrate(model, tmp_path / "whole", **options)
-    replace, writes = snapshot._replace, []
+    sync, calls = files.sync, []
 
-    def dying(path, content):
-        writes.append(path)
-        if len(writes) == write:
-            path.with_name(path.name + ".part").write_bytes(b"half of a fi")
+    def dying(path):  # called before and after each file takes its place
+        calls.append(path)
+        if len(calls) == write:
+            (tmp_path / "killed" / ".text.model.g000009.safetensors.xyz.part").write_bytes(b"half of a fi")
             raise StopError
-        replace(path, content)
+        sync(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(snapshot, "_replace", dying)
+        patch.setattr(files, "sync", dying)
         with pytest.raises(StopError):
             calibrate(model, tmp_path / "killed", **options)
     calibrate(model, tmp_path / "killed", **options)
     assert_same_bits(tmp_path / "whole", tmp_path / "killed")
-    assert not list((tmp_path / "killed").glob("*.part"))
+    assert {path.name for path in (tmp_path / "killed").iterdir()} == named(tmp_path / "killed")
 
 
 def llama_options(words: str) -> dict:
@@ -452,9 +459,9 @@ def first_file(directory):
         (lambda d: (d / MANIFEST).write_bytes((d / MANIFEST).read_bytes()[:-40]), "cannot be read"),
         (lambda d: (d / MANIFEST).write_text("[]"), "was not written by spectrim"),
         (lambda d: damage_manifest(d, format="other"), "was not written by spectrim"),
-        (lambda d: damage_manifest(d, version=9), "statistics format 9 and this spectrim reads 2"),
+        (lambda d: damage_manifest(d, version=9), "statistics format 9 and this spectrim reads 3; delete"),
         (lambda d: damage_manifest(d, extra=2), "is damaged at 'extra'"),
-        (lambda d: damage_manifest(d, complete=False), "was interrupted"),
+        (lambda d: damage_manifest(d, complete=False), r"manifest\.json has changed since it was written"),
         (lambda d: first_file(d).unlink(), "layers.0.*missing or truncated"),
         (lambda d: first_file(d).write_bytes(first_file(d).read_bytes()[:-8]), "layers.0.*missing or truncated"),
         (lambda d: first_file(d).write_bytes(b""), "layers.0.*missing or truncated"),
@@ -560,15 +567,6 @@ def test_bad_arguments_are_named(words, tmp_path, change, message):
 def test_image_samples_need_a_processor(pictures, tmp_path):
     with pytest.raises(SampleError, match="the model's processor"):
         calibrate(tiny("llava"), tmp_path / "s", processor=word_tokenizer(), text=None, images=pictures, samples=6)
-
-
-def test_output_that_cannot_be_written_is_named(words, tmp_path, monkeypatch):
-    def full(path, write):
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(snapshot, "_replace", full)
-    with pytest.raises(StatisticsError, match=r"cannot be written \(No space left"):
-        calibrate(tiny("llama"), tmp_path / "s", **llama_options(words))
 
 
 def test_built_in_samples(tmp_path):

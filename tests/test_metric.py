@@ -154,9 +154,8 @@ def test_joint_is_text_in_a_language_model():
     [
         (MetricPart(kind="whitening"), BACKBONE, None, "metric 'whitening' needs calibration statistics"),
         (MetricPart(kind="whitening"), BACKBONE, Stub({"image": {}}), "needs text moments and stats has none"),
-        (MetricPart(kind="whitening", modality="joint"), BACKBONE, Stub({"image": {}}), "needs text moments"),
         (MetricPart(kind="activation-diagonal", modality="image"), BACKBONE, Stub({"text": {}}), "needs image moments"),
-        (MetricPart(kind="whitening", modality="joint"), TOWER, Stub({"text": {}}), "needs image moments"),
+        (MetricPart(kind="whitening", modality="image"), TOWER, Stub({"text": {}}), "needs image moments"),
     ],
 )
 def test_missing_statistics_are_named(part, linear, statistics, named):

@@ -4,26 +4,43 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+PART = ".part"  # ends the names of files that are being written
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A new file beside `path` for the block to write, which then takes its place: whole, or not at all.
+
+    It is synced and can be read by everybody. Its name is its own, so that two processes may write one path.
+
+    Raises:
+        OSError: the disk is full, or nothing may be written there.
+    """
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PART)
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o644)
+        sync(temporary)
+        temporary.replace(path)
+        sync(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write to a temporary file beside `path`, sync it and rename it; readable by everybody. Raises OSError."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    """Write bytes as :func:`replacing` does. Raises OSError."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def sync(path: Path) -> None:

@@ -1,13 +1,14 @@
 """From calibration moments to the pair of metrics (L, R) of each linear, as the recipe says (METHODS, section 1)."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 import torch
 
 from spectrim.anatomy import Linear
 from spectrim.calibrate import Moment, Statistics
+from spectrim.calibrate.experts import expert_mean
 from spectrim.curvature import OutputMetric, output_metric
 from spectrim.errors import RecipeError
 from spectrim.linalg import check_finite
@@ -15,7 +16,7 @@ from spectrim.recipe import MetricPart
 from spectrim.samples import Modality
 
 _T = TypeVar("_T")
-Source = Literal["text", "image", "joint", "identity"]
+Source = Literal["text", "image", "joint", "identity", "experts", "unreached"]
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,9 @@ class Metric:
     """The metrics of one linear, and the modalities that they came from.
 
     ``value``, the input metric ``R Rᵀ``, is None for the identity, [in] for a diagonal, [in, in] for a matrix; float64.
-    ``source`` is "identity" where the recipe asks for samples that never reached the linear. ``output`` is None where
-    the recipe has no output metric.
+    ``source`` is "identity" where the recipe asks for samples that never reached the linear and others did,
+    "unreached" where no sample at all did, and "experts" where those that reached other experts of its layer stand for
+    them. ``output`` is None where the recipe has no output metric.
     """
 
     value: torch.Tensor | None
@@ -45,11 +47,23 @@ def layer_metric(
         return Metric(None, "identity")
     if statistics is None:
         raise RecipeError(f"metric '{part.kind}' needs calibration statistics; give a statistics directory or samples")
+    _check_gathered(part, statistics)
+    if (metric := _gathered(part, linear, statistics, device)) is not None:
+        return metric
+    others = expert_mean(statistics, linear)
+    if others is not None and (metric := _gathered(part, linear, others, device)) is not None:
+        return replace(metric, source="experts")
+    reached = any(statistics.moment(linear.name, m) is not None for m in statistics.manifest.data.modalities)
+    return Metric(None, "identity" if reached else "unreached")
+
+
+def _gathered(part: MetricPart, linear: Linear, statistics: Statistics, device: torch.device | str) -> Metric | None:
+    """The metric that was gathered of a linear; None where no sample of the modality reached it."""
     if part.kind == "fisher-rows":
         return _fisher_rows(linear, statistics, device)
     found = _moments(part, linear, statistics)
     if not found:
-        return Metric(None, "identity")
+        return None
     source: Source = "joint" if len(found) == 2 else found[0][0]
     moments = [moment for _, moment in found]
     if part.kind == "activation-diagonal":
@@ -101,33 +115,38 @@ def chosen(part: MetricPart, found: Mapping[Modality, _T]) -> list[_T]:
     return taken or ([found["image"]] if part.unreached == "image" and "image" in found else [])
 
 
+def _check_gathered(part: MetricPart, statistics: Statistics) -> None:
+    """Raises RecipeError where samples or gradients are missing that the metric is made of."""
+    if part.kind == "fisher-rows":
+        if not statistics.manifest.settings.gradients:
+            raise RecipeError(
+                f"metric 'fisher-rows' needs gradients and {statistics.path} has none; calibrate with --gradients"
+            )
+        return
+    # Joint is what there is: a language model has no images, and a vision model may be given text alone.
+    if part.modality != "joint" and part.modality not in statistics.manifest.data.modalities:
+        raise RecipeError(
+            f"the recipe needs {part.modality} moments and {statistics.path} has none; "
+            f"calibrate with a source of {part.modality} samples"
+        )
+
+
 def _moments(part: MetricPart, linear: Linear, statistics: Statistics) -> list[tuple[Modality, Moment]]:
     """Moments of the wanted modalities that reached the linear; text before image."""
     gathered = statistics.manifest.data.modalities
     order: tuple[Modality, ...] = ("text", "image")
-    wanted = [m for m in order if part.modality in (m, "joint")]
-    for modality in wanted:
-        # A language model has no image moments, and joint is text there; towers and connectors show that it is none.
-        if modality not in gathered and (modality == "text" or part.modality == "image" or linear.place != "backbone"):
-            raise RecipeError(
-                f"the recipe needs {modality} moments and {statistics.path} has none; "
-                f"calibrate with a source of {modality} samples"
-            )
-    found = [(m, x) for m in wanted if m in gathered and (x := statistics.moment(linear.name, m)) is not None]
+    wanted = [m for m in order if part.modality in (m, "joint") and m in gathered]
+    found = [(m, x) for m in wanted if (x := statistics.moment(linear.name, m)) is not None]
     if not found and part.unreached == "image" and "image" in gathered:
         found = [("image", x)] if (x := statistics.moment(linear.name, "image")) is not None else []
     return found
 
 
-def _fisher_rows(linear: Linear, statistics: Statistics, device: torch.device | str) -> Metric:
+def _fisher_rows(linear: Linear, statistics: Statistics, device: torch.device | str) -> Metric | None:
     """FWSVD (Hsu et al., ICLR 2022), section 3: input i weighs Σ_out (∂L/∂W_oi)², averaged over samples."""
-    if not statistics.manifest.settings.gradients:
-        raise RecipeError(
-            f"metric 'fisher-rows' needs gradients and {statistics.path} has none; calibrate with --gradients"
-        )
     found = statistics.gradient(linear.name, "text")
     if found is None:
-        return Metric(None, "identity")
+        return None
     value = check_finite(f"the Fisher diagonal of {linear.name}", found.fisher_cols / found.count)
     if float(value.max()) == 0:
         return Metric(None, "identity")

@@ -1,9 +1,10 @@
 """The stages in order: statistics → spectra → plan → factors (compensated or not) → checkpoint."""
 
+import logging
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ from spectrim.samples import load_text, text_windows
 from spectrim.sensitivity import WINDOWS, probe
 from spectrim.spectra import Spectra, cache_key, make_spectra
 from spectrim.stored import Stored, plain
+
+_log = logging.getLogger("spectrim")
 
 Progress = Callable[[str, int, int], None]
 """Called with the stage, how much of it is done, and how much there is."""
@@ -78,27 +81,36 @@ class Compression:
         if not 0 < retain <= 1:
             raise BudgetError(f"a retention of {retain} is impossible; give a share between 0 and 1, such as 0.6")
         part = self.recipe.allocation
-        free = [linear for linear in self.parts.linears if linear.place in part.places]
-        if not free:
+        wished = [linear for linear in self.parts.linears if linear.place in part.places]
+        if not wished:
             raise BudgetError(f"the model has no linear in {' or '.join(part.places)}; name other allocation.places")
+        unreached = [linear.name for linear in wished if linear.name in self.unreached]
+        free = [linear for linear in wished if linear.name not in unreached]
+        if not free:
+            raise RecipeError(
+                f"no {self._samples} sample reaches any linear that the recipe may change; give samples that do, or "
+                "choose a recipe that needs none, such as svd"
+            )
         budget = int(retain * sum(linear.nbytes for linear in self.parts.linears))
-        frozen = sum(linear.nbytes for linear in self.parts.linears if linear.place not in part.places)
+        frozen = sum(linear.nbytes for linear in self.parts.linears) - sum(linear.nbytes for linear in free)
         if frozen > budget:
+            kept = [f"outside {', '.join(part.places)}"] if len(wished) < len(self.parts.linears) else []
+            kept += [f"that no {self._samples} sample reaches"] if unreached else []
+            remedy = "give samples that reach them" if unreached else "name more allocation.places"
             raise BudgetError(
-                f"the linears outside {', '.join(part.places)} stay dense and take {frozen} of the {budget} bytes; "
-                "raise the retention or name more allocation.places"
+                f"the linears {' or '.join(kept)} stay dense and take {frozen} of the {budget} bytes; "
+                f"raise the retention or {remedy}"
             )
         if self.recipe.quantize.bits is not None:
-            for linear in free:
-                self._predicted(linear.name)
             hybrid = self.hybrid.rows(free, budget - frozen)
-            rows = {x.name: hybrid.get(x.name) or plan_row(x, None, 0.0) for x in self.parts.linears}
+            sources = self.spectra.sources
+            rows = {x.name: hybrid.get(x.name) or plan_row(x, None, 0.0, sources[x.name]) for x in self.parts.linears}
             return Plan(recipe=self.recipe.name, retain=retain, linears=rows)
         wanted, spectra, storage = self._wanted(), self.spectra, self.recipe.storage
         by_pivots = storage.pivoted
         options: dict[str, Any] = {"pivoted": by_pivots, "multiple": storage.multiple}
         choices = {
-            x.name: choice(part, x, wanted(x.name), self._predicted(x.name), spectra.heads(x.name), **options)
+            x.name: choice(part, x, wanted(x.name), spectra.losses(x.name), spectra.heads(x.name), **options)
             for x in free
         }
         counts = spend(choices, budget - frozen)
@@ -115,15 +127,31 @@ class Compression:
             rows[linear.name] = plan_row(linear, rank, error, source, loss=loss, pivoted=pivoted)
         return Plan(recipe=self.recipe.name, retain=retain, linears=rows)
 
-    def _predicted(self, name: str) -> torch.Tensor | None:
-        """Predicted losses of a linear; where the allocation compares them, every linear must have them."""
-        losses = self.spectra.losses(name)
-        if losses is None and self.recipe.allocation.rule == "loss-aware":
-            raise RecipeError(
-                f"{name} has no predicted loss, since no {self.recipe.metric.modality} sample reaches it; "
-                "set metric.unreached=image, or allocation.places=[backbone]"
+    @cached_property
+    def unreached(self) -> frozenset[str]:
+        """Names of the linears that no sample says anything about, which therefore stay dense.
+
+        Where predicted losses are compared, that is all that none of the recipe's modality reaches.
+        """
+        found, rule = self.spectra.sources, self.recipe.allocation.rule
+        blind = {name for name in found if rule == "loss-aware" and self.spectra.losses(name) is None}
+        names = [name for name, source in found.items() if name in blind or source == "unreached"]
+        if names:
+            some = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+            _log.warning(
+                "%d of %d linears stay dense, since no %s sample reaches them: %s",
+                len(names),
+                len(found),
+                self._samples,
+                some,
             )
-        return losses
+        return frozenset(names)
+
+    @property
+    def _samples(self) -> str:
+        """Whose samples the metric counts, for messages."""
+        wanted: tuple[str, ...] = () if self.statistics is None else self.statistics.manifest.data.modalities
+        return " or ".join(m for m in wanted if self.recipe.metric.modality in (m, "joint"))
 
     def _wanted(self) -> Callable[[str], torch.Tensor]:
         """What the allocation rule compares: spectra, measured losses (`sensitivity`) or importance (`adacr`)."""
@@ -254,6 +282,7 @@ class Compression:
             "bytes": {"linears": plan.bytes, "linears_dense": plan.dense_bytes},
             "places": plan.by_place(self.parts),
             "predicted_loss": self.predicted(plan),
+            "unreached": sorted(self.unreached - set(plan.changed)),
             "data": None if data is None else data.data.model_dump(mode="json"),
             "calibration": None if data is None else data.settings.model_dump(mode="json"),
             "versions": None if data is None else data.versions,

@@ -2,27 +2,26 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from spectrim.anatomy import Anatomy, Linear
 from spectrim.calibrate import Statistics
 from spectrim.decompose import Spectrum, decompose
-from spectrim.errors import NumericalError, StatisticsError
-from spectrim.files import sync
+from spectrim.errors import NumericalError
 from spectrim.layers import Rank
 from spectrim.linalg import check_finite
+from spectrim.lock import writing
 from spectrim.metric import layer_metric
 from spectrim.recipe import MetricPart
+from spectrim.sealed import Sealed, open_sealed, write_sealed
 
-VERSION = 3  # of what a spectrum means; a change makes earlier files unused
+VERSION = 4  # of what a spectrum means; a change makes earlier files unused
 
 
 class Spectra:
@@ -32,6 +31,7 @@ class Spectra:
         self.directory = directory
         self.sources = sources  # by linear: where its metric came from (see Metric.source)
         self._summaries: dict[str, dict[str, torch.Tensor]] = {}
+        self._checked: set[str] = set()  # linears whose directions were compared with their digests
 
     def values(self, name: str) -> torch.Tensor:
         """Squared singular values of one linear, [m] float64."""
@@ -58,32 +58,26 @@ class Spectra:
 
         With a rank by head, the columns are those of one head after another, and P's are zero outside its rows.
         """
-        summary = self._summary(name)
-        with self._open(name) as file:
-            stored = [file.get_slice(key) for key in sorted({"P", "Q"} & set(file.keys()))]
-            if isinstance(rank, int):
-                s, found = summary["s"][:rank], [part[:, :rank] for part in stored]
-            else:
-                s, found = _by_head(summary["s"], summary["head"], [part[:, :] for part in stored], rank)
-        P, *rest = (columns.to(device) for columns in found)
+        summary, file = self._summary(name), self._open(name)
+        checked = name in self._checked
+        stored = [file.tensor(key, checked=checked) for key in ("P", "Q") if key in file.digests]
+        self._checked.add(name)
+        if isinstance(rank, int):
+            s, found = summary["s"][:rank], [part[:, :rank] for part in stored]
+        else:
+            s, found = _by_head(summary["s"], summary["head"], stored, rank)
+        P, *rest = (columns.to(device).contiguous() for columns in found)
         return s.to(device), P, rest[0] if rest else None
 
     def _summary(self, name: str) -> dict[str, torch.Tensor]:
         """The vectors of one linear; read once, for every budget asks for them."""
         if name not in self._summaries:
-            with self._open(name) as file:
-                wanted = set(file.keys()) - {"P", "Q"}
-                self._summaries[name] = {key: file.get_tensor(key) for key in wanted}
+            file = self._open(name)
+            self._summaries[name] = {key: file.tensor(key) for key in file.digests.keys() - {"P", "Q"}}
         return self._summaries[name]
 
-    @contextmanager
-    def _open(self, name: str) -> Iterator[Any]:
-        path = self.directory / f"{name}.safetensors"
-        try:
-            with safe_open(path, framework="pt") as file:
-                yield file
-        except (OSError, SafetensorError) as error:
-            raise StatisticsError(f"{path} cannot be read ({error}); delete it and compress again") from error
+    def _open(self, name: str) -> Sealed:
+        return open_sealed(self.directory / f"{name}.safetensors", of=_of(self.directory, name))
 
 
 def directions(spectrum: Spectrum, rank: Rank) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -115,7 +109,8 @@ def _placed(columns: torch.Tensor, head: torch.Tensor, heads: int) -> torch.Tens
 def cache_key(metric: MetricPart, statistics: Statistics | None, parts: Anatomy) -> str:
     """Names the spectra that a metric and statistics give; the statistics are of one model, so they stand for it."""
     state = None if statistics is None else statistics.manifest.model_dump(mode="json")
-    content = [VERSION, metric.model_dump(mode="json"), state, [linear.name for linear in parts.linears]]
+    linears = [asdict(linear) | {"dtype": str(linear.dtype)} for linear in parts.linears]
+    content = [VERSION, metric.model_dump(mode="json"), state, linears]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -129,31 +124,39 @@ def make_spectra(
 ) -> Spectra:
     """Decompose every linear of `model`, or open what an earlier call left complete in `directory`.
 
-    One linear at a time is in memory; files appear whole, so a killed run goes on where it stopped.
+    One linear at a time is in memory; files appear whole, so a killed run goes on where it stopped, and several may run
+    side by side.
 
     Raises:
         NumericalError: a weight or a moment holds NaN or infinity; names the linear.
         RecipeError: the statistics lack what the metric needs.
+        StatisticsError: a file cannot be written, or not be read.
     """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StatisticsError(
-            f"{directory} cannot be made ({error}); copy the statistics to a folder of yours"
-        ) from error
+    paths = {linear.name: directory / f"{linear.name}.safetensors" for linear in parts.linears}
     sources: dict[str, str] = {}
-    for done, linear in enumerate(parts.linears):
-        path = directory / f"{linear.name}.safetensors"
-        if path.exists():
-            sources[linear.name] = _source(path)
-        else:
-            sources[linear.name] = _make(model, linear, metric, statistics, path)
-        if progress is not None:
-            progress(done + 1, len(parts.linears))
+    with ExitStack() as stack:
+        if not all(path.exists() for path in paths.values()):
+            stack.enter_context(writing(directory if statistics is None else statistics.path, alone=False))
+        for done, linear in enumerate(parts.linears):
+            path, of = paths[linear.name], _of(directory, linear.name)
+            if not path.exists():
+                tensors, source = _make(model, linear, metric, statistics)
+                write_sealed(path, tensors, of=of, note=source)
+            sources[linear.name] = open_sealed(path, of=of).note
+            if progress is not None:
+                progress(done + 1, len(parts.linears))
     return Spectra(directory, sources)
 
 
-def _make(model: nn.Module, linear: Linear, part: MetricPart, statistics: Statistics | None, path: Path) -> str:
+def _of(directory: Path, name: str) -> str:
+    """What a file is of: the linear, and by the key all that its spectrum depends on."""
+    return f"{directory.name}/{name}"
+
+
+def _make(
+    model: nn.Module, linear: Linear, part: MetricPart, statistics: Statistics | None
+) -> tuple[dict[str, torch.Tensor], str]:
+    """The tensors of one spectrum, and where its metric came from."""
     weight = model.get_submodule(linear.name).weight
     assert isinstance(weight, torch.Tensor)
     W = check_finite(f"the weight of {linear.name}", weight.detach())
@@ -167,21 +170,4 @@ def _make(model: nn.Module, linear: Linear, part: MetricPart, statistics: Statis
     kept = torch.float64 if len(spectrum.P) < len(W) and spectrum.head is None else torch.float32
     found = {"s": spectrum.s, "loss": spectrum.loss, "head": spectrum.head, "P": spectrum.P.to(kept)}
     found["Q"] = None if spectrum.Q is None else spectrum.Q.to(kept)
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in found.items() if tensor is not None}
-    temporary = path.with_suffix(".tmp")
-    try:
-        save_file(tensors, temporary, metadata={"source": metric.source})
-        sync(temporary)
-        temporary.replace(path)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise StatisticsError(f"{path} cannot be written ({error}); free space or name another directory") from error
-    return metric.source
-
-
-def _source(path: Path) -> str:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return str(file.metadata()["source"])
-    except (OSError, SafetensorError, TypeError, KeyError) as error:
-        raise StatisticsError(f"{path} cannot be read ({error}); delete {path.parent} and compress again") from error
+    return {name: tensor for name, tensor in found.items() if tensor is not None}, metric.source

@@ -25,7 +25,7 @@ def model_print(model: PreTrainedModel) -> ModelPrint:
     on any device, and 256 elements spread over the tensor, which catch a change of order.
 
     Raises:
-        ModelError: a parameter is not in memory.
+        ModelError: a parameter is not in memory, or was made under ``torch.inference_mode()``.
     """
     config = json.dumps(_lasting(model.config.to_dict()), sort_keys=True, default=str)
     tensors = {name: _tensor_print(name, parameter) for name, parameter in model.named_parameters()}
@@ -42,6 +42,11 @@ def _lasting(value: Any) -> Any:
 def _tensor_print(name: str, tensor: torch.Tensor) -> str:
     if tensor.is_meta:
         raise ModelError(f"parameter {name} is not in memory; load the model without offloading")
+    if tensor.is_inference():
+        raise ModelError(
+            f"parameter {name} was made under torch.inference_mode(), so that nothing can be differentiated; load the "
+            "model outside of it"
+        )
     bits = tensor.detach().reshape(-1).view(_BITS[tensor.dtype.itemsize])
     total = sum(int(chunk.sum(dtype=torch.int64)) for chunk in bits.split(_CHUNK))
     sampled = bits[:: max(1, len(bits) // _STRIDED)].cpu().numpy().tobytes()

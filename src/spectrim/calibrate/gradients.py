@@ -1,8 +1,9 @@
 """Gradient passes: one sample forward and backward, and what its linears' output gradients add to the sums."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,6 +25,7 @@ class GradientWatch(Hooked):
 
     Parameters are frozen; the graph begins at the outputs of the first linears, so that a linear costs nothing before
     them. No gradient of a weight is formed unless ``fisher`` asks for it (or it is the cheaper way to a trace).
+    Outputs and inputs are those of the linear itself, whatever the model writes into them afterwards.
 
     Args:
         modules: the linears and their modules.
@@ -31,6 +33,7 @@ class GradientWatch(Hooked):
         counted: the positions of this sample that count.
         forms: by linear, how output moments are kept; none are gathered for others.
         fisher: gather the gradient statistic of weights, with gradients multiplied by this; None gathers none.
+        written: linears whose inputs are copied, since the model writes into them before the backward pass.
     """
 
     def __init__(
@@ -40,8 +43,11 @@ class GradientWatch(Hooked):
         counted: Positions,
         forms: Mapping[str, Form],
         fisher: float | None,
+        written: Collection[str] = (),
     ) -> None:
         super().__init__(modules)
+        self._written = written
+        self._inputs: list[tuple[str, torch.Tensor, int]] = []  # linear, input, and its version when it was read
         self._sums, self._counted = sums, counted
         self._forms, self._fisher = forms, fisher
         self._calls: Counter[str] = Counter()
@@ -56,11 +62,24 @@ class GradientWatch(Hooked):
             self._add(linear, torch.cat([g for g, _ in parts]), torch.cat([x for _, x in parts]))
         super().finish(what)
 
-    def _after(self, linear: Linear, _module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        if not output.requires_grad:
+    def written(self) -> set[str]:
+        """Linears whose inputs the model has written into since they ran; asked once, between the two passes."""
+        found = {name for name, x, version in self._inputs if x._version != version}
+        self._inputs.clear()
+        return found
+
+    def _after(self, linear: Linear, _module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> Any:
+        begins = not output.requires_grad
+        if begins:
             output.requires_grad_()
+        x = args[0].detach()
+        if linear.name in self._written:
+            x = x.clone()
+        self._inputs.append((linear.name, x, x._version))
         self._calls[linear.name] += 1
-        output.register_hook(partial(self._backward, linear, args[0].detach()))
+        output.register_hook(partial(self._backward, linear, x))
+        # Models may write into what a linear gives, but autograd lets nobody write into a leaf, or a view of one.
+        return output.clone() if begins else output
 
     def _backward(self, linear: Linear, x: torch.Tensor, g: torch.Tensor) -> None:
         if x.numel() == 0:  # an expert that no token chose
@@ -101,8 +120,15 @@ def run_gradients(
     inputs, where = sample.inputs, sample.labelled
     counted = positions(model, inputs, image_tokens_only=False)
     scale = 1 / int(where.sum()) if fisher else None
-    with torch.enable_grad(), GradientWatch(modules, sums, counted, forms, scale) as watch:
-        logits = getattr(model(**inputs, use_cache=False), "logits", None)
+
+    def forward(written: Collection[str] = ()) -> tuple[GradientWatch, torch.Tensor | None]:
+        with GradientWatch(modules, sums, counted, forms, scale, written) as watch:
+            return watch, getattr(model(**inputs, use_cache=False), "logits", None)
+
+    with torch.enable_grad():
+        watch, logits = forward()
+        if written := watch.written():
+            watch, logits = forward(written)
         if logits is None or logits.shape[1] != inputs["input_ids"].shape[1]:
             raise ModelError(
                 f"{type(model).__name__} returns no logits for its tokens; gradients need a model with a language head"

@@ -1,18 +1,28 @@
 """``manifest.json``: what a statistics directory holds, of which model and data, and how far it has come."""
 
+import hashlib
 import json
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    StringConstraints,
+    ValidationError,
+)
 
 from spectrim.calibrate.forms import Form
-from spectrim.errors import StatisticsError
+from spectrim.errors import RecipeError, StatisticsError
+from spectrim.files import parse_json
 from spectrim.samples import Modality
 
 MANIFEST = "manifest.json"
 FORMAT: Literal["spectrim-statistics"] = "spectrim-statistics"
-VERSION: Literal[2] = 2
+VERSION: Literal[3] = 3
 
 
 class _Part(BaseModel):
@@ -23,7 +33,11 @@ class ModelPrint(_Part):
     """What makes a model this model: a digest of its config, and shape, dtype and digest of each parameter."""
 
     config: str
-    tensors: dict[str, str]
+    tensors: dict[str, Annotated[str, StringConstraints(pattern=r"^\w+\[[\d, ]*\]:[0-9a-f]{16}$")]]
+
+    def shape(self, parameter: str) -> tuple[int, ...]:
+        """Shape of one parameter."""
+        return tuple(json.loads(self.tensors[parameter].partition("[")[2].partition("]")[0].join("[]")))
 
     def difference(self, other: Self) -> str | None:
         """What differs in ``other``, in words; None when nothing does."""
@@ -68,22 +82,23 @@ class Settings(_Part):
 
 
 class TensorFile(_Part):
-    """A safetensors file of one block, beside the manifest."""
+    """A safetensors file of one block, beside the manifest and nowhere else."""
 
-    name: str
+    name: str = Field(pattern=r"^[^/\\.][^/\\]*\.safetensors$")
     size: int  # bytes
+    sha256: str
 
 
 class Gathered(_Part):
     """One unit: how far, which linear has whose moment, and where the moments are."""
 
-    batches: int = 0  # gathered so far
-    samples: int = 0
-    labels: int = 0  # labelled tokens of gradient passes
+    batches: NonNegativeInt = 0  # gathered so far
+    samples: NonNegativeInt = 0
+    labels: NonNegativeInt = 0  # labelled tokens of gradient passes
     owners: dict[str, str] = {}
-    counts: dict[str, int] = {}  # by owner: positions
+    counts: dict[str, PositiveInt] = {}  # by owner: positions
     fisher: tuple[str, ...] = ()  # linears with a gradient statistic
-    outputs: dict[str, int] = {}  # by linear with an output moment: positions
+    outputs: dict[str, PositiveInt] = {}  # by linear with an output moment: positions
     files: dict[str, TensorFile] = {}  # by block; "other" outside blocks
 
 
@@ -110,7 +125,7 @@ class Manifest(_Part):
     """The whole directory. A file that it does not name is no part of the statistics."""
 
     format: Literal["spectrim-statistics"] = FORMAT
-    version: Literal[2] = VERSION
+    version: Literal[3] = VERSION
     generation: int = 0  # snapshots written
     complete: bool = False
     model: ModelPrint
@@ -119,8 +134,21 @@ class Manifest(_Part):
     versions: dict[str, str]
     blocks: dict[str, str]  # linear → block, "other" outside blocks
     forms: dict[str, str]  # linear → form of its output moment; empty without curvature
+    heads: dict[str, PositiveInt]  # linear → heads that its outputs are made of; empty without curvature
     groups: tuple[tuple[str, ...], ...]  # linears of each gradient pass; empty without curvature
     gathered: dict[str, Gathered]  # by unit
+
+    def _lost(self) -> str | None:
+        """A name in it that leads nowhere; None where all lead somewhere."""
+        lost = self.gathered.keys() ^ {unit.name for unit in self.units}
+        lost |= {name for name in self.blocks if f"{name}.weight" not in self.model.tensors}
+        for gathered in self.gathered.values():
+            lost |= {*gathered.owners, *gathered.counts, *gathered.fisher, *gathered.outputs, *self.forms} - {
+                *self.blocks
+            }
+            lost |= {*gathered.owners.values()} - gathered.counts.keys()
+            lost |= gathered.outputs.keys() - self.forms.keys()
+        return min(lost, default=None)
 
     @property
     def output_forms(self) -> dict[str, Form]:
@@ -139,36 +167,50 @@ class Manifest(_Part):
             found.append(Unit(modality="text", gradients=True))
         return tuple(found)
 
+    def json(self) -> bytes:  # type: ignore[override]
+        """The content of the file; its last entry is the digest of all others."""
+        content = self.model_dump(mode="json")
+        return json.dumps(content | {"digest": _digest(content)}, indent=1).encode()
+
     @classmethod
-    def read(cls, directory: Path) -> "Manifest":
+    def read(cls, directory: Path) -> Self:
         """The manifest of a directory.
 
         Raises:
-            StatisticsError: there is none, or it is truncated, foreign or of another format version.
+            StatisticsError: there is none, or it is truncated, foreign, changed or of another format version.
         """
         path = directory / MANIFEST
+        again = f"delete {directory} and calibrate again"
         try:
-            content = json.loads(path.read_bytes())
+            content = parse_json(path.read_bytes())
         except FileNotFoundError as error:
             raise StatisticsError(
                 f"{directory} holds no {MANIFEST}, so it is no statistics directory; write one with spectrim calibrate"
             ) from error
-        except (OSError, ValueError) as error:
-            raise StatisticsError(f"{path} cannot be read ({error}); delete {directory} and calibrate again") from error
+        except OSError as error:
+            raise StatisticsError(f"{path} cannot be read ({error}); give a statistics directory") from error
+        except ValueError as error:
+            raise StatisticsError(f"{path} {error}, so it cannot be read; {again}") from error
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise StatisticsError(f"{path} was not written by spectrim calibrate; give a statistics directory")
         if content.get("version") != VERSION:
             raise StatisticsError(
-                f"{directory} has statistics format {content.get('version')} and this spectrim reads {VERSION}; "
-                "calibrate again"
+                f"{directory} has statistics format {content.get('version')} and this spectrim reads {VERSION}; {again}"
             )
+        digest = content.pop("digest", None)
         try:
-            return cls.model_validate(content)
+            found = cls.model_validate(content)
+            _ = found.output_forms
+        except RecipeError as error:
+            raise StatisticsError(f"{path} is damaged ({error}); {again}") from error
         except ValidationError as error:
             where = ".".join(map(str, error.errors()[0]["loc"]))
-            raise StatisticsError(
-                f"{path} is damaged at '{where}' ({error.errors()[0]['msg']}); delete {directory} and calibrate again"
-            ) from error
+            raise StatisticsError(f"{path} is damaged at '{where}' ({error.errors()[0]['msg']}); {again}") from error
+        if (lost := found._lost()) is not None:
+            raise StatisticsError(f"{path} is damaged ({lost} is in a part of it only); {again}")
+        if digest != _digest(content):
+            raise StatisticsError(f"{path} has changed since it was written; restore it, or {again}")
+        return found
 
     def check_fits(self, wanted: "Manifest", directory: Path) -> None:
         """Refuse to continue with another model, other data or other settings.
@@ -192,3 +234,7 @@ class Manifest(_Part):
                 f"{directory} holds statistics {' and '.join(differences)}; "
                 "choose another output directory or delete it"
             )
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

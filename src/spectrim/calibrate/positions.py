@@ -37,9 +37,7 @@ class Positions:
             SampleError: samples do not have the same number of positions that count.
         """
         samples, layout = self.shape[0], x.shape[:-1]
-        # An expert of the backbone reads a list of positions that tokens chose, in whatever number.
-        alike = place != "backbone" or len(layout) > 1 or layout.numel() == samples * self.shape[1]
-        if alike := alike and layout.numel() % samples == 0:
+        if alike := not self.chosen(place, layout) and layout.numel() % samples == 0:
             mask = self.rows(place, layout)
             counts = None if mask is None else mask.view(samples, -1).sum(1)
             alike = counts is None or bool((counts == counts[0]).all())
@@ -49,6 +47,10 @@ class Positions:
             )
         rows = self.select(place, x)
         return rows.view(samples, -1, rows.shape[-1]).mean(0)
+
+    def chosen(self, place: Place, layout: torch.Size) -> bool:
+        """Whether a linear reads a list of positions that tokens chose, in whatever number, as an expert does."""
+        return place == "backbone" and len(layout) == 1 and layout.numel() != self.shape[0] * self.shape[1]
 
     def rows(self, place: Place, layout: torch.Size) -> torch.Tensor | None:
         """Bool mask over the flattened positions of an input ``[*layout, in]``; None where all count."""

@@ -3,9 +3,10 @@
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import distributed
@@ -18,17 +19,19 @@ from spectrim.calibrate.fingerprint import model_print
 from spectrim.calibrate.forms import Form, choose_forms
 from spectrim.calibrate.gradients import run_gradients
 from spectrim.calibrate.labels import labelled_samples
-from spectrim.calibrate.manifest import DataPrint, Gathered, Manifest, Settings, Unit
+from spectrim.calibrate.manifest import MANIFEST, DataPrint, Gathered, Manifest, Settings, Unit
 from spectrim.calibrate.moments import Sums
 from spectrim.calibrate.passes import prepared, run_batch
 from spectrim.calibrate.positions import image_token
 from spectrim.calibrate.snapshot import Store
 from spectrim.calibrate.statistics import Statistics
-from spectrim.errors import SampleError
+from spectrim.errors import SampleError, StatisticsError
+from spectrim.lock import LOCK, writing
 
 _SNAPSHOT_SHARE = 0.1  # of the time at most goes into snapshots
 
 
+@torch.inference_mode(False)  # whose tensors of samples could not be differentiated
 def calibrate(
     model: PreTrainedModel,
     out: Path | str,
@@ -93,6 +96,9 @@ def calibrate(
         NumericalError: NaN or infinity; names the linear and the batch.
     """
     out, parts = Path(out), anatomy(model)
+    if share()[1] == 1 and (out / LOCK).exists() and not ((out / MANIFEST).exists() and Manifest.read(out).complete):
+        with writing(out, alone=True):
+            pass  # nobody else writes there: known before samples are loaded
     settings = Settings(
         samples=samples,
         seqlen=seqlen,
@@ -125,10 +131,31 @@ def calibrate(
             raise SampleError("image_tokens_only needs image samples; give an image source or leave it out")
         image_token(model)
     source = DataPrint(text=text, images=images if data.images else None, fingerprint=data.fingerprint())
-    store = Store(out, _manifest(model, parts, data, source, settings))
-    if not store.manifest.complete:
-        _gather(model, parts, data, store, checkpoint_seconds, progress or (lambda done, total: None))
+    fresh = _manifest(model, parts, data, source, settings)
+    if not Store(out, fresh).manifest.complete:
+        with _sole_writer(out):
+            store = Store(out, fresh)  # as the writer before has left it
+            if not store.manifest.complete:
+                _gather(model, parts, data, store, checkpoint_seconds, progress or (lambda done, total: None))
     return Statistics.open(out)
+
+
+@contextmanager
+def _sole_writer(out: Path) -> Iterator[None]:
+    """The lock of the directory, which the first of the processes of torch.distributed holds for all of them."""
+    rank, processes = share()
+    with ExitStack() as stack:
+        failed: list[Any] = [None]
+        if rank == 0:
+            try:
+                stack.enter_context(writing(out, alone=True))
+            except StatisticsError as error:
+                failed = [error]
+        if processes > 1:
+            distributed.broadcast_object_list(failed)
+        if failed[0] is not None:
+            raise failed[0]
+        yield
 
 
 def _gather(
@@ -230,6 +257,7 @@ def _manifest(model: PreTrainedModel, parts: Anatomy, data: Data, source: DataPr
         versions={"python": platform.python_version(), **packages},
         blocks={linear.name: linear.block or "other" for linear in parts.linears},
         forms={name: str(form) for name, form in forms.items()},
+        heads={x.name: x.per_head for x in parts.linears if x.name in forms and x.per_head},
         groups=tuple(tuple(linear.name for linear in group) for group in groups),
         gathered={},
     )

@@ -1,25 +1,28 @@
 """Snapshots: running sums to disk and back, so that a killed run loses minutes and never its integrity.
 
 A snapshot writes block files under names that carry its generation, then the manifest that names them, then deletes the
-files of earlier generations. Whatever the moment of a kill, the manifest names whole files of one and the same state.
+files of other generations. Whatever the moment of a kill, the manifest names whole files of one and the same state.
 """
 
 import re
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from spectrim.calibrate.forms import Form
 from spectrim.calibrate.manifest import MANIFEST, Gathered, Manifest, TensorFile
 from spectrim.calibrate.moments import MomentSum, OutputSum, Sums
-from spectrim.calibrate.statistics import check_files, read_tensor
+from spectrim.calibrate.statistics import check_files, file_digest, read_tensor
 from spectrim.errors import StatisticsError
-from spectrim.files import sync
+from spectrim.files import PART, replacing, write_whole
+from spectrim.lock import LOCK
 
-_OURS = re.compile(r".+\.g\d{6}\.safetensors(\.part)?|manifest\.json\.part")
+_MOMENTS = re.compile(r".+\.g\d{6}\.safetensors")
+_OURS = re.compile(rf"{_MOMENTS.pattern}|\..+{re.escape(PART)}|{re.escape(LOCK)}")
 
 
 class Store:
@@ -60,7 +63,9 @@ class Store:
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             self._save(sums, complete)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
+            with suppress(OSError):
+                self._clean()  # makes room, too
             raise StatisticsError(
                 f"{self._directory} cannot be written ({error}); make room or choose another output directory"
             ) from error
@@ -71,12 +76,15 @@ class Store:
         gathered = self.manifest.gathered | written
         update = {"generation": generation, "complete": complete, "gathered": gathered}
         manifest = self.manifest.model_copy(update=update)
-        content = manifest.model_dump_json(indent=1).encode()
-        _replace(self._directory / MANIFEST, lambda part: part.write_bytes(content))
+        write_whole(self._directory / MANIFEST, manifest.json())
         self.manifest = manifest
-        named = {file.name for part in gathered.values() for file in part.files.values()}
+        self._clean()
+
+    def _clean(self) -> None:
+        """Remove the files of other generations than the one that the manifest names."""
+        named = {file.name for part in self.manifest.gathered.values() for file in part.files.values()}
         for path in self._directory.iterdir():
-            if _OURS.fullmatch(path.name) and path.name not in named:
+            if _MOMENTS.fullmatch(path.name) and path.name not in named:
                 path.unlink()
 
     def _sums(self, gathered: Gathered, home: torch.device) -> Sums:
@@ -110,8 +118,9 @@ class Store:
                     tensors |= {f"{name}.{part}": value for part, value in output.sums.items()}
                     tensors[f"{name}.traces"] = output.traces
             path = self._directory / f"{unit}.{block}.g{generation:06d}.safetensors"
-            _replace(path, partial(save_file, tensors))
-            files[block] = TensorFile(name=path.name, size=path.stat().st_size)
+            with replacing(path) as part:
+                save_file(tensors, part)
+                files[block] = TensorFile(name=path.name, size=part.stat().st_size, sha256=file_digest(part))
         return Gathered(
             batches=sums.batches,
             samples=sums.samples,
@@ -125,13 +134,5 @@ class Store:
 
 
 def _foreign(directory: Path) -> Iterator[Path]:
+    """What no calibration has left in a directory; one that was killed early leaves no manifest."""
     return (path for path in sorted(directory.iterdir()) if not _OURS.fullmatch(path.name))
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file whole or not at all, and make it outlast a power cut."""
-    part = path.with_name(path.name + ".part")
-    write(part)
-    sync(part)
-    part.replace(path)
-    sync(path.parent)

@@ -1,7 +1,10 @@
 """An opened statistics directory."""
 
+import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -9,20 +12,30 @@ from transformers import PreTrainedModel
 
 from spectrim.calibrate.fingerprint import model_print
 from spectrim.calibrate.forms import Form
-from spectrim.calibrate.manifest import Gathered, Manifest
+from spectrim.calibrate.manifest import Gathered, Manifest, TensorFile
 from spectrim.calibrate.moments import GradMoment, Moment, OutputMoment
 from spectrim.errors import StatisticsError
+from spectrim.linalg import check_finite
 from spectrim.samples import Modality
 
 
-def tensor_names(gathered: Gathered, manifest: Manifest) -> dict[str, str]:
-    """Tensor name → block, of everything that one unit must have on disk."""
-    wanted = {owner: ["second", "abs_sum"] for owner in gathered.counts}
+def _shapes(unit: str, manifest: Manifest) -> dict[str, dict[str, tuple[int, ...]]]:
+    """By block and tensor name, the shapes of everything that one unit must have on disk, all float64."""
+    gathered, found = manifest.gathered[unit], dict[str, dict[str, tuple[int, ...]]]()
+
+    def want(linear: str, shapes: dict[str, tuple[int, ...]]) -> None:
+        found.setdefault(manifest.blocks[linear], {}).update({f"{linear}.{part}": x for part, x in shapes.items()})
+
+    sizes = {linear: manifest.model.shape(f"{linear}.weight") for linear in manifest.blocks}  # [out, in]
+    for owner in gathered.counts:
+        width = sizes[owner][1]
+        want(owner, {"second": (width, width), "abs_sum": (width,)})
     for linear in gathered.fisher:
-        wanted.setdefault(linear, []).append("fisher_cols")
+        want(linear, {"fisher_cols": (sizes[linear][1],)})
     for linear in gathered.outputs:
-        wanted.setdefault(linear, []).extend(["traces", *Form.read(manifest.forms[linear]).parts])
-    return {f"{name}.{part}": manifest.blocks[name] for name, parts in wanted.items() for part in parts}
+        shapes = manifest.output_forms[linear].shapes(sizes[linear][0])
+        want(linear, shapes | {"traces": (4, manifest.heads.get(linear, 1))})
+    return found
 
 
 def read_tensor(directory: Path, gathered: Gathered, block: str, name: str) -> torch.Tensor:
@@ -35,24 +48,50 @@ def read_tensor(directory: Path, gathered: Gathered, block: str, name: str) -> t
         raise StatisticsError(f"{path} cannot be read ({error}); delete {directory} and calibrate again") from error
 
 
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file, 2 GB/s and more per core. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def check_files(directory: Path, manifest: Manifest) -> None:
-    """Compare size and header of every file with the manifest.
+    """Compare every file with the manifest: its digest, and the names and shapes of its tensors.
 
     Raises:
-        StatisticsError: a file is missing, truncated, or lacks a tensor; names the file.
+        StatisticsError: a file is missing, truncated or changed, or holds other tensors; names the file.
     """
-    for gathered in manifest.gathered.values():
-        names = tensor_names(gathered, manifest)
-        for block in set(names.values()) | gathered.files.keys():
-            path = directory / (gathered.files[block].name if block in gathered.files else f"the file of {block}")
-            try:
-                with safe_open(path, framework="pt") as file:
-                    held = set(file.keys())
-                whole = path.stat().st_size == gathered.files[block].size
-            except (OSError, SafetensorError, KeyError):
-                held, whole = set(), False
-            if not whole or not held >= {name for name, place in names.items() if place == block}:
-                raise StatisticsError(f"{path} is missing or truncated; delete {directory} and calibrate again")
+    wanted = [
+        (directory / gathered.files[block].name, gathered.files[block], shapes[block])
+        if block in shapes and block in gathered.files
+        else (directory / f"{unit}.{block}", None, {})
+        for unit, gathered in manifest.gathered.items()
+        for shapes in [_shapes(unit, manifest)]
+        for block in sorted(shapes.keys() | gathered.files.keys())
+    ]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # which reads and hashes files side by side
+        found = pool.map(lambda each: _difference(*each), wanted)
+        for (path, _, _), difference in zip(wanted, found, strict=True):
+            if difference is not None:
+                raise StatisticsError(f"{path} {difference}; delete {directory} and calibrate again")
+
+
+def _difference(path: Path, known: TensorFile | None, shapes: dict[str, tuple[int, ...]]) -> str | None:
+    try:
+        if known is None or path.stat().st_size != known.size:
+            return "is missing or truncated"
+        if path.is_symlink():
+            return "is a link, which may lead to anything"
+        if file_digest(path) != known.sha256:
+            return "has changed since it was written"
+        with safe_open(path, framework="pt") as file:
+            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            held = {name: tuple(part.get_shape()) for name, part in parts.items()}
+            kinds = {part.get_dtype() for part in parts.values()}
+    except (OSError, SafetensorError):
+        return "is missing or truncated"
+    if strange := sorted(held.items() ^ shapes.items()):
+        return f"does not hold the moments of this model ({strange[0][0]})"
+    return None if kinds <= {"F64"} else f"holds moments in {min(kinds - {'F64'})}"
 
 
 class Statistics:
@@ -61,6 +100,7 @@ class Statistics:
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
         self.manifest = manifest
+        self.means: dict[str, Any] = {}  # kept by calibrate.experts
 
     @classmethod
     def open(cls, path: Path | str) -> Self:
@@ -73,7 +113,8 @@ class Statistics:
         manifest = Manifest.read(path)
         if not manifest.complete:
             raise StatisticsError(
-                f"the calibration in {path} was interrupted; run the same spectrim calibrate command to finish it"
+                f"the calibration in {path} runs still or was interrupted; run the same spectrim calibrate command to "
+                "finish it"
             )
         check_files(path, manifest)
         return cls(path, manifest)
@@ -134,4 +175,20 @@ class Statistics:
         return [self.manifest.gathered[unit.name] for unit in units]
 
     def _read(self, gathered: Gathered, linear: str, part: str) -> torch.Tensor:
-        return read_tensor(self.path, gathered, self.manifest.blocks[linear], f"{linear}.{part}")
+        block, name = self.manifest.blocks[linear], f"{linear}.{part}"
+        found = check_finite(f"the moment {name} in {self.path}", read_tensor(self.path, gathered, block, name))
+        if not _is_sum(part, found):
+            raise StatisticsError(
+                f"{self.path / gathered.files[block].name} holds no sum of squares in {name}; delete {self.path} and "
+                "calibrate again"
+            )
+        return found
+
+
+def _is_sum(part: str, found: torch.Tensor) -> bool:
+    """Can it be such a moment: symmetric where it is square, with nothing negative where squares are added?"""
+    if part not in ("second", "output") or found.shape[-1] != found.shape[-2]:
+        return part == "output" or not bool((found < 0).any())  # a sketch may have any sign
+    diagonal = found.diagonal(dim1=-2, dim2=-1)
+    skew = float((found - found.mT).abs().max())  # of float32 products: rounding
+    return not bool((diagonal < 0).any()) and skew <= 1e-3 * float(diagonal.max())

@@ -25,6 +25,7 @@ from spectrim.compensate.units import Group, Unit
 from spectrim.curvature import OutputMetric
 from spectrim.errors import ModelError, NumericalError, RecipeError
 from spectrim.layers import Rank, head_ranks
+from spectrim.lock import writing
 from spectrim.metric import chosen, joint_weights, layer_metric
 from spectrim.plan import Plan, PlanRow
 from spectrim.recipe import Recipe
@@ -62,7 +63,7 @@ class Compensation:
         self._alone, self._statistics, self._processor = alone, statistics, processor
         if recipe.compensate.kind == "adacomp" and any(row.integers is not None for row in plan.linears.values()):
             raise RecipeError("adaComp fits factors that are no integers; set compensate.kind=anchored or none")
-        self._store = Store(statistics, recipe, plan)
+        self._store = Store(statistics, parts, recipe, plan)
         names: dict[str, list[Any]] = {}
         for linear in parts.linears:
             if linear.name in plan.changed:
@@ -91,7 +92,9 @@ class Compensation:
                 found |= (kept := self._store.read(name))
                 unit.compress(self._plan, kept)
                 del missing[name]
-        if missing:
+        if not missing:
+            return found
+        with writing(self._store.home, alone=False):
             with prepared(self._model), self._passes() as pairs:
                 for at, solved in self._walk(pairs):
                     found |= solved
@@ -99,8 +102,8 @@ class Compensation:
                     del missing[at]
                     if progress is not None:
                         progress(len(self._units) - len(missing), len(self._units))
-        for name in missing:  # no sample comes there, which the next call need not find out again
-            self._store.write(name, {})
+            for name in missing:  # no sample comes there, which the next call need not find out again
+                self._store.write(name, {})
         return found
 
     def _walk(self, pairs: list[_Pair]) -> Iterator[tuple[str, dict[str, Stored]]]:
@@ -163,7 +166,11 @@ class Compensation:
         return found, [seen.output for seen in dense]
 
     def _add(self, unit: Unit, group: Group, pair: _Pair, dense: Tap, sums: dict[Modality, ShiftedSum]) -> None:
-        """Add one batch to the sums of its modality; nothing where the group does not run whole."""
+        """Add one batch to the sums of its modality.
+
+        Nothing where the group does not run whole, and nothing of experts: the compressed model may send them other
+        tokens than the dense one, whose outputs are then no targets.
+        """
         first, size = group.members[0], unit.linears[group.members[0]].in_features
         assert pair.small.call is not None
         small = unit.tap(pair.small.call, small=True, x=(first,), r=group.writers)
@@ -171,6 +178,8 @@ class Compensation:
             return
         x = small.x[first]
         place = unit.linears[first].place
+        if pair.counted.chosen(place, x.shape[:-1]) or pair.counted.chosen(place, dense.y[first].shape[:-1]):
+            return
         rows = pair.counted.select if self._recipe.compensate.buckets is None else pair.counted.average
         targets = {}
         for name in group.members:

@@ -1,0 +1,69 @@
+"""One writer at a time in a statistics directory; readers never ask."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from spectrim.errors import StatisticsError
+from spectrim.files import PART
+
+if sys.platform != "win32":  # where there is no such lock, and directories are not guarded
+    import fcntl
+
+LOCK = ".lock"
+
+
+@contextmanager
+def writing(directory: Path, *, alone: bool) -> Iterator[None]:
+    """Hold the lock of a directory, which is made if missing, while the block writes there.
+
+    `alone` is for who changes what the directory holds. Others add files of their own, whole and under names that say
+    what is in them, and may do so together. Whoever finds nobody else there removes what killed runs left half-written.
+
+    The lock is the kernel's and dies with its process; a file with a pid would outlive it, and the pid may be another's
+    by then.
+
+    Raises:
+        StatisticsError: another process writes there, or nothing can be written.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise StatisticsError(
+            f"{directory} cannot be written ({error}); make room, or name a directory of yours"
+        ) from error
+    try:
+        if (free := _locked(descriptor, directory)) or not alone:
+            if free:
+                os.truncate(descriptor, 0)
+                for part in directory.rglob(f".*{PART}"):
+                    part.unlink(missing_ok=True)
+            if alone:
+                os.write(descriptor, str(os.getpid()).encode())
+            elif sys.platform != "win32":
+                fcntl.flock(descriptor, fcntl.LOCK_SH)  # waits for others to have cleaned up, no longer
+            yield
+            return
+        writer = os.read(descriptor, 20).decode(errors="replace")
+    finally:
+        os.close(descriptor)
+    raise StatisticsError(
+        f"another process{f' ({writer})' if writer.isdecimal() else ''} writes to {directory}; wait until it is done, "
+        "or choose another output directory"
+    )
+
+
+def _locked(descriptor: int, directory: Path) -> bool:
+    """Take the whole lock, if it is free."""
+    if sys.platform == "win32":
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise StatisticsError(f"{directory} cannot be locked ({error}); choose a directory on another disk") from error
+    return True
