@@ -319,7 +319,7 @@ def test_evaluate_end_to_end(directories: list[Path], processor: LlavaProcessor,
     report = evaluate(
         directories,
         text=str(tmp_path / "text.txt"),
-        vqa_source=source,
+        questions=source,
         seqlen=64,
         device="cpu",
         progress=lambda what, done, total: stages.append(what),
@@ -394,6 +394,6 @@ def test_evaluate_refuses_bad_input_before_it_loads(directories: list[Path], tmp
     (tmp_path / "results.json").write_text("{}")
     shared = write_questions(tmp_path, [q for q in make_questions() if q.task == "count"][:1] * 2, ["one"] * 2)
     with pytest.raises(SampleError, match="share one image"):
-        evaluate(directories, vqa_source=str(shared))
+        evaluate(directories, questions=str(shared))
     with pytest.raises(SampleError, match="no evaluation report"):
         EvaluationReport.read(tmp_path / "results.json")

@@ -23,10 +23,12 @@ from spectrim.samples import (
     image_batches,
     load_images,
     load_text,
+    question,
     text_batches,
     text_windows,
 )
 from spectrim.samples.batches import image_prompt
+from spectrim.samples.chat import texts
 
 # Writes the beginning-of-sequence token itself, as the templates of many models do.
 TEMPLATE = (
@@ -68,6 +70,15 @@ def image_folder(folder: Path, count: int) -> Path:
     for i in range(count):
         noise(i).save(folder / f"{i:03}.png")
     return folder
+
+
+def sample(seed: int, text: str, answer: str | None = None) -> ImageSample:
+    return ImageSample((noise(seed),), question(text), answer)
+
+
+def asked(sample: ImageSample) -> str:
+    (text,) = texts(sample.turns)
+    return text
 
 
 COUNTING = word_tokenizer(2000)  # the n-th word of TEXT is token n + 200: a window shows where it was cut
@@ -204,7 +215,7 @@ def test_images_of_a_data_set(monkeypatch, tmp_path):
     fake_datasets(monkeypatch, rows, {"image": FakeImage()})
     samples = load_images("org/pictures", samples=3, seed=1)
     for sample in samples:
-        assert np.array_equal(sample.image, noise(int(sample.instruction[1:])))
+        assert np.array_equal(sample.images[0], noise(int(asked(sample)[1:])))
         assert sample.answer is None
     with pytest.raises(SampleError, match="has 5 images and 6 were asked for"):
         load_images("org/pictures", samples=6, seed=1)
@@ -225,12 +236,12 @@ def test_folder_of_images(tmp_path):
     (tmp_path / "notes.txt").write_text("no image")
     chosen = load_images(str(tmp_path), samples=6, seed=3, instruction="Look.")
     assert len(chosen) == 6
-    assert {sample.instruction for sample in chosen} == {"Look."}
+    assert {asked(sample) for sample in chosen} == {"Look."}
     again = load_images(str(tmp_path), samples=6, seed=3, instruction="Look.")
     other = load_images(str(tmp_path), samples=6, seed=4, instruction="Look.")
-    assert [s.image.tobytes() for s in chosen] == [s.image.tobytes() for s in again]
-    assert [s.image.tobytes() for s in chosen] != [s.image.tobytes() for s in other]
-    assert [s.image.tobytes() for s in chosen[2:4]] == [s.image.tobytes() for s in chosen][2:4]
+    assert [s.images[0].tobytes() for s in chosen] == [s.images[0].tobytes() for s in again]
+    assert [s.images[0].tobytes() for s in chosen] != [s.images[0].tobytes() for s in other]
+    assert [s.images[0].tobytes() for s in chosen[2:4]] == [s.images[0].tobytes() for s in chosen][2:4]
     with pytest.raises(SampleError, match="has 6 images and 7 were asked for"):
         load_images(str(tmp_path), samples=7, seed=3)
     with pytest.raises(SampleError, match="at least 1"):
@@ -241,7 +252,7 @@ def test_every_mode_becomes_rgb(tmp_path):
     noise(0).convert("L").save(tmp_path / "grey.png")
     noise(0).convert("RGBA").save(tmp_path / "alpha.png")
     noise(0).convert("P").save(tmp_path / "palette.png", transparency=bytes(range(200)))
-    assert {sample.image.mode for sample in load_images(str(tmp_path), samples=3, seed=0)} == {"RGB"}
+    assert {sample.images[0].mode for sample in load_images(str(tmp_path), samples=3, seed=0)} == {"RGB"}
 
 
 def test_broken_image_is_named_when_opened(tmp_path):
@@ -264,8 +275,8 @@ def test_jsonl_of_images(tmp_path):
         {"image": "pictures/002.png"},
     ]
     samples = load_images(write_jsonl(tmp_path / "s.jsonl", rows), samples=3, seed=0, instruction="d")
-    assert {(s.instruction, s.answer) for s in samples} == {("i", None), ("q", "a"), ("d", None)}
-    assert all(np.array_equal(s.image, noise("iqd".index(s.instruction))) for s in samples)
+    assert {(asked(s), s.answer) for s in samples} == {("i", None), ("q", "a"), ("d", None)}
+    assert all(np.array_equal(s.images[0], noise("iqd".index(asked(s)))) for s in samples)
 
 
 @pytest.mark.parametrize(
@@ -292,22 +303,22 @@ def test_image_source_of_the_wrong_kind(tmp_path):
 
 def test_built_in_images_carry_the_instruction():
     samples = load_images("builtin", samples=5, seed=0, instruction="Say it.")
-    assert [s.instruction for s in samples] == ["Say it."] * 5
-    assert len({s.image.tobytes() for s in samples}) == 5
+    assert [asked(s) for s in samples] == ["Say it."] * 5
+    assert len({s.images[0].tobytes() for s in samples}) == 5
     again = load_images("builtin", samples=5, seed=0)
-    assert [s.image.tobytes() for s in samples] == [s.image.tobytes() for s in again]
+    assert [s.images[0].tobytes() for s in samples] == [s.images[0].tobytes() for s in again]
 
 
 def test_prompt_follows_the_chat_template():
     processor = llava_processor()
     assert image_prompt(processor, "w3 w4") == "<s><image> w3 w4 w99"
-    (batch,) = image_batches([ImageSample(noise(0), "w3 w4")], processor, 1)
+    (batch,) = image_batches([sample(0, "w3 w4")], processor, 1)
     assert batch.inputs["input_ids"].tolist() == [[1, *[120] * 16, 3, 4, 99]]  # and not two of token 1
 
 
 def test_prompt_without_chat_template_has_the_image_token_in_front():
     processor = llava_processor(chat_template=None)
-    (batch,) = image_batches([ImageSample(noise(0), "w3 w4")], processor, 1)
+    (batch,) = image_batches([sample(0, "w3 w4")], processor, 1)
     assert batch.inputs["input_ids"].tolist() == [[1, *[120] * 16, 3, 4]]
     processor.image_token = None
     with pytest.raises(SampleError, match="neither a chat template nor an image token"):
@@ -323,7 +334,7 @@ def test_labels_of_a_processor_do_not_reach_the_model():
 
     plain = llava_processor()
     processor = Labelling(plain.image_processor, plain.tokenizer, 4, "default", num_additional_image_tokens=1)
-    (batch,) = image_batches([ImageSample(noise(0), "w3")], processor, 1)
+    (batch,) = image_batches([sample(0, "w3")], processor, 1)
     assert set(batch.inputs) == {"input_ids", "attention_mask", "pixel_values"}
 
 
@@ -333,7 +344,7 @@ def test_image_batches_hold_every_sample_once_and_never_padding(lengths, batch_s
     def samples():
         for number, length in enumerate(lengths):
             opened.append(number)
-            yield ImageSample(noise(number), " ".join(["w5"] * length))
+            yield sample(number, " ".join(["w5"] * length))
 
     processor, opened, seen = llava_processor(), [], []
     for batch in image_batches(samples(), processor, batch_size):
@@ -343,7 +354,7 @@ def test_image_batches_hold_every_sample_once_and_never_padding(lengths, batch_s
         for ids, pixels in zip(batch.inputs["input_ids"], batch.inputs["pixel_values"], strict=True):
             seen.append((int((ids == 5).sum()), pixels.numpy().tobytes()))
         assert len(opened) - len(seen) <= 5 * batch_size  # waiting is bounded
-    alone = [next(image_batches([ImageSample(noise(i), "w5")], processor, 1)) for i in range(len(lengths))]
+    alone = [next(image_batches([sample(i, "w5")], processor, 1)) for i in range(len(lengths))]
     expected = [(n, b.inputs["pixel_values"][0].numpy().tobytes()) for n, b in zip(lengths, alone, strict=True)]
     assert sorted(seen) == sorted(expected)
 
@@ -358,7 +369,7 @@ def test_text_batches():
 
 def test_data_fingerprint_sees_all_content():
     windows = torch.arange(12).reshape(3, 4)
-    images = [ImageSample(noise(i), "w5 w6", "yes") for i in range(2)]
+    images = [sample(i, "w5 w6", "yes") for i in range(2)]
     processor = llava_processor()
     brighter = noise(1)
     brighter.putpixel((3, 3), (1, 2, 3))
@@ -371,8 +382,8 @@ def test_data_fingerprint_sees_all_content():
         (None, images, processor),
         (windows, [], None),
         (windows, images[::-1], processor),
-        (windows, [images[0], replace(images[1], image=brighter)], processor),
-        (windows, [images[0], replace(images[1], instruction="w7")], processor),
+        (windows, [images[0], replace(images[1], images=(brighter,))], processor),
+        (windows, [images[0], replace(images[1], turns=question("w7"))], processor),
         (windows, [images[0], replace(images[1], answer=None)], processor),
         (windows, images, llava_processor(chat_template=None)),
     ]
