@@ -1,6 +1,8 @@
 """Samples: windows, sources, batches, fingerprints, and the messages for what is wrong with them."""
 
+import itertools
 import json
+import re
 import sys
 import types
 from dataclasses import replace
@@ -85,23 +87,26 @@ COUNTING = word_tokenizer(2000)  # the n-th word of TEXT is token n + 200: a win
 TEXT = " ".join(f"w{i}" for i in range(200, 1200))
 
 
-@given(samples=st.integers(1, 30), seqlen=st.integers(1, 60), seed=st.integers(0, 5))
+@given(samples=st.integers(1, 30), seqlen=st.integers(2, 60), seed=st.integers(0, 5))
 @settings(max_examples=40, deadline=None)
 def test_windows_are_disjoint_pieces_of_the_text(samples, seqlen, seed):
-    if samples * seqlen > 1000:
-        with pytest.raises(SampleError, match=rf"1000 tokens, room for {1000 // seqlen} windows of {seqlen}"):
+    """Each is BOS, which the tokenizer adds, and seqlen - 1 tokens of the text."""
+    length = seqlen - 1
+    if samples * length > 1000:
+        with pytest.raises(SampleError, match=rf"1000 tokens, room for {1000 // length} windows of {seqlen}"):
             text_windows(TEXT, COUNTING, samples=samples, seqlen=seqlen, seed=seed)
         return
     windows = text_windows(TEXT, COUNTING, samples=samples, seqlen=seqlen, seed=seed)
     assert windows.dtype == torch.int64
     assert windows.shape == (samples, seqlen)
-    assert (windows.diff(dim=1) == 1).all()
-    assert len(windows.unique()) == samples * seqlen
+    assert (windows[:, 0] == 1).all()
+    assert (windows[:, 1:].diff(dim=1) == 1).all()
+    assert len(windows[:, 1:].unique()) == samples * length
     assert torch.equal(windows, text_windows(TEXT, COUNTING, samples=samples, seqlen=seqlen, seed=seed))
 
 
 def test_windows_reach_every_part_of_the_text_and_differ_by_seed():
-    starts = torch.cat([text_windows(TEXT, COUNTING, samples=5, seqlen=50, seed=s)[:, 0] for s in range(60)]) - 200
+    starts = torch.cat([text_windows(TEXT, COUNTING, samples=5, seqlen=51, seed=s)[:, 1] for s in range(60)]) - 200
     counts = torch.histc(starts.float(), bins=10, min=0, max=950)
     assert (counts > 10).all()  # 30 are expected in each tenth
     assert len(starts.unique()) > 200
@@ -123,10 +128,16 @@ def test_text_files(tmp_path):
 
 
 def test_built_in_text_has_disjoint_splits():
-    calibration, heldout = load_text("builtin"), load_text("builtin", split="heldout")
-    assert len(calibration) > 10_000
-    assert len(heldout) > 10_000
-    assert calibration != heldout
+    """No paragraph of 40 characters or more is in two splits."""
+    found = {}
+    for split in ("train", "calibration", "heldout"):
+        text = load_text("builtin", split=split)
+        paragraphs = [" ".join(piece.split()) for piece in re.split(r"\n\s*\n", text)]
+        found[split] = {paragraph for paragraph in paragraphs if len(paragraph) >= 40}
+        assert len(text) > 10_000
+        assert len(found[split]) > 100
+    for one, other in itertools.combinations(found, 2):
+        assert not found[one] & found[other], (one, other)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +149,7 @@ def test_built_in_text_has_disjoint_splits():
         ("a.jsonl", b'{"text": "x"}\n\n{"text": \n', "line 3 is not JSON"),
         ("a.jsonl", b'{"text": "x"}\n[1]\n', "line 2 is not a JSON object"),
         ("a.jsonl", b'{"text": 5}\n', 'line 1 has no string "text"'),
-        ("a.jsonl", b'{"text": "\xff"}\n', "line 1 is not JSON"),
+        ("a.jsonl", b'{"text": "\xff"}\n', "line 1 is not UTF-8 .byte 10."),
     ],
 )
 def test_bad_text_files_are_named(tmp_path, name, content, message):
@@ -205,7 +216,7 @@ def test_text_of_a_data_set(monkeypatch):
     with pytest.raises(SampleError, match="Bad split: none"):
         load_text("org/name::none")
     fake_datasets(monkeypatch, [{"body": "a"}])
-    with pytest.raises(SampleError, match=r"no column 'text' \(it has body\)"):
+    with pytest.raises(SampleError, match=r"no column 'text' or .* \(it has body\)"):
         load_text("org/name")
 
 

@@ -14,7 +14,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    tasks: tuple[str, ...] = Field(TASKS, min_length=1, description="perplexity, vqa, or both.")
+    tasks: tuple[str, ...] = Field(TASKS, description="perplexity, vqa, or both.")
     samples: int = Field(100, ge=1, description="Questions of each task.")
     seed: int = Field(0, description="Chooses the questions.")
     seqlen: int = Field(512, ge=1, description="Tokens of a window.")
@@ -33,6 +33,8 @@ class EvaluationSettings(Settings):
     @field_validator("tasks")
     @classmethod
     def _known(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
+        if not tasks:
+            raise ValueError(f"no evaluation task is named; choose from {', '.join(TASKS)}")
         if unknown := [task for task in tasks if task not in TASKS]:
             raise ValueError(f"there is no evaluation task '{unknown[0]}'; choose from {', '.join(TASKS)}")
         if len(set(tasks)) < len(tasks):

@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 
 from spectrim.errors import SampleError
-from spectrim.samples.beginning import beginning_text
+from spectrim.samples.beginning import begun
 from spectrim.samples.chat import Message, as_parts, question, render
 from spectrim.samples.images import ImageSample
 from spectrim.samples.sources import check_positive
@@ -143,11 +143,8 @@ def model_tensors(
         SampleError: the processor refuses a sample; the message has its name in ``where``.
     """
     tokenizer: Any = getattr(processor, "tokenizer", None)
-    added = "" if tokenizer is None else beginning_text(tokenizer, prompts[0])
-    begins = tuple(word for word in (added, getattr(tokenizer, "bos_token", None)) if word)
-    if any(prompt.startswith(begins) for prompt in prompts):
-        prompts = [prompt if prompt.startswith(begins) else added + prompt for prompt in prompts]
-        options["add_special_tokens"] = False
+    if tokenizer is not None and (written := begun(tokenizer, prompts)) is not None:
+        prompts, options["add_special_tokens"] = written, False
     call: Any = processor
     try:
         inputs: BatchFeature = call(text=list(prompts), images=list(map(list, images)), return_tensors="pt", **options)

@@ -1,5 +1,7 @@
 """How a text begins for a model: the tokens that its tokenizer puts before every text, such as BOS."""
 
+from collections.abc import Sequence
+
 from transformers import PreTrainedTokenizerBase
 
 from spectrim.errors import SampleError
@@ -29,6 +31,18 @@ def beginning(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     )
 
 
-def beginning_text(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    """The tokens of :func:`beginning` as they are written in a prompt."""
-    return "".join(map(str, tokenizer.convert_ids_to_tokens(beginning(tokenizer, text))))
+def begun(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[str] | None:
+    """Texts that each begin as the tokenizer begins one, written out, where one of them has its beginning already.
+
+    Chat templates may write BOS themselves, and the tokenizer must then add nothing. None where no text has one.
+    """
+    first = beginning(tokenizer, texts[0])
+    written = "".join(map(str, tokenizer.convert_ids_to_tokens(first)))
+    starts = [start for start in (first, [tokenizer.bos_token_id]) if start and start != [None]]
+
+    def has_one(text: str) -> bool:
+        ids = tokenizer(text[:_PROBE], add_special_tokens=False, verbose=False)["input_ids"]
+        return any(ids[: len(start)] == start for start in starts)
+
+    has = [has_one(text) for text in texts]
+    return [text if there else written + text for text, there in zip(texts, has, strict=True)] if any(has) else None

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from spectrim.errors import SampleError
-from spectrim.samples.beginning import beginning, beginning_text
+from spectrim.samples.beginning import beginning
 from spectrim.samples.chat import TURNS, read_chat, render
 from spectrim.samples.sources import check_positive, hub_rows, local_path, read_jsonl
 from spectrim.samples.tokens import refuse_media
@@ -136,13 +136,10 @@ def _row(where: str, row: dict[str, Any], processor: Any) -> _Passage:
     if processor is None:
         raise SampleError(f"{where} is a conversation, which needs the model's chat template; give its tokenizer")
     written = render(processor, chat.turns, where)
-    # Windows bring the beginning of a text themselves.
-    return _Passage(where, written.removeprefix(_begins(processor, written)), chat=True)
-
-
-def _begins(processor: Any, written: str) -> str:
     tokenizer = getattr(processor, "tokenizer", processor)
-    return beginning_text(tokenizer, written) or tokenizer.bos_token or ""
+    for token in tokenizer.convert_ids_to_tokens(beginning(tokenizer, written)):  # windows bring it themselves
+        written = written.removeprefix(token)
+    return _Passage(where, written, chat=True)
 
 
 def _read_hub(source: str, split: str, processor: Any) -> Iterator[_Passage]:

@@ -42,7 +42,9 @@ def check_tokens(ids: torch.Tensor, config: PreTrainedConfig, *, window: int = 0
     text_config = config.get_text_config()
     limit, vocabulary = (getattr(text_config, key, None) for key in ("max_position_embeddings", "vocab_size"))
     if isinstance(limit, int) and 0 < limit < window:
-        raise SampleError(f"windows of {window} tokens exceed the model's {limit} positions; lower the window length")
+        raise SampleError(
+            f"windows of {window} tokens exceed the model's {limit} positions; lower the window length (seqlen)"
+        )
     ids = ids[~torch.isin(ids, torch.tensor(media_ids(config), dtype=ids.dtype))]  # these may lie past the vocabulary
     if isinstance(vocabulary, int) and ids.numel() and (largest := int(ids.max())) >= vocabulary:
         raise SampleError(
