@@ -62,7 +62,7 @@ def read_chat(row: Mapping[str, Any], images: Sequence[Any] | None, where: str) 
 
 def _turn(turn: Mapping[str, Any], found: list[Any], where: str) -> Message:
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-    if role not in _ROLES:
+    if not isinstance(role, str) or role not in _ROLES:
         raise SampleError(f"{where} has a turn of {role!r}; only those of system, user and assistant can be used")
     if turn.get("tool_calls") or not isinstance(content, str | list):
         raise SampleError(f"{where} has a turn whose content is neither a string nor a list of parts; rewrite it")
@@ -70,16 +70,19 @@ def _turn(turn: Mapping[str, Any], found: list[Any], where: str) -> Message:
         return {"role": _ROLES[role], "content": content}
     parts = []
     for part in content:
-        kind = part.get("type", next((key for key in ("text", *_PLACES) if key in part), None)) if part else None
-        if not isinstance(part, dict) or kind not in ("text", "image", "image_url"):
-            raise SampleError(f"{where} has a part of type {kind!r}; only text and images can be used")
+        held = [key for key in ("text", *_PLACES) if part.get(key) is not None] if isinstance(part, dict) else []
+        kind = (part.get("type") or (held[0] if held else None)) if isinstance(part, dict) else part
+        kind = "image" if kind in _PLACES else kind
+        if not isinstance(part, dict) or kind not in ("text", "image"):
+            raise SampleError(f"{where} has a part of type {str(kind)[:40]!r}; only text and images can be used")
         if kind == "text":
             if not isinstance(part.get("text"), str):
                 raise SampleError(f'{where} has a text part without a string under "text"; write one')
             parts.append({"type": "text", "text": part["text"]})
             continue
-        held = [(key, part[key]) for key in _PLACES if part.get(key) is not None]
-        found.append({"base64": held[0][1]} if held and held[0][0] == "base64" else held[0][1] if held else None)
+        places = [key for key in held if key != "text"]
+        named = part[places[0]] if places else None
+        found.append({"base64": named} if places[:1] == ["base64"] else named)
         parts.append({"type": "image"})
     return {"role": _ROLES[role], "content": parts}
 
