@@ -319,7 +319,7 @@ def test_evaluate_end_to_end(directories: list[Path], processor: LlavaProcessor,
     report = evaluate(
         directories,
         text=str(tmp_path / "text.txt"),
-        vqa_source=source,
+        questions=source,
         seqlen=64,
         device="cpu",
         progress=lambda what, done, total: stages.append(what),
@@ -385,7 +385,7 @@ def test_text_only_model(tmp_path: Path) -> None:
 
 
 def test_evaluate_refuses_bad_input_before_it_loads(directories: list[Path], tmp_path: Path) -> None:
-    for tasks, message in ((["speed"], "'speed'"), ([], "No evaluation task")):
+    for tasks, message in ((["speed"], "'speed'"), ([], "no evaluation task"), (["vqa", "vqa"], "named twice")):
         with pytest.raises(SampleError, match=message):
             evaluate(directories, tasks=tasks)
     for paths, message in (([tmp_path], r"config\.json"), ([directories[0]] * 2, "twice"), ([], "at least one")):
@@ -394,6 +394,6 @@ def test_evaluate_refuses_bad_input_before_it_loads(directories: list[Path], tmp
     (tmp_path / "results.json").write_text("{}")
     shared = write_questions(tmp_path, [q for q in make_questions() if q.task == "count"][:1] * 2, ["one"] * 2)
     with pytest.raises(SampleError, match="share one image"):
-        evaluate(directories, vqa_source=str(shared))
+        evaluate(directories, questions=str(shared), seqlen=64)
     with pytest.raises(SampleError, match="no evaluation report"):
         EvaluationReport.read(tmp_path / "results.json")

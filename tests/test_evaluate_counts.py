@@ -89,12 +89,15 @@ def test_questions_from_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 1 is not valid JSON"),
+        ("{", "line 1 is not JSON"),
         ("[]", "line 1 is not a JSON object"),
         ('{"image": "a.png", "question": "?"}', '"answer"'),
         ('{"image": "a.png", "question": "?", "answer": 3}', '"answer"'),
         ('{"image": "a.png", "question": "?", "answer": "3", "task": ""}', '"task"'),
-        ('{"image": "a.png", "question": "?", "answer": "3"}', r"a\.png, which cannot be read"),
+        (
+            '{"image": "a.png", "question": "?", "answer": "3"}',
+            r"line 1 names the image 'a\.png', which does not",
+        ),
         ("", "holds no question"),
     ],
 )

@@ -1,6 +1,8 @@
 """Samples: windows, sources, batches, fingerprints, and the messages for what is wrong with them."""
 
+import itertools
 import json
+import re
 import sys
 import types
 from dataclasses import replace
@@ -23,10 +25,12 @@ from spectrim.samples import (
     image_batches,
     load_images,
     load_text,
+    question,
     text_batches,
     text_windows,
 )
 from spectrim.samples.batches import image_prompt
+from spectrim.samples.chat import texts
 
 # Writes the beginning-of-sequence token itself, as the templates of many models do.
 TEMPLATE = (
@@ -70,27 +74,39 @@ def image_folder(folder: Path, count: int) -> Path:
     return folder
 
 
+def sample(seed: int, text: str, answer: str | None = None) -> ImageSample:
+    return ImageSample((noise(seed),), question(text), answer)
+
+
+def asked(sample: ImageSample) -> str:
+    (text,) = texts(sample.turns)
+    return text
+
+
 COUNTING = word_tokenizer(2000)  # the n-th word of TEXT is token n + 200: a window shows where it was cut
 TEXT = " ".join(f"w{i}" for i in range(200, 1200))
 
 
-@given(samples=st.integers(1, 30), seqlen=st.integers(1, 60), seed=st.integers(0, 5))
+@given(samples=st.integers(1, 30), seqlen=st.integers(2, 60), seed=st.integers(0, 5))
 @settings(max_examples=40, deadline=None)
 def test_windows_are_disjoint_pieces_of_the_text(samples, seqlen, seed):
-    if samples * seqlen > 1000:
-        with pytest.raises(SampleError, match=rf"1000 tokens, room for {1000 // seqlen} windows of {seqlen}"):
+    """Each is BOS, which the tokenizer adds, and seqlen - 1 tokens of the text."""
+    length = seqlen - 1
+    if samples * length > 1000:
+        with pytest.raises(SampleError, match=rf"1000 tokens, room for {1000 // length} windows of {seqlen}"):
             text_windows(TEXT, COUNTING, samples=samples, seqlen=seqlen, seed=seed)
         return
     windows = text_windows(TEXT, COUNTING, samples=samples, seqlen=seqlen, seed=seed)
     assert windows.dtype == torch.int64
     assert windows.shape == (samples, seqlen)
-    assert (windows.diff(dim=1) == 1).all()
-    assert len(windows.unique()) == samples * seqlen
+    assert (windows[:, 0] == 1).all()
+    assert (windows[:, 1:].diff(dim=1) == 1).all()
+    assert len(windows[:, 1:].unique()) == samples * length
     assert torch.equal(windows, text_windows(TEXT, COUNTING, samples=samples, seqlen=seqlen, seed=seed))
 
 
 def test_windows_reach_every_part_of_the_text_and_differ_by_seed():
-    starts = torch.cat([text_windows(TEXT, COUNTING, samples=5, seqlen=50, seed=s)[:, 0] for s in range(60)]) - 200
+    starts = torch.cat([text_windows(TEXT, COUNTING, samples=5, seqlen=51, seed=s)[:, 1] for s in range(60)]) - 200
     counts = torch.histc(starts.float(), bins=10, min=0, max=950)
     assert (counts > 10).all()  # 30 are expected in each tenth
     assert len(starts.unique()) > 200
@@ -112,10 +128,16 @@ def test_text_files(tmp_path):
 
 
 def test_built_in_text_has_disjoint_splits():
-    calibration, heldout = load_text("builtin"), load_text("builtin", split="heldout")
-    assert len(calibration) > 10_000
-    assert len(heldout) > 10_000
-    assert calibration != heldout
+    """No paragraph of 40 characters or more is in two splits."""
+    found = {}
+    for split in ("train", "calibration", "heldout"):
+        text = load_text("builtin", split=split)
+        paragraphs = [" ".join(piece.split()) for piece in re.split(r"\n\s*\n", text)]
+        found[split] = {paragraph for paragraph in paragraphs if len(paragraph) >= 40}
+        assert len(text) > 10_000
+        assert len(found[split]) > 100
+    for one, other in itertools.combinations(found, 2):
+        assert not found[one] & found[other], (one, other)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +149,7 @@ def test_built_in_text_has_disjoint_splits():
         ("a.jsonl", b'{"text": "x"}\n\n{"text": \n', "line 3 is not JSON"),
         ("a.jsonl", b'{"text": "x"}\n[1]\n', "line 2 is not a JSON object"),
         ("a.jsonl", b'{"text": 5}\n', 'line 1 has no string "text"'),
-        ("a.jsonl", b'{"text": "\xff"}\n', "line 1 is not JSON"),
+        ("a.jsonl", b'{"text": "\xff"}\n', "line 1 is not UTF-8 .byte 10."),
     ],
 )
 def test_bad_text_files_are_named(tmp_path, name, content, message):
@@ -194,7 +216,7 @@ def test_text_of_a_data_set(monkeypatch):
     with pytest.raises(SampleError, match="Bad split: none"):
         load_text("org/name::none")
     fake_datasets(monkeypatch, [{"body": "a"}])
-    with pytest.raises(SampleError, match=r"no column 'text' \(it has body\)"):
+    with pytest.raises(SampleError, match=r"no column 'text' or .* \(it has body\)"):
         load_text("org/name")
 
 
@@ -204,7 +226,7 @@ def test_images_of_a_data_set(monkeypatch, tmp_path):
     fake_datasets(monkeypatch, rows, {"image": FakeImage()})
     samples = load_images("org/pictures", samples=3, seed=1)
     for sample in samples:
-        assert np.array_equal(sample.image, noise(int(sample.instruction[1:])))
+        assert np.array_equal(sample.images[0], noise(int(asked(sample)[1:])))
         assert sample.answer is None
     with pytest.raises(SampleError, match="has 5 images and 6 were asked for"):
         load_images("org/pictures", samples=6, seed=1)
@@ -225,12 +247,12 @@ def test_folder_of_images(tmp_path):
     (tmp_path / "notes.txt").write_text("no image")
     chosen = load_images(str(tmp_path), samples=6, seed=3, instruction="Look.")
     assert len(chosen) == 6
-    assert {sample.instruction for sample in chosen} == {"Look."}
+    assert {asked(sample) for sample in chosen} == {"Look."}
     again = load_images(str(tmp_path), samples=6, seed=3, instruction="Look.")
     other = load_images(str(tmp_path), samples=6, seed=4, instruction="Look.")
-    assert [s.image.tobytes() for s in chosen] == [s.image.tobytes() for s in again]
-    assert [s.image.tobytes() for s in chosen] != [s.image.tobytes() for s in other]
-    assert [s.image.tobytes() for s in chosen[2:4]] == [s.image.tobytes() for s in chosen][2:4]
+    assert [s.images[0].tobytes() for s in chosen] == [s.images[0].tobytes() for s in again]
+    assert [s.images[0].tobytes() for s in chosen] != [s.images[0].tobytes() for s in other]
+    assert [s.images[0].tobytes() for s in chosen[2:4]] == [s.images[0].tobytes() for s in chosen][2:4]
     with pytest.raises(SampleError, match="has 6 images and 7 were asked for"):
         load_images(str(tmp_path), samples=7, seed=3)
     with pytest.raises(SampleError, match="at least 1"):
@@ -241,7 +263,7 @@ def test_every_mode_becomes_rgb(tmp_path):
     noise(0).convert("L").save(tmp_path / "grey.png")
     noise(0).convert("RGBA").save(tmp_path / "alpha.png")
     noise(0).convert("P").save(tmp_path / "palette.png", transparency=bytes(range(200)))
-    assert {sample.image.mode for sample in load_images(str(tmp_path), samples=3, seed=0)} == {"RGB"}
+    assert {sample.images[0].mode for sample in load_images(str(tmp_path), samples=3, seed=0)} == {"RGB"}
 
 
 def test_broken_image_is_named_when_opened(tmp_path):
@@ -264,8 +286,8 @@ def test_jsonl_of_images(tmp_path):
         {"image": "pictures/002.png"},
     ]
     samples = load_images(write_jsonl(tmp_path / "s.jsonl", rows), samples=3, seed=0, instruction="d")
-    assert {(s.instruction, s.answer) for s in samples} == {("i", None), ("q", "a"), ("d", None)}
-    assert all(np.array_equal(s.image, noise("iqd".index(s.instruction))) for s in samples)
+    assert {(asked(s), s.answer) for s in samples} == {("i", None), ("q", "a"), ("d", None)}
+    assert all(np.array_equal(s.images[0], noise("iqd".index(asked(s)))) for s in samples)
 
 
 @pytest.mark.parametrize(
@@ -292,22 +314,22 @@ def test_image_source_of_the_wrong_kind(tmp_path):
 
 def test_built_in_images_carry_the_instruction():
     samples = load_images("builtin", samples=5, seed=0, instruction="Say it.")
-    assert [s.instruction for s in samples] == ["Say it."] * 5
-    assert len({s.image.tobytes() for s in samples}) == 5
+    assert [asked(s) for s in samples] == ["Say it."] * 5
+    assert len({s.images[0].tobytes() for s in samples}) == 5
     again = load_images("builtin", samples=5, seed=0)
-    assert [s.image.tobytes() for s in samples] == [s.image.tobytes() for s in again]
+    assert [s.images[0].tobytes() for s in samples] == [s.images[0].tobytes() for s in again]
 
 
 def test_prompt_follows_the_chat_template():
     processor = llava_processor()
     assert image_prompt(processor, "w3 w4") == "<s><image> w3 w4 w99"
-    (batch,) = image_batches([ImageSample(noise(0), "w3 w4")], processor, 1)
+    (batch,) = image_batches([sample(0, "w3 w4")], processor, 1)
     assert batch.inputs["input_ids"].tolist() == [[1, *[120] * 16, 3, 4, 99]]  # and not two of token 1
 
 
 def test_prompt_without_chat_template_has_the_image_token_in_front():
     processor = llava_processor(chat_template=None)
-    (batch,) = image_batches([ImageSample(noise(0), "w3 w4")], processor, 1)
+    (batch,) = image_batches([sample(0, "w3 w4")], processor, 1)
     assert batch.inputs["input_ids"].tolist() == [[1, *[120] * 16, 3, 4]]
     processor.image_token = None
     with pytest.raises(SampleError, match="neither a chat template nor an image token"):
@@ -323,7 +345,7 @@ def test_labels_of_a_processor_do_not_reach_the_model():
 
     plain = llava_processor()
     processor = Labelling(plain.image_processor, plain.tokenizer, 4, "default", num_additional_image_tokens=1)
-    (batch,) = image_batches([ImageSample(noise(0), "w3")], processor, 1)
+    (batch,) = image_batches([sample(0, "w3")], processor, 1)
     assert set(batch.inputs) == {"input_ids", "attention_mask", "pixel_values"}
 
 
@@ -333,7 +355,7 @@ def test_image_batches_hold_every_sample_once_and_never_padding(lengths, batch_s
     def samples():
         for number, length in enumerate(lengths):
             opened.append(number)
-            yield ImageSample(noise(number), " ".join(["w5"] * length))
+            yield sample(number, " ".join(["w5"] * length))
 
     processor, opened, seen = llava_processor(), [], []
     for batch in image_batches(samples(), processor, batch_size):
@@ -343,7 +365,7 @@ def test_image_batches_hold_every_sample_once_and_never_padding(lengths, batch_s
         for ids, pixels in zip(batch.inputs["input_ids"], batch.inputs["pixel_values"], strict=True):
             seen.append((int((ids == 5).sum()), pixels.numpy().tobytes()))
         assert len(opened) - len(seen) <= 5 * batch_size  # waiting is bounded
-    alone = [next(image_batches([ImageSample(noise(i), "w5")], processor, 1)) for i in range(len(lengths))]
+    alone = [next(image_batches([sample(i, "w5")], processor, 1)) for i in range(len(lengths))]
     expected = [(n, b.inputs["pixel_values"][0].numpy().tobytes()) for n, b in zip(lengths, alone, strict=True)]
     assert sorted(seen) == sorted(expected)
 
@@ -358,7 +380,7 @@ def test_text_batches():
 
 def test_data_fingerprint_sees_all_content():
     windows = torch.arange(12).reshape(3, 4)
-    images = [ImageSample(noise(i), "w5 w6", "yes") for i in range(2)]
+    images = [sample(i, "w5 w6", "yes") for i in range(2)]
     processor = llava_processor()
     brighter = noise(1)
     brighter.putpixel((3, 3), (1, 2, 3))
@@ -371,8 +393,8 @@ def test_data_fingerprint_sees_all_content():
         (None, images, processor),
         (windows, [], None),
         (windows, images[::-1], processor),
-        (windows, [images[0], replace(images[1], image=brighter)], processor),
-        (windows, [images[0], replace(images[1], instruction="w7")], processor),
+        (windows, [images[0], replace(images[1], images=(brighter,))], processor),
+        (windows, [images[0], replace(images[1], turns=question("w7"))], processor),
         (windows, [images[0], replace(images[1], answer=None)], processor),
         (windows, images, llava_processor(chat_template=None)),
     ]

@@ -296,7 +296,7 @@ def _evaluate(
             [demo_room.resolve(model) for model in models],
             tasks=tuple(tasks.split(",")),
             text=text,
-            vqa_source=questions,
+            questions=questions,
             samples=samples,
             seed=seed,
             seqlen=seqlen,

@@ -173,7 +173,7 @@ class Compression:
                 raise RecipeError("allocation 'sensitivity' needs text statistics and the model's processor; give both")
             data, settings = self.statistics.manifest.data, self.statistics.manifest.settings
             windows = text_windows(
-                load_text(str(data.text)),
+                load_text(str(data.text), processor=self.processor),
                 getattr(self.processor, "tokenizer", self.processor),
                 samples=min(WINDOWS, settings.samples),
                 seqlen=settings.seqlen,

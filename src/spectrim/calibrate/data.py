@@ -13,10 +13,13 @@ from spectrim.samples import (
     Batch,
     ImageSample,
     Modality,
+    chat_prompt,
+    check_tokens,
     data_fingerprint,
     image_batches,
     load_images,
     load_text,
+    media_tokens,
     text_batches,
     text_windows,
 )
@@ -74,12 +77,18 @@ def load_data(
     if text is None and images is None:
         raise SampleError("calibration needs samples; give a text source, an image source or both")
     tokenizer: Any = getattr(processor, "tokenizer", processor)
-    windows = None if text is None else _windows(model, tokenizer, text, samples, seqlen, seed)
+    windows = None if text is None else _windows(model, processor, text, samples, seqlen, seed)
     if images is None:
         return Data(windows, (), None)
     if not isinstance(processor, ProcessorMixin):
         raise SampleError("image samples need the model's processor and not its tokenizer alone; pass the processor")
-    return Data(windows, load_images(images, samples=samples, seed=seed, instruction=instruction), processor)
+    shown = load_images(images, samples=samples, seed=seed, instruction=instruction)
+    shown.refuse(media_tokens(processor, model.config))
+    for entry in shown.entries:  # before a pass over the others finds out what the template or the model does not take
+        prompt = chat_prompt(processor, entry.turns, entry.where)
+        ids = tokenizer(prompt + (entry.answer or ""), add_special_tokens=False, verbose=False)["input_ids"]
+        check_tokens(torch.tensor(ids), model.config)
+    return Data(windows, shown, processor)
 
 
 def reload_data(
@@ -117,20 +126,14 @@ def reload_data(
 
 def _windows(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    processor: ProcessorMixin | PreTrainedTokenizerBase,
     source: str,
     samples: int,
     seqlen: int,
     seed: int,
 ) -> torch.Tensor:
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and seqlen > limit:
-        raise SampleError(f"windows of {seqlen} tokens exceed the model's {limit} positions; lower the window length")
-    windows = text_windows(load_text(source), tokenizer, samples=samples, seqlen=seqlen, seed=seed)
-    embedding: Any = model.get_input_embeddings()
-    vocabulary = embedding.weight.shape[0]
-    if (largest := int(windows.max())) >= vocabulary:
-        raise SampleError(
-            f"the tokenizer gives token {largest} and the model knows {vocabulary}; use the model's own tokenizer"
-        )
+    tokenizer: Any = getattr(processor, "tokenizer", processor)
+    text = load_text(source, processor=processor, refused=media_tokens(processor, model.config))
+    windows = text_windows(text, tokenizer, samples=samples, seqlen=seqlen, seed=seed)
+    check_tokens(windows, model.config, window=seqlen)
     return windows

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from spectrim.calibrate.data import Data
 from spectrim.calibrate.passes import model_inputs
 from spectrim.errors import ModelError, SampleError
-from spectrim.samples import Batch, Modality
+from spectrim.samples import Batch, Modality, media_ids
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,13 @@ def labelled_samples(
         length = inputs["input_ids"].shape[1]
         if modality == "text":
             if number == numbers.start:
-                _check_causal(model, inputs, 1, "choose a recipe that needs no gradients")
+                check_causal(model, inputs, 1, "choose a recipe that needs no gradients")
             yield Labelled(modality, inputs, torch.ones(length - 1, dtype=torch.bool, device=model.device), sampler)
             continue
         answer = _answer(model, data, batch, inputs, answer_tokens, draw)
         inputs = _extended(inputs, answer)
         if number == numbers.start:
-            _check_causal(model, inputs, length, "calibrate curvature on text alone")
+            check_causal(model, inputs, length, "calibrate curvature on text alone")
         where = torch.arange(length + len(answer) - 1, device=model.device) >= length - 1
         yield Labelled(modality, inputs, where, sampler)
 
@@ -79,12 +79,6 @@ def _end(model: PreTrainedModel) -> list[int]:
     """Tokens that end an answer."""
     found: Any = getattr(model.generation_config, "eos_token_id", None)
     return [] if found is None else [found] if isinstance(found, int) else list(found)
-
-
-def _media(model: PreTrainedModel) -> list[int] | None:
-    """Tokens that stand for a piece of an image or a video, which no answer may hold; None if the config names none."""
-    names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
-    return [token for name in names if isinstance(token := getattr(model.config, name, None), int)] or None
 
 
 def _answer(
@@ -104,10 +98,10 @@ def _answer(
         torch.manual_seed(draw)
         # Plain sampling: the model's own distribution, whatever its generation config prefers.
         generate: Any = model.generate
-        plain = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "num_beams": 1}
-        sequence = generate(
-            **inputs, **plain, suppress_tokens=_media(model), do_sample=True, max_new_tokens=limit, use_cache=True
-        )
+        plain: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+        plain |= {"repetition_penalty": 1.0, "num_beams": 1}
+        plain["suppress_tokens"] = media_ids(model.config) or None  # no answer may hold a piece of an image
+        sequence = generate(**inputs, **plain, do_sample=True, max_new_tokens=limit, use_cache=True)
     drawn: torch.Tensor = sequence[0, inputs["input_ids"].shape[1] :]
     return drawn
 
@@ -127,8 +121,11 @@ def _extended(inputs: dict[str, torch.Tensor], answer: torch.Tensor) -> dict[str
 
 
 @torch.no_grad()
-def _check_causal(model: PreTrainedModel, inputs: dict[str, torch.Tensor], prompt: int, advice: str) -> None:
-    """A model that attends in both directions may see the labels; refuse rather than gather nonsense."""
+def check_causal(model: PreTrainedModel, inputs: dict[str, torch.Tensor], prompt: int, advice: str) -> None:
+    """Raise ModelError for a model whose tokens see those after them, and so the labels of what they predict.
+
+    Predictions from position ``prompt - 1`` on count; nothing is said of a model without logits.
+    """
     ids = inputs["input_ids"]
     others = ids[0, :-1][ids[0, :-1] != ids[0, -1]]
     if not len(others):
@@ -141,7 +138,8 @@ def _check_causal(model: PreTrainedModel, inputs: dict[str, torch.Tensor], promp
     if any(logits is None for logits in seen):  # run_gradients refuses it
         return
     first, second = (logits[0, prompt - 1 : -1].float() for logits in seen)
-    if (first - second).abs().max() > 1e-3 * first.abs().max():  # kernels may round differently, no more
+    rounding = max(1e-3, 8 * torch.finfo(model.dtype).eps)  # kernels may round differently, no more
+    if (first - second).abs().max() > rounding * first.abs().max():
         raise ModelError(
             f"the tokens of {type(model).__name__} see those after them, so that a label sees itself; {advice}"
         )

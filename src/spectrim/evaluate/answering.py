@@ -7,12 +7,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from spectrim.errors import NumericalError, SampleError
+from spectrim.errors import ModelError, NumericalError, SampleError
 from spectrim.evaluate.language import Progress, inference
 from spectrim.evaluate.questions import Question, blind_questions
-from spectrim.samples.batches import image_prompt
+from spectrim.samples import check_tokens, media_tokens
+from spectrim.samples.batches import image_prompt, model_tensors
+from spectrim.samples.sources import check_positive
+from spectrim.samples.tokens import refuse_media
 
 
 @dataclass(frozen=True)
@@ -54,15 +57,19 @@ def vqa(
     (:func:`spectrim.evaluate.questions.blind_questions`).
 
     Raises:
-        SampleError: when there is no question, or `processor` takes no images.
+        SampleError: when there is no question, `processor` takes no images, or a question cannot be asked; names it.
+        ModelError: when the model cannot generate.
         NumericalError: when logits are NaN or infinite; names the question and the generated token.
     """
     if not questions:
         raise SampleError("There is no question to answer; give at least one.")
     if not takes_images(processor):
         raise SampleError(f"{type(processor).__name__} takes no images, so it cannot answer questions about them.")
+    if not model.can_generate():
+        raise ModelError(f"{type(model).__name__} cannot generate answers; choose a model with a language head.")
+    check_positive(batch_size=batch_size, max_new_tokens=max_new_tokens)
     asked: Sequence[Question] = blind_questions(questions) if blind else questions
-    prompts = [image_prompt(processor, q.question) for q in asked]
+    prompts = prompted(processor, model.config, asked)
     order = sorted(range(len(asked)), key=lambda i: len(prompts[i]))
     given: dict[int, str] = {}
     for start in range(0, len(order), batch_size):
@@ -73,6 +80,22 @@ def vqa(
         if progress is not None:
             progress(len(given), len(asked))
     return [Answer(q.task, q.question, q.answer, given[i]) for i, q in enumerate(questions)]
+
+
+def prompted(processor: ProcessorMixin, config: PreTrainedConfig, questions: Sequence[Question]) -> list[str]:
+    """The prompts of questions for a model of this config.
+
+    Raises:
+        SampleError: a question cannot be asked; names it.
+    """
+    prompts, media = [], media_tokens(processor, config)
+    for q in questions:
+        refuse_media(q.question, media, f"the question {q.question[:60]!r}")
+        prompts.append(image_prompt(processor, q.question))
+        tokenizer: Any = processor.tokenizer
+        ids = tokenizer(prompts[-1], add_special_tokens=False, verbose=False)["input_ids"]
+        check_tokens(torch.tensor(ids), config)
+    return prompts
 
 
 def takes_images(processor: Any) -> bool:
@@ -88,17 +111,14 @@ def _generate(
     max_new_tokens: int,
 ) -> list[str]:
     tokenizer = processor.tokenizer
-    bos = tokenizer.bos_token
-    # A template that writes BOS itself must not get a second one from the tokenizer.
-    options = {"add_special_tokens": False} if bos and prompts[0].startswith(bos) else {}
     with _padding_token(tokenizer):
-        inputs = processor(
-            text=prompts,
-            images=[[q.image] for q in questions],
+        inputs = model_tensors(
+            processor,
+            prompts,
+            [[q.image] for q in questions],
+            [f"the question {q.question[:60]!r} of task '{q.task}'" for q in questions],
             padding=True,
             padding_side="left",
-            return_tensors="pt",
-            **options,
         ).to(model.device, dtype=model.dtype)
         greedy = GenerationConfig(
             max_new_tokens=max_new_tokens,

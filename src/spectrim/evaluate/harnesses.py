@@ -15,6 +15,7 @@ from spectrim.evaluate.answering import takes_images
 from spectrim.evaluate.results import versions
 from spectrim.evaluate.running import is_compressed
 from spectrim.evaluate.suites import Suite, SuiteReport, read_scores
+from spectrim.samples.sources import check_positive
 
 PACKAGES = {"lm-eval": ("lm_eval", "eval"), "lmms-eval": ("lmms_eval", "lmms")}  # module and extra
 
@@ -54,6 +55,7 @@ def run_suite(
         raise SampleError(
             f"suite '{suite.name}' runs in {suite.harness}, which is not installed; pip install 'spectrim[{extra}]'"
         )
+    check_positive(limit=limit, batch_size=batch_size)
     for directory in directories:
         is_compressed(Path(directory))  # names a directory that is none before any model loads
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -117,7 +119,7 @@ def _lmms_eval(
 
     manager = TaskManager(include_path=suite.task_folder)
     _check_tasks(suite, manager.all_tasks)
-    kind = AutoConfig.from_pretrained(directory).model_type
+    kind = AutoConfig.from_pretrained(directory, trust_remote_code=False).model_type
     if kind not in LMMS_MODELS:
         raise SampleError(
             f"no class of lmms-eval is known to open {directory}, a {kind}; run lmms-eval itself by "

@@ -1,7 +1,6 @@
 """Questions about images: where they come from, and the same questions with their images swapped."""
 
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import groupby
@@ -9,9 +8,11 @@ from pathlib import Path
 from random import Random
 from typing import Any, Protocol
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from spectrim.errors import SampleError
+from spectrim.samples.pixels import opener
+from spectrim.samples.sources import check_positive, read_jsonl
 
 
 class Question(Protocol):
@@ -54,51 +55,35 @@ def load_questions(source: str, samples: int, seed: int) -> Sequence[Question]:
     Raises:
         SampleError: for another kind of source, a malformed line (named by number) or an image that cannot be read.
     """
-    if samples < 1:
-        raise SampleError(f"samples must be at least 1, not {samples}.")
+    check_positive(samples=samples)
     if source == "builtin":
         from spectrim.demo.tasks import TASKS, questions  # the built-in suite is drawn only when asked for
 
         return [question for task in TASKS for question in questions(task, "test", samples, seed)]
-    path = Path(source)
-    if path.suffix != ".jsonl" or not path.is_file():
-        raise SampleError(f"'{source}' is no source of questions; give 'builtin' or an existing .jsonl file.")
-    tasks: dict[str, list[tuple[int, dict[str, Any]]]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if line.strip():
-            record = _record(line, f"{path}, line {number}")
-            tasks.setdefault(record.get("task", path.stem), []).append((number, record))
+    path = Path(source).expanduser()
+    if path.suffix.lower() != ".jsonl" or not path.is_file():
+        raise SampleError(f"'{source[:200]}' is no source of questions; give 'builtin' or an existing .jsonl file.")
+    tasks: dict[str, list[tuple[Callable[[], Image.Image], dict[str, Any]]]] = {}
+    for number, row in read_jsonl(path):
+        where = f"{path}, line {number}"
+        _check_row(row, where)
+        image = opener(row["image"], path.parent, where)
+        tasks.setdefault(row.get("task", path.stem), []).append((image, row))
     if not tasks:
         raise SampleError(f"{path} holds no question; write one JSON object per line.")
     loaded = []
-    for task, records in tasks.items():
-        chosen = sorted(Random(seed).sample(range(len(records)), min(samples, len(records))))
-        for number, record in (records[i] for i in chosen):
-            image = _image(path.parent / record["image"], f"{path}, line {number}")
-            loaded.append(ImageQuestion(task, image, record["question"], record["answer"]))
+    for task, rows in tasks.items():
+        chosen = sorted(Random(seed).sample(range(len(rows)), min(samples, len(rows))))
+        for image, row in (rows[i] for i in chosen):
+            loaded.append(ImageQuestion(task, image(), row["question"], row["answer"]))
     return loaded
 
 
-def _record(line: str, where: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise SampleError(f"{where} is not valid JSON ({error}); write one object per line.") from error
-    if not isinstance(record, dict):
-        raise SampleError(f"{where} is not a JSON object; write one object per line.")
+def _check_row(row: dict[str, Any], where: str) -> None:
     for key in ("image", "question", "answer", "task"):
-        value = record.get(key, "" if key != "task" else "default")
+        value = row.get(key, "" if key != "task" else "default")
         if not isinstance(value, str) or not value.strip():
             raise SampleError(f'{where} has no text under "{key}"; each line needs "image", "question" and "answer".')
-    return record
-
-
-def _image(path: Path, where: str) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise SampleError(f"{where} names the image {path}, which cannot be read ({error}).") from error
 
 
 def blind_questions(questions: Sequence[Question]) -> list[ImageQuestion]:

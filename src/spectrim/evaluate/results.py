@@ -15,7 +15,8 @@ from spectrim.evaluate.answering import Answer
 from spectrim.evaluate.footprint import Memory
 from spectrim.evaluate.intervals import PairedDifference, paired_difference, wilson
 from spectrim.evaluate.language import Perplexity
-from spectrim.files import write_whole
+from spectrim.evaluate.settings import Settings
+from spectrim.files import parse_json, write_whole
 
 SCHEMA = 1
 
@@ -72,19 +73,6 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Everything that the scores depend on besides the models and the samples."""
-
-    tasks: tuple[str, ...]
-    samples: int
-    seed: int
-    seqlen: int
-    stride: int
-    max_tokens: int | None
-    max_new_tokens: int
-
-
-@dataclass(frozen=True)
 class DirectoryResult:
     """One evaluated model. `bytes` is what its safetensors occupy.
 
@@ -128,7 +116,7 @@ class EvaluationReport:
 
     def to_json(self) -> str:
         """Indented JSON; a perplexity beyond the range of floats is written as `Infinity`."""
-        tree = asdict(self)
+        tree = asdict(self) | {"settings": self.settings.model_dump()}
         for result in tree["results"]:
             del result["answers"]
         return json.dumps({"schema": tree.pop("schema"), **tree}, indent=2, ensure_ascii=False) + "\n"
@@ -147,10 +135,12 @@ class EvaluationReport:
             SampleError: when the file is missing, is no such report, or comes from a newer version.
         """
         try:
-            report = TypeAdapter(cls).validate_json(Path(path).read_bytes())
-        except (OSError, ValidationError) as error:
+            report = TypeAdapter(cls).validate_python(parse_json(Path(path).read_bytes()))
+        except (OSError, ValueError) as error:
+            first = error.errors()[0] if isinstance(error, ValidationError) else None
+            reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else str(error)
             raise SampleError(
-                f"{path} is no evaluation report ({error}); write one with `spectrim evaluate`."
+                f"{path} is no evaluation report ({reason}); write one with `spectrim evaluate`."
             ) from error
         if report.schema != SCHEMA:
             raise SampleError(f"{path} has schema {report.schema}, this version reads {SCHEMA}; evaluate again.")

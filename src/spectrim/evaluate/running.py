@@ -10,28 +10,29 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from transformers import AutoConfig
 
 from spectrim.checkpoint import load, load_processor, read_provenance
 from spectrim.checkpoint.quantizer import METHOD
 from spectrim.checkpoint.read import PROVENANCE
-from spectrim.errors import CheckpointError, SampleError
-from spectrim.evaluate.answering import Answer, takes_images, vqa
+from spectrim.errors import CheckpointError, SampleError, SpectrimError
+from spectrim.evaluate.answering import Answer, prompted, takes_images, vqa
 from spectrim.evaluate.footprint import PeakMemory, stored_bytes
-from spectrim.evaluate.language import Perplexity, Progress, perplexity
+from spectrim.evaluate.language import Perplexity, Progress, perplexity, read_text
 from spectrim.evaluate.questions import Question, blind_questions, load_questions
 from spectrim.evaluate.results import (
     DirectoryResult,
     EvaluationReport,
-    Settings,
     Source,
     VqaScore,
     differences,
     score,
     versions,
 )
-from spectrim.samples import load_text
+from spectrim.evaluate.settings import EvaluationSettings
+from spectrim.files import parse_json
+from spectrim.samples import load_text, media_tokens
 
-TASKS = ("perplexity", "vqa")
 StageProgress = Callable[[str, int, int], None]  # (what, done, total)
 
 
@@ -42,8 +43,7 @@ class _Work:
     text: str | None
     questions: Sequence[Question]
     swapped: Sequence[Question]  # the same with images swapped, for the model that gives the blind floor
-    settings: Settings
-    batch_size: int | None
+    settings: EvaluationSettings
     device: str
     dtype: torch.dtype | None
     progress: StageProgress | None
@@ -52,51 +52,42 @@ class _Work:
 def evaluate(
     directories: Sequence[str | Path],
     *,
-    tasks: Sequence[str] = TASKS,
-    text: str = "builtin",
-    vqa_source: str = "builtin",
-    samples: int = 100,
-    seed: int = 0,
-    seqlen: int = 512,
-    stride: int | None = None,
-    max_tokens: int | None = None,
-    max_new_tokens: int = 8,
-    batch_size: int | None = None,
     blind: bool = True,
     device: str | None = None,
     dtype: torch.dtype | None = None,
     progress: StageProgress | None = None,
+    **settings: Any,
 ) -> EvaluationReport:
     """Perplexity and visual question answering of each directory, and paired differences to the dense one.
 
-    The reference is the first directory without a spectrim quantization config. `samples` questions of each task are
-    asked. `device` and `dtype` go to the loader (None: CUDA if there is one, else CPU; the stored dtype);
-    `batch_size=None` leaves the defaults of :func:`perplexity` and :func:`vqa`. `blind` adds the blind floor, one more
-    pass over the questions. Only one model is in memory at a time, and every input is checked before the first loads.
+    The reference is the first directory without a spectrim quantization config. `settings` are those of
+    :class:`EvaluationSettings`, such as ``tasks=["vqa"], samples=20``. `device` and `dtype` go to the loader (None:
+    CUDA if there is one, else CPU; the stored dtype); a batch size of None leaves the defaults of :func:`perplexity`
+    and :func:`vqa`. `blind` adds the blind floor, one more pass over the questions. Only one model is in memory at a
+    time, and every input is checked before the first loads. Conversations in a text source are rendered by the first
+    model's chat template.
 
     Raises:
         CheckpointError: for a directory that does not exist or holds no safetensors model.
-        SampleError: for an unknown task, samples that are missing or malformed, and for `vqa` on a text-only model.
+        SampleError: for settings that cannot be, samples that are missing or malformed or do not fit a model, and for
+            `vqa` on a text-only model.
+        ModelError: for perplexity of what is no causal language model.
         NumericalError: for logits that are not finite.
     """
     paths = [Path(directory) for directory in directories]
-    _check(paths, tasks)
-    settings = Settings(
-        tasks=tuple(tasks),
-        samples=samples,
-        seed=seed,
-        seqlen=seqlen,
-        stride=seqlen if stride is None else stride,
-        max_tokens=max_tokens,
-        max_new_tokens=max_new_tokens,
-    )
-    questions = load_questions(vqa_source, samples, seed) if "vqa" in tasks else ()
+    chosen = EvaluationSettings.of(**settings)
+    _check(paths)
+    tasks = chosen.tasks
+    questions = load_questions(chosen.questions, chosen.samples, chosen.seed) if "vqa" in tasks else ()
+    processors = [load_processor(path) for path in paths]
+    text = _text(processors, chosen) if "perplexity" in tasks else None
+    for path, processor in zip(paths, processors, strict=True):
+        _check_samples(path, processor, chosen, text, questions)
     work = _Work(
-        text=load_text(text, split="heldout") if "perplexity" in tasks else None,
+        text=text,
         questions=questions,
         swapped=blind_questions(questions) if blind else (),
-        settings=settings,
-        batch_size=batch_size,
+        settings=chosen,
         device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
         dtype=dtype,
         progress=progress,
@@ -116,9 +107,9 @@ def evaluate(
     return EvaluationReport(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         versions=versions("torch", "transformers"),
-        settings=settings,
-        text=None if work.text is None else Source(text, sha256(work.text.encode()).hexdigest()),
-        questions=Source(vqa_source, _fingerprint(questions)) if questions else None,
+        settings=chosen.scored,
+        text=None if text is None else Source(chosen.text, sha256(text.encode()).hexdigest()),
+        questions=Source(chosen.questions, _fingerprint(questions)) if questions else None,
         reference=None if reference is None else str(reference),
         blind=floor,
         results=tuple(results),
@@ -128,7 +119,7 @@ def evaluate(
 def is_compressed(directory: Path) -> bool:
     """Whether the directory's config.json names spectrim as its quantization method."""
     try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        config = parse_json((directory / "config.json").read_bytes())
         return (config.get("quantization_config") or {}).get("quant_method") == METHOD
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(
@@ -136,11 +127,7 @@ def is_compressed(directory: Path) -> bool:
         ) from error
 
 
-def _check(paths: Sequence[Path], tasks: Sequence[str]) -> None:
-    if unknown := [task for task in tasks if task not in TASKS]:
-        raise SampleError(f"There is no evaluation task '{unknown[0]}'; choose from {', '.join(TASKS)}.")
-    if not tasks:
-        raise SampleError(f"No evaluation task is named; choose from {', '.join(TASKS)}.")
+def _check(paths: Sequence[Path]) -> None:
     if not paths:
         raise CheckpointError("No directory is named; give at least one model directory.")
     if len(set(paths)) < len(paths):
@@ -148,16 +135,38 @@ def _check(paths: Sequence[Path], tasks: Sequence[str]) -> None:
     for path in paths:
         is_compressed(path), stored_bytes(path)  # each names what it cannot read
         _stated(path, "retention"), _stated(path, "predicted_loss")
-        if "vqa" in tasks and not takes_images(load_processor(path)):
-            raise SampleError(
-                f"{path} holds a text-only model, which cannot do the task vqa; use tasks=['perplexity']."
-            )
+
+
+def _text(processors: Sequence[Any], settings: EvaluationSettings) -> str:
+    """The text for perplexity, without any token that stands for an image in one of the models."""
+    refused = {token for processor in processors for token in media_tokens(processor)}
+    return load_text(settings.text, split="heldout", processor=processors[0], refused=sorted(refused))
+
+
+def _check_samples(
+    path: Path, processor: Any, settings: EvaluationSettings, text: str | None, questions: Sequence[Question]
+) -> None:
+    """Name what this model cannot read, before any model is loaded."""
+    if questions and not takes_images(processor):
+        raise SampleError(f"{path} holds a text-only model, which cannot do the task vqa; use tasks=['perplexity'].")
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, ImportError):  # loading the model says what is wrong
+        return
+    try:
+        if text is not None:
+            tokenizer = getattr(processor, "tokenizer", processor)
+            windows = settings.model_dump(include={"seqlen", "stride", "max_tokens"})
+            read_text(config, tokenizer, text, **windows)
+        prompted(processor, config, questions)
+    except SpectrimError as error:
+        raise type(error)(f"{path}: {error}") from error
 
 
 def _evaluate_one(path: Path, work: _Work, *, floor: bool) -> tuple[DirectoryResult, VqaScore | None]:
     """The result of one directory, and the blind floor if asked for."""
     settings = work.settings
-    batch: dict[str, Any] = {} if work.batch_size is None else {"batch_size": work.batch_size}
+    batch: dict[str, Any] = {} if settings.batch_size is None else {"batch_size": settings.batch_size}
 
     def stage(what: str) -> Progress | None:
         report = work.progress

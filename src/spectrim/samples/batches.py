@@ -6,10 +6,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from transformers import ProcessorMixin
+from PIL import Image
+from transformers import BatchFeature, ProcessorMixin
 
 from spectrim.errors import SampleError
+from spectrim.samples.beginning import begun
+from spectrim.samples.chat import Message, as_parts, question, render
 from spectrim.samples.images import ImageSample
+from spectrim.samples.sources import check_positive
 
 Modality = Literal["text", "image"]
 
@@ -29,6 +33,7 @@ class Batch:
 
 def text_batches(windows: torch.Tensor, batch_size: int) -> Iterator[Batch]:
     """Batches of at most ``batch_size`` windows, int64 ``[samples, seqlen]``, in their order."""
+    check_positive(batch_size=batch_size)
     for ids in windows.split(batch_size):
         yield Batch("text", {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, len(ids))
 
@@ -40,8 +45,9 @@ def image_batches(samples: Iterable[ImageSample], processor: ProcessorMixin, bat
     that the fullest group goes out as it is.
 
     Raises:
-        SampleError: the processor cannot place an image into a prompt.
+        SampleError: the processor cannot place the images of a sample into a prompt, or refuses the sample.
     """
+    check_positive(batch_size=batch_size)
     groups: dict[tuple[tuple[Any, ...], ...], list[tuple[dict[str, torch.Tensor], str | None]]] = {}
     waiting = 0
     for sample in samples:
@@ -63,7 +69,7 @@ def image_batches(samples: Iterable[ImageSample], processor: ProcessorMixin, bat
 def data_fingerprint(
     windows: torch.Tensor | None, images: Iterable[ImageSample], processor: ProcessorMixin | None
 ) -> str:
-    """SHA-256 of the content that is used: token ids, pixels, instructions and answers, in order.
+    """SHA-256 of the content that is used: token ids, pixels, conversations and answers, in order.
 
     The first image sample goes in as the model will see it as well, for the processor's part: its tokenizer, prompt
     template, resizing and normalisation.
@@ -73,8 +79,10 @@ def data_fingerprint(
         digest.update(f"text {tuple(windows.shape)}".encode())
         digest.update(windows.contiguous().numpy().tobytes())
     for number, sample in enumerate(images):
-        digest.update(repr((number, sample.image.size, sample.instruction, sample.answer)).encode())
-        digest.update(sample.image.tobytes())
+        sizes = [image.size for image in sample.images]
+        digest.update(repr((number, sizes, sample.turns, sample.answer)).encode())
+        for image in sample.images:
+            digest.update(image.tobytes())
         if number == 0 and processor is not None:
             for name, value in sorted(_processed(sample, processor).items()):
                 digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
@@ -83,33 +91,78 @@ def data_fingerprint(
 
 
 def image_prompt(processor: ProcessorMixin, instruction: str) -> str:
-    """The chat prompt of one image with an instruction, up to where the answer begins.
+    """The chat prompt of one image with an instruction, up to where the answer begins; see :func:`chat_prompt`."""
+    return chat_prompt(processor, question(instruction), f"the question {instruction[:60]!r}")
 
-    A processor without chat template gets its image token, a line break and the instruction.
+
+def chat_prompt(processor: ProcessorMixin, turns: Sequence[Message], where: str) -> str:
+    """A conversation by the processor's chat template, up to where the answer begins.
+
+    A processor without chat template gets its image token for each image, and the text, in lines.
 
     Raises:
-        SampleError: the processor has neither a chat template nor an image token.
+        SampleError: there is neither a chat template nor an image token, or the conversation does not fit them.
     """
-    if getattr(processor, "chat_template", None):
-        content = [{"type": "image"}, {"type": "text", "text": instruction}]
-        conversation: list[dict[str, Any]] = [{"role": "user", "content": content}]
-        prompt = processor.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
-        return str(prompt)
+    shown = sum(part["type"] == "image" for turn in turns for part in turn["content"] if isinstance(part, dict))
     token = getattr(processor, "image_token", None)
+    if getattr(processor, "chat_template", None):
+        prompt = render(processor, turns, where, answer_next=True)
+        marks = (prompt.count(mark) for mark in (token, getattr(processor, "boi_token", None)) if mark)
+        if (written := max(marks, default=shown)) not in (0, shown):  # 0: the template writes something else
+            raise SampleError(
+                f"{where} has {shown} images, of which the chat template of {type(processor).__name__} writes "
+                f"{written}; give samples of one image"
+            )
+        return prompt
     if not token:
         raise SampleError(
             f"the processor {type(processor).__name__} has neither a chat template nor an image token, so that images "
             "cannot be placed in a prompt; add a chat template to the model's directory"
         )
-    return f"{token}\n{instruction}"
+    if len(turns) > 1:
+        raise SampleError(
+            f"{where} has several turns, for which the processor {type(processor).__name__} has no chat template; add "
+            "one to the model's directory, or give samples of one question"
+        )
+    return "\n".join(token if part["type"] == "image" else part["text"] for part in as_parts(turns[0]["content"]))
+
+
+def model_tensors(
+    processor: ProcessorMixin,
+    prompts: Sequence[str],
+    images: Sequence[Sequence[Image.Image]],
+    where: Sequence[str],
+    **options: Any,
+) -> BatchFeature:
+    """Prompts and the images of each, as a processor makes them inputs of a model.
+
+    The beginning of a text (BOS) stands before every prompt exactly once, whether the template writes it or the
+    tokenizer adds it; the prompts of a batch may differ in that.
+
+    Raises:
+        SampleError: the processor refuses a sample; the message has its name in ``where``.
+    """
+    tokenizer: Any = getattr(processor, "tokenizer", None)
+    if tokenizer is not None and (written := begun(tokenizer, prompts)) is not None:
+        prompts, options["add_special_tokens"] = written, False
+    call: Any = processor
+    try:
+        inputs: BatchFeature = call(text=list(prompts), images=list(map(list, images)), return_tensors="pt", **options)
+    except Exception as error:  # of whatever kind a processor fails with
+        for prompt, shown, name in zip(prompts, images, where, strict=True) if len(prompts) > 1 else ():
+            model_tensors(processor, [prompt], [shown], [name], **options)  # says which one it is
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        sizes = ", ".join(f"{image.width}×{image.height}" for image in images[0])
+        raise SampleError(
+            f"{where[0]} cannot be read by {type(processor).__name__} ({reason}; images of {sizes} pixels); correct or "
+            "remove it"
+        ) from error
+    return inputs
 
 
 def _processed(sample: ImageSample, processor: ProcessorMixin) -> dict[str, torch.Tensor]:
-    prompt = image_prompt(processor, sample.instruction)
-    bos = getattr(getattr(processor, "tokenizer", None), "bos_token", None)
-    # A template that writes the beginning-of-sequence token must not get a second one from the tokenizer.
-    options = {"add_special_tokens": False} if bos and prompt.startswith(bos) else {}
-    inputs = processor(text=[prompt], images=[sample.image], return_tensors="pt", **options)
+    prompt = chat_prompt(processor, sample.turns, sample.where)
+    inputs = model_tensors(processor, [prompt], [sample.images], [sample.where])
     # Some processors (PaliGemma's) add labels, with which the model would compute a training loss.
     return {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor) and name != "labels"}
 

@@ -1,6 +1,5 @@
-"""Images with an instruction, opened one at a time."""
+"""Images with what is asked about them, opened one sample at a time."""
 
-import io
 import itertools
 import random
 from collections.abc import Callable, Sequence
@@ -9,48 +8,62 @@ from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from spectrim.errors import SampleError
-from spectrim.samples.sources import hub_rows, local_path, read_jsonl
+from spectrim.samples.chat import Message, as_parts, question, read_chat, texts
+from spectrim.samples.pixels import open_image, opener, to_rgb
+from spectrim.samples.sources import check_positive, hub_rows, local_path, read_jsonl
+from spectrim.samples.tokens import refuse_media
 
 _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
 
 @dataclass(frozen=True)
 class ImageSample:
-    """One image and what is asked about it."""
+    """A conversation about images, up to where its last answer begins, and that answer."""
 
-    image: Image.Image  # RGB
-    instruction: str
+    images: tuple[Image.Image, ...]  # RGB, in the order of their places in the turns
+    turns: tuple[Message, ...]
     answer: str | None = None
+    where: str = "an image sample"  # it came from
 
 
 @dataclass(frozen=True)
-class _Entry:
-    open: Callable[[], Image.Image]
-    instruction: str
-    answer: str | None = None
+class Entry:
+    """An image sample whose images are not opened yet."""
+
+    openers: tuple[Callable[[], Image.Image], ...]
+    turns: tuple[Message, ...]
+    answer: str | None
+    where: str
+
+    def open(self) -> ImageSample:
+        """Raises SampleError for an image that is broken."""
+        return ImageSample(tuple(each() for each in self.openers), self.turns, self.answer, self.where)
 
 
 class ImageSamples(Sequence[ImageSample]):
-    """A sequence that decodes an image only when it is asked for, so that memory does not grow with the samples."""
+    """A sequence that decodes images only when they are asked for, so that memory does not grow with the samples."""
 
-    def __init__(self, entries: Sequence[_Entry]) -> None:
-        self._entries = tuple(entries)
+    def __init__(self, entries: Sequence[Entry]) -> None:
+        self.entries = tuple(entries)
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self.entries)
 
     @overload
     def __getitem__(self, index: int) -> ImageSample: ...
     @overload
     def __getitem__(self, index: slice) -> "ImageSamples": ...
     def __getitem__(self, index: int | slice) -> "ImageSample | ImageSamples":
-        if isinstance(index, slice):
-            return ImageSamples(self._entries[index])
-        entry = self._entries[index]
-        return ImageSample(entry.open(), entry.instruction, entry.answer)
+        return ImageSamples(self.entries[index]) if isinstance(index, slice) else self.entries[index].open()
+
+    def refuse(self, tokens: Sequence[str]) -> None:
+        """Raise SampleError where a sample holds one of these tokens, which stand for media, as text."""
+        for entry in self.entries:
+            for text in (*texts(entry.turns), entry.answer or ""):
+                refuse_media(text, tokens, entry.where)
 
 
 def load_images(
@@ -60,38 +73,47 @@ def load_images(
     seed: int,
     split: str = "calibration",
     instruction: str = "Describe this image.",
-) -> Sequence[ImageSample]:
+) -> ImageSamples:
     """Image samples of a source, chosen at random without repetition; the same for the same arguments.
 
     Args:
         source: ``builtin`` (images of every built-in task in equal parts); a folder of images, searched with its
-            subfolders; a ``.jsonl`` file of ``{"image": path, "instruction" or "question": ..., "answer": ...}`` with
-            paths relative to the file; else a Hugging Face data set id, ``id[:config[:split]]``, with a
-            column ``image``.
+            subfolders; a ``.jsonl`` file of ``{"image": path, "instruction" or "question": ..., "answer": ...}`` or of
+            conversations about images (see ``read_chat``; the last turn is the answer where it is the assistant's),
+            with paths relative to the file; else a Hugging Face data set id, ``id[:config[:split]]``, with a column
+            ``image`` or ``images``. Several images of a row are a list.
         samples: how many.
         seed: of the choice and the order.
         split: "train", "calibration" or "test"; local sources have one split only and ignore it.
         instruction: for samples that carry none; the built-in ones always get it.
 
     Returns:
-        A sequence that opens each image when it is indexed; that raises SampleError when the image is broken.
+        A sequence that opens the images of a sample when it is indexed; that raises SampleError when one is broken.
 
     Raises:
-        SampleError: the source is missing, malformed, or has fewer images than ``samples``.
+        SampleError: the source is missing, malformed, or has fewer samples than ``samples``.
     """
-    if samples < 1:
-        raise SampleError(f"samples must be at least 1, not {samples}")
+    check_positive(samples=samples)
+    try:
+        instruction.encode()
+    except UnicodeEncodeError as error:
+        raise SampleError(f"the instruction {instruction!r} holds half a character; write it in UTF-8") from error
     if source == "builtin":
         return ImageSamples(_builtin(samples, seed, split, instruction))
     path = local_path(source, _SUFFIXES)
     if path is None:
-        rows = hub_rows(source, split, column="image", seed=seed)
-        entries = [_hub_entry(source, row, instruction) for row in itertools.islice(rows, samples)]
+        rows = hub_rows(source, split, columns=("image", "images"), seed=seed)
+        entries = [
+            _entry(_plain(row), None, f"data set '{source}', row {number}", instruction)
+            for number, row in enumerate(itertools.islice(rows, samples), start=1)
+        ]
     elif path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _SUFFIXES and file.is_file())
-        entries = [_Entry(partial(_open, file, str(file)), instruction) for file in files]
+        entries = [
+            Entry((partial(open_image, file, str(file)),), question(instruction), None, str(file)) for file in files
+        ]
     elif path.suffix.lower() == ".jsonl":
-        entries = [_jsonl_entry(path, number, row, instruction) for number, row in read_jsonl(path)]
+        entries = [_entry(row, path.parent, f"{path}, line {number}", instruction) for number, row in read_jsonl(path)]
     else:
         raise SampleError(f"image source '{source}' is neither a folder of images nor a .jsonl file; give one of these")
     if len(entries) < samples:
@@ -102,49 +124,49 @@ def load_images(
     return ImageSamples(random.Random(seed).sample(entries, samples))
 
 
-def _builtin(samples: int, seed: int, split: str, instruction: str) -> list[_Entry]:
+def _builtin(samples: int, seed: int, split: str, instruction: str) -> list[Entry]:
     from spectrim.demo.tasks import TASKS, questions
 
     per_task = -(-samples // len(TASKS))
     pooled = [question.image for task in TASKS for question in questions(task, split, per_task, seed)]
     chosen = random.Random(seed).sample(pooled, samples)
-    return [_Entry(partial(_rgb, image), instruction) for image in chosen]
+    return [Entry((partial(to_rgb, image),), question(instruction), None, "a built-in image") for image in chosen]
 
 
-def _jsonl_entry(path: Path, number: int, row: dict[str, Any], instruction: str) -> _Entry:
-    asked, answer = row.get("instruction", row.get("question", instruction)), row.get("answer")
-    if not isinstance(row.get("image"), str):
-        raise SampleError(f'{path}, line {number} has no string "image"; write the path of an image')
-    if not isinstance(asked, str) or not isinstance(answer, str | None):
-        raise SampleError(f"{path}, line {number}: instruction and answer must be strings")
-    image = path.parent / row["image"]
-    if not image.is_file():
-        raise SampleError(f"{path}, line {number} names the image '{row['image']}', which does not exist")
-    return _Entry(partial(_open, image, f"{image} ({path}, line {number})"), asked, answer)
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of a data set; answers of another kind, such as lists of what many people said, are none."""
+    return {**row, "answer": row["answer"] if isinstance(row.get("answer"), str) else None}
 
 
-def _hub_entry(source: str, row: dict[str, Any], instruction: str) -> _Entry:
-    asked, answer = row.get("instruction", row.get("question", instruction)), row.get("answer")
-    image = row["image"]
-    data = image.get("bytes") if isinstance(image, dict) else None
-    if not isinstance(data, bytes):
-        raise SampleError(f"data set '{source}': the column 'image' holds no images; give a data set of images")
-    return _Entry(
-        partial(_open, data, f"an image of data set '{source}'"),
-        str(asked),
-        answer if isinstance(answer, str) else None,
-    )
+def _entry(row: dict[str, Any], base: Path | None, where: str, instruction: str) -> Entry:
+    if row.get("image") is not None and row.get("images") is not None:
+        raise SampleError(f'{where} has both "image" and "images"; keep one of them')
+    named = row["images"] if row.get("images") is not None else row.get("image")
+    images = named if isinstance(named, list) else [] if named is None else [named]
+    asked, answer = row.get("instruction", row.get("question")), row.get("answer")
+    if not isinstance(asked, str | None) or not isinstance(answer, str | None):
+        raise SampleError(f"{where}: instruction and answer must be strings")
+    chat = read_chat(row, images, where)
+    if chat is not None:
+        if asked is not None:
+            raise SampleError(f"{where} has both a conversation and an instruction or question; keep one of them")
+        turns, images = chat.turns, list(chat.images)
+        if turns[-1]["role"] == "assistant":
+            if answer is not None:
+                raise SampleError(f"{where} has an answer beside that of its last turn; keep one of them")
+            turns, answer = turns[:-1], _answer(turns[-1], where)
+        if not any(turn["role"] == "user" for turn in turns):
+            raise SampleError(f"{where} has no turn of the user before the answer; add one")
+    else:
+        turns = question(instruction if asked is None else asked, len(images))
+    if not images:
+        kind = "shows no image; give it as a text source" if chat else 'has no string "image"; write the path of one'
+        raise SampleError(f"{where} {kind}")
+    return Entry(tuple(opener(image, base, where) for image in images), turns, answer, where)
 
 
-def _open(origin: Path | bytes, label: str) -> Image.Image:
-    try:
-        with Image.open(io.BytesIO(origin) if isinstance(origin, bytes) else origin) as image:
-            return _rgb(image)
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise SampleError(f"{label} cannot be read as an image ({error}); repair or remove it") from error
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # Pillow warns about the direct way
-    return image.convert("RGB")
+def _answer(turn: Message, where: str) -> str:
+    parts = as_parts(turn["content"])
+    if any(part["type"] != "text" for part in parts):
+        raise SampleError(f"{where} has an image in the answer; remove it")
+    return "".join(part["text"] for part in parts)

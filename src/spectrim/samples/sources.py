@@ -1,15 +1,22 @@
 """Rows of local jsonl files and of Hugging Face datasets; what text and image sources have in common."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from spectrim.errors import SampleError
+from spectrim.files import parse_json
 
 # Names that a data set's author gives to the splits that this project calls by another name.
 _HUB_SPLITS = {"calibration": "train", "heldout": "test"}
 _SHUFFLE_BUFFER = 1000  # rows that a streamed data set is shuffled over
+
+
+def check_positive(**values: int | None) -> None:
+    """Raise SampleError for a number below 1; None passes."""
+    for name, value in values.items():
+        if value is not None and value < 1:
+            raise SampleError(f"{name} must be at least 1, not {value}")
 
 
 def local_path(source: str, suffixes: frozenset[str]) -> Path | None:
@@ -23,8 +30,11 @@ def local_path(source: str, suffixes: frozenset[str]) -> Path | None:
         SampleError: ``source`` is written like a path and nothing is there.
     """
     path = Path(source).expanduser()
-    if path.exists():
-        return path
+    try:
+        if path.exists():
+            return path
+    except OSError as error:  # a name that is too long, a folder that is closed
+        raise SampleError(f"sample source '{source[:80]}' cannot be opened ({error.strerror}); name a file") from error
     if path.is_absolute() or source.startswith((".", "~")) or path.suffix.lower() in suffixes | {".jsonl"}:
         raise SampleError(f"sample source '{source}' does not exist; give an existing file or folder, or 'builtin'")
     return None
@@ -34,28 +44,32 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line number (from 1) and object of every line that is not blank.
 
     Raises:
-        SampleError: a line is not UTF-8 or not a JSON object; the message names the line.
+        SampleError: the file cannot be read, or a line is not UTF-8 or not a JSON object; the message names the line.
     """
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise SampleError(f"{path}, line {number} is not JSON ({error}); write one object per line") from error
-            if not isinstance(row, dict):
-                raise SampleError(f"{path}, line {number} is not a JSON object; write one object per line")
-            yield number, row
+    try:
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                content = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line  # a byte order mark
+                if not content.strip():
+                    continue
+                try:
+                    row = parse_json(content)
+                except ValueError as error:
+                    raise SampleError(f"{path}, line {number} {error}; write one JSON object per line") from error
+                if not isinstance(row, dict):
+                    raise SampleError(f"{path}, line {number} is not a JSON object; write one object per line")
+                yield number, row
+    except OSError as error:
+        raise SampleError(f"{path} cannot be read ({error.strerror}); name a file that you may read") from error
 
 
-def hub_rows(source: str, split: str, *, column: str, seed: int | None = None) -> Iterator[dict[str, Any]]:
+def hub_rows(source: str, split: str, *, columns: tuple[str, ...], seed: int | None = None) -> Iterator[dict[str, Any]]:
     """Rows of a Hugging Face data set, streamed, so that only what is used is fetched.
 
     Args:
         source: ``id``, ``id:config`` or ``id:config:split``; an empty config means the default one.
         split: taken when ``source`` names none ("calibration" means "train", "heldout" means "test").
-        column: must be present; an image column is handed out encoded, as ``{"bytes": ..., "path": ...}``.
+        columns: one of them must be present; images are handed out encoded, as ``{"bytes": ..., "path": ...}``.
         seed: shuffles the rows; None keeps their order.
 
     Raises:
@@ -74,12 +88,18 @@ def hub_rows(source: str, split: str, *, column: str, seed: int | None = None) -
             name, config or None, split=wanted or _HUB_SPLITS.get(split, split), streaming=True
         )
         if seed is not None:
-            if isinstance((rows.features or {}).get(column), datasets.Image):
-                rows = rows.cast_column(column, datasets.Image(decode=False))
+            for column in columns:
+                feature = (rows.features or {}).get(column)
+                encoded: Any = datasets.Image(decode=False)
+                if isinstance(feature, datasets.Image):
+                    rows = rows.cast_column(column, encoded)
+                elif isinstance(getattr(feature, "feature", None), datasets.Image):  # a list of images
+                    rows = rows.cast_column(column, datasets.List(encoded))
             rows = rows.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
         for row in rows:
-            if column not in row:
-                raise SampleError(f"data set '{source}' has no column '{column}' (it has {', '.join(row)})")
+            if not any(column in row for column in columns):
+                names = " or ".join(f"'{column}'" for column in columns)
+                raise SampleError(f"data set '{source}' has no column {names} (it has {', '.join(row)})")
             yield row
     except SampleError:
         raise

@@ -1,37 +1,51 @@
 """Plain text and the windows of tokens that are cut from it."""
 
 import random
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from spectrim.errors import SampleError
-from spectrim.samples.sources import hub_rows, local_path, read_jsonl
+from spectrim.samples.beginning import beginning
+from spectrim.samples.chat import TURNS, read_chat, render
+from spectrim.samples.sources import check_positive, hub_rows, local_path, read_jsonl
+from spectrim.samples.tokens import refuse_media
 
 _SUFFIXES = frozenset({".txt", ".md"})
 _HUB_CHARACTERS = 16_000_000  # read from a data set at most; WikiText-2 (train) has 11 million
 
 
-def load_text(source: str, *, split: str = "calibration") -> str:
+def load_text(source: str, *, split: str = "calibration", processor: Any = None, refused: Collection[str] = ()) -> str:
     """Text of a source.
 
     Args:
-        source: ``builtin``; a ``.txt`` or ``.md`` file; a ``.jsonl`` file of ``{"text": ...}``; else a Hugging Face
-            data set id with a column ``text``, ``id[:config[:split]]``, read up to 16 million characters.
+        source: ``builtin``; a ``.txt`` or ``.md`` file; a ``.jsonl`` file of ``{"text": ...}`` or of conversations (see
+            ``read_chat``); else a Hugging Face data set id with such columns, ``id[:config[:split]]``, read up to
+            16 million characters.
         split: "train", "calibration" or "heldout"; local files have one split only and ignore it.
+        processor: has the chat template that renders conversations: the model's processor or tokenizer.
+        refused: tokens that stand for media, which no text may hold (see ``media_tokens``).
 
     Raises:
-        SampleError: the source is missing, unreadable, malformed or empty.
+        SampleError: the source is missing, unreadable, malformed or empty; the message names the line.
     """
     if source == "builtin":
         from spectrim.demo.text import split_text
 
-        text = split_text(split)
+        passages = iter([_Passage("the built-in text", split_text(split))])
     elif (path := local_path(source, _SUFFIXES)) is not None:
-        text = _read_file(path)
+        passages = _read_file(path, processor)
     else:
-        text = _read_hub(source, split)
+        passages = _read_hub(source, split, processor)
+    parts: list[str] = []
+    for passage in passages:
+        refuse_media(passage.text, refused, passage.place(refused))
+        parts += [passage.text, "" if passage.chat else "\n\n"]  # a template writes its own white space
+    text = "".join(parts[:-1])
     if not text.strip():
         raise SampleError(f"text source '{source}' is empty; give one that holds text")
     return text
@@ -42,54 +56,97 @@ def text_windows(
 ) -> torch.Tensor:
     """Windows of consecutive tokens at random places that never overlap; every such choice is equally likely.
 
+    Each window begins with what the tokenizer puts before every text (see ``beginning``), which counts as a part of it.
+
     Returns:
         int64 ``[samples, seqlen]`` on the CPU, in random order; the same for the same arguments.
 
     Raises:
-        SampleError: the text is too short, or ``samples`` or ``seqlen`` is not positive.
+        SampleError: the text or the windows are too short, or ``samples`` or ``seqlen`` is not positive.
     """
-    if samples < 1 or seqlen < 1:
-        raise SampleError(f"samples and seqlen must be at least 1, not {samples} and {seqlen}")
+    check_positive(samples=samples, seqlen=seqlen)
+    first = beginning(tokenizer, text)
+    length = seqlen - len(first)  # of the text in a window
+    if length < 1:
+        raise SampleError(
+            f"windows of {seqlen} tokens hold no text, since the tokenizer begins each with {len(first)} of its own; "
+            "make the windows longer"
+        )
     tokens = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    slack = len(tokens) - samples * seqlen
+    slack = len(tokens) - samples * length
     if slack < 0:
         raise SampleError(
-            f"the text has {len(tokens)} tokens, room for {len(tokens) // seqlen} windows of {seqlen}, and {samples} "
+            f"the text has {len(tokens)} tokens, room for {len(tokens) // length} windows of {seqlen}, and {samples} "
             "were asked for; give a longer text or lower the samples or the window length"
         )
     # Places i₀ < i₁ < … out of slack + samples stand for gaps i_j - j, non-decreasing in [0, slack].
     rng = random.Random(seed)
     places = sorted(rng.sample(range(slack + samples), samples))
-    starts = [place - j + j * seqlen for j, place in enumerate(places)]
+    starts = [place - j + j * length for j, place in enumerate(places)]
     rng.shuffle(starts)
-    return torch.tensor([tokens[start : start + seqlen] for start in starts], dtype=torch.int64)
+    return torch.tensor([first + tokens[start : start + length] for start in starts], dtype=torch.int64)
 
 
-def _read_file(path: Path) -> str:
+@dataclass(frozen=True)
+class _Passage:
+    where: str
+    text: str
+    lines: bool = False  # a file of text, in which a line can be named
+    chat: bool = False
+
+    def place(self, words: Collection[str]) -> str:
+        """Where the first of these words stands, as far as it can be said."""
+        found = [self.text.find(word) for word in words if word in self.text]
+        if not found or not self.lines:
+            return self.where
+        return f"{self.where}, line {self.text.count(chr(10), 0, min(found)) + 1}"
+
+
+def _read_file(path: Path, processor: Any) -> Iterator[_Passage]:
     if path.is_dir():
         raise SampleError(f"text source '{path}' is a folder; give a .txt, .md or .jsonl file")
     if path.suffix.lower() == ".jsonl":
-        return "\n\n".join(_jsonl_text(path, number, row.get("text")) for number, row in read_jsonl(path))
+        for number, row in read_jsonl(path):
+            yield _row(f"{path}, line {number}", row, processor)
+        return
     if path.suffix.lower() not in _SUFFIXES:
         raise SampleError(f"text source '{path}' ends in none of .txt, .md and .jsonl; rename or convert it")
     try:
-        return path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # with or without a byte order mark
     except UnicodeDecodeError as error:
         raise SampleError(f"text source '{path}' is not UTF-8 (byte {error.start}); convert it to UTF-8") from error
+    except OSError as error:
+        raise SampleError(f"text source '{path}' cannot be read ({error.strerror}); make it readable") from error
+    if "\0" in text:
+        raise SampleError(f"text source '{path}' holds null bytes, as UTF-16 and binary files do; convert it to UTF-8")
+    yield _Passage(str(path), text, lines=True)
 
 
-def _jsonl_text(path: Path, number: int, text: object) -> str:
-    if not isinstance(text, str):
-        raise SampleError(f'{path}, line {number} has no string "text"; write {{"text": "..."}} on every line')
-    return text
+def _row(where: str, row: dict[str, Any], processor: Any) -> _Passage:
+    text = row.get("text")
+    chat = read_chat(row, None, where)
+    if chat is None:
+        if not isinstance(text, str):
+            raise SampleError(f'{where} has no string "text"; write {{"text": "..."}} on every line, or "messages"')
+        return _Passage(where, text)
+    if text is not None:
+        raise SampleError(f'{where} has both "text" and a conversation; keep one of them')
+    if chat.images:
+        raise SampleError(f"{where} shows images; give it as an image source")
+    if processor is None:
+        raise SampleError(f"{where} is a conversation, which needs the model's chat template; give its tokenizer")
+    written = render(processor, chat.turns, where)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    for token in tokenizer.convert_ids_to_tokens(beginning(tokenizer, written)):  # windows bring it themselves
+        written = written.removeprefix(token)
+    return _Passage(where, written, chat=True)
 
 
-def _read_hub(source: str, split: str) -> str:
-    parts: list[str] = []
+def _read_hub(source: str, split: str, processor: Any) -> Iterator[_Passage]:
     size = 0
-    for row in hub_rows(source, split, column="text"):
-        parts.append(str(row["text"]))
-        size += len(parts[-1])
+    for number, row in enumerate(hub_rows(source, split, columns=("text", *TURNS)), start=1):
+        passage = _row(f"data set '{source}', row {number}", row, processor)
+        yield passage
+        size += len(passage.text)
         if size >= _HUB_CHARACTERS:
             break
-    return "\n\n".join(parts)

@@ -7,12 +7,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.table import Table
 
 from spectrim.errors import SampleError
-from spectrim.files import write_whole
+from spectrim.files import parse_yaml, write_whole
 
 
 class Suite(BaseModel):
@@ -48,15 +47,15 @@ class Suite(BaseModel):
                 )
             path = Path(str(files(__package__).joinpath(f"{source}.yaml")))
         try:
-            suite = cls.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise SampleError(
-                f"suite '{source}' cannot be read ({' '.join(str(error).split())}); correct it"
-            ) from error
+            suite = cls.model_validate(parse_yaml(path.read_bytes()))
         except ValidationError as error:
             first = error.errors()[0]
             at = ".".join(map(str, first["loc"]))
             raise SampleError(f"suite '{source}': key '{at}': {first['msg']}; see docs/evaluation.md") from error
+        except OSError as error:
+            raise SampleError(f"suite '{source}' cannot be read ({error.strerror}); name a .yaml file") from error
+        except ValueError as error:
+            raise SampleError(f"suite '{source}' cannot be read: it {error}; correct it") from error
         if suite.task_folder is None:
             return suite
         return suite.model_copy(update={"task_folder": str(path.parent / suite.task_folder)})

@@ -1,0 +1,48 @@
+"""How a text begins for a model: the tokens that its tokenizer puts before every text, such as BOS."""
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from spectrim.errors import SampleError
+
+_PROBE = 200  # characters of a text that are enough to see what comes before them
+
+
+def beginning(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids that the tokenizer puts before ``text`` when it adds special tokens; often BOS, often none.
+
+    What it adds is looked at and not looked up, for names and settings of tokenizers contradict what they do. Tokens
+    after a text, such as EOS or SEP, are none of it. A model that is always shown these tokens never saw a text
+    without, so every window of text begins with them: in calibration, in probes and in evaluation.
+
+    Raises:
+        SampleError: the text cannot be found between the special tokens.
+    """
+    probe = text.strip()[:_PROBE]
+    plain = tokenizer(probe, add_special_tokens=False, verbose=False)["input_ids"]
+    whole = tokenizer(probe, verbose=False)["input_ids"]
+    for start in range(len(whole) - len(plain) + 1):
+        if whole[start : start + len(plain)] == plain:
+            return list(whole[:start])
+    raise SampleError(
+        f"{type(tokenizer).__name__} changes a text when it adds special tokens, so that what it puts before one "
+        "cannot be told; repair the tokenizer"
+    )
+
+
+def begun(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[str] | None:
+    """Texts that each begin as the tokenizer begins one, written out, where one of them has its beginning already.
+
+    Chat templates may write BOS themselves, and the tokenizer must then add nothing. None where no text has one.
+    """
+    first = beginning(tokenizer, texts[0])
+    written = "".join(map(str, tokenizer.convert_ids_to_tokens(first)))
+    starts = [start for start in (first, [tokenizer.bos_token_id]) if start and start != [None]]
+
+    def has_one(text: str) -> bool:
+        ids = tokenizer(text[:_PROBE], add_special_tokens=False, verbose=False)["input_ids"]
+        return any(ids[: len(start)] == start for start in starts)
+
+    has = [has_one(text) for text in texts]
+    return [text if there else written + text for text, there in zip(texts, has, strict=True)] if any(has) else None
