@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.utils import skip_init
 
 from spectrim.errors import ModelError
+from spectrim.lazy import LazyWeight
 from spectrim.packed import PackedLinear
 from spectrim.pivots import pivoted as pivoted_factors
 from spectrim.pivots import row_order
@@ -29,8 +30,8 @@ class LowRankLinear(nn.Module):
     """A linear layer whose weight is the product of two factors: ``y = A (B x) + bias``.
 
     Children ``A`` (``A.weight`` [out, rank]) and ``B`` (``B.weight`` [rank, in]) are bias-free ``nn.Linear`` modules;
-    ``bias`` [out] is a parameter or None. There is no ``weight``. Factors and bias start as NaN, so that a layer that
-    nobody filled shows in the first logits.
+    ``bias`` [out] is a parameter or None. Factors and bias start as NaN, so that a layer that nobody filled shows in
+    the first logits. ``weight`` is no parameter: it is there for code that asks for its dtype or device.
 
     With a tuple of H ranks, the rows of each head h are factored by themselves (LASER; METHODS, sections 4 and 6):
     ``A`` is an ``nn.ModuleList`` of H linears, ``A[h].weight`` [out / H, rank[h]], and ``B`` stays one linear,
@@ -122,6 +123,7 @@ class LowRankLinear(nn.Module):
                 f"factors of shapes {list(A.shape)} and {list(B.shape)} do not fit a layer that takes "
                 f"{[self.out_features, k]} and {[k, self.in_features]}"
             )
+        _values(self.B)
         if self.pivots is not None:
             pivots, A, B = pivoted_factors(A, B)
             self.pivots.copy_(pivots)
@@ -158,32 +160,44 @@ class LowRankLinear(nn.Module):
         if self.pivots is not None and not self.pivots.is_meta:
             self.find_order()
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight [out, in]; its values are computed, as by `product`, whenever they are read."""
+        trained = any(parameter.requires_grad for parameter in self.parameters())
+        B = self.B.weight_scale if isinstance(self.B, PackedLinear) else self.B.weight
+        return LazyWeight.of(self.product, (self.out_features, self.in_features), B, trained)
+
+    def product(self) -> torch.Tensor:
+        """The weight [out, in] in the dtype of the factors; gradients flow to them.
+
+        It is formed in float32 (float64 for float64 factors) and rounded once. Raises ModelError for factors that are
+        offloaded (on the meta device) or carry an adapter: both would be lost.
+        """
+        heads, B = self._heads(), _values(self.B)  # B [k, in]
+        wide = torch.promote_types(B.dtype, torch.float32)
+        parts = B.split(head_ranks(self.rank))  # [k_h, in]
+        found = torch.cat([_values(A).to(wide) @ part.to(wide) for A, part in zip(heads, parts, strict=True)])
+        if self.R is not None:
+            found = found + self.R.unpacked().to(wide)
+        found = found.to(B.dtype)
+        return found if self.order is None else torch.cat([B, found])[self.order.argsort()]
+
     @torch.no_grad()
     def to_dense(self) -> nn.Linear:
         """The dense layer of the same map, in the same dtype and on the same device.
 
-        The product of the factors is formed in float32 (float64 for float64 factors) and rounded once. Raises
-        ModelError for factors that are offloaded (on the meta device) or carry an adapter: both would be lost.
+        Raises ModelError for factors that are offloaded (on the meta device) or carry an adapter: both would be lost.
         """
-        heads, B = self._heads(), self.B.weight  # B [k, in]
-        wide = torch.promote_types(B.dtype, torch.float32)
-        dense = skip_init(
-            nn.Linear, self.in_features, self.out_features, self.bias is not None, device=B.device, dtype=B.dtype
-        )
-        if self.order is not None:
-            rows = torch.cat([B, (heads[0].weight.to(wide) @ B.to(wide)).to(B.dtype)])
-            dense.weight[self.order] = rows
-        else:
-            blocks, parts = dense.weight.chunk(len(heads)), B.split(head_ranks(self.rank))  # [out / H, in], [k_h, in]
-            for block, head, part in zip(blocks, heads, parts, strict=True):
-                found = head.weight.to(wide) @ part.to(wide)
-                block.copy_(found if self.R is None else found + self.R.weight.to(wide))
+        W = self.product()
+        like: dict[str, Any] = {"device": W.device, "dtype": W.dtype}
+        dense = skip_init(nn.Linear, self.in_features, self.out_features, self.bias is not None, **like)
+        dense.weight.copy_(W)
         if self.bias is not None:
             dense.bias.copy_(self.bias)
         return dense.train(self.training)
 
     def _heads(self) -> list[nn.Linear]:
-        """The linears of A, one by one; ModelError unless all factors are plain or packed linears with values."""
+        """The linears of A, one by one; ModelError unless all factors are plain or packed linears."""
         heads: dict[str, Any] = (
             {"A": self.A} if isinstance(self.rank, int) else {f"A.{h}": A for h, A in enumerate(self.A)}
         )
@@ -192,8 +206,6 @@ class LowRankLinear(nn.Module):
                 raise ModelError(
                     f"factor {name} is a {type(factor).__name__}, not a plain linear; merge its adapter first"
                 )
-            if factor.weight.is_meta:
-                raise ModelError("factors on the meta device have no values; load the model without offloading")
         return list(heads.values())
 
     def extra_repr(self) -> str:
@@ -202,6 +214,14 @@ class LowRankLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
             f"bias={self.bias is not None}" + ", pivoted=True" * (self.pivots is not None)
         )
+
+
+def _values(factor: Any) -> torch.Tensor:
+    """The weight of a plain or packed linear; ModelError where it has no values."""
+    weight: torch.Tensor = factor.unpacked() if isinstance(factor, PackedLinear) else factor.weight
+    if weight.is_meta:
+        raise ModelError("factors on the meta device have no values; load the model without offloading")
+    return weight
 
 
 def replace_linears(model: nn.Module, ranks: Mapping[str, Rank], pivoted: Collection[str] = ()) -> None:

@@ -26,19 +26,19 @@ factored layer with random weights. Two guards in the checkpoint make that an er
   does not fit; this stops transformers 4, too, which knows nothing of fusions. A loader of factors skips them.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import PreTrainedModel, fusion_mapping
+from transformers import PreTrainedConfig, PreTrainedModel, fusion_mapping
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from spectrim.checkpoint.names import compressed_layers, runtime_names, saved_names, shortened, stored_layers
+from spectrim.checkpoint.names import compressed_layers, runtime_names, shortened, stored_layers
 from spectrim.errors import CheckpointError, ModelError
 from spectrim.layers import LowRankLinear, Rank, pack_linears, replace_linears
 from spectrim.packed import PackedLinear, inner_config, inner_grids
@@ -216,20 +216,6 @@ class SpectrimQuantizer(HfQuantizer):
         vars(model)["is_quantized"] = False  # the factors are ordinary floats; half(), float() and fine-tuning are fine
         return model
 
-    def get_state_dict_and_metadata(
-        self, model: PreTrainedModel
-    ) -> tuple[dict[str, torch.Tensor] | None, dict[str, Any]]:
-        """What ``save_pretrained`` writes; also brings the ranks in the config up to date with the model."""
-        if getattr(model, "_hf_peft_config_loaded", False):
-            return None, {}  # only the adapter is written
-        attach(model)
-        tensors: dict[str, torch.Tensor] = model.state_dict()
-        for name in saved_names(
-            model, [f"{name}.weight" for name in compressed_layers(model)]
-        ):  # those that the format merges with others stand without the guard
-            tensors[name] = torch.empty(0, dtype=model.dtype)
-        return tensors, {}
-
     def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """Merge factors and unpack integers into dense linears, in place, and make `model` a plain one."""
         dense = {name: layer.to_dense() for name, layer in compressed_layers(model).items()}
@@ -241,10 +227,7 @@ class SpectrimQuantizer(HfQuantizer):
     def remove_quantization_config(self, model: PreTrainedModel) -> None:
         """Take every trace of the factored format off a model that is dense again."""
         super().remove_quantization_config(model)  # type: ignore[no-untyped-call]
-        config = model.config
-        fusions = vars(config).pop("fusion_config", None) or {}
-        if fusions := {name: options for name, options in fusions.items() if name != GUARD}:
-            config.fusion_config = fusions
+        without_guard(model.config)
         for module in model.modules():
             if isinstance(module, PreTrainedModel) and hasattr(module.config, "_is_quantized"):
                 del module.config._is_quantized
@@ -277,8 +260,19 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
     ModelError if there is no such layer, CheckpointError if one cannot be stored or if the model is quantised in
     another way.
     """
-    config = model.config
-    present = getattr(config, "quantization_config", None)
+    found = describe(model)
+    model.config.quantization_config = found
+    model.config.fusion_config = {**(getattr(model.config, "fusion_config", None) or {}), GUARD: False}
+    vars(model)["hf_quantizer"] = SpectrimQuantizer(found)
+    return model
+
+
+def describe(model: PreTrainedModel, keys: Collection[str] | None = None) -> SpectrimConfig:
+    """What ``quantization_config`` says of the compressed layers of `model`, by the names of its own checkpoint.
+
+    `keys` are the names of its tensors, where the model does not hold them itself. Raises as `attach` does.
+    """
+    present = getattr(model.config, "quantization_config", None)
     if present is not None and not isinstance(present, SpectrimConfig):
         raise CheckpointError("the model is already quantised in another way; compress the unquantised model")
     layers = compressed_layers(model)
@@ -287,7 +281,7 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
     tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
     if shared := [name for name in layers if f"{name}.weight" in tied]:
         raise CheckpointError(f"{shortened(shared)} shares its weight with another layer; keep it dense")
-    stored = stored_layers(model)
+    stored = stored_layers(model, keys)
     factored = {name: layer for name, layer in stored.items() if isinstance(layer, LowRankLinear)}
     grids = {
         f"{name}.{part}".removesuffix("."): module.grid
@@ -295,14 +289,18 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
         for part, module in layer.named_modules()
         if isinstance(module, PackedLinear)
     }
-    config.quantization_config = SpectrimConfig(
+    return SpectrimConfig(
         {name: layer.rank for name, layer in factored.items()},
         [name for name, layer in factored.items() if layer.pivots is not None],
         inner=inner_config(grids) if grids else None,
     )
-    config.fusion_config = {**(getattr(config, "fusion_config", None) or {}), GUARD: False}
-    vars(model)["hf_quantizer"] = SpectrimQuantizer(config.quantization_config)
-    return model
+
+
+def without_guard(config: PreTrainedConfig) -> None:
+    """Take the guard off a config, and leave other fusions."""
+    fusions = vars(config).pop("fusion_config", None) or {}
+    if fusions := {name: options for name, options in fusions.items() if name != GUARD}:
+        config.fusion_config = fusions
 
 
 def _tensor_names(files: Iterable[str]) -> list[str]:
