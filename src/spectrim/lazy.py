@@ -8,6 +8,8 @@ from torch.utils._pytree import tree_map_only
 
 from spectrim.errors import ModelError
 
+_DATA: Any = vars(torch._C.TensorBase)["data"].__get__  # a new object on every look
+
 _GETTERS = ("device", "dtype", "is_cpu", "is_cuda", "is_meta", "itemsize", "layout", "ndim", "requires_grad", "shape")
 _METHODS = ("dim", "element_size", "get_device", "is_complex", "is_floating_point", "nelement", "numel", "size")
 
@@ -17,8 +19,6 @@ DESCRIBING: frozenset[Any] = frozenset(
     + [torch.Tensor.__len__, torch.is_complex, torch.is_floating_point, torch.numel]
 )
 """Functions that read what a tensor is like, and none of its values."""
-
-_DATA: Any = getattr(torch.Tensor, "data").__get__  # noqa: B009
 
 
 class LazyWeight(torch.Tensor):
@@ -57,7 +57,7 @@ class LazyWeight(torch.Tensor):
             raise ModelError(
                 "the weight of a compressed layer follows from its parts; dequantize the model to write it"
             )
-        if func is torch.Tensor.data.__get__:
+        if func == _DATA:
             weight = args[0]
             return cls.of(lambda: weight.make().detach(), weight.shape, weight, False)
         args, kwargs = tree_map_only(LazyWeight, lambda weight: weight.make(), (args, kwargs))

@@ -26,7 +26,7 @@ factored layer with random weights. Two guards in the checkpoint make that an er
   does not fit; this stops transformers 4, too, which knows nothing of fusions. A loader of factors skips them.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -49,6 +49,8 @@ VERSION = 1
 GUARD = (
     "the layers of this checkpoint are factored: `pip install spectrim` and `import spectrim` before from_pretrained"
 )
+# The same in the config of a part inside that of the whole. It is no fusion here either: no part loads from the whole.
+WHOLE = "this is a part of a compressed checkpoint: load the whole by its own class, and take the part out of it"
 
 # The method by which transformers, after loading, shows a model the report of missing, unexpected and misshapen keys.
 _REPORT = "_adjust_missing_and_unexpected_keys"
@@ -227,10 +229,11 @@ class SpectrimQuantizer(HfQuantizer):
     def remove_quantization_config(self, model: PreTrainedModel) -> None:
         """Take every trace of the factored format off a model that is dense again."""
         super().remove_quantization_config(model)  # type: ignore[no-untyped-call]
-        without_guard(model.config)
         for module in model.modules():
             if isinstance(module, PreTrainedModel) and hasattr(module.config, "_is_quantized"):
                 del module.config._is_quantized
+        for config in all_configs(model):
+            without_guard(config)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """The factors are ordinary tensors."""
@@ -297,10 +300,25 @@ def describe(model: PreTrainedModel, keys: Collection[str] | None = None) -> Spe
 
 
 def without_guard(config: PreTrainedConfig) -> None:
-    """Take the guard off a config, and leave other fusions."""
+    """Take the guards off a config, and leave other fusions."""
     fusions = vars(config).pop("fusion_config", None) or {}
-    if fusions := {name: options for name, options in fusions.items() if name != GUARD}:
+    if fusions := {name: options for name, options in fusions.items() if name not in (GUARD, WHOLE)}:
         config.fusion_config = fusions
+
+
+def all_configs(model: nn.Module) -> Iterator[PreTrainedConfig]:
+    """The configs of a model and of all its parts; some of them more than once."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            yield from nested(module.config)
+
+
+def nested(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    """A config and those inside it."""
+    yield config
+    for name in config.sub_configs:
+        if isinstance(inner := getattr(config, name, None), PreTrainedConfig):
+            yield from nested(inner)
 
 
 def _tensor_names(files: Iterable[str]) -> list[str]:

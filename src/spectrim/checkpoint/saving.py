@@ -13,10 +13,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from spectrim.checkpoint.names import compressed_layers, saved_names, shortened
-from spectrim.checkpoint.quantizer import GUARD, SpectrimConfig, SpectrimQuantizer, describe, without_guard
+from spectrim.checkpoint.quantizer import (
+    GUARD,
+    WHOLE,
+    SpectrimConfig,
+    SpectrimQuantizer,
+    all_configs,
+    describe,
+    nested,
+    without_guard,
+)
 from spectrim.errors import CheckpointError
 from spectrim.layers import LowRankLinear
 from spectrim.packed import PackedLinear
@@ -50,9 +59,10 @@ def save_pretrained(
 def _described(model: PreTrainedModel, found: SpectrimConfig | None) -> Iterator[None]:
     """Inside the block, the config of `model` says `found`, and those of its parts and parents nothing of this kind.
 
-    A part often shares its config with its parent, whose names are others.
+    A part often shares its config with its parent, whose names are others. A class of a part that is loaded from the
+    directory of the whole sees the part's config alone: there a guard stops it.
     """
-    configs = {id(config): config for config in _configs(model)}.values()
+    configs = {id(config): config for config in all_configs(model)}.values()
     before = [{key: vars(config)[key] for key in _MARKS if key in vars(config)} for config in configs]
     quantizer = vars(model).get("hf_quantizer")
     try:
@@ -62,7 +72,9 @@ def _described(model: PreTrainedModel, found: SpectrimConfig | None) -> Iterator
             without_guard(config)
         if found is not None:
             model.config.quantization_config = found
-            model.config.fusion_config = {**(getattr(model.config, "fusion_config", None) or {}), GUARD: False}
+            for config in nested(model.config):
+                guard = GUARD if config is model.config else WHOLE
+                config.fusion_config = {**(getattr(config, "fusion_config", None) or {}), guard: False}
         if isinstance(quantizer, SpectrimQuantizer):
             vars(model)["hf_quantizer"] = None  # transformers would ask it for other tensors than those given
         yield
@@ -75,19 +87,6 @@ def _described(model: PreTrainedModel, found: SpectrimConfig | None) -> Iterator
             vars(model)["hf_quantizer"] = quantizer
             if found is not None:
                 model.config.quantization_config = quantizer.quantization_config = found
-
-
-def _configs(model: nn.Module) -> Iterator[PreTrainedConfig]:
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            yield from _nested(module.config)
-
-
-def _nested(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
-    yield config
-    for name in config.sub_configs:
-        if isinstance(inner := getattr(config, name, None), PreTrainedConfig):
-            yield from _nested(inner)
 
 
 def _guarded(
