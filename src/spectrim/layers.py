@@ -244,6 +244,8 @@ def replace_linears(model: nn.Module, ranks: Mapping[str, Rank], pivoted: Collec
             raise ModelError(f"{name!r} is a {type(linear).__name__}, not an nn.Linear; leave it out of the ranks")
         like: dict[str, Any] = {"device": linear.weight.device, "dtype": linear.weight.dtype}
         shape = linear.in_features, linear.out_features
+        if (largest := max(head_ranks(rank), default=0)) > min(shape):
+            raise ModelError(f"{name!r} has rank {largest}, and {min(shape)} is full rank; give a smaller one")
         try:
             layer = LowRankLinear(*shape, rank, bias=False, pivoted=name in pivoted, **like)
         except ModelError as error:

@@ -119,8 +119,8 @@ class PackedLinear(nn.Module):
         """Name of the first buffer whose shape or dtype is not what the grid and the size of the layer say."""
         wanted, held = self.sizes(), dict(self.named_buffers())
         for name, size in sorted(wanted.items()):
-            tensor = held.get(name)
-            if tensor is None or tensor.shape != size or (name != "weight_scale" and tensor.is_floating_point()):
+            tensor, floats = held.get(name), name == "weight_scale"
+            if tensor is None or tensor.shape != size or tensor.is_floating_point() != floats:
                 return name
         shape = self.weight_shape
         return "weight_shape" if not shape.is_meta and shape.tolist() != [self.out_features, self.in_features] else None
@@ -213,7 +213,16 @@ def inner_grids(config: Any) -> dict[str, Grid]:
                 "the inner quantization_config holds more than packed integer weights; load such a checkpoint with "
                 "compressed-tensors itself"
             )
-        size = weights.group_size
-        grid = Grid(weights.num_bits, size if size and size > 0 else None, weights.symmetric)
-        grids |= dict.fromkeys(group.targets, grid)
+        size = weights.group_size if weights.strategy == QuantizationStrategy.GROUP else None
+        known = weights.strategy == QuantizationStrategy.CHANNEL or size is not None
+        if not known or weights.num_bits not in range(2, 9) or (size is not None and size < 1):
+            raise CheckpointError(
+                f"the inner quantization_config asks for {weights.num_bits} bits by {weights.strategy} of "
+                f"{weights.group_size}; spectrim reads 2 to 8 bits by channel or group: copy config.json again"
+            )
+        if repeated := sorted({name for name in group.targets if name in grids or group.targets.count(name) > 1}):
+            raise CheckpointError(
+                f"the inner quantization_config names {repeated[0]!r} twice; copy the checkpoint's config.json again"
+            )
+        grids |= dict.fromkeys(group.targets, Grid(weights.num_bits, size, weights.symmetric))
     return grids

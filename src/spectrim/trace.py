@@ -83,11 +83,11 @@ class _Watch(TorchFunctionMode):
 
 @contextmanager
 def _quiet(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode inside the block, without warnings, and as it was after it."""
+    """The model in eval mode inside the block, without warnings and with its own random numbers; as it was after it."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
             warnings.simplefilter("ignore")
             yield
     finally:

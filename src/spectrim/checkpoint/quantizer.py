@@ -28,6 +28,7 @@ factored layer with random weights. Two guards in the checkpoint make that an er
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -105,6 +106,8 @@ class SpectrimConfig(QuantizationConfigMixin):
             checked[name] = rank if isinstance(rank, int) else each
         if not isinstance(pivoted, list | tuple) or not all(isinstance(name, str) for name in pivoted):
             raise CheckpointError("quantization_config has pivots that are no list of names; copy config.json again")
+        if repeated := sorted({name for name in pivoted if pivoted.count(name) > 1}):
+            raise CheckpointError(f"quantization_config names {shortened(repeated)} as pivoted twice; copy it again")
         if strange := sorted(name for name in pivoted if not isinstance(checked.get(name), int)):
             raise CheckpointError(
                 f"quantization_config names {shortened(strange)} as pivoted, without one rank for the whole layer; "
@@ -114,7 +117,7 @@ class SpectrimConfig(QuantizationConfigMixin):
         self.version = version
         self.spectrim_version = spectrim_version or release()
         self.ranks = checked
-        self.pivoted = sorted(set(pivoted))
+        self.pivoted = sorted(pivoted)
         self.inner = None if inner is None else dict(inner)
 
     def grids(self) -> dict[str, dict[str, Grid]]:
@@ -141,11 +144,15 @@ class SpectrimQuantizer(HfQuantizer):
     def __init__(self, quantization_config: SpectrimConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._complete = False
+        self._source = "the checkpoint"
+        self._sizes: dict[str, torch.Size] = {}
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
         """Swap the linears on the meta device, and have every missing tensor reported as an error."""
+        if checkpoint_files:
+            self._source = str(Path(checkpoint_files[0]).parent)
         ranks, grids = self.quantization_config.ranks, self.quantization_config.grids()
         tensors = None if checkpoint_files is None else _tensor_names(checkpoint_files)
         names = runtime_names(model, {**ranks, **dict.fromkeys(grids)}, tensors)
@@ -159,7 +166,10 @@ class SpectrimQuantizer(HfQuantizer):
             replace_linears(model, {names[name]: rank for name, rank in ranks.items()}, pivoted)
             pack_linears(model, places)
         except ModelError as error:
-            raise CheckpointError(f"quantization_config does not fit the model: {error}") from error
+            raise CheckpointError(
+                f"quantization_config does not fit the model: {error}; copy config.json of {self._source} again"
+            ) from error
+        self._sizes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         sentinels = {f"{name}.weight" for name in names.values()}
         # Some models initialise `module.q_proj.weight` from the parent, where there is no such weight any more. Parents
         # without buffers of their own need no initialisation: all their parameters come from the file or are reported.
@@ -177,8 +187,8 @@ class SpectrimQuantizer(HfQuantizer):
             if missing:
                 report.missing_keys, report.mismatched_keys = set(), set()  # ours is the message that counts
                 raise CheckpointError(
-                    f"the checkpoint lacks {shortened(sorted(missing))}, or holds them in another shape; "
-                    "copy or compress it again"
+                    f"{self._source} lacks {shortened(sorted(missing))}, or holds them in another shape; copy or "
+                    "compress it again"
                 )
             self._complete = True
 
@@ -193,23 +203,22 @@ class SpectrimQuantizer(HfQuantizer):
             )
         del vars(model)[_REPORT]
         # transformers before 5.23 takes tensors of any shape for a model with a quantizer.
-        misfits = []
+        held = model.state_dict()
+        misfits = {name for name, size in self._sizes.items() if name in held and held[name].shape != size}
         for name, module in model.named_modules():
-            if isinstance(module, nn.Linear) and module.weight.shape != (module.out_features, module.in_features):
-                misfits.append(f"{name}.weight")
-            elif isinstance(module, PackedLinear) and (wrong := module.misfit()):
-                misfits.append(f"{name}.{wrong}")
+            if isinstance(module, PackedLinear) and (wrong := module.misfit()):
+                misfits.add(f"{name}.{wrong}")
         if misfits:
             raise CheckpointError(
-                f"the checkpoint holds {shortened(sorted(misfits))} in another shape than its config says; copy or "
-                "compress it again"
+                f"{self._source} holds {shortened(sorted(misfits))} in another shape or kind than its config says; "
+                "copy or compress it again"
             )
         for name, module in model.named_modules():
             if isinstance(module, LowRankLinear):
                 try:
                     module.find_order()
                 except ModelError as error:
-                    raise CheckpointError(f"{name}.pivots: {error}") from error
+                    raise CheckpointError(f"{name}.pivots: {error}; copy {self._source} again") from error
         # On CPU the parameters are views of the mapped file, aligned to 8 bytes only, where some kernels sum in another
         # order. Copies aligned like any new tensor give the logits from before saving, to the last bit.
         for parameter in model.parameters():
