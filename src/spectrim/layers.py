@@ -13,7 +13,7 @@ from torch.nn.utils import skip_init
 
 from spectrim.errors import ModelError
 from spectrim.lazy import LazyWeight
-from spectrim.packed import PackedLinear
+from spectrim.packed import PackedLinear, check_values
 from spectrim.pivots import pivoted as pivoted_factors
 from spectrim.pivots import row_order
 from spectrim.quantize import Grid
@@ -86,8 +86,11 @@ class LowRankLinear(nn.Module):
         with torch.no_grad():
             for parameter in self.parameters():
                 parameter.fill_(torch.nan)
-        self.register_buffer("pivots", torch.arange(sum(ranks), dtype=torch.int32, device=device) if pivoted else None)
-        self.register_buffer("order", torch.arange(out_features, device=device) if pivoted else None, persistent=False)
+        if pivoted:
+            self.register_buffer("pivots", torch.arange(sum(ranks), dtype=torch.int32, device=device))
+            self.register_buffer("order", torch.arange(out_features, device=device), persistent=False)
+        else:  # no buffers without values: accelerate moves all that there are
+            self.pivots = self.order = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map x [..., in] to [..., out] in the dtype of the factors."""
@@ -123,7 +126,7 @@ class LowRankLinear(nn.Module):
                 f"factors of shapes {list(A.shape)} and {list(B.shape)} do not fit a layer that takes "
                 f"{[self.out_features, k]} and {[k, self.in_features]}"
             )
-        _values(self.B)
+        check_values(self)
         if self.pivots is not None:
             pivots, A, B = pivoted_factors(A, B)
             self.pivots.copy_(pivots)
@@ -173,7 +176,9 @@ class LowRankLinear(nn.Module):
         It is formed in float32 (float64 for float64 factors) and rounded once. Raises ModelError for factors that are
         offloaded (on the meta device) or carry an adapter: both would be lost.
         """
-        heads, B = self._heads(), _values(self.B)  # B [k, in]
+        heads = self._heads()
+        check_values(self)
+        B = _values(self.B)  # [k, in]
         wide = torch.promote_types(B.dtype, torch.float32)
         parts = B.split(head_ranks(self.rank))  # [k_h, in]
         found = torch.cat([_values(A).to(wide) @ part.to(wide) for A, part in zip(heads, parts, strict=True)])
@@ -216,12 +221,8 @@ class LowRankLinear(nn.Module):
         )
 
 
-def _values(factor: Any) -> torch.Tensor:
-    """The weight of a plain or packed linear; ModelError where it has no values."""
-    weight: torch.Tensor = factor.unpacked() if isinstance(factor, PackedLinear) else factor.weight
-    if weight.is_meta:
-        raise ModelError("factors on the meta device have no values; load the model without offloading")
-    return weight
+def _values(factor: nn.Linear | PackedLinear) -> torch.Tensor:
+    return factor.unpacked() if isinstance(factor, PackedLinear) else factor.weight
 
 
 def replace_linears(model: nn.Module, ranks: Mapping[str, Rank], pivoted: Collection[str] = ()) -> None:

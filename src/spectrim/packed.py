@@ -99,9 +99,8 @@ class PackedLinear(nn.Module):
 
     @torch.no_grad()
     def to_dense(self) -> nn.Linear:
-        """The dense layer of the same map, in the dtype of the scales; ModelError where the weight has no values."""
-        if self.weight_packed.is_meta:
-            raise ModelError("packed weights on the meta device have no values; load the model without offloading")
+        """The dense layer of the same map, in the dtype of the scales; ModelError where it is offloaded."""
+        check_values(self)
         W = self.unpacked()
         like: dict[str, Any] = {"device": W.device, "dtype": W.dtype}
         dense = skip_init(nn.Linear, self.in_features, self.out_features, self.bias is not None, **like)
@@ -131,6 +130,12 @@ class PackedLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"bits={self.grid.bits}, group={self.grid.group}" + ", symmetric=False" * (not self.grid.symmetric)
         )
+
+
+def check_values(layer: nn.Module) -> None:
+    """Raise ModelError for a layer that is offloaded, in whole or in part."""
+    if any(tensor.is_meta for tensor in (*layer.parameters(), *layer.buffers())):
+        raise ModelError("tensors on the meta device have no values; load the model without offloading")
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:

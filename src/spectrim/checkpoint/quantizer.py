@@ -218,7 +218,7 @@ class SpectrimQuantizer(HfQuantizer):
                 try:
                     module.find_order()
                 except ModelError as error:
-                    raise CheckpointError(f"{name}.pivots: {error}; copy {self._source} again") from error
+                    raise CheckpointError(f"{name}.pivots: {error}") from error
         # On CPU the parameters are views of the mapped file, aligned to 8 bytes only, where some kernels sum in another
         # order. Copies aligned like any new tensor give the logits from before saving, to the last bit.
         for parameter in model.parameters():
