@@ -94,7 +94,6 @@ def test_children_and_tensor_names() -> None:
     }
     assert type(layer.A) is nn.Linear
     assert type(layer.B) is nn.Linear
-    assert not hasattr(layer, "weight")
     assert LowRankLinear(5, 3, 2, bias=False).bias is None
 
 

@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from compressed import factored, logits, low_rank
+from compressed import factored, logits, low_rank, pack_nearest
 from families import FAMILIES, example_inputs
 from spectrim.checkpoint import load, save
 from spectrim.errors import ModelError
 from spectrim.layers import LowRankLinear, lora_targets
+from spectrim.quantize import Grid
 
 peft = pytest.importorskip("peft")
 
@@ -102,3 +103,36 @@ def test_an_unmerged_adapter_is_not_saved_as_factors(tmp_path: Path) -> None:
     train(model, steps=1)
     with pytest.raises(ModelError, match="merge its adapter"):
         next(iter(low_rank(model.base_model.model).values())).to_dense()
+
+
+def packed_model(form: str) -> Any:
+    """A compressed language model: all its linears integers ("dense"), all factors integers, or float and integer."""
+    model = FAMILIES["llama"]() if form == "dense" else factored("llama")
+    linears = [name for name, module in model.model.named_modules(prefix="model") if type(module) is nn.Linear]
+    if form == "mixed":
+        linears = [name for name in linears if name.endswith(".B")]
+    if form == "some dense":
+        model = FAMILIES["llama"]()
+        linears = [name for name in linears if ".mlp." in name and name.endswith("A")]
+        linears = [name.removesuffix(".A") for name in linears]
+    pack_nearest(model, {name: Grid(4, None) for name in linears})
+    return model
+
+
+@pytest.mark.parametrize("form", ["dense", "integer factors"])
+def test_integers_alone_cannot_be_adapted(form: str) -> None:
+    model = packed_model(form)
+    with pytest.raises(ModelError, match=r"all \d+ matrices .* are integers.*dequantize"):
+        lora_targets(model)
+
+
+def test_what_is_float_beside_integers_is_adapted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "spectrim"):
+        mixed = lora_targets(packed_model("mixed"))
+    assert mixed == [f"{name}.A" for name in low_rank(packed_model("mixed"))]
+    assert "leaves out 14 matrices of integers" in caplog.text
+    model = load(save(packed_model("some dense"), tmp_path / "a"))
+    assert {name.split(".")[-2] for name in lora_targets(model)} == {"self_attn"}
+    before = logits(model)
+    assert train(adapted(model))[-1] < train(adapted(load(tmp_path / "a")), 1)[0]
+    assert not torch.equal(logits(model), before)

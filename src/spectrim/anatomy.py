@@ -1,14 +1,15 @@
 """What a model is made of: vision tower, connector, language backbone, transformer blocks, linears, heads, ties.
 
-Everything is read from the module tree, its parameters and its config, never from a model's name:
+Everything is read from the module tree, its parameters and its config, and one short forward, never from a name:
 
 - The tower is the outermost submodel whose config class is that of ``config.vision_config``; the backbone likewise for
   ``config.text_config``. A model without a text sub-config is all backbone.
 - The connector is what lies outside both, and also what lies inside the tower but already speaks the backbone's width
   (the patch mergers of the Qwen-VL models, DeepStack mergers included).
 - Blocks are the items of the outermost ``nn.ModuleList`` of modules that hold linears.
-- A linear can be compressed when its class is exactly ``nn.Linear``, its weight belongs to it alone, and it is neither
-  an output head nor an expert router. All other matrices are listed with the reason why they are kept.
+- A linear can be compressed when its class is exactly ``nn.Linear``, its weight belongs to it alone and is used by its
+  own forward alone (which a forward pass over three tokens tells), and it is neither an output head nor an expert
+  router. All other matrices are listed with the reason why they are kept.
 """
 
 from collections import Counter
@@ -22,6 +23,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from spectrim.errors import ModelError
+from spectrim.trace import used_outside
 
 Place = Literal["tower", "connector", "backbone"]
 PLACES: tuple[Place, ...] = ("tower", "connector", "backbone")
@@ -156,7 +158,7 @@ class Anatomy:
 
 
 def anatomy(model: nn.Module) -> Anatomy:
-    """Take a model apart into compressible linears and kept matrices; no weight is read, so meta models do as well.
+    """Take a model apart into compressible linears and kept matrices; meta models do as well.
 
     Every parameter of two or more dimensions belongs to exactly one entry of ``linears`` or ``kept``.
 
@@ -176,6 +178,8 @@ def anatomy(model: nn.Module) -> Anatomy:
     blocks = [b for place, root in roots if place != "connector" for b in _blocks(tree, root, {r for _, r in roots})]
     routers = {name for block in blocks for name in _routers(tree, block)}
     holders = _holders(tree)
+    plain = [name for name, module in tree.items() if _matrices(module) and _foreign(module, None) is None]
+    outside = used_outside(model, plain) if isinstance(model, PreTrainedModel) and plain else set()
 
     linears: list[Linear] = []
     kept: list[Kept] = []
@@ -191,6 +195,8 @@ def anatomy(model: nn.Module) -> Anatomy:
             reason = "output head"
         elif name in routers:
             reason = "expert router (not compressed)"
+        elif name in outside:
+            reason = "its matrix is used outside its own forward"
         else:
             # One pair of factors cannot stand for a matrix that another module reads as well.
             reason = _foreign(module, block) or (f"shared with {sharers[1]}" if len(sharers) > 1 else None)
@@ -333,7 +339,8 @@ def _foreign(module: nn.Module, block: str | None) -> str | None:
     ``nn.MultiheadAttention`` does with its output projection.
     """
     if type(module) is nn.Linear:
-        return None
+        computed = "weight" not in module._parameters  # by weight norm, spectral norm or pruning, before each forward
+        return "its weight is computed from other parameters" if computed else None
     kind = type(module).__name__
     if isinstance(module, nn.Embedding):
         return "embedding"

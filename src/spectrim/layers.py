@@ -3,7 +3,9 @@
 The factors of a layer are plain ``nn.Linear`` modules: LoRA, GPTQ, vLLM and ``torch.compile`` see what they know.
 """
 
+import logging
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -11,11 +13,15 @@ import torch
 from torch import nn
 from torch.nn.utils import skip_init
 
+from spectrim.anatomy import anatomy
 from spectrim.errors import ModelError
-from spectrim.packed import PackedLinear
+from spectrim.lazy import LazyWeight
+from spectrim.packed import PackedLinear, check_values
 from spectrim.pivots import pivoted as pivoted_factors
 from spectrim.pivots import row_order
 from spectrim.quantize import Grid
+
+logger = logging.getLogger("spectrim")
 
 Rank = int | tuple[int, ...]  # of the whole layer, or of each head: of each of as many equal groups of outputs
 
@@ -29,8 +35,8 @@ class LowRankLinear(nn.Module):
     """A linear layer whose weight is the product of two factors: ``y = A (B x) + bias``.
 
     Children ``A`` (``A.weight`` [out, rank]) and ``B`` (``B.weight`` [rank, in]) are bias-free ``nn.Linear`` modules;
-    ``bias`` [out] is a parameter or None. There is no ``weight``. Factors and bias start as NaN, so that a layer that
-    nobody filled shows in the first logits.
+    ``bias`` [out] is a parameter or None. Factors and bias start as NaN, so that a layer that nobody filled shows in
+    the first logits. ``weight`` is no parameter: it is there for code that asks for its dtype or device.
 
     With a tuple of H ranks, the rows of each head h are factored by themselves (LASER; METHODS, sections 4 and 6):
     ``A`` is an ``nn.ModuleList`` of H linears, ``A[h].weight`` [out / H, rank[h]], and ``B`` stays one linear,
@@ -85,8 +91,11 @@ class LowRankLinear(nn.Module):
         with torch.no_grad():
             for parameter in self.parameters():
                 parameter.fill_(torch.nan)
-        self.register_buffer("pivots", torch.arange(sum(ranks), dtype=torch.int32, device=device) if pivoted else None)
-        self.register_buffer("order", torch.arange(out_features, device=device) if pivoted else None, persistent=False)
+        if pivoted:
+            self.register_buffer("pivots", torch.arange(sum(ranks), dtype=torch.int32, device=device))
+            self.register_buffer("order", torch.arange(out_features, device=device), persistent=False)
+        else:  # no buffers without values: accelerate moves all that there are
+            self.pivots = self.order = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map x [..., in] to [..., out] in the dtype of the factors."""
@@ -122,6 +131,7 @@ class LowRankLinear(nn.Module):
                 f"factors of shapes {list(A.shape)} and {list(B.shape)} do not fit a layer that takes "
                 f"{[self.out_features, k]} and {[k, self.in_features]}"
             )
+        check_values(self)
         if self.pivots is not None:
             pivots, A, B = pivoted_factors(A, B)
             self.pivots.copy_(pivots)
@@ -158,32 +168,46 @@ class LowRankLinear(nn.Module):
         if self.pivots is not None and not self.pivots.is_meta:
             self.find_order()
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight [out, in]; its values are computed, as by `product`, whenever they are read."""
+        trained = any(parameter.requires_grad for parameter in self.parameters())
+        B = self.B.weight_scale if isinstance(self.B, PackedLinear) else self.B.weight
+        return LazyWeight.of(self.product, (self.out_features, self.in_features), B, trained)
+
+    def product(self) -> torch.Tensor:
+        """The weight [out, in] in the dtype of the factors; gradients flow to them.
+
+        It is formed in float32 (float64 for float64 factors) and rounded once. Raises ModelError for factors that are
+        offloaded (on the meta device) or carry an adapter: both would be lost.
+        """
+        heads = self._heads()
+        check_values(self)
+        B = _values(self.B)  # [k, in]
+        wide = torch.promote_types(B.dtype, torch.float32)
+        parts = B.split(head_ranks(self.rank))  # [k_h, in]
+        found = torch.cat([_values(A).to(wide) @ part.to(wide) for A, part in zip(heads, parts, strict=True)])
+        if self.R is not None:
+            found = found + self.R.unpacked().to(wide)
+        found = found.to(B.dtype)
+        return found if self.order is None else torch.cat([B, found])[self.order.argsort()]
+
     @torch.no_grad()
     def to_dense(self) -> nn.Linear:
         """The dense layer of the same map, in the same dtype and on the same device.
 
-        The product of the factors is formed in float32 (float64 for float64 factors) and rounded once. Raises
-        ModelError for factors that are offloaded (on the meta device) or carry an adapter: both would be lost.
+        Raises ModelError for factors that are offloaded (on the meta device) or carry an adapter: both would be lost.
         """
-        heads, B = self._heads(), self.B.weight  # B [k, in]
-        wide = torch.promote_types(B.dtype, torch.float32)
-        dense = skip_init(
-            nn.Linear, self.in_features, self.out_features, self.bias is not None, device=B.device, dtype=B.dtype
-        )
-        if self.order is not None:
-            rows = torch.cat([B, (heads[0].weight.to(wide) @ B.to(wide)).to(B.dtype)])
-            dense.weight[self.order] = rows
-        else:
-            blocks, parts = dense.weight.chunk(len(heads)), B.split(head_ranks(self.rank))  # [out / H, in], [k_h, in]
-            for block, head, part in zip(blocks, heads, parts, strict=True):
-                found = head.weight.to(wide) @ part.to(wide)
-                block.copy_(found if self.R is None else found + self.R.weight.to(wide))
+        W = self.product()
+        like: dict[str, Any] = {"device": W.device, "dtype": W.dtype}
+        dense = skip_init(nn.Linear, self.in_features, self.out_features, self.bias is not None, **like)
+        dense.weight.copy_(W)
         if self.bias is not None:
             dense.bias.copy_(self.bias)
         return dense.train(self.training)
 
     def _heads(self) -> list[nn.Linear]:
-        """The linears of A, one by one; ModelError unless all factors are plain or packed linears with values."""
+        """The linears of A, one by one; ModelError unless all factors are plain or packed linears."""
         heads: dict[str, Any] = (
             {"A": self.A} if isinstance(self.rank, int) else {f"A.{h}": A for h, A in enumerate(self.A)}
         )
@@ -192,8 +216,6 @@ class LowRankLinear(nn.Module):
                 raise ModelError(
                     f"factor {name} is a {type(factor).__name__}, not a plain linear; merge its adapter first"
                 )
-            if factor.weight.is_meta:
-                raise ModelError("factors on the meta device have no values; load the model without offloading")
         return list(heads.values())
 
     def extra_repr(self) -> str:
@@ -202,6 +224,10 @@ class LowRankLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
             f"bias={self.bias is not None}" + ", pivoted=True" * (self.pivots is not None)
         )
+
+
+def _values(factor: nn.Linear | PackedLinear) -> torch.Tensor:
+    return factor.unpacked() if isinstance(factor, PackedLinear) else factor.weight
 
 
 def replace_linears(model: nn.Module, ranks: Mapping[str, Rank], pivoted: Collection[str] = ()) -> None:
@@ -224,6 +250,8 @@ def replace_linears(model: nn.Module, ranks: Mapping[str, Rank], pivoted: Collec
             raise ModelError(f"{name!r} is a {type(linear).__name__}, not an nn.Linear; leave it out of the ranks")
         like: dict[str, Any] = {"device": linear.weight.device, "dtype": linear.weight.dtype}
         shape = linear.in_features, linear.out_features
+        if (largest := max(head_ranks(rank), default=0)) > min(shape):
+            raise ModelError(f"{name!r} has rank {largest}, and {min(shape)} is full rank; give a smaller one")
         try:
             layer = LowRankLinear(*shape, rank, bias=False, pivoted=name in pivoted, **like)
         except ModelError as error:
@@ -235,20 +263,35 @@ def replace_linears(model: nn.Module, ranks: Mapping[str, Rank], pivoted: Collec
 
 
 def lora_targets(model: nn.Module) -> list[str]:
-    """Names of all factors of `model`, for ``peft.LoraConfig(target_modules=…)``: plain linears, every one.
+    """Names of all float factors of `model`, for ``peft.LoraConfig(target_modules=…)``: plain linears, every one.
 
     A layer ``name`` has ``name.B`` and ``name.A``, or ``name.A.0``, ``name.A.1``, … where it is factored head by head.
-    Dense linears are not among them; add their names to adapt them too. Raises ModelError if no layer is factored.
+    Dense linears are not among them, unless all factors are integers, to which PEFT adds nothing: then the linears that
+    stayed dense are the targets. Integers that are left out are one line of logging. Raises ModelError if no layer is
+    compressed, and if nothing but integers is.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
-    if not layers:
+    integers = sum(isinstance(module, PackedLinear) for module in model.modules())
+    if not layers and not integers:
         raise ModelError("the model has no factored layer to adapt; name its linears to PEFT as for any dense model")
-    return [
+    targets = [
         f"{name}.{factor}"
         for name, layer in layers.items()
         for factor, module in layer.named_modules()
         if isinstance(module, nn.Linear)
     ]
+    if not targets:
+        inside = tuple(f"{name}." for name in layers)
+        with suppress(ModelError):  # nothing that stayed dense can be adapted
+            targets = [x.name for x in anatomy(model).linears if not x.name.startswith(inside)]
+    if not targets:
+        raise ModelError(
+            f"all {integers} matrices of the model's compressed layers are integers, to which LoRA cannot be added; "
+            "dequantize the model first, or compress it with float factors or with some linears left dense"
+        )
+    if integers:
+        logger.info("LoRA leaves out %d matrices of integers; it adapts %d float matrices", integers, len(targets))
+    return targets
 
 
 def pack_linears(model: nn.Module, grids: Mapping[str, Grid]) -> None:

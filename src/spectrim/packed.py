@@ -23,6 +23,7 @@ from torch import nn
 from torch.nn.utils import skip_init
 
 from spectrim.errors import CheckpointError, ModelError
+from spectrim.lazy import LazyWeight
 from spectrim.quantize import Grid, Quantized
 
 
@@ -65,7 +66,11 @@ class PackedLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The weight [out, in] in the dtype of the scales, unpacked anew."""
+        """The weight [out, in] in the dtype of the scales; unpacked anew whenever its values are read."""
+        return LazyWeight.of(self.unpacked, (self.out_features, self.in_features), self.weight_scale, False)
+
+    def unpacked(self) -> torch.Tensor:
+        """The weight [out, in] in the dtype of the scales."""
         scale = self.weight_scale
         codes = unpack(self.weight_packed, self.grid.bits, self.in_features).to(scale.dtype)
         codes = codes.unflatten(1, (scale.shape[1], -1))  # [out, groups, group]
@@ -76,7 +81,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map x [..., in] to [..., out] in the dtype of the scales."""
-        return nn.functional.linear(x, self.weight, self.bias)
+        return nn.functional.linear(x, self.unpacked(), self.bias)
 
     @torch.no_grad()
     def load(self, found: Quantized) -> None:
@@ -94,10 +99,9 @@ class PackedLinear(nn.Module):
 
     @torch.no_grad()
     def to_dense(self) -> nn.Linear:
-        """The dense layer of the same map, in the dtype of the scales; ModelError where the weight has no values."""
-        if self.weight_packed.is_meta:
-            raise ModelError("packed weights on the meta device have no values; load the model without offloading")
-        W = self.weight
+        """The dense layer of the same map, in the dtype of the scales; ModelError where it is offloaded."""
+        check_values(self)
+        W = self.unpacked()
         like: dict[str, Any] = {"device": W.device, "dtype": W.dtype}
         dense = skip_init(nn.Linear, self.in_features, self.out_features, self.bias is not None, **like)
         dense.weight.copy_(W)
@@ -105,15 +109,20 @@ class PackedLinear(nn.Module):
             dense.bias.copy_(self.bias)
         return dense.train(self.training)
 
+    def sizes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors that stand for the weight, as the grid and the size of the layer say."""
+        like = PackedLinear(self.in_features, self.out_features, self.grid, bias=False, device="meta")
+        return {name: tuple(tensor.shape) for name, tensor in like.named_buffers()}
+
     def misfit(self) -> str | None:
-        """Name of the first tensor whose shape is not what the grid and the size of the layer say."""
-        like = PackedLinear(self.in_features, self.out_features, self.grid, bias=self.bias is not None, device="meta")
-        wanted = {name: tensor.shape for name, tensor in like.state_dict().items()}
-        held = {name: tensor.shape for name, tensor in self.state_dict().items()}
-        wrong = sorted(name for name, shape in wanted.items() if held.get(name) != shape)
-        if not wrong and self.weight_shape.tolist() != [self.out_features, self.in_features]:
-            return "weight_shape"
-        return wrong[0] if wrong else None
+        """Name of the first buffer whose shape or dtype is not what the grid and the size of the layer say."""
+        wanted, held = self.sizes(), dict(self.named_buffers())
+        for name, size in sorted(wanted.items()):
+            tensor, floats = held.get(name), name == "weight_scale"
+            if tensor is None or tensor.shape != size or tensor.is_floating_point() != floats:
+                return name
+        shape = self.weight_shape
+        return "weight_shape" if not shape.is_meta and shape.tolist() != [self.out_features, self.in_features] else None
 
     def extra_repr(self) -> str:
         """Shape of the layer, as ``nn.Linear`` shows its own, and its grid."""
@@ -121,6 +130,12 @@ class PackedLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"bits={self.grid.bits}, group={self.grid.group}" + ", symmetric=False" * (not self.grid.symmetric)
         )
+
+
+def check_values(layer: nn.Module) -> None:
+    """Raise ModelError for a layer that is offloaded, in whole or in part."""
+    if any(tensor.is_meta for tensor in (*layer.parameters(), *layer.buffers())):
+        raise ModelError("tensors on the meta device have no values; load the model without offloading")
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -140,9 +155,10 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 def unpack(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     """The inverse of `pack`: codes int8 [rows, count]."""
+    words = words.flatten().view(words.shape)  # a single column has any stride, and its bytes need one of 1
     if 32 % bits == 0:
         return unpack_from_int32(words, bits, torch.Size((len(words), count)))
-    stream = words.flatten().view(torch.uint8).view(len(words), -1)  # a single column has any stride
+    stream = words.view(torch.uint8)
     kind = torch.int32 if bits < 4 else torch.int64
     groups = nn.functional.pad(stream, (0, -stream.shape[1] % bits)).unflatten(1, (-1, bits)).to(kind)
     joined = (groups << _steps(bits, 8, groups)).sum(2, keepdim=True, dtype=kind)
@@ -202,7 +218,16 @@ def inner_grids(config: Any) -> dict[str, Grid]:
                 "the inner quantization_config holds more than packed integer weights; load such a checkpoint with "
                 "compressed-tensors itself"
             )
-        size = weights.group_size
-        grid = Grid(weights.num_bits, size if size and size > 0 else None, weights.symmetric)
-        grids |= dict.fromkeys(group.targets, grid)
+        size = weights.group_size if weights.strategy == QuantizationStrategy.GROUP else None
+        known = weights.strategy == QuantizationStrategy.CHANNEL or size is not None
+        if not known or weights.num_bits not in range(2, 9) or (size is not None and size < 1):
+            raise CheckpointError(
+                f"the inner quantization_config asks for {weights.num_bits} bits by {weights.strategy} of "
+                f"{weights.group_size}; spectrim reads 2 to 8 bits by channel or group: copy config.json again"
+            )
+        if repeated := sorted({name for name in group.targets if name in grids or group.targets.count(name) > 1}):
+            raise CheckpointError(
+                f"the inner quantization_config names {repeated[0]!r} twice; copy the checkpoint's config.json again"
+            )
+        grids |= dict.fromkeys(group.targets, Grid(weights.num_bits, size, weights.symmetric))
     return grids

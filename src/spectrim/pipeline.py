@@ -16,13 +16,15 @@ from transformers import PreTrainedModel
 from spectrim.allocate import choice, spend
 from spectrim.anatomy import Anatomy, anatomy
 from spectrim.calibrate import Statistics, calibrate
-from spectrim.calibrate.data import reload_data
+from spectrim.calibrate.data import load_data, reload_data
+from spectrim.calibrate.passes import model_inputs
 from spectrim.checkpoint import attach, load, load_processor, save
+from spectrim.checkpoint.check import check_written
 from spectrim.compensate import Compensation
 from spectrim.curvature import predicted_loss
 from spectrim.decompose import factors
 from spectrim.demo import resolve
-from spectrim.errors import BudgetError, RecipeError
+from spectrim.errors import BudgetError, RecipeError, SpectrimError
 from spectrim.hybrid import Hybrid
 from spectrim.importance import SAMPLES, block_cosines, importance
 from spectrim.layers import LowRankLinear
@@ -288,6 +290,21 @@ class Compression:
             "versions": None if data is None else data.versions,
         }
 
+    def _short_samples(self) -> list[dict[str, torch.Tensor]]:
+        """Inputs of one short sample of each modality; tokens alone where no samples are at hand."""
+        if self.statistics is not None and self.processor is not None:
+            source, settings = self.statistics.manifest.data, self.statistics.manifest.settings
+            options: dict[str, Any] = {"text": source.text, "images": source.images, "seed": settings.seed}
+            options |= {"samples": 1, "seqlen": min(settings.seqlen, 32), "instruction": settings.instruction}
+            try:
+                data = load_data(self.model, self.processor, sees=self.parts.tower is not None, **options)
+                batches = [next(data.batches(modality, 1)) for modality in data.samples]
+            except SpectrimError:  # they may be gone since
+                batches = []
+            if batches:
+                return [model_inputs(self.model, batch) for batch in batches]
+        return [{name: value[:1, :5] for name, value in self.model.dummy_inputs.items()}]
+
     def save(self, plan: Plan, out: str | Path, *, processor: Any = None, overwrite: bool = False) -> Path:
         """Write the checkpoint of one plan; the model is dense again afterwards."""
         record = self.provenance(plan)
@@ -300,6 +317,7 @@ class Compression:
                 provenance=record,
                 files={"plan.json": plan.json()},
                 overwrite=overwrite,
+                verify=lambda directory: check_written(model, directory, self._short_samples()),
             )
 
 

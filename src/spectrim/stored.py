@@ -1,7 +1,7 @@
 """One linear as a checkpoint stores it: factors, integers, or both; made from a weight, its metrics and a row."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -119,6 +119,8 @@ def make_stored(
         parts = _parts(check_finite("its weight", W).double(), linear, row, C, output, damping, found)
     except NumericalError as wrong:
         raise NumericalError(f"{linear.name}: {wrong}") from wrong
+    if row.integers is not None and row.rank is not None:
+        parts = parts | _balanced(parts["A"], parts["B"], linear.dtype)
     return _finite(linear.name, parts)
 
 
@@ -144,7 +146,9 @@ def _parts(
 
     def integers(part: str, X: torch.Tensor, C: torch.Tensor | None, G: torch.Tensor | None) -> Quantized:
         given = (C, G) if fed else (None, None)
-        parts[part] = rounded = quantize(X, grids[part][2], *given, dtype=linear.dtype, damping=damping or 0.0)
+        # float16 has too few exponents for factors before `_balanced`; it holds the digits of bfloat16.
+        narrow = torch.bfloat16 if linear.dtype == torch.float16 and part in ("A", "B") else linear.dtype
+        parts[part] = rounded = quantize(X, grids[part][2], *given, dtype=narrow, damping=damping or 0.0)
         return rounded
 
     if row.rank is None:
@@ -165,6 +169,44 @@ def _parts(
     made = [integers("A", X, gram(B, C), G) for X in (A, refit(W, A, B, C))]
     parts["A"] = min(made, key=lambda rounded: error(W - rounded.dense() @ B, C, G))
     return parts
+
+
+def _balanced(
+    A: torch.Tensor | Quantized, B: torch.Tensor | Quantized, dtype: torch.dtype
+) -> dict[str, torch.Tensor | Quantized]:
+    """The same product, with powers of two moved between A and B so that numbers of both are of one size.
+
+    Float columns of A [out, k] and rows of B [k, in] are exchanged one by one, integers by the columns of A that share
+    their scales. Nothing is lost, and scales in `dtype` are then normal numbers in float16, too.
+    """
+    if isinstance(A, Quantized) and isinstance(B, Quantized):
+        above, below = (_live(factor) for factor in (A, B))  # [out, groups], [k, groups of B]
+        ranks = below.unflatten(0, (above.shape[1], -1)).flatten(1)  # [groups, all scales of their rows]
+        power = _power(above.T, ranks)  # [groups]
+        rows = power.repeat_interleave(len(below) // len(power))
+        scales = {"A": (above / power).nan_to_num(1.0), "B": (below * rows[:, None]).nan_to_num(1.0)}
+        return {part: replace(x, scale=scales[part].to(dtype)) for part, x in (("A", A), ("B", B))}
+    if isinstance(A, torch.Tensor) and isinstance(B, torch.Tensor):
+        sizes = (M.abs().amax(1, keepdim=True).double() for M in (A.T, B))
+        power = _power(*(size.where(size > 0, torch.nan) for size in sizes)).to(A.dtype)  # [k]
+        return {"A": A / power, "B": B * power[:, None]}
+    return {"A": A, "B": B}
+
+
+def _live(found: Quantized) -> torch.Tensor:
+    """Scales, float64; NaN where all codes of a group stand for zero, so that the scale is any."""
+    zero = torch.zeros_like(found.scale, dtype=torch.int8) if found.zero is None else found.zero
+    used = (found.codes.unflatten(1, (found.scale.shape[1], -1)) != zero[..., None]).any(-1)
+    return found.scale.double().where(used, torch.nan)
+
+
+def _power(above: torch.Tensor, below: torch.Tensor) -> torch.Tensor:
+    """Powers of two [n] by which to divide rows of `above` [n, …] and to multiply those of `below` [n, …].
+
+    The least numbers of both are then of one size: what small factors of float16 lose is at that end.
+    """
+    least = [x.nan_to_num(torch.inf).amin(1).log2() for x in (above, below)]
+    return ((least[0] - least[1]) / 2).nan_to_num(0.0, 0.0, 0.0).round().exp2()
 
 
 def plain(name: str, A: torch.Tensor, B: torch.Tensor) -> Stored:

@@ -1,11 +1,16 @@
-"""Compressed models as standard Hugging Face directories. Importing this package registers the loader."""
+"""Compressed models as standard Hugging Face directories. Importing this package registers loading and saving."""
+
+from transformers import PreTrainedModel
 
 from spectrim.checkpoint.card import add_results
 from spectrim.checkpoint.names import checkpoint_names, runtime_names
 from spectrim.checkpoint.push import push
 from spectrim.checkpoint.quantizer import SpectrimConfig, SpectrimQuantizer, attach
 from spectrim.checkpoint.read import load, load_processor, read_provenance
+from spectrim.checkpoint.saving import save_pretrained
 from spectrim.checkpoint.write import save
+
+PreTrainedModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
 
 __all__ = [
     "SpectrimConfig",

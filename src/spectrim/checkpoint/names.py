@@ -4,7 +4,7 @@ transformers 5 renames modules between both (``model.language_model.layers.0…`
 Qwen2.5-VL file). Both directions here run the renaming that transformers itself runs on saving and on loading.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -25,15 +25,18 @@ from spectrim.packed import PackedLinear
 FACTOR = ".B.weight"  # the tensor that stands for a factored linear; A is several tensors where ranks are by head
 _PACKED = (".B.weight_packed", ".weight_packed")  # the same where B, or the whole weight, is packed integers
 
+_WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
 
-def checkpoint_names(model: PreTrainedModel) -> dict[str, str]:
+
+def checkpoint_names(model: PreTrainedModel, keys: Iterable[str] | None = None) -> dict[str, str]:
     """Run-time name → checkpoint name, without ``.weight``, of every linear that may be stored in factored form.
 
     Covers dense linears, LowRankLinear and PackedLinear layers. Left out are linears that the model's checkpoint format
-    stores merged with other tensors, so that factors have no place in it.
+    stores merged with other tensors, so that factors have no place in it. `keys` are the names of the model's tensors,
+    where they are not in the model itself (as with FSDP, which flattens them).
     """
     linears = _linears(model)
-    saved = saved_names(model, {*model.state_dict(), *(name + FACTOR for name in linears)})
+    saved = saved_names(model, {*(tensor_names(model) if keys is None else keys), *(name + FACTOR for name in linears)})
     return {
         name: saved[name + FACTOR].removesuffix(FACTOR)
         for name in linears
@@ -46,20 +49,32 @@ def compressed_layers(model: nn.Module) -> dict[str, LowRankLinear | PackedLinea
     return {name: x for name, x in _linears(model).items() if isinstance(x, LowRankLinear | PackedLinear)}
 
 
-def stored_layers(model: PreTrainedModel) -> dict[str, LowRankLinear | PackedLinear]:
-    """Every compressed layer of `model` by its checkpoint name.
+def tensor_names(model: nn.Module) -> set[str]:
+    """The keys of ``model.state_dict()``, without asking for tensors that other processes may have to send."""
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        passing = module._non_persistent_buffers_set
+        names |= {f"{prefix}.{name}" for name, _ in module.named_buffers(recurse=False) if name not in passing}
+    return {_unwrapped(name.removeprefix(".")) for name in names}
+
+
+def stored_layers(
+    model: PreTrainedModel, keys: Collection[str] | None = None
+) -> dict[str, LowRankLinear | PackedLinear]:
+    """Every compressed layer of `model` by its checkpoint name; `keys` as for `checkpoint_names`.
 
     Raises CheckpointError for a layer that has no name in the checkpoint format or whose name does not lead back to it.
     """
     layers = compressed_layers(model)
-    names = checkpoint_names(model)
+    keys = tensor_names(model) if keys is None else keys
+    names = checkpoint_names(model, keys)
     if unnamed := sorted(layers.keys() - names.keys()):
         raise CheckpointError(
             f"the checkpoint format of {type(model).__name__} has no place for factors of {shortened(unnamed)}; keep "
             "these layers dense"
         )
     stored = {names[name]: layer for name, layer in layers.items()}
-    back = runtime_names(model, stored, saved_names(model, model.state_dict()).values())
+    back = runtime_names(model, stored, saved_names(model, keys).values())
     if lost := sorted(name for name in layers if back[names[name]] != name):
         raise CheckpointError(
             f"the factors of {shortened(lost)} would load into another layer of {type(model).__name__}; keep these "
@@ -85,7 +100,7 @@ def runtime_names(model: PreTrainedModel, names: Iterable[str], tensors: Iterabl
     keys = wanted.keys() if held is None else held
     if missing := sorted(wanted.keys() - keys):
         raise CheckpointError(f"the checkpoint lacks the tensor {shortened(missing)}; copy or compress it again")
-    known: dict[str, Any] = dict.fromkeys(model.state_dict(), True)
+    known: dict[str, Any] = dict.fromkeys(tensor_names(model), True)
     known |= {f"{name}{end}": True for name in linears for end in suffixes}
     renamings, converters = _split(get_model_conversion_mapping(model))
     found = {}
@@ -139,8 +154,13 @@ def _linears(model: nn.Module) -> dict[str, nn.Module]:
         if isinstance(module, LowRankLinear):
             inside = f"{name}."
         if isinstance(module, nn.Linear | LowRankLinear | PackedLinear):
-            linears[name] = module
+            linears[_unwrapped(name)] = module
     return linears
+
+
+def _unwrapped(name: str) -> str:
+    """The name without the modules that FSDP, activation checkpointing and ``torch.compile`` put around others."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def _split(transforms: Iterable[Any]) -> tuple[list[WeightRenaming], list[WeightConverter]]:

@@ -26,19 +26,20 @@ factored layer with random weights. Two guards in the checkpoint make that an er
   does not fit; this stops transformers 4, too, which knows nothing of fusions. A loader of factors skips them.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import PreTrainedModel, fusion_mapping
+from transformers import PreTrainedConfig, PreTrainedModel, fusion_mapping
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from spectrim.checkpoint.names import compressed_layers, runtime_names, saved_names, shortened, stored_layers
+from spectrim.checkpoint.names import compressed_layers, runtime_names, shortened, stored_layers
 from spectrim.errors import CheckpointError, ModelError
 from spectrim.layers import LowRankLinear, Rank, pack_linears, replace_linears
 from spectrim.packed import PackedLinear, inner_config, inner_grids
@@ -49,6 +50,8 @@ VERSION = 1
 GUARD = (
     "the layers of this checkpoint are factored: `pip install spectrim` and `import spectrim` before from_pretrained"
 )
+# The same in the config of a part inside that of the whole. It is no fusion here either: no part loads from the whole.
+WHOLE = "this is a part of a compressed checkpoint: load the whole by its own class, and take the part out of it"
 
 # The method by which transformers, after loading, shows a model the report of missing, unexpected and misshapen keys.
 _REPORT = "_adjust_missing_and_unexpected_keys"
@@ -103,6 +106,8 @@ class SpectrimConfig(QuantizationConfigMixin):
             checked[name] = rank if isinstance(rank, int) else each
         if not isinstance(pivoted, list | tuple) or not all(isinstance(name, str) for name in pivoted):
             raise CheckpointError("quantization_config has pivots that are no list of names; copy config.json again")
+        if repeated := sorted({name for name in pivoted if pivoted.count(name) > 1}):
+            raise CheckpointError(f"quantization_config names {shortened(repeated)} as pivoted twice; copy it again")
         if strange := sorted(name for name in pivoted if not isinstance(checked.get(name), int)):
             raise CheckpointError(
                 f"quantization_config names {shortened(strange)} as pivoted, without one rank for the whole layer; "
@@ -112,7 +117,7 @@ class SpectrimConfig(QuantizationConfigMixin):
         self.version = version
         self.spectrim_version = spectrim_version or release()
         self.ranks = checked
-        self.pivoted = sorted(set(pivoted))
+        self.pivoted = sorted(pivoted)
         self.inner = None if inner is None else dict(inner)
 
     def grids(self) -> dict[str, dict[str, Grid]]:
@@ -139,11 +144,15 @@ class SpectrimQuantizer(HfQuantizer):
     def __init__(self, quantization_config: SpectrimConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._complete = False
+        self._source = "the checkpoint"
+        self._sizes: dict[str, torch.Size] = {}
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> PreTrainedModel:
         """Swap the linears on the meta device, and have every missing tensor reported as an error."""
+        if checkpoint_files:
+            self._source = str(Path(checkpoint_files[0]).parent)
         ranks, grids = self.quantization_config.ranks, self.quantization_config.grids()
         tensors = None if checkpoint_files is None else _tensor_names(checkpoint_files)
         names = runtime_names(model, {**ranks, **dict.fromkeys(grids)}, tensors)
@@ -157,7 +166,10 @@ class SpectrimQuantizer(HfQuantizer):
             replace_linears(model, {names[name]: rank for name, rank in ranks.items()}, pivoted)
             pack_linears(model, places)
         except ModelError as error:
-            raise CheckpointError(f"quantization_config does not fit the model: {error}") from error
+            raise CheckpointError(
+                f"quantization_config does not fit the model: {error}; copy config.json of {self._source} again"
+            ) from error
+        self._sizes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         sentinels = {f"{name}.weight" for name in names.values()}
         # Some models initialise `module.q_proj.weight` from the parent, where there is no such weight any more. Parents
         # without buffers of their own need no initialisation: all their parameters come from the file or are reported.
@@ -175,8 +187,8 @@ class SpectrimQuantizer(HfQuantizer):
             if missing:
                 report.missing_keys, report.mismatched_keys = set(), set()  # ours is the message that counts
                 raise CheckpointError(
-                    f"the checkpoint lacks {shortened(sorted(missing))}, or holds them in another shape; "
-                    "copy or compress it again"
+                    f"{self._source} lacks {shortened(sorted(missing))}, or holds them in another shape; copy or "
+                    "compress it again"
                 )
             self._complete = True
 
@@ -191,16 +203,15 @@ class SpectrimQuantizer(HfQuantizer):
             )
         del vars(model)[_REPORT]
         # transformers before 5.23 takes tensors of any shape for a model with a quantizer.
-        misfits = []
+        held = model.state_dict()
+        misfits = {name for name, size in self._sizes.items() if name in held and held[name].shape != size}
         for name, module in model.named_modules():
-            if isinstance(module, nn.Linear) and module.weight.shape != (module.out_features, module.in_features):
-                misfits.append(f"{name}.weight")
-            elif isinstance(module, PackedLinear) and (wrong := module.misfit()):
-                misfits.append(f"{name}.{wrong}")
+            if isinstance(module, PackedLinear) and (wrong := module.misfit()):
+                misfits.add(f"{name}.{wrong}")
         if misfits:
             raise CheckpointError(
-                f"the checkpoint holds {shortened(sorted(misfits))} in another shape than its config says; copy or "
-                "compress it again"
+                f"{self._source} holds {shortened(sorted(misfits))} in another shape or kind than its config says; "
+                "copy or compress it again"
             )
         for name, module in model.named_modules():
             if isinstance(module, LowRankLinear):
@@ -216,20 +227,6 @@ class SpectrimQuantizer(HfQuantizer):
         vars(model)["is_quantized"] = False  # the factors are ordinary floats; half(), float() and fine-tuning are fine
         return model
 
-    def get_state_dict_and_metadata(
-        self, model: PreTrainedModel
-    ) -> tuple[dict[str, torch.Tensor] | None, dict[str, Any]]:
-        """What ``save_pretrained`` writes; also brings the ranks in the config up to date with the model."""
-        if getattr(model, "_hf_peft_config_loaded", False):
-            return None, {}  # only the adapter is written
-        attach(model)
-        tensors: dict[str, torch.Tensor] = model.state_dict()
-        for name in saved_names(
-            model, [f"{name}.weight" for name in compressed_layers(model)]
-        ):  # those that the format merges with others stand without the guard
-            tensors[name] = torch.empty(0, dtype=model.dtype)
-        return tensors, {}
-
     def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """Merge factors and unpack integers into dense linears, in place, and make `model` a plain one."""
         dense = {name: layer.to_dense() for name, layer in compressed_layers(model).items()}
@@ -241,13 +238,11 @@ class SpectrimQuantizer(HfQuantizer):
     def remove_quantization_config(self, model: PreTrainedModel) -> None:
         """Take every trace of the factored format off a model that is dense again."""
         super().remove_quantization_config(model)  # type: ignore[no-untyped-call]
-        config = model.config
-        fusions = vars(config).pop("fusion_config", None) or {}
-        if fusions := {name: options for name, options in fusions.items() if name != GUARD}:
-            config.fusion_config = fusions
         for module in model.modules():
             if isinstance(module, PreTrainedModel) and hasattr(module.config, "_is_quantized"):
                 del module.config._is_quantized
+        for config in all_configs(model):
+            without_guard(config)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """The factors are ordinary tensors."""
@@ -277,8 +272,19 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
     ModelError if there is no such layer, CheckpointError if one cannot be stored or if the model is quantised in
     another way.
     """
-    config = model.config
-    present = getattr(config, "quantization_config", None)
+    found = describe(model)
+    model.config.quantization_config = found
+    model.config.fusion_config = {**(getattr(model.config, "fusion_config", None) or {}), GUARD: False}
+    vars(model)["hf_quantizer"] = SpectrimQuantizer(found)
+    return model
+
+
+def describe(model: PreTrainedModel, keys: Collection[str] | None = None) -> SpectrimConfig:
+    """What ``quantization_config`` says of the compressed layers of `model`, by the names of its own checkpoint.
+
+    `keys` are the names of its tensors, where the model does not hold them itself. Raises as `attach` does.
+    """
+    present = getattr(model.config, "quantization_config", None)
     if present is not None and not isinstance(present, SpectrimConfig):
         raise CheckpointError("the model is already quantised in another way; compress the unquantised model")
     layers = compressed_layers(model)
@@ -287,7 +293,7 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
     tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
     if shared := [name for name in layers if f"{name}.weight" in tied]:
         raise CheckpointError(f"{shortened(shared)} shares its weight with another layer; keep it dense")
-    stored = stored_layers(model)
+    stored = stored_layers(model, keys)
     factored = {name: layer for name, layer in stored.items() if isinstance(layer, LowRankLinear)}
     grids = {
         f"{name}.{part}".removesuffix("."): module.grid
@@ -295,14 +301,33 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
         for part, module in layer.named_modules()
         if isinstance(module, PackedLinear)
     }
-    config.quantization_config = SpectrimConfig(
+    return SpectrimConfig(
         {name: layer.rank for name, layer in factored.items()},
         [name for name, layer in factored.items() if layer.pivots is not None],
         inner=inner_config(grids) if grids else None,
     )
-    config.fusion_config = {**(getattr(config, "fusion_config", None) or {}), GUARD: False}
-    vars(model)["hf_quantizer"] = SpectrimQuantizer(config.quantization_config)
-    return model
+
+
+def without_guard(config: PreTrainedConfig) -> None:
+    """Take the guards off a config, and leave other fusions."""
+    fusions = vars(config).pop("fusion_config", None) or {}
+    if fusions := {name: options for name, options in fusions.items() if name not in (GUARD, WHOLE)}:
+        config.fusion_config = fusions
+
+
+def all_configs(model: nn.Module) -> Iterator[PreTrainedConfig]:
+    """The configs of a model and of all its parts; some of them more than once."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            yield from nested(module.config)
+
+
+def nested(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    """A config and those inside it."""
+    yield config
+    for name in config.sub_configs:
+        if isinstance(inner := getattr(config, name, None), PreTrainedConfig):
+            yield from nested(inner)
 
 
 def _tensor_names(files: Iterable[str]) -> list[str]:

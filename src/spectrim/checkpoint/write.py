@@ -4,7 +4,7 @@ import fnmatch
 import json
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ def save(
     files: Mapping[str, str] | None = None,
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
+    verify: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write `model`, factored or dense, with everything that it needs to run; returns the directory.
 
@@ -44,6 +45,8 @@ def save(
     fingerprints, package versions, predicted loss, how it was ``fine_tuned`` since, …) goes into ``spectrim.json``, and
     the model card is made of it; the card of the source is not copied. `files` maps names of further text files to
     their content; a ``README.md`` among them is the card. The generation config is the model's.
+
+    `verify` gets the written directory before it takes its place, and raises whatever must stop that.
 
     All is written and synced in a hidden directory beside the target, which then replaces it in one step. A non-empty
     directory that this function did not write is refused with CheckpointError unless `overwrite`; so are names in
@@ -67,6 +70,8 @@ def save(
             model.save_pretrained(temporary, max_shard_size=max_shard_size)
             for weights in temporary.glob("*.safetensors"):  # safetensors keeps its files from other users
                 shutil.copymode(temporary / "config.json", weights)
+            if verify is not None:
+                verify(temporary)
             (temporary / PROVENANCE).write_text(record, encoding="utf-8")
             if CARD not in files:
                 (temporary / CARD).write_text(model_card(model, provenance or {}), encoding="utf-8")

@@ -1,0 +1,95 @@
+"""Which linears a model uses as matrices, past their own forward: Mamba's time-step projection, fused kernels, ties.
+
+Factors answer such a read with a product that is computed anew every time (see `lazy`), which is right and slow, and no
+statistics of inputs are gathered there: these linears are kept dense.
+"""
+
+import logging
+import warnings
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
+
+from spectrim.lazy import DESCRIBING
+
+logger = logging.getLogger("spectrim")
+
+_TOKENS = 3
+
+# What was found in models that live: a forward may change a model so that the next one finds less (RWKV rescales once).
+_known: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def used_outside(model: PreTrainedModel, names: Collection[str]) -> set[str]:
+    """Those linears whose matrix one forward pass over a few tokens uses while their own forward does not run.
+
+    Reads of a weight's shape, dtype or device do not count. What these tokens do not reach is not found. A model that
+    does not run on tokens alone (or not on the meta device, where it is) is one line of logging.
+    """
+    if model in _known:
+        return _known[model] & set(names)
+    linears = {name: model.get_submodule(name) for name in names}
+    watch = _Watch({id(linear.weight): name for name, linear in linears.items()})
+    inputs = {name: value[:1, :_TOKENS].to(model.device) for name, value in model.dummy_inputs.items()}
+    with _quiet(model), watch.running(linears):
+        try:
+            with watch:
+                model(**inputs)
+            _known[model] = watch.found
+        except Exception as error:  # whatever the code of a model may raise
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            logger.info("%s was not traced for uses of its weights: %s", type(model).__name__, reason)
+    return watch.found
+
+
+class _Watch(TorchFunctionMode):
+    """Notes every function that gets the weight of a linear, by id, whose own forward is not running."""
+
+    def __init__(self, weights: dict[int, str]) -> None:
+        super().__init__()
+        self.weights = weights
+        self.found: set[str] = set()
+        self._active: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in DESCRIBING:
+            used = {self.weights.get(id(leaf)) for leaf in tree_leaves((args, kwargs))} - {None, *self._active}
+            self.found |= {name for name in used if name is not None}
+        return func(*args, **kwargs)
+
+    @contextmanager
+    def running(self, linears: dict[str, Any]) -> Iterator[None]:
+        """Inside the block, the forwards of these linears say that they run."""
+        hooks = []
+        for name, linear in linears.items():
+            begin = linear.register_forward_pre_hook(lambda *_, name=name: self._active.append(name))
+            end = linear.register_forward_hook(lambda *_, name=name: self._active.remove(name), always_call=True)
+            hooks += [begin, end]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+@contextmanager
+def _quiet(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode inside the block, without warnings and with its own random numbers; as it was after it."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for module in training:
+            module.training = True
