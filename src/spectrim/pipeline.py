@@ -21,6 +21,7 @@ from spectrim.compensate import Compensation
 from spectrim.curvature import predicted_loss
 from spectrim.decompose import factors
 from spectrim.demo import resolve
+from spectrim.dense import check_dense
 from spectrim.errors import BudgetError, RecipeError
 from spectrim.hybrid import Hybrid
 from spectrim.importance import SAMPLES, block_cosines, importance
@@ -292,9 +293,10 @@ def compression(
     if unknown := sorted(calibration.keys() - signature(calibrate).parameters.keys()):
         raise TypeError(f"calibrate() has no argument '{unknown[0]}'")
     chosen = Recipe.read(recipe, changes)
-    parts = anatomy(model)
     if any(isinstance(module, LowRankLinear | PackedLinear) for module in model.modules()):
         raise RecipeError("the model is compressed already; start from the dense model, or dequantize it first")
+    check_dense(model)
+    parts = anatomy(model)
 
     def report(stage: str) -> Callable[[int, int], None] | None:
         return None if progress is None else lambda done, total: progress(stage, done, total)

@@ -24,6 +24,7 @@ from spectrim.calibrate.passes import prepared, run_batch
 from spectrim.calibrate.positions import image_token
 from spectrim.calibrate.snapshot import Store
 from spectrim.calibrate.statistics import Statistics
+from spectrim.dense import check_dense
 from spectrim.errors import SampleError
 
 _SNAPSHOT_SHARE = 0.1  # of the time at most goes into snapshots
@@ -92,6 +93,7 @@ def calibrate(
         StatisticsError: ``out`` holds something else, or statistics of another model, data or settings.
         NumericalError: NaN or infinity; names the linear and the batch.
     """
+    check_dense(model)
     out, parts = Path(out), anatomy(model)
     settings = Settings(
         samples=samples,

@@ -5,13 +5,16 @@ from spectrim.checkpoint.names import checkpoint_names, runtime_names
 from spectrim.checkpoint.push import push
 from spectrim.checkpoint.quantizer import SpectrimConfig, SpectrimQuantizer, attach
 from spectrim.checkpoint.read import load, load_processor, read_provenance
-from spectrim.checkpoint.write import save
+from spectrim.checkpoint.write import check_target, save
+from spectrim.dense import check_dense
 
 __all__ = [
     "SpectrimConfig",
     "SpectrimQuantizer",
     "add_results",
     "attach",
+    "check_dense",
+    "check_target",
     "checkpoint_names",
     "load",
     "load_processor",

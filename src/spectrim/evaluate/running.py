@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from spectrim.checkpoint import load, load_processor, read_provenance
+from spectrim.checkpoint.model_files import PROVENANCE
 from spectrim.checkpoint.quantizer import METHOD
-from spectrim.checkpoint.read import PROVENANCE
 from spectrim.errors import CheckpointError, SampleError
 from spectrim.evaluate.answering import Answer, takes_images, vqa
 from spectrim.evaluate.footprint import PeakMemory, stored_bytes

@@ -1,0 +1,162 @@
+"""Where a model is (a directory, a hub id, a GGUF file), and its config, checked before anything is loaded."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
+
+from spectrim.errors import ModelError, SpectrimError
+from spectrim.files import parse_json
+
+# Arguments of from_pretrained that say where files come from; the config is found with the same ones.
+WHERE = ("cache_dir", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
+
+_KINDS = "a language model or an image-text model"
+
+
+def split_source(source: str | Path) -> tuple[str, str | None]:
+    """Directory or hub id, and the name of the GGUF file in it, if one is meant."""
+    text = str(source)
+    if "::" in text:
+        directory, _, name = text.partition("::")
+        return directory, name
+    path = Path(text)
+    if path.suffix == ".gguf" and not path.is_dir():
+        return str(path.parent), path.name
+    return text, None
+
+
+def local_files(source: str | Path) -> Path | None:
+    """The directory or the GGUF file that a source names; None for a hub id."""
+    directory, gguf = split_source(source)
+    path = Path(directory) if gguf is None else Path(directory, gguf)
+    return path if directory and path.exists() else None
+
+
+def read_config(source: str | Path, where: dict[str, Any]) -> PreTrainedConfig:
+    """The config of a model; `where` holds arguments of from_pretrained that are in `WHERE`.
+
+    Raises:
+        ModelError: there is no such model, or its config cannot be read; names the file and the remedy.
+    """
+    name, gguf = split_source(source)
+    written_as_path = name.startswith(("/", "./", "../", "~")) or gguf is not None
+    if gguf is not None and (not name or Path(name).is_dir() or "::" not in str(source)):
+        if not Path(name, gguf).is_file():
+            raise ModelError(f"{Path(name, gguf)} does not exist; name a GGUF file")
+    elif Path(name).is_dir():
+        _check_config_file(Path(name, where.get("subfolder", "")), trusted=bool(where.get("trust_remote_code")))
+    elif Path(name).exists():
+        raise ModelError(f"{name} is a file; name a model directory, a GGUF file or a hub id")
+    elif written_as_path and gguf is None:
+        raise ModelError(f"{name} does not exist; name a model directory or a hub id")
+    try:
+        return AutoConfig.from_pretrained(name, **({} if gguf is None else {"gguf_file": gguf}), **where)
+    except SpectrimError:
+        raise
+    except Exception as error:  # a config is somebody else's, and its class may raise anything over it
+        raise failure("config", source, error) from error
+
+
+def _check_config_file(directory: Path, *, trusted: bool) -> None:
+    path = directory / "config.json"
+    if not path.is_file():
+        if (directory / "adapter_config.json").is_file():
+            raise ModelError(f"{directory} is no model directory but an adapter; merge it into its model and save that")
+        if found := sorted(directory.glob("*.gguf")):
+            raise ModelError(f"{directory} is no model directory, it has no config.json; name its GGUF file {found[0]}")
+        raise ModelError(f"{directory} is no model directory, it has no config.json; name one, or a hub id")
+    try:
+        config = parse_json(path.read_bytes())
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read ({error}); copy it again") from error
+    except ValueError as error:
+        raise ModelError(f"{path} {error}; copy it again") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{path} is not a JSON object; copy it again")
+    auto_map = config.get("auto_map")
+    if auto_map is not None and not isinstance(auto_map, dict):
+        raise ModelError(f"{path} has an auto_map that is no JSON object; copy it again")
+    kind, own_code = config.get("model_type"), "AutoConfig" in (auto_map or {})
+    if own_code and (trusted or kind not in transformers.CONFIG_MAPPING):
+        return
+    if not isinstance(kind, str) or not kind:
+        raise ModelError(f"{path} names no model_type, so it is no config of transformers; copy the model's own")
+    if kind not in transformers.CONFIG_MAPPING:
+        raise ModelError(
+            f"{path} names the model_type {kind!r}, which transformers {transformers.__version__} does not know; "
+            f"upgrade transformers, or name {_KINDS} that it knows"
+        )
+
+
+def loader(source: str | Path, config: PreTrainedConfig, *, trusted: bool) -> Any:
+    """The Auto class that opens a model of this config.
+
+    Raises:
+        ModelError: it is another kind of model, or its dtype is none that weights have.
+    """
+    auto = AutoModelForImageTextToText if sees(config) else AutoModelForCausalLM
+    own = trusted and auto.__name__ in (getattr(config, "auto_map", None) or {})
+    if not own and not sees(config) and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(f"{source} is a {config.model_type}, and is no language model or image-text model; name one")
+    # Some configs are those of encoders, too, which have a class for either.
+    named = next(iter(getattr(config, "architectures", None) or ()), "")
+    generative = {*_names(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), *_names(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)}
+    if not own and _other_task(named) and named not in generative:
+        raise ModelError(f"{source} is a {named}, and is no language model or image-text model; name one")
+    dtype = getattr(config, "dtype", None)
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype, dtype)
+    if dtype is not None and dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise ModelError(
+            f"config.json of {source} gives the dtype {str(dtype).removeprefix('torch.')!r}, which no weights "
+            "have; correct it to their dtype"
+        )
+    return auto
+
+
+def sees(config: PreTrainedConfig) -> bool:
+    """Whether a model of this config takes images."""
+    own = getattr(config, "auto_map", None) or {}
+    return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or AutoModelForImageTextToText.__name__ in own
+
+
+def _names(mapping: Any) -> list[str]:
+    return [name for value in mapping.values() for name in ([value] if isinstance(value, str) else value)]
+
+
+def _other_task(name: Any) -> bool:
+    """Whether transformers has a class of this name that is for one task, and not a model without a head."""
+    return isinstance(name, str) and "For" in name and hasattr(transformers, name)
+
+
+def failure(what: str, source: str | Path, error: Exception) -> ModelError:
+    """The error for what transformers or a package below it says of a model's `what`, with a remedy that fits."""
+    said = " ".join(str(error).strip().partition("\n")[0].split()).rstrip(".") or type(error).__name__
+    if "trust_remote_code" in str(error):
+        return ModelError(
+            f"{source} brings Python code of its own (auto_map in its {what}), which is not run unless you allow it; "
+            "read it, and if you trust it give --trust-remote-code (trust_remote_code=True)"
+        )
+    if isinstance(error, ImportError):
+        return ModelError(f"the {what} of {source} needs a package that is not installed ({said}); install it")
+    if split_source(source)[1] is not None:
+        return ModelError(
+            f"{source} cannot be opened, the file is truncated, no GGUF file, or of a kind that transformers cannot "
+            f"unpack ({type(error).__name__}: {said}); download it again, or name the model "
+            "directory that it was made of"
+        )
+    if local_files(source) is None:
+        return ModelError(
+            f"{source!r} is no model directory or hub id to open: cannot load the {what} ({said}); check the name and "
+            "the network"
+        )
+    return ModelError(f"cannot load the {what} of {source} ({type(error).__name__}: {said}); copy the model again")
