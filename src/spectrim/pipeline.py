@@ -330,6 +330,7 @@ def compress(
     processor: Any = None,
     changes: dict[str, Any] | None = None,
     overwrite: bool = False,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
     **calibration: Any,
 ) -> PreTrainedModel:
@@ -344,6 +345,7 @@ def compress(
         stats: a statistics directory; without one, samples are gathered now if the recipe needs them.
         processor: the processor or tokenizer of a loaded model, or the directory that has it; needed to gather samples
             and to make `out` complete. Found by itself where `model` is a name.
+        trust_remote_code: run code that the model brings; it is written into `out`, too.
         calibration: arguments of :func:`spectrim.calibrate`, such as text, images, samples and seed.
 
     Raises:
@@ -352,10 +354,13 @@ def compress(
     if (retain is None) == (plan is None):
         raise BudgetError("give either a retention, such as 0.6, or a plan")
     source = None if isinstance(model, PreTrainedModel) else resolve(model)
-    loaded = model if isinstance(model, PreTrainedModel) else load(str(source))
+    trust = {"trust_remote_code": trust_remote_code}
+    loaded = model if isinstance(model, PreTrainedModel) else load(str(source), **trust)
     files = source or processor  # what a checkpoint copies: the directory where there is one
     if isinstance(found := processor or source, str | Path):
-        processor = load_processor(found)
+        processor = load_processor(found, **trust)
+    if trust_remote_code:
+        files = processor  # which, saved by transformers, brings its code
     with compression(
         loaded, recipe, stats=stats, processor=processor, changes=changes, progress=progress, **calibration
     ) as prepared:

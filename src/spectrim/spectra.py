@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,8 @@ from spectrim.layers import Rank
 from spectrim.linalg import check_finite
 from spectrim.metric import layer_metric
 from spectrim.recipe import MetricPart
+
+logger = logging.getLogger(__name__)
 
 VERSION = 3  # of what a spectrum means; a change makes earlier files unused
 
@@ -157,6 +160,8 @@ def _make(model: nn.Module, linear: Linear, part: MetricPart, statistics: Statis
     weight = model.get_submodule(linear.name).weight
     assert isinstance(weight, torch.Tensor)
     W = check_finite(f"the weight of {linear.name}", weight.detach())
+    if not W.any():
+        logger.warning("%s: all weights are zero; was it ever trained?", linear.name)
     metric = layer_metric(part, linear, statistics, W.device)
     try:
         spectrum = decompose(W, metric.value, metric.output, linear.per_head or 1 if part.per_head else 1)

@@ -69,6 +69,11 @@ def checkpoint_files(directory: Path, record: dict[str, Any]) -> list[str]:
     ]
 
 
+def all_files(directory: Path) -> list[str]:
+    """Names of all files and links below a directory, relative to it."""
+    return [name for name in _everything(directory) if not (directory / name).is_dir()]
+
+
 def foreign_file(directory: Path, record: dict[str, Any]) -> str | None:
     """The first thing in a checkpoint that spectrim did not write, relative to it; None if there is none."""
     files: list[str] = record["files"]

@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils import quantization_config as hf_quantization
 from transformers.utils.hub import cached_file
 
 from spectrim.checkpoint.model_files import PROVENANCE, processor_files
 from spectrim.checkpoint.names import shortened
 from spectrim.checkpoint.quantizer import METHOD
-from spectrim.checkpoint.sources import WHERE, failure, loader, read_config, sees, split_source
+from spectrim.checkpoint.sources import NO_MODEL, WHERE, failure, loader, read_config, sees, split_source
 from spectrim.checkpoint.weights import check_weights, weight_files
 from spectrim.dense import quantization
 from spectrim.errors import CheckpointError, ModelError, SpectrimError
@@ -62,29 +63,35 @@ def load(
     quantized = gguf is not None or "quantization_config" in kwargs
     if local:
         _check_files(Path(source), config, kwargs, quantized=quantized)
-    strict = kwargs.setdefault("ignore_mismatched_sizes", False) is False
-    kwargs["ignore_mismatched_sizes"] = True  # they come back in the report, by name
+    options = {"output_loading_info": True, **kwargs}
     try:
-        loaded: Any = auto.from_pretrained(
-            source, device_map=device_map, dtype=dtype or "auto", output_loading_info=True, **kwargs
-        )
+        try:
+            loaded: Any = auto.from_pretrained(source, device_map=device_map, dtype=dtype or "auto", **options)
+        except RuntimeError as error:
+            if "ignore_mismatched_sizes" not in str(error):
+                raise
+            # The message has no names. Once more, without memory for what the config claims, for the report that has.
+            options["ignore_mismatched_sizes"] = True
+            _, report = auto.from_pretrained(source, device_map="meta", dtype=dtype or "auto", **options)
+            name, stored, wanted = sorted(report["mismatched_keys"])[0]
+            raise ModelError(
+                f"the files of {str(directory)!r} hold {name} in the shape {list(stored)} and config.json wants "
+                f"{list(wanted)}; copy config.json and the weights again, of one and the same model"
+            ) from error
     except SpectrimError:
         raise
     except Exception as error:  # files are somebody else's, and what reads them may raise anything
-        raise failure("weights", directory, error) from error
+        raise failure("model", directory, error) from error
     model: PreTrainedModel
     model, report = loaded
     if not local and gguf is None:  # a hub id, whose files are in the cache now
         found = cached_file(source, "config.json", **{**where, "local_files_only": True})
         _check_files(Path(str(found)).parent, config, {**kwargs, "subfolder": ""}, quantized=quantized)
     if missing := sorted(report["missing_keys"]):
-        raise ModelError(f"the files of {str(directory)!r} lack {shortened(missing)}{_another(config, model)}")
-    if strict and (misfits := sorted(report["mismatched_keys"])):
-        name, stored, wanted = misfits[0]
-        raise ModelError(
-            f"the files of {str(directory)!r} hold {name} in the shape {list(stored)} and config.json wants "
-            f"{list(wanted)}; copy config.json and the weights of one and the same model"
-        )
+        named = next(iter(getattr(config, "architectures", None) or ()), type(model).__name__)
+        if named != type(model).__name__:
+            raise ModelError(f"{directory} is a {named}, {NO_MODEL}: its files lack {shortened(missing)}")
+        raise ModelError(f"the files of {str(directory)!r} lack {shortened(missing)}; copy or download them again")
     if gguf is not None:  # else what is saved would be named after the directory
         model.name_or_path = model.config.name_or_path = str(directory)
     return model
@@ -97,7 +104,9 @@ def load_processor(directory: str | Path, **kwargs: Any) -> Any:
     (see `load`).
     """
     kwargs.setdefault("trust_remote_code", False)
-    vision = sees(read_config(directory, {name: kwargs[name] for name in WHERE if name in kwargs}))
+    config = read_config(directory, {name: kwargs[name] for name in WHERE if name in kwargs})
+    loader(directory, config, trusted=bool(kwargs["trust_remote_code"]))
+    vision = sees(config)
     auto, kind = (AutoProcessor, "processor") if vision else (AutoTokenizer, "tokenizer")
     source, gguf = split_source(directory)
     if gguf is not None:
@@ -109,6 +118,11 @@ def load_processor(directory: str | Path, **kwargs: Any) -> Any:
         raise failure(kind, directory, error) from error
     if vision and not hasattr(processor, "image_processor"):  # transformers falls back to the tokenizer alone
         raise ModelError(f"{str(directory)!r} has no image processor; add its preprocessor_config.json")
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # some classes are made without any file
+        raise ModelError(
+            f"the tokenizer of {str(directory)!r} has no vocabulary; add the tokenizer.json of its base model"
+        )
     return processor
 
 
@@ -135,17 +149,10 @@ def _check_files(directory: Path, config: PreTrainedConfig, kwargs: dict[str, An
     if any(kwargs.get(name) is not None for name in _ELSEWHERE) or getattr(config, "transformers_weights", None):
         return
     method = quantization(config)
+    known = method is not None and any(name.startswith(method) for name in AUTO_QUANTIZATION_CONFIG_MAPPING)
     error: type[SpectrimError] = CheckpointError if method == METHOD else ModelError
     files = weight_files(directory / kwargs.get("subfolder", ""))
-    check_weights(files, error, quantized=quantized or method is not None)
-
-
-def _another(config: PreTrainedConfig, model: PreTrainedModel) -> str:
-    """The remedy where weights are missing: another one where they are of another class of models."""
-    named = next(iter(getattr(config, "architectures", None) or ()), type(model).__name__)
-    if named == type(model).__name__:
-        return "; copy or download them again"
-    return f": they are of a {named}, which is no {type(model).__name__}; name a language model or image-text model"
+    check_weights(files, error, quantized=quantized or known)
 
 
 def _check_processor_files(directory: Path, kind: str) -> None:
@@ -153,10 +160,9 @@ def _check_processor_files(directory: Path, kind: str) -> None:
     if not directory.is_dir() or not (directory / "config.json").is_file():
         return
     names = processor_files(directory)
-    if not names:
+    if not any(name.startswith(("tokenizer", "vocab", "spiece", "sentencepiece", "tekken")) for name in names):
         raise ModelError(
-            f"cannot load the {kind} of {directory}, which has none; add its tokenizer.json, tokenizer_config.json and "
-            "whatever else its base model has of them"
+            f"cannot load the {kind} of {directory}, which has none; add the tokenizer.json of its base model"
         )
     for name in names:
         if name.endswith(".json"):

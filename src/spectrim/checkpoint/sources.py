@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 from transformers.models.auto.modeling_auto import (
@@ -19,7 +18,8 @@ from spectrim.files import parse_json
 # Arguments of from_pretrained that say where files come from; the config is found with the same ones.
 WHERE = ("cache_dir", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
 
-_KINDS = "a language model or an image-text model"
+NO_MODEL = "and is no language model or image-text model; name one"
+_DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
 def split_source(source: str | Path) -> tuple[str, str | None]:
@@ -82,6 +82,10 @@ def _check_config_file(directory: Path, *, trusted: bool) -> None:
         raise ModelError(f"{path} {error}; copy it again") from error
     if not isinstance(config, dict):
         raise ModelError(f"{path} is not a JSON object; copy it again")
+    for part in (config, *config.values()):
+        for key in ("dtype", "torch_dtype") if isinstance(part, dict) else ():
+            if part.get(key) not in (None, *_DTYPES):
+                raise ModelError(f"{path} gives the {key} {part[key]!r}; correct it to one of {', '.join(_DTYPES)}")
     auto_map = config.get("auto_map")
     if auto_map is not None and not isinstance(auto_map, dict):
         raise ModelError(f"{path} has an auto_map that is no JSON object; copy it again")
@@ -93,7 +97,7 @@ def _check_config_file(directory: Path, *, trusted: bool) -> None:
     if kind not in transformers.CONFIG_MAPPING:
         raise ModelError(
             f"{path} names the model_type {kind!r}, which transformers {transformers.__version__} does not know; "
-            f"upgrade transformers, or name {_KINDS} that it knows"
+            f"upgrade transformers, or name a language model or image-text model that it knows"
         )
 
 
@@ -101,25 +105,17 @@ def loader(source: str | Path, config: PreTrainedConfig, *, trusted: bool) -> An
     """The Auto class that opens a model of this config.
 
     Raises:
-        ModelError: it is another kind of model, or its dtype is none that weights have.
+        ModelError: it is another kind of model.
     """
     auto = AutoModelForImageTextToText if sees(config) else AutoModelForCausalLM
     own = trusted and auto.__name__ in (getattr(config, "auto_map", None) or {})
     if not own and not sees(config) and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ModelError(f"{source} is a {config.model_type}, and is no language model or image-text model; name one")
+        raise ModelError(f"{source} is a {config.model_type}, {NO_MODEL}")
     # Some configs are those of encoders, too, which have a class for either.
     named = next(iter(getattr(config, "architectures", None) or ()), "")
     generative = {*_names(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), *_names(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)}
     if not own and _other_task(named) and named not in generative:
-        raise ModelError(f"{source} is a {named}, and is no language model or image-text model; name one")
-    dtype = getattr(config, "dtype", None)
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype, dtype)
-    if dtype is not None and dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        raise ModelError(
-            f"config.json of {source} gives the dtype {str(dtype).removeprefix('torch.')!r}, which no weights "
-            "have; correct it to their dtype"
-        )
+        raise ModelError(f"{source} is a {named}, {NO_MODEL}")
     return auto
 
 
@@ -140,23 +136,34 @@ def _other_task(name: Any) -> bool:
 
 def failure(what: str, source: str | Path, error: Exception) -> ModelError:
     """The error for what transformers or a package below it says of a model's `what`, with a remedy that fits."""
-    said = " ".join(str(error).strip().partition("\n")[0].split()).rstrip(".") or type(error).__name__
+    lines = [line for line in str(error).splitlines() if line.strip()] or [""]
+    first = lines[: 2 if lines[0].endswith(":") else 1]  # advice for other situations follows
+    said = f"{type(error).__name__}: {' '.join(' '.join(first).split()).rstrip('.')}"
+    place, gguf = split_source(source)
+    local = Path(place) if gguf is None else Path(place, gguf)
     if "trust_remote_code" in str(error):
         return ModelError(
-            f"{source} brings Python code of its own (auto_map in its {what}), which is not run unless you allow it; "
-            "read it, and if you trust it give --trust-remote-code (trust_remote_code=True)"
+            f"{source} brings Python code of its own (auto_map), which is not run unless you allow it; read it, and if "
+            "you trust it give --trust-remote-code (trust_remote_code=True)"
         )
     if isinstance(error, ImportError):
         return ModelError(f"the {what} of {source} needs a package that is not installed ({said}); install it")
-    if split_source(source)[1] is not None:
+    if not local.exists():
         return ModelError(
-            f"{source} cannot be opened, the file is truncated, no GGUF file, or of a kind that transformers cannot "
-            f"unpack ({type(error).__name__}: {said}); download it again, or name the model "
-            "directory that it was made of"
+            f"{str(source)!r} is no model directory or hub id to open: cannot load the {what} ({said}); check the name "
+            "and the network"
         )
-    if local_files(source) is None:
+    if gguf is not None:
         return ModelError(
-            f"{source!r} is no model directory or hub id to open: cannot load the {what} ({said}); check the name and "
-            "the network"
+            f"{source} is truncated, no GGUF file, or of a kind that transformers cannot unpack ({said}); download it "
+            "again, or name the model directory that it was made of"
         )
-    return ModelError(f"cannot load the {what} of {source} ({type(error).__name__}: {said}); copy the model again")
+    if (local / "adapter_config.json").is_file():
+        return ModelError(f"cannot load the {what} of {source} ({said}); move its adapter_config.json elsewhere")
+    files = {
+        "config": "config.json",
+        "model": "config.json and the weights, of one and the same model,",
+        "processor": "its preprocessor, processor and tokenizer files",
+        "tokenizer": "its tokenizer.json and tokenizer_config.json",
+    }[what]
+    return ModelError(f"cannot load the {what} of {source} ({said}); copy {files} again")

@@ -45,6 +45,8 @@ def _shards(index: Path) -> list[Path]:
     names = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise ModelError(f"{index} has no weight_map from names of tensors to files; copy it again")
+    if not isinstance(content.get("metadata"), dict):  # which transformers reads
+        raise ModelError(f"{index} has no metadata object; copy it again, or add {{}}")
     shards = sorted(set(names.values()))
     for name in shards:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or not name.isprintable():

@@ -68,7 +68,8 @@ def save(
     _json(provenance or {})
     record = _public(provenance or {})
     origin = local_files(model.name_or_path or "")
-    protected = [origin] if origin is not None and os.path.exists(directory) else []  # else nothing of it is replaced
+    exists = os.path.lexists(Path(directory).expanduser())  # else nothing of the origin can be replaced
+    protected = [origin] if origin is not None and exists else []
     target = check_target(directory, overwrite=overwrite, protected=protected)
     if compressed_layers(model):
         attach(model)

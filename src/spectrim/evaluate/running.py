@@ -29,6 +29,7 @@ from spectrim.evaluate.results import (
     score,
     versions,
 )
+from spectrim.files import parse_json
 from spectrim.samples import load_text
 
 TASKS = ("perplexity", "vqa")
@@ -46,6 +47,7 @@ class _Work:
     batch_size: int | None
     device: str
     dtype: torch.dtype | None
+    trusted: bool
     progress: StageProgress | None
 
 
@@ -65,6 +67,7 @@ def evaluate(
     blind: bool = True,
     device: str | None = None,
     dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
     progress: StageProgress | None = None,
 ) -> EvaluationReport:
     """Perplexity and visual question answering of each directory, and paired differences to the dense one.
@@ -72,7 +75,7 @@ def evaluate(
     The reference is the first directory without a spectrim quantization config. `samples` questions of each task are
     asked. `device` and `dtype` go to the loader (None: CUDA if there is one, else CPU; the stored dtype);
     `batch_size=None` leaves the defaults of :func:`perplexity` and :func:`vqa`. `blind` adds the blind floor, one more
-    pass over the questions. Only one model is in memory at a time, and every input is checked before the first loads.
+    pass over the questions. `trust_remote_code` runs code that a model brings. Only one model is in memory at a time, and every input is checked before the first loads.
 
     Raises:
         CheckpointError: for a directory that does not exist or holds no safetensors model.
@@ -80,7 +83,7 @@ def evaluate(
         NumericalError: for logits that are not finite.
     """
     paths = [Path(directory) for directory in directories]
-    _check(paths, tasks)
+    _check(paths, tasks, trust_remote_code)
     settings = Settings(
         tasks=tuple(tasks),
         samples=samples,
@@ -99,6 +102,7 @@ def evaluate(
         batch_size=batch_size,
         device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
         dtype=dtype,
+        trusted=trust_remote_code,
         progress=progress,
     )
     reference = next((path for path in paths if not is_compressed(path)), None)
@@ -128,7 +132,7 @@ def evaluate(
 def is_compressed(directory: Path) -> bool:
     """Whether the directory's config.json names spectrim as its quantization method."""
     try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        config = parse_json((directory / "config.json").read_bytes())
         return (config.get("quantization_config") or {}).get("quant_method") == METHOD
     except (OSError, ValueError, AttributeError) as error:
         raise CheckpointError(
@@ -136,7 +140,7 @@ def is_compressed(directory: Path) -> bool:
         ) from error
 
 
-def _check(paths: Sequence[Path], tasks: Sequence[str]) -> None:
+def _check(paths: Sequence[Path], tasks: Sequence[str], trusted: bool) -> None:
     if unknown := [task for task in tasks if task not in TASKS]:
         raise SampleError(f"There is no evaluation task '{unknown[0]}'; choose from {', '.join(TASKS)}.")
     if not tasks:
@@ -148,7 +152,7 @@ def _check(paths: Sequence[Path], tasks: Sequence[str]) -> None:
     for path in paths:
         is_compressed(path), stored_bytes(path)  # each names what it cannot read
         _stated(path, "retention"), _stated(path, "predicted_loss")
-        if "vqa" in tasks and not takes_images(load_processor(path)):
+        if "vqa" in tasks and not takes_images(load_processor(path, trust_remote_code=trusted)):
             raise SampleError(
                 f"{path} holds a text-only model, which cannot do the task vqa; use tasks=['perplexity']."
             )
@@ -186,7 +190,9 @@ def _evaluate_one(path: Path, work: _Work, *, floor: bool) -> tuple[DirectoryRes
         return answers, score(answers, perf_counter() - start)
 
     with PeakMemory() as meter:
-        model, processor = load(path, device_map=work.device, dtype=work.dtype), load_processor(path)
+        trust = {"trust_remote_code": work.trusted}
+        model = load(path, device_map=work.device, dtype=work.dtype, **trust)
+        processor = load_processor(path, **trust)
         language = None if work.text is None else read(work.text)
         answers, sight = look("vqa", work.questions)
         _, below = look("vqa with swapped images", work.swapped if floor else ())
