@@ -354,11 +354,10 @@ def compress(
     if (retain is None) == (plan is None):
         raise BudgetError("give either a retention, such as 0.6, or a plan")
     source = None if isinstance(model, PreTrainedModel) else resolve(model)
-    trust = {"trust_remote_code": trust_remote_code}
-    loaded = model if isinstance(model, PreTrainedModel) else load(str(source), **trust)
+    loaded = model if isinstance(model, PreTrainedModel) else load(str(source), trust_remote_code=trust_remote_code)
     files = source or processor  # what a checkpoint copies: the directory where there is one
     if isinstance(found := processor or source, str | Path):
-        processor = load_processor(found, **trust)
+        processor = load_processor(found, trust_remote_code=trust_remote_code)
     if trust_remote_code:
         files = processor  # which, saved by transformers, brings its code
     with compression(

@@ -75,7 +75,8 @@ def evaluate(
     The reference is the first directory without a spectrim quantization config. `samples` questions of each task are
     asked. `device` and `dtype` go to the loader (None: CUDA if there is one, else CPU; the stored dtype);
     `batch_size=None` leaves the defaults of :func:`perplexity` and :func:`vqa`. `blind` adds the blind floor, one more
-    pass over the questions. `trust_remote_code` runs code that a model brings. Only one model is in memory at a time, and every input is checked before the first loads.
+    pass over the questions. `trust_remote_code` runs code that a model brings. Only one model is in memory at a time,
+    and every input is checked before the first loads.
 
     Raises:
         CheckpointError: for a directory that does not exist or holds no safetensors model.
@@ -190,9 +191,8 @@ def _evaluate_one(path: Path, work: _Work, *, floor: bool) -> tuple[DirectoryRes
         return answers, score(answers, perf_counter() - start)
 
     with PeakMemory() as meter:
-        trust = {"trust_remote_code": work.trusted}
-        model = load(path, device_map=work.device, dtype=work.dtype, **trust)
-        processor = load_processor(path, **trust)
+        model = load(path, device_map=work.device, dtype=work.dtype, trust_remote_code=work.trusted)
+        processor = load_processor(path, trust_remote_code=work.trusted)
         language = None if work.text is None else read(work.text)
         answers, sight = look("vqa", work.questions)
         _, below = look("vqa with swapped images", work.swapped if floor else ())
