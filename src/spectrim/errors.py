@@ -5,8 +5,20 @@ code 2; library callers catch :class:`SpectrimError` or one of its kinds.
 """
 
 
+def printable(text: str) -> str:
+    """`text` on one line of printable characters: what a name or a file brings besides is written as an escape.
+
+    Messages quote names and contents of files that somebody else made, which may hold line ends, terminal commands or
+    marks that turn the direction of writing.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
 class SpectrimError(Exception):
     """Base of every error that comes from the user's input or environment rather than from a defect."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class ModelError(SpectrimError):

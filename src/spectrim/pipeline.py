@@ -24,6 +24,7 @@ from spectrim.compensate import Compensation
 from spectrim.curvature import predicted_loss
 from spectrim.decompose import factors
 from spectrim.demo import resolve
+from spectrim.dense import check_dense
 from spectrim.errors import BudgetError, RecipeError, SpectrimError
 from spectrim.hybrid import Hybrid
 from spectrim.importance import SAMPLES, block_cosines, importance
@@ -343,9 +344,10 @@ def compression(
     if unknown := sorted(calibration.keys() - signature(calibrate).parameters.keys()):
         raise TypeError(f"calibrate() has no argument '{unknown[0]}'")
     chosen = Recipe.read(recipe, changes)
-    parts = anatomy(model)
     if any(isinstance(module, LowRankLinear | PackedLinear) for module in model.modules()):
         raise RecipeError("the model is compressed already; start from the dense model, or dequantize it first")
+    check_dense(model)
+    parts = anatomy(model)
 
     def report(stage: str) -> Callable[[int, int], None] | None:
         return None if progress is None else lambda done, total: progress(stage, done, total)
@@ -379,6 +381,7 @@ def compress(
     processor: Any = None,
     changes: dict[str, Any] | None = None,
     overwrite: bool = False,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
     **calibration: Any,
 ) -> PreTrainedModel:
@@ -393,6 +396,7 @@ def compress(
         stats: a statistics directory; without one, samples are gathered now if the recipe needs them.
         processor: the processor or tokenizer of a loaded model, or the directory that has it; needed to gather samples
             and to make `out` complete. Found by itself where `model` is a name.
+        trust_remote_code: run code that the model brings; it is written into `out`, too.
         calibration: arguments of :func:`spectrim.calibrate`, such as text, images, samples and seed.
 
     Raises:
@@ -401,10 +405,12 @@ def compress(
     if (retain is None) == (plan is None):
         raise BudgetError("give either a retention, such as 0.6, or a plan")
     source = None if isinstance(model, PreTrainedModel) else resolve(model)
-    loaded = model if isinstance(model, PreTrainedModel) else load(str(source))
+    loaded = model if isinstance(model, PreTrainedModel) else load(str(source), trust_remote_code=trust_remote_code)
     files = source or processor  # what a checkpoint copies: the directory where there is one
     if isinstance(found := processor or source, str | Path):
-        processor = load_processor(found)
+        processor = load_processor(found, trust_remote_code=trust_remote_code)
+    if trust_remote_code:
+        files = processor  # which, saved by transformers, brings its code
     with compression(
         loaded, recipe, stats=stats, processor=processor, changes=changes, progress=progress, **calibration
     ) as prepared:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -20,6 +21,8 @@ from spectrim.lock import writing
 from spectrim.metric import layer_metric
 from spectrim.recipe import MetricPart
 from spectrim.sealed import Sealed, open_sealed, write_sealed
+
+logger = logging.getLogger(__name__)
 
 VERSION = 4  # of what a spectrum means; a change makes earlier files unused
 
@@ -160,6 +163,8 @@ def _make(
     weight = model.get_submodule(linear.name).weight
     assert isinstance(weight, torch.Tensor)
     W = check_finite(f"the weight of {linear.name}", weight.detach())
+    if not W.any():
+        logger.warning("%s: all weights are zero; was it ever trained?", linear.name)
     metric = layer_metric(part, linear, statistics, W.device)
     try:
         spectrum = decompose(W, metric.value, metric.output, linear.per_head or 1 if part.per_head else 1)

@@ -25,6 +25,7 @@ from spectrim.calibrate.passes import prepared, run_batch
 from spectrim.calibrate.positions import image_token
 from spectrim.calibrate.snapshot import Store
 from spectrim.calibrate.statistics import Statistics
+from spectrim.dense import check_dense
 from spectrim.errors import SampleError, StatisticsError
 from spectrim.lock import LOCK, writing
 
@@ -95,6 +96,7 @@ def calibrate(
         StatisticsError: ``out`` holds something else, or statistics of another model, data or settings.
         NumericalError: NaN or infinity; names the linear and the batch.
     """
+    check_dense(model)
     out, parts = Path(out), anatomy(model)
     if share()[1] == 1 and (out / LOCK).exists() and not ((out / MANIFEST).exists() and Manifest.read(out).complete):
         with writing(out, alone=True):

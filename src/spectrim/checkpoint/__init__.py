@@ -8,7 +8,8 @@ from spectrim.checkpoint.push import push
 from spectrim.checkpoint.quantizer import SpectrimConfig, SpectrimQuantizer, attach
 from spectrim.checkpoint.read import load, load_processor, read_provenance
 from spectrim.checkpoint.saving import save_pretrained
-from spectrim.checkpoint.write import save
+from spectrim.checkpoint.write import check_target, save
+from spectrim.dense import check_dense
 
 PreTrainedModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
 
@@ -17,6 +18,8 @@ __all__ = [
     "SpectrimQuantizer",
     "add_results",
     "attach",
+    "check_dense",
+    "check_target",
     "checkpoint_names",
     "load",
     "load_processor",

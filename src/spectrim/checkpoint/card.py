@@ -10,17 +10,27 @@ from huggingface_hub.repocard import metadata_load
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
+from spectrim.checkpoint.model_files import CARD, PROVENANCE
 from spectrim.checkpoint.quantizer import SpectrimConfig, release
-from spectrim.checkpoint.read import PROVENANCE, sees
-from spectrim.errors import CheckpointError
+from spectrim.checkpoint.sources import sees, split_source
+from spectrim.errors import CheckpointError, printable
 from spectrim.files import write_whole
 
-CARD = "README.md"
 _BEGIN, _END = "<!-- results by spectrim evaluate -->", "<!-- end of results -->"
-_TERMS = ("license", "license_name", "license_link", "language")
+# What is taken from the card of a base model, which anybody may have written, and how it must look.
+_TERM = re.compile(r"[\w.+-]{1,96}")
+_TERMS = {
+    "license": _TERM,
+    "license_name": _TERM,
+    "license_link": re.compile(r"(https://[\w.-]+/)?[\w./%+-]{1,256}"),
+    "language": re.compile(r"[\w-]{1,32}"),
+}
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")  # of a repository on the hub
 _SUFFIX = ", compressed by spectrim"
 _TITLE = re.compile(r"^# +(.+?) *$", re.MULTILINE)
 _SNAPSHOT = re.compile(r"models--(.+)--(.+)/snapshots/[^/]+")
+_MARKUP = re.compile(r"[\\`*\[\]<>#|&]|(?<=\w)(?=://)")  # a bare address would be a link
+_ESCAPED = re.compile(r"\\([\\`*\[\]<>#|&:])")
 
 
 def model_card(model: PreTrainedModel, record: Mapping[str, Any]) -> str:
@@ -43,13 +53,19 @@ def model_card(model: PreTrainedModel, record: Mapping[str, Any]) -> str:
     }
     parts = [f"---\n{yaml.safe_dump(matter, sort_keys=False, allow_unicode=True)}---"]
     if factored:
-        parts += [f"# {name}{_SUFFIX}", _summary(base or name, factored, record)]
+        parts += [f"# {plain(name)}{_SUFFIX}", _summary(base or name, factored, record)]
     else:
-        parts += [f"# {name}", f"Written by spectrim{_release()}; all its linear layers are dense."]
-    parts += [*_kept(record), *_predicted(record), *_recipe(record), _use(vision, factored is not None)]
+        parts += [f"# {plain(name)}", f"Written by spectrim{_release()}; all its linear layers are dense."]
+    own_code = bool(getattr(model.config, "auto_map", None)) and type(model)._auto_class is not None
+    parts += [*_kept(record), *_predicted(record), *_recipe(record), _use(vision, factored is not None, own_code)]
     if not terms.get("license"):
         parts.append("## Licence\n\nThe card of the base model names no licence; ask where the model came from.")
     return "\n\n".join(parts) + "\n"
+
+
+def plain(text: object) -> str:
+    """Text that others wrote, as one line of Markdown that shows it and does nothing else."""
+    return _MARKUP.sub(r"\\\g<0>", printable(" ".join(str(text).split())))
 
 
 def add_results(directory: str | Path, results: str) -> Path:
@@ -74,28 +90,44 @@ def add_results(directory: str | Path, results: str) -> Path:
 
 
 def _base(source: str | None) -> tuple[str, str | None, dict[str, Any]]:
-    """Name of the base model, its hub id if it has one, and the entries about licence and language of its card."""
+    """Name of the base model, its hub id if it has one, and the entries about licence and language of its card.
+
+    The card is somebody else's: nothing here depends on it, and what is not of the expected form is left out.
+    """
     if not source:
         return "", None, {}
-    directory = Path(source)
+    place, gguf = split_source(source)
+    directory = Path(place)
+    if gguf is not None and directory.is_dir():  # a file among others, whose README.md may be of anything
+        return Path(gguf).stem, None, {}
     if directory.is_dir():
         snapshot = _SNAPSHOT.search(directory.resolve().as_posix())
         base = "/".join(snapshot.groups()) if snapshot else None
         card = directory / CARD if (directory / CARD).is_file() else None
     else:
-        base = source
+        base = place
         quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-        found = cached_file(source, CARD, **quiet)  # a model without a card, or no network: the card says less
+        found = cached_file(place, CARD, **quiet)  # a model without a card, or no network: the card says less
         card = None if found is None else Path(found)
     try:
         matter = (card and metadata_load(card)) or {}
-    except (ValueError, yaml.YAMLError):  # somebody else's card, which nothing here depends on
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         matter = {}
     if (directory / PROVENANCE).is_file():  # of a checkpoint that is written again, the base stays the base
         base = matter.get("base_model")
-    title = _TITLE.search(card.read_text(encoding="utf-8", errors="replace")) if card and not base else None
-    name = base.rpartition("/")[2] if base else title[1].removesuffix(_SUFFIX) if title else directory.name
-    return name, base, {key: matter[key] for key in _TERMS if key in matter}
+    base = base if isinstance(base, str) and _ID.fullmatch(base) else None
+    if base:
+        name = base.rpartition("/")[2]
+    else:
+        title = _TITLE.search(card.read_text(encoding="utf-8", errors="replace")) if card else None
+        name = _ESCAPED.sub(r"\1", title[1]).removesuffix(_SUFFIX) if title else directory.resolve().name
+    return name[:96], base, {key: matter[key] for key, form in _TERMS.items() if _fits(matter.get(key), form)}
+
+
+def _fits(value: Any, form: re.Pattern[str]) -> bool:
+    """Whether an entry is a text of that form, or a list of such texts."""
+    values = value if isinstance(value, list) else [value]
+    return bool(values) and all(isinstance(item, str) and form.fullmatch(item) for item in values)
 
 
 def _release() -> str:
@@ -104,8 +136,8 @@ def _release() -> str:
 
 def _summary(base: str, config: SpectrimConfig, record: Mapping[str, Any]) -> str:
     recipe = record.get("recipe")
-    method = f" by the recipe `{recipe['name']}`" if isinstance(recipe, dict) and "name" in recipe else ""
-    link = f"[{base}](https://huggingface.co/{base})" if "/" in base else f"*{base}*"
+    method = f" by the recipe {_code(recipe['name'])}" if isinstance(recipe, dict) and "name" in recipe else ""
+    link = f"[{base}](https://huggingface.co/{base})" if "/" in base and _ID.fullmatch(base) else f"*{plain(base)}*"
     return (
         f"{link} with {len(config.ranks)} of its linear layers replaced by products of thin matrices{method}. Made by "
         f"spectrim{_release()} after training, without labels; `spectrim.json` has the whole record."
@@ -126,7 +158,7 @@ def _kept(record: Mapping[str, Any]) -> list[str]:
     if isinstance(places, dict):
         counts = ("linears", "dense", "factored", "pivoted", "by_head")
         lines = [
-            f"| {place} | {' | '.join(str(row[key]) for key in counts)} | "
+            f"| {plain(place)} | {' | '.join(str(row[key]) for key in counts)} | "
             f"{' / '.join(map(str, row['ranks'])) or '–'} | {row['bytes'] / row['dense_bytes']:.1%} |"
             for place, row in places.items()
         ]
@@ -139,11 +171,11 @@ def _predicted(record: Mapping[str, Any]) -> list[str]:
     """The predicted loss; of a checkpoint that was fine-tuned since, how that was done instead."""
     if tuned := record.get("fine_tuned"):
         listed = ", ".join(f"{key} {value}" for key, value in tuned.items()) if isinstance(tuned, dict) else str(tuned)
-        return [f"## Fine-tuning\n\nThe factors were trained after compression: {listed}."]
+        return [f"## Fine-tuning\n\nThe factors were trained after compression: {plain(listed)}."]
     losses = _numbers(record.get("predicted_loss"))
     if not losses:
         return []
-    listed = ", ".join(f"{modality} {loss:.4f}" for modality, loss in losses.items())
+    listed = ", ".join(f"{plain(modality)} {loss:.4f}" for modality, loss in losses.items())
     return [f"## Predicted loss\n\nAbove the dense model, in nats per token, before any measurement: {listed}."]
 
 
@@ -151,22 +183,29 @@ def _recipe(record: Mapping[str, Any]) -> list[str]:
     recipe, data = record.get("recipe"), record.get("data")
     if not isinstance(recipe, dict):
         return []
-    text = f"## Recipe\n\n```yaml\n{yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)}```"
-    samples = {key: str(data[key]) for key in ("text", "images") if data.get(key)} if isinstance(data, dict) else {}
-    if samples:  # a local path is nobody else's business
-        names = {key: Path(name).name if Path(name).exists() else name for key, name in samples.items()}
-        text += f"\n\nCalibrated on {', '.join(f'{kind} from `{name}`' for kind, name in names.items())}."
+    written = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", written)), default=0))
+    text = f"## Recipe\n\n{fence}yaml\n{written}{fence}"
+    names = {key: str(data[key]) for key in ("text", "images") if data.get(key)} if isinstance(data, dict) else {}
+    if names:
+        text += f"\n\nCalibrated on {', '.join(f'{kind} from {_code(name)}' for kind, name in names.items())}."
     return [text]
 
 
-def _use(vision: bool, factored: bool) -> str:
+def _code(text: object) -> str:
+    """A name as code: there is no escape in it, so that what would end it is left out."""
+    return f"`{printable(' '.join(str(text).split())).replace('`', '')}`"
+
+
+def _use(vision: bool, factored: bool, own_code: bool) -> str:
     auto = "AutoModelForImageTextToText" if vision else "AutoModelForCausalLM"
     reader = "AutoProcessor" if vision else "AutoTokenizer"
+    where = '"THIS_DIRECTORY_OR_ID"' + (", trust_remote_code=True" if own_code else "")
     first = "import spectrim  # makes the format known to transformers\n" if factored else ""
     text = (
         f"## Use\n\n```python\n{first}from transformers import {auto}, {reader}\n\n"
-        f'model = {auto}.from_pretrained("THIS_DIRECTORY_OR_ID")\n'
-        f'{reader.removeprefix("Auto").lower()} = {reader}.from_pretrained("THIS_DIRECTORY_OR_ID")\n```'
+        f"model = {auto}.from_pretrained({where})\n"
+        f"{reader.removeprefix('Auto').lower()} = {reader}.from_pretrained({where})\n```"
     )
     if factored:
         text += (

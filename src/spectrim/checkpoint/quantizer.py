@@ -27,11 +27,13 @@ factored layer with random weights. Two guards in the checkpoint make that an er
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.version import InvalidVersion, Version
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, fusion_mapping
@@ -89,7 +91,9 @@ class SpectrimConfig(QuantizationConfigMixin):
         **unknown: Any,
     ) -> None:
         if version != VERSION:
-            wrote = f"'spectrim>={spectrim_version}'" if spectrim_version else "--upgrade spectrim"
+            wrote = "--upgrade spectrim"
+            with suppress(InvalidVersion, TypeError):  # somebody's file, of which nothing else gets into a shell line
+                wrote = f"'spectrim>={Version(spectrim_version or '')}'"
             raise CheckpointError(
                 f"the checkpoint has format version {version!r} and this spectrim reads version {VERSION}; install the "
                 f"release that wrote it: pip install {wrote}"

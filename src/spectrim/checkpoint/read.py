@@ -1,30 +1,28 @@
 """Opening models and their processors, compressed and dense alike."""
 
-import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils import quantization_config as hf_quantization
+from transformers.utils.hub import cached_file
 
+from spectrim.checkpoint.model_files import PROVENANCE, processor_files
 from spectrim.checkpoint.names import shortened
-from spectrim.errors import CheckpointError, ModelError
+from spectrim.checkpoint.quantizer import METHOD
+from spectrim.checkpoint.sources import NO_MODEL, WHERE, failure, loader, read_config, sees, split_source
+from spectrim.checkpoint.weights import check_weights, weight_files
+from spectrim.dense import quantization
+from spectrim.errors import CheckpointError, ModelError, SpectrimError
+from spectrim.files import parse_json
 
-PROVENANCE = "spectrim.json"
+logger = logging.getLogger(__name__)
 
-# Arguments of from_pretrained that say where files come from; the config is found with the same ones.
-_WHERE = ("cache_dir", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
+# Arguments of from_pretrained by which weights come from elsewhere than the directory's usual files.
+_ELSEWHERE = ("state_dict", "use_safetensors", "variant", "weights_only")
 
 
 def load(
@@ -37,47 +35,94 @@ def load(
     """Open a model directory or hub id, dense or compressed, as the image-text model or the language model that it is.
 
     A GGUF file is named by its path, or as ``DIRECTORY_OR_ID::NAME.gguf``; its weights are unpacked to dense ones.
-    `dtype` None keeps the dtype of the files. Other arguments are those of ``from_pretrained``. The model is in eval
-    mode. Raises ModelError if there is no such model or its files lack weights, CheckpointError if a compressed
-    checkpoint is damaged or written by another version.
+    `dtype` None keeps the dtype of the files; that of an unpacked GGUF file is bfloat16. Other arguments are those of
+    ``from_pretrained``. Code that a model brings is run with ``trust_remote_code=True`` only; nothing asks. The model
+    is in eval mode.
+
+    Raises:
+        ModelError: there is no such model, it is of another kind, or its files are damaged or lack weights; names the
+            file and the remedy.
+        CheckpointError: a compressed checkpoint is damaged or written by another version.
     """
-    source, gguf = _split(directory)
-    where = {name: kwargs[name] for name in _WHERE if name in kwargs}
-    config = _config(source, gguf, where)
-    auto = AutoModelForImageTextToText if sees(config) else AutoModelForCausalLM
+    kwargs.setdefault("trust_remote_code", False)
+    where = {name: kwargs[name] for name in WHERE if name in kwargs}
+    config = read_config(directory, where)
+    auto = loader(directory, config, trusted=bool(kwargs["trust_remote_code"]))
+    source, gguf = split_source(directory)
     if gguf is not None:
         kwargs["gguf_file"] = gguf
         if hasattr(hf_quantization, "GgufConfig"):  # earlier releases always unpack
             kwargs["quantization_config"] = hf_quantization.GgufConfig(dequantize=True)
+        if dtype is None:
+            dtype = torch.bfloat16
+            logger.warning(
+                "%s: weights are unpacked to bfloat16, and bytes are counted against that; --dtype chooses another",
+                gguf.encode("unicode_escape").decode(),
+            )
+    local = gguf is None and Path(source).is_dir()
+    quantized = gguf is not None or "quantization_config" in kwargs
+    if local:
+        _check_files(Path(source), config, kwargs, quantized=quantized)
+    options = {"output_loading_info": True, **kwargs}
     try:
-        loaded: Any = auto.from_pretrained(
-            source, device_map=device_map, dtype=dtype or "auto", output_loading_info=True, **kwargs
-        )
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise ModelError(f"cannot load a model from {str(directory)!r}: {_first_line(error)}") from error
+        try:
+            loaded: Any = auto.from_pretrained(source, device_map=device_map, dtype=dtype or "auto", **options)
+        except RuntimeError as error:
+            if "ignore_mismatched_sizes" not in str(error):
+                raise
+            # The message has no names. Once more, without memory for what the config claims, for the report that has.
+            options["ignore_mismatched_sizes"] = True
+            _, report = auto.from_pretrained(source, device_map="meta", dtype=dtype or "auto", **options)
+            name, stored, wanted = sorted(report["mismatched_keys"])[0]
+            raise ModelError(
+                f"the files of {str(directory)!r} hold {name} in the shape {list(stored)} and config.json wants "
+                f"{list(wanted)}; copy config.json and the weights again, of one and the same model"
+            ) from error
+    except SpectrimError:
+        raise
+    except Exception as error:  # files are somebody else's, and what reads them may raise anything
+        raise failure("model", directory, error) from error
     model: PreTrainedModel
     model, report = loaded
+    if not local and gguf is None:  # a hub id, whose files are in the cache now
+        found = cached_file(source, "config.json", **{**where, "local_files_only": True})
+        _check_files(Path(str(found)).parent, config, {**kwargs, "subfolder": ""}, quantized=quantized)
     if missing := sorted(report["missing_keys"]):
+        named = next(iter(getattr(config, "architectures", None) or ()), type(model).__name__)
+        if named != type(model).__name__:
+            raise ModelError(f"{directory} is a {named}, {NO_MODEL}: its files lack {shortened(missing)}")
         raise ModelError(f"the files of {str(directory)!r} lack {shortened(missing)}; copy or download them again")
+    if gguf is not None:  # else what is saved would be named after the directory
+        model.name_or_path = model.config.name_or_path = str(directory)
     return model
 
 
 def load_processor(directory: str | Path, **kwargs: Any) -> Any:
     """The processor of an image-text model, or the tokenizer of a language model; sources as for `load`.
 
-    Raises ModelError if the model comes without one, or if it needs a package that is not installed.
+    Raises ModelError if the model comes without one, or if it needs a package that is not installed or code of its own
+    (see `load`).
     """
-    source, gguf = _split(directory)
-    vision = sees(_config(source, gguf, {name: kwargs[name] for name in _WHERE if name in kwargs}))
+    kwargs.setdefault("trust_remote_code", False)
+    config = read_config(directory, {name: kwargs[name] for name in WHERE if name in kwargs})
+    loader(directory, config, trusted=bool(kwargs["trust_remote_code"]))
+    vision = sees(config)
     auto, kind = (AutoProcessor, "processor") if vision else (AutoTokenizer, "tokenizer")
+    source, gguf = split_source(directory)
     if gguf is not None:
         kwargs["gguf_file"] = gguf
     try:
         processor = auto.from_pretrained(source, **kwargs)
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"cannot load the {kind} of {str(directory)!r}: {_first_line(error)}") from error
+    except Exception as error:  # as in `load`
+        _check_processor_files(Path(source), kind)
+        raise failure(kind, directory, error) from error
     if vision and not hasattr(processor, "image_processor"):  # transformers falls back to the tokenizer alone
         raise ModelError(f"{str(directory)!r} has no image processor; add its preprocessor_config.json")
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # some classes are made without any file
+        raise ModelError(
+            f"the tokenizer of {str(directory)!r} has no vocabulary; add the tokenizer.json of its base model"
+        )
     return processor
 
 
@@ -85,40 +130,45 @@ def read_provenance(directory: str | Path) -> dict[str, Any]:
     """What `save` recorded about how the checkpoint came about; CheckpointError if the directory has no such record."""
     path = Path(directory) / PROVENANCE
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        record = parse_json(path.read_bytes())
+    except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error}); was the directory written by spectrim?") from error
-    if not isinstance(record, dict) or not {"spectrim_version", "files"} <= record.keys():
+    except ValueError as error:
+        raise CheckpointError(f"{path} cannot be read, it {error}; was the directory written by spectrim?") from error
+    if not isinstance(record, dict) or "spectrim_version" not in record or not _are_names(record.get("files")):
         raise CheckpointError(f"{path} is not a record that spectrim wrote; name a directory that spectrim wrote")
     return record
 
 
-def _split(source: str | Path) -> tuple[str, str | None]:
-    """Directory or hub id, and the name of the GGUF file in it, if one is meant."""
-    text = str(source)
-    if "::" in text:
-        directory, _, name = text.partition("::")
-        return directory, name
-    path = Path(text)
-    if path.suffix == ".gguf":
-        return str(path.parent), path.name
-    return text, None
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
-def _config(source: str, gguf: str | None, where: dict[str, Any]) -> PreTrainedConfig:
-    if source.startswith(("/", "./", "../")) and not Path(source).exists():
-        raise ModelError(f"{source} does not exist; name a model directory or a hub id")
-    try:
-        return AutoConfig.from_pretrained(source, **({} if gguf is None else {"gguf_file": gguf}), **where)
-    except (OSError, ValueError, ImportError) as error:
-        raise ModelError(f"{source!r} is no model directory or hub id to open: {_first_line(error)}") from error
+def _check_files(directory: Path, config: PreTrainedConfig, kwargs: dict[str, Any], *, quantized: bool) -> None:
+    """Look into the weight files before (or, of a hub, after) they are loaded."""
+    if any(kwargs.get(name) is not None for name in _ELSEWHERE) or getattr(config, "transformers_weights", None):
+        return
+    method = quantization(config)
+    known = method is not None and any(name.startswith(method) for name in AUTO_QUANTIZATION_CONFIG_MAPPING)
+    error: type[SpectrimError] = CheckpointError if method == METHOD else ModelError
+    files = weight_files(directory / kwargs.get("subfolder", ""))
+    check_weights(files, error, quantized=quantized or known)
 
 
-def _first_line(error: Exception) -> str:
-    """What transformers says first; advice for other situations follows in its messages."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
-
-
-def sees(config: PreTrainedConfig) -> bool:
-    """Whether a model of this config takes images."""
-    return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+def _check_processor_files(directory: Path, kind: str) -> None:
+    """Name the file that keeps a processor from loading, where it can be told."""
+    if not directory.is_dir() or not (directory / "config.json").is_file():
+        return
+    names = processor_files(directory)
+    if not any(name.startswith(("tokenizer", "vocab", "spiece", "sentencepiece", "tekken")) for name in names):
+        raise ModelError(
+            f"cannot load the {kind} of {directory}, which has none; add the tokenizer.json of its base model"
+        )
+    for name in names:
+        if name.endswith(".json"):
+            try:
+                parse_json((directory / name).read_bytes())
+            except (OSError, ValueError) as error:
+                raise ModelError(
+                    f"cannot load the {kind} of {directory}: {name} {error}; copy it again from the base model"
+                ) from error

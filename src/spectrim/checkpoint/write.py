@@ -1,11 +1,12 @@
 """Writing a model as a standard Hugging Face directory that appears whole or not at all."""
 
-import fnmatch
 import json
+import os
 import shutil
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,27 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
-from spectrim.checkpoint.card import CARD, model_card
+from spectrim.checkpoint.card import model_card
+from spectrim.checkpoint.exchange import recover, replacing
+from spectrim.checkpoint.model_files import (
+    CARD,
+    PROVENANCE,
+    clean_configs,
+    foreign_file,
+    processor_files,
+    public_name,
+    without_paths,
+)
 from spectrim.checkpoint.names import compressed_layers
 from spectrim.checkpoint.quantizer import attach, release
-from spectrim.checkpoint.read import PROVENANCE, load_processor, read_provenance
+from spectrim.checkpoint.read import load_processor, read_provenance
+from spectrim.checkpoint.sources import local_files, split_source
 from spectrim.errors import CheckpointError
-from spectrim.files import sync
 
-# Files of a source directory that describe its own weights, and are not copied beside other ones.
-_NOT_COPIED = (
-    ".*", CARD, "config.json", "generation_config.json", "*.index.json", "*.safetensors", "*.bin", "*.pt",
-    "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx*", PROVENANCE,
+# Names of the model's own files, which no other file of a checkpoint may have.
+_RESERVED = (
+    ".*", "config.json", "generation_config.json", "*.index.json", "*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt",
+    "*.gguf", "*.h5", "*.msgpack", "*.onnx*", "adapter_config.json", "*.py", PROVENANCE,
 )  # fmt: skip
 
 
@@ -41,27 +52,34 @@ def save(
     """Write `model`, factored or dense, with everything that it needs to run; returns the directory.
 
     `processor` is a processor or tokenizer object, or a model directory or hub id whose processor, tokenizer and
-    chat-template files (and licence) are copied byte for byte. `provenance` (JSON types: recipe, plan, data
-    fingerprints, package versions, predicted loss, how it was ``fine_tuned`` since, …) goes into ``spectrim.json``, and
-    the model card is made of it; the card of the source is not copied. `files` maps names of further text files to
-    their content; a ``README.md`` among them is the card. The generation config is the model's.
+    chat-template files (and licence) are copied; nothing else of a directory is, and no link is followed out of it. Of
+    a GGUF file the tokenizer is read and saved. `provenance` (JSON types: recipe, plan, data fingerprints, package
+    versions, predicted loss, how it was ``fine_tuned`` since, …) goes into ``spectrim.json``, and the model card is
+    made of it; the card of the source is not copied. `files` maps names of further text files to their content; a
+    ``README.md`` among them is the card. The generation config is the model's. Of paths of this machine only the last
+    part is written. Code of a model that was loaded with ``trust_remote_code=True`` is written beside its config.
 
     `verify` gets the written directory before it takes its place, and raises whatever must stop that.
 
-    All is written and synced in a hidden directory beside the target, which then replaces it in one step. A non-empty
-    directory that this function did not write is refused with CheckpointError unless `overwrite`; so are names in
-    `files` that belong to the model, provenance that JSON cannot hold, and a model that cannot be stored. A full disk
-    or any other I/O error is a CheckpointError, too, and leaves the target as it was.
+    All is written and synced in a hidden directory beside the target, which then replaces it in one step. A target that
+    `check_target` refuses is a CheckpointError, and so is one that the model was loaded from; so are names in `files`
+    that belong to the model, provenance that JSON cannot hold, and a model that cannot be stored. A full disk or any
+    other I/O error is a CheckpointError, too, and leaves the target as it was.
     """
-    target = Path(directory).expanduser().resolve()
     files = dict(files or {})
-    record = _record(provenance, files)
-    _check_target(target, overwrite)
+    _check_names(files)
+    _json(provenance or {})
+    record = _public(provenance or {})
+    origin = local_files(model.name_or_path or "")
+    exists = os.path.lexists(Path(directory).expanduser())  # else nothing of the origin can be replaced
+    protected = [origin] if origin is not None and exists else []
+    target = check_target(directory, overwrite=overwrite, protected=protected)
     if compressed_layers(model):
         attach(model)
     with _io_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _replacing(target) as temporary:
+        check = lambda: _check_replaceable(target, overwrite)  # noqa: E731
+        with replacing(target, check) as temporary:
             _write_processor(processor, temporary)
             for name, text in files.items():
                 if (temporary / name).exists():
@@ -70,45 +88,119 @@ def save(
             model.save_pretrained(temporary, max_shard_size=max_shard_size)
             for weights in temporary.glob("*.safetensors"):  # safetensors keeps its files from other users
                 shutil.copymode(temporary / "config.json", weights)
+            clean_configs(temporary)
             if verify is not None:
                 verify(temporary)
-            (temporary / PROVENANCE).write_text(record, encoding="utf-8")
             if CARD not in files:
-                (temporary / CARD).write_text(model_card(model, provenance or {}), encoding="utf-8")
+                (temporary / CARD).write_text(model_card(model, record), encoding="utf-8")
+            written = {path.relative_to(temporary).as_posix() for path in temporary.rglob("*") if path.is_file()}
+            record |= {"spectrim_version": release(), "files": sorted({*written, PROVENANCE})}
+            (temporary / PROVENANCE).write_text(_json(record), encoding="utf-8")
     return target
 
 
-def _record(provenance: Mapping[str, Any] | None, files: Mapping[str, str]) -> str:
-    for name in files:
-        if name != CARD and (not name or Path(name).name != name or _matches(name, _NOT_COPIED)):
-            raise CheckpointError(
-                f"{name!r} cannot be added to a checkpoint; choose a plain name that no model file has"
-            )
-    record = {**(provenance or {}), "spectrim_version": release(), "files": sorted(files)}
-    try:
-        return json.dumps(record, indent=2, allow_nan=False) + "\n"
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"the provenance is not JSON ({error}); give numbers, strings, lists and dicts"
-        ) from error
+def check_target(target: str | Path, *, overwrite: bool, protected: Collection[str | Path] = ()) -> Path:
+    """Refuse a directory for a checkpoint that cannot be, or where something would be lost; returns its absolute path.
+
+    Without `overwrite` nothing that exists is touched, but for an empty directory; with it only a directory that
+    spectrim wrote and that holds nothing else is replaced. No target may be, contain or lie in one of the `protected`
+    paths that exist (the model, statistics, a plan), nor be or contain the current directory. What killed runs left
+    beside the target is removed, and a checkpoint that one of them had just taken away is put back.
+
+    Raises:
+        CheckpointError: names what is in the way, and the remedy.
+    """
+    with _io_errors(target):
+        try:
+            path = Path(target).expanduser()
+            full = path.resolve()
+        except (ValueError, RuntimeError) as error:  # a NUL, an unknown user, links in a circle
+            raise CheckpointError(f"{str(target)!r} is no path ({error}); name another directory") from error
+        if path.is_symlink():
+            raise CheckpointError(f"{path} is a link to {full}; name the directory itself")
+        for kept in protected:
+            _check_apart(full, Path(kept).expanduser().resolve())
+        if Path.cwd().is_relative_to(full):
+            raise CheckpointError(f"{full} is or holds the current directory; name another directory")
+        recover(full)
+        _check_replaceable(full, overwrite)
+        above = next(parent for parent in full.parents if parent.exists())
+        with tempfile.TemporaryDirectory(dir=above, prefix=f".{full.name}.", suffix=".try"):
+            pass  # says now, and not after hours, that nothing can be made there
+    return full
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
-    if target.exists() and not target.is_dir():
+def _check_apart(target: Path, kept: Path) -> None:
+    if not kept.exists():
+        return
+    how = (
+        "is" if target == kept
+        else "holds" if kept.is_relative_to(target)
+        else "lies in" if target.is_relative_to(kept)
+        else None
+    )  # fmt: skip
+    if how is not None:
+        raise CheckpointError(f"{target} {how} {kept}, which this run reads; name a directory apart from it")
+
+
+def _check_replaceable(target: Path, overwrite: bool) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
         raise CheckpointError(f"{target} is a file; name a directory")
-    if overwrite or not target.exists() or not any(target.iterdir()):
+    if not any(target.iterdir()):
         return
     try:
-        read_provenance(target)
+        record = read_provenance(target)
     except CheckpointError as error:
         raise CheckpointError(
             f"{target} is not empty and was not written by spectrim; name another directory"
+        ) from error
+    if (foreign := foreign_file(target, record)) is not None:
+        raise CheckpointError(
+            f"{target} is not empty and holds {foreign!r}, which spectrim did not write; name another directory, or "
+            "move that file elsewhere"
+        )
+    if not overwrite:
+        raise CheckpointError(
+            f"{target} is not empty, it holds a checkpoint; name another directory, or replace it by --overwrite "
+            "(overwrite=True)"
+        )
+
+
+def _public(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """The provenance without paths of this machine or another: sources of data by their last part."""
+    record: dict[str, Any] = without_paths(dict(provenance))
+    if isinstance(data := record.get("data"), dict):
+        for kind in ("text", "images"):
+            if isinstance(data.get(kind), str):
+                data[kind] = public_name(data[kind])
+    return record
+
+
+def _check_names(files: Mapping[str, str]) -> None:
+    for name in files:
+        plain = name and Path(name).name == name and name.isprintable()
+        if name != CARD and (not plain or any(fnmatch(name, pattern) for pattern in _RESERVED)):
+            raise CheckpointError(
+                f"{name!r} cannot be added to a checkpoint; choose a plain name that no model file has"
+            )
+
+
+def _json(record: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(record, indent=2, allow_nan=False) + "\n"
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"the provenance is not JSON ({error}); give numbers, strings, lists and dicts"
         ) from error
 
 
 def _write_processor(processor: Any, directory: Path) -> None:
     if processor is None:
         return
+    if isinstance(processor, str | Path) and split_source(processor)[1] is not None:
+        processor = load_processor(processor)  # a GGUF file holds its tokenizer
     if not isinstance(processor, str | Path):
         processor.save_pretrained(directory)
         return
@@ -116,48 +208,14 @@ def _write_processor(processor: Any, directory: Path) -> None:
     if not source.is_dir():  # a hub id: fetch what belongs to its processor, then copy it from the cache
         load_processor(processor)
         source = Path(str(cached_file(str(processor), "config.json", local_files_only=True))).parent
-    added = read_provenance(source)["files"] if (source / PROVENANCE).exists() else []  # plan.json of another model
-    for path in source.iterdir():
-        if path.is_file() and path.name not in added and not _matches(path.name, _NOT_COPIED):
-            shutil.copyfile(path, directory / path.name)
-    templates = "additional_chat_templates"
-    if (source / templates).is_dir():
-        shutil.copytree(source / templates, directory / templates)
-
-
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+    for name in processor_files(source):
+        (directory / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / name, directory / name)
 
 
 @contextmanager
-def _io_errors(target: Path) -> Iterator[None]:
+def _io_errors(target: str | Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
         raise CheckpointError(f"cannot write {target} ({error}); free space or name another directory") from error
-
-
-@contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """A new directory beside `target`, which takes its place when the block ends without an exception."""
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-    former = temporary.with_suffix(".old")
-    temporary.mkdir()
-    try:
-        yield temporary
-        for path in (*temporary.rglob("*"), temporary):
-            sync(path)
-        if target.exists():
-            target.replace(former)
-        try:
-            temporary.replace(target)
-        except BaseException:
-            if former.exists():
-                former.replace(target)
-            raise
-        sync(target.parent)
-    finally:
-        if temporary.exists():
-            shutil.rmtree(temporary)
-    if former.exists():
-        shutil.rmtree(former)

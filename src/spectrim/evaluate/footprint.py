@@ -1,7 +1,6 @@
 """What a model costs: stored bytes of a checkpoint, peak memory of a process."""
 
 import gc
-import json
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +9,8 @@ from typing import Self
 
 import torch
 
-from spectrim.errors import CheckpointError
-
-_INDEX = "model.safetensors.index.json"
+from spectrim.checkpoint.weights import weight_files
+from spectrim.errors import CheckpointError, ModelError
 
 
 @dataclass(frozen=True)
@@ -74,12 +72,10 @@ def stored_bytes(directory: Path) -> int:
     Raises:
         CheckpointError: when the directory holds no safetensors model, or a shard that the index names is missing.
     """
-    shards = {"model.safetensors"}
-    if (directory / _INDEX).is_file():
-        shards = set(json.loads((directory / _INDEX).read_text(encoding="utf-8"))["weight_map"].values())
     try:
-        return sum((directory / shard).stat().st_size for shard in shards)
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{directory} lacks {Path(error.filename).name}; save the model as safetensors."
-        ) from error
+        files = weight_files(directory)
+    except ModelError as error:
+        raise CheckpointError(str(error)) from error
+    if files[0].suffix != ".safetensors":
+        raise CheckpointError(f"{directory} lacks model.safetensors; save the model as safetensors")
+    return sum(file.stat().st_size for file in files)

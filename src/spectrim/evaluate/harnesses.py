@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from spectrim.checkpoint import load, load_processor
+from spectrim.checkpoint.sources import read_config
 from spectrim.errors import SampleError
 from spectrim.evaluate.answering import takes_images
 from spectrim.evaluate.results import versions
@@ -40,11 +40,13 @@ def run_suite(
     batch_size: int | None = None,
     device: str | None = None,
     dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
 ) -> SuiteReport:
     """Score every model directory on a suite; one model is in memory at a time.
 
     `limit` asks that many samples of each task at most (the scores are then not those of the benchmark). `device` and
-    `dtype` go to the loader; lmms-eval chooses its own dtype.
+    `dtype` go to the loader; lmms-eval chooses its own dtype. `trust_remote_code` runs code that a model brings (in
+    lmms-eval its classes decide).
 
     Raises:
         SampleError: the harness is not installed, lacks a task or a model class, or cannot get its data.
@@ -63,7 +65,7 @@ def run_suite(
     scores = {}
     for directory in map(str, directories):
         try:
-            found = run(suite, directory, limit, batch_size or 1, place, dtype)
+            found = run(suite, directory, limit, batch_size or 1, place, dtype, trust_remote_code)
         except OSError as error:  # data sets that cannot be fetched
             said = str(error).strip().partition("\n")[0]
             raise SampleError(
@@ -81,7 +83,13 @@ def run_suite(
 
 
 def _lm_eval(
-    suite: Suite, directory: str, limit: int | None, batch_size: int, device: str, dtype: torch.dtype | None
+    suite: Suite,
+    directory: str,
+    limit: int | None,
+    batch_size: int,
+    device: str,
+    dtype: torch.dtype | None,
+    trusted: bool,
 ) -> Mapping[str, Any]:
     from lm_eval import simple_evaluate
     from lm_eval.models.hf_vlms import HFMultimodalLM
@@ -90,11 +98,11 @@ def _lm_eval(
 
     manager = TaskManager(include_path=suite.task_folder)
     _check_tasks(suite, manager.all_tasks)
-    processor = load_processor(directory)
+    processor = load_processor(directory, trust_remote_code=trusted)
     if suite.images and not takes_images(processor):
         raise SampleError(f"{directory} holds a text-only model; suite '{suite.name}' shows images")
     # Loaded here: the harness itself opens image-text models for image tasks only.
-    model = load(directory, device_map=device, dtype=dtype)
+    model = load(directory, device_map=device, dtype=dtype, trust_remote_code=trusted)
     if suite.images:
         wrapped = HFMultimodalLM(pretrained=model, batch_size=batch_size)
     else:
@@ -112,14 +120,20 @@ def _lm_eval(
 
 
 def _lmms_eval(
-    suite: Suite, directory: str, limit: int | None, batch_size: int, device: str, dtype: torch.dtype | None
+    suite: Suite,
+    directory: str,
+    limit: int | None,
+    batch_size: int,
+    device: str,
+    dtype: torch.dtype | None,
+    trusted: bool,
 ) -> Mapping[str, Any]:
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=suite.task_folder)
     _check_tasks(suite, manager.all_tasks)
-    kind = AutoConfig.from_pretrained(directory, trust_remote_code=False).model_type
+    kind = read_config(directory, {"trust_remote_code": trusted}).model_type
     if kind not in LMMS_MODELS:
         raise SampleError(
             f"no class of lmms-eval is known to open {directory}, a {kind}; run lmms-eval itself by "

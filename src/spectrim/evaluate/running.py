@@ -10,11 +10,11 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from spectrim.checkpoint import load, load_processor, read_provenance
+from spectrim.checkpoint.model_files import PROVENANCE
 from spectrim.checkpoint.quantizer import METHOD
-from spectrim.checkpoint.read import PROVENANCE
+from spectrim.checkpoint.sources import read_config
 from spectrim.errors import CheckpointError, SampleError, SpectrimError
 from spectrim.evaluate.answering import Answer, prompted, takes_images, vqa
 from spectrim.evaluate.footprint import PeakMemory, stored_bytes
@@ -46,6 +46,7 @@ class _Work:
     settings: EvaluationSettings
     device: str
     dtype: torch.dtype | None
+    trusted: bool
     progress: StageProgress | None
 
 
@@ -55,6 +56,7 @@ def evaluate(
     blind: bool = True,
     device: str | None = None,
     dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
     progress: StageProgress | None = None,
     **settings: Any,
 ) -> EvaluationReport:
@@ -63,9 +65,9 @@ def evaluate(
     The reference is the first directory without a spectrim quantization config. `settings` are those of
     :class:`EvaluationSettings`, such as ``tasks=["vqa"], samples=20``. `device` and `dtype` go to the loader (None:
     CUDA if there is one, else CPU; the stored dtype); a batch size of None leaves the defaults of :func:`perplexity`
-    and :func:`vqa`. `blind` adds the blind floor, one more pass over the questions. Only one model is in memory at a
-    time, and every input is checked before the first loads. Conversations in a text source are rendered by the first
-    model's chat template.
+    and :func:`vqa`. `blind` adds the blind floor, one more pass over the questions. `trust_remote_code` runs
+    code that a model brings. Only one model is in memory at a time, and every input is checked before the first loads.
+    Conversations in a text source are rendered by the first model's chat template.
 
     Raises:
         CheckpointError: for a directory that does not exist or holds no safetensors model.
@@ -79,10 +81,10 @@ def evaluate(
     _check(paths)
     tasks = chosen.tasks
     questions = load_questions(chosen.questions, chosen.samples, chosen.seed) if "vqa" in tasks else ()
-    processors = [load_processor(path) for path in paths]
+    processors = [load_processor(path, trust_remote_code=trust_remote_code) for path in paths]
     text = _text(processors, chosen) if "perplexity" in tasks else None
     for path, processor in zip(paths, processors, strict=True):
-        _check_samples(path, processor, chosen, text, questions)
+        _check_samples(path, processor, chosen, text, questions, trust_remote_code)
     work = _Work(
         text=text,
         questions=questions,
@@ -90,6 +92,7 @@ def evaluate(
         settings=chosen,
         device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
         dtype=dtype,
+        trusted=trust_remote_code,
         progress=progress,
     )
     reference = next((path for path in paths if not is_compressed(path)), None)
@@ -144,15 +147,17 @@ def _text(processors: Sequence[Any], settings: EvaluationSettings) -> str:
 
 
 def _check_samples(
-    path: Path, processor: Any, settings: EvaluationSettings, text: str | None, questions: Sequence[Question]
+    path: Path,
+    processor: Any,
+    settings: EvaluationSettings,
+    text: str | None,
+    questions: Sequence[Question],
+    trusted: bool,
 ) -> None:
     """Name what this model cannot read, before any model is loaded."""
     if questions and not takes_images(processor):
         raise SampleError(f"{path} holds a text-only model, which cannot do the task vqa; use tasks=['perplexity'].")
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, ImportError):  # loading the model says what is wrong
-        return
+    config = read_config(path, {"trust_remote_code": trusted})
     try:
         if text is not None:
             tokenizer = getattr(processor, "tokenizer", processor)
@@ -195,7 +200,8 @@ def _evaluate_one(path: Path, work: _Work, *, floor: bool) -> tuple[DirectoryRes
         return answers, score(answers, perf_counter() - start)
 
     with PeakMemory() as meter:
-        model, processor = load(path, device_map=work.device, dtype=work.dtype), load_processor(path)
+        model = load(path, device_map=work.device, dtype=work.dtype, trust_remote_code=work.trusted)
+        processor = load_processor(path, trust_remote_code=work.trusted)
         language = None if work.text is None else read(work.text)
         answers, sight = look("vqa", work.questions)
         _, below = look("vqa with swapped images", work.swapped if floor else ())
