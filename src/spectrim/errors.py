@@ -9,6 +9,10 @@ class SpectrimError(Exception):
     """Base of every error that comes from the user's input or environment rather than from a defect."""
 
 
+class UsageError(SpectrimError):
+    """Options that cannot be, contradict each other or have no effect: a device, a file to write, a doubled value."""
+
+
 class ModelError(SpectrimError):
     """A model that cannot be read, or that holds something that cannot be compressed (NaN weights, no linears)."""
 

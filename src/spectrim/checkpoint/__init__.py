@@ -4,18 +4,21 @@ from spectrim.checkpoint.card import add_results
 from spectrim.checkpoint.names import checkpoint_names, runtime_names
 from spectrim.checkpoint.push import push
 from spectrim.checkpoint.quantizer import SpectrimConfig, SpectrimQuantizer, attach
-from spectrim.checkpoint.read import load, load_processor, read_provenance
-from spectrim.checkpoint.write import save
+from spectrim.checkpoint.read import check_dense, load, load_processor, read_config, read_provenance
+from spectrim.checkpoint.write import check_target, save
 
 __all__ = [
     "SpectrimConfig",
     "SpectrimQuantizer",
     "add_results",
     "attach",
+    "check_dense",
+    "check_target",
     "checkpoint_names",
     "load",
     "load_processor",
     "push",
+    "read_config",
     "read_provenance",
     "runtime_names",
     "save",

@@ -73,6 +73,29 @@ def save(
     return target
 
 
+def check_target(target: Path, *, overwrite: bool, protected: Iterable[Path] = ()) -> None:
+    """CheckpointError unless a checkpoint may be written to `target`: nothing that exists is lost.
+
+    Without `overwrite`, what exists is refused, but for an empty directory; with it, all but a directory that spectrim
+    wrote. It may not be, contain or lie in one of the `protected` paths, nor be or contain the current directory.
+    """
+    target = target.expanduser().resolve()
+    for path in (*protected, Path.cwd()):
+        path = path.expanduser().resolve()
+        if target == path or target in path.parents or (path != Path.cwd() and path in target.parents):
+            raise CheckpointError(f"{target} is, contains or lies in {path}, which is in use; name another directory")
+    if target.exists() and not target.is_dir():
+        raise CheckpointError(f"{target} is a file; name a directory")
+    if not target.exists() or not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise CheckpointError(f"{target} exists; name another directory, or replace it with --overwrite")
+    try:
+        read_provenance(target)
+    except CheckpointError as error:
+        raise CheckpointError(f"{target} was not written by spectrim; name another directory") from error
+
+
 def _record(provenance: Mapping[str, Any] | None, files: Mapping[str, str]) -> str:
     for name in files:
         if name != CARD and (not name or Path(name).name != name or _matches(name, _NOT_COPIED)):

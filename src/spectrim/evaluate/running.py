@@ -14,6 +14,7 @@ import torch
 from spectrim.checkpoint import load, load_processor, read_provenance
 from spectrim.checkpoint.quantizer import METHOD
 from spectrim.checkpoint.read import PROVENANCE
+from spectrim.checks import check_device
 from spectrim.errors import CheckpointError, SampleError
 from spectrim.evaluate.answering import Answer, takes_images, vqa
 from spectrim.evaluate.footprint import PeakMemory, stored_bytes
@@ -30,8 +31,8 @@ from spectrim.evaluate.results import (
     versions,
 )
 from spectrim.samples import load_text
+from spectrim.settings import EVALUATION, EvaluationOptions
 
-TASKS = ("perplexity", "vqa")
 StageProgress = Callable[[str, int, int], None]  # (what, done, total)
 
 
@@ -52,17 +53,17 @@ class _Work:
 def evaluate(
     directories: Sequence[str | Path],
     *,
-    tasks: Sequence[str] = TASKS,
-    text: str = "builtin",
-    vqa_source: str = "builtin",
-    samples: int = 100,
-    seed: int = 0,
-    seqlen: int = 512,
-    stride: int | None = None,
-    max_tokens: int | None = None,
-    max_new_tokens: int = 8,
-    batch_size: int | None = None,
-    blind: bool = True,
+    tasks: Sequence[str] = EVALUATION.tasks,
+    text: str = EVALUATION.text,
+    vqa_source: str = EVALUATION.vqa_source,
+    samples: int = EVALUATION.samples,
+    seed: int = EVALUATION.seed,
+    seqlen: int = EVALUATION.seqlen,
+    stride: int | None = EVALUATION.stride,
+    max_tokens: int | None = EVALUATION.max_tokens,
+    max_new_tokens: int = EVALUATION.max_new_tokens,
+    batch_size: int | None = EVALUATION.batch_size,
+    blind: bool = EVALUATION.blind,
     device: str | None = None,
     dtype: torch.dtype | None = None,
     progress: StageProgress | None = None,
@@ -79,6 +80,20 @@ def evaluate(
         SampleError: for an unknown task, samples that are missing or malformed, and for `vqa` on a text-only model.
         NumericalError: for logits that are not finite.
     """
+    EvaluationOptions.checked(
+        tasks=tuple(tasks),
+        text=text,
+        vqa_source=vqa_source,
+        samples=samples,
+        seed=seed,
+        seqlen=seqlen,
+        stride=stride,
+        max_tokens=max_tokens,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        blind=blind,
+    ).check_together()
+    check_device(device)
     paths = [Path(directory) for directory in directories]
     _check(paths, tasks)
     settings = Settings(
@@ -137,10 +152,6 @@ def is_compressed(directory: Path) -> bool:
 
 
 def _check(paths: Sequence[Path], tasks: Sequence[str]) -> None:
-    if unknown := [task for task in tasks if task not in TASKS]:
-        raise SampleError(f"There is no evaluation task '{unknown[0]}'; choose from {', '.join(TASKS)}.")
-    if not tasks:
-        raise SampleError(f"No evaluation task is named; choose from {', '.join(TASKS)}.")
     if not paths:
         raise CheckpointError("No directory is named; give at least one model directory.")
     if len(set(paths)) < len(paths):
