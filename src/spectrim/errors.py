@@ -21,6 +21,10 @@ class SpectrimError(Exception):
         return printable(super().__str__())
 
 
+class UsageError(SpectrimError):
+    """Options that cannot be, contradict each other or have no effect: a device, a file to write, a doubled value."""
+
+
 class ModelError(SpectrimError):
     """A model that cannot be read, or that holds something that cannot be compressed (NaN weights, no linears)."""
 

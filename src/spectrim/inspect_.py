@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 
 from spectrim.anatomy import Anatomy, Linear, Place, anatomy
 from spectrim.calibrate import Statistics
+from spectrim.checks import check_retain
 from spectrim.decompose import decompose, sides
-from spectrim.errors import BudgetError, ReportError, StatisticsError
+from spectrim.errors import ReportError, StatisticsError
 from spectrim.files import write_whole
 from spectrim.linalg import check_finite
 
@@ -178,14 +179,10 @@ def inspect(
         StatisticsError: the statistics are of another model or hold no text moments.
         NumericalError: a weight or a moment holds NaN or infinity; names the linear.
     """
-    if not 0 < retain <= 1:
-        raise BudgetError(f"a retention of {retain} is impossible; give a share between 0 and 1, such as 0.4")
+    check_retain(retain)
     statistics = statistics if isinstance(statistics, Statistics) else Statistics.open(statistics)
     statistics.check_model(model)
-    if "text" not in statistics.manifest.data.modalities:
-        raise StatisticsError(
-            f"{statistics.path} has no text moments, which the analysis starts from; calibrate with a text source"
-        )
+    check_text(statistics)
     parts = anatomy(model)
     layers = _layers(parts)
     mismatches: list[LinearMismatch] = []
@@ -225,10 +222,7 @@ def write(inspection: Inspection, directory: str | Path, *, plots: bool = True) 
     directory = Path(directory)
     files = {"inspection.json": inspection.to_json().encode()}
     if plots:
-        if missing := [name for name in ("altair", "vl_convert") if find_spec(name) is None]:
-            raise ReportError(
-                f'plots need {" and ".join(missing)}; run pip install "spectrim[report]", or ask for no plots'
-            )
+        check_plots()
         from spectrim.inspect_plots import draw  # its packages are optional
 
         files |= draw(inspection)
@@ -239,6 +233,22 @@ def write(inspection: Inspection, directory: str | Path, *, plots: bool = True) 
     except OSError as error:
         raise ReportError(f"{directory} cannot be written ({error}); free space or name another directory") from error
     return [directory / name for name in files]
+
+
+def check_plots() -> None:
+    """ReportError where the packages that draw plots are not installed."""
+    if missing := [name for name in ("altair", "vl_convert") if find_spec(name) is None]:
+        raise ReportError(
+            f'plots need {" and ".join(missing)}; run pip install "spectrim[report]", or ask for no plots'
+        )
+
+
+def check_text(statistics: Statistics) -> None:
+    """StatisticsError where statistics lack text moments."""
+    if "text" not in statistics.manifest.data.modalities:
+        raise StatisticsError(
+            f"{statistics.path} has no text moments, which the analysis starts from; calibrate with a text source"
+        )
 
 
 def _tails(values: torch.Tensor) -> torch.Tensor:

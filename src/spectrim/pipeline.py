@@ -1,11 +1,9 @@
 """The stages in order: statistics → spectra → plan → factors (compensated or not) → checkpoint."""
 
 import logging
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property, partial
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from spectrim.calibrate.data import load_data, reload_data
 from spectrim.calibrate.passes import model_inputs
 from spectrim.checkpoint import attach, load, load_processor, save
 from spectrim.checkpoint.check import check_written
+from spectrim.checks import check_retain
 from spectrim.compensate import Compensation
 from spectrim.curvature import predicted_loss
 from spectrim.decompose import factors
@@ -28,13 +27,16 @@ from spectrim.dense import check_dense
 from spectrim.errors import BudgetError, RecipeError, SpectrimError
 from spectrim.hybrid import Hybrid
 from spectrim.importance import SAMPLES, block_cosines, importance
+from spectrim.jobs import Job, check_job, check_samples, gathered
 from spectrim.layers import LowRankLinear
 from spectrim.metric import summed
 from spectrim.packed import PackedLinear
 from spectrim.plan import Plan, PlanRow, counted, factor_params, pays_by_pivots, plan_row
 from spectrim.recipe import Recipe
 from spectrim.samples import load_text, text_windows
+from spectrim.scratch import scratch
 from spectrim.sensitivity import WINDOWS, probe
+from spectrim.settings import CalibrationOptions
 from spectrim.spectra import Spectra, cache_key, make_spectra
 from spectrim.stored import Stored, plain
 
@@ -81,8 +83,7 @@ class Compression:
         Raises:
             BudgetError: `retain` is not in (0, 1], or cannot be met.
         """
-        if not 0 < retain <= 1:
-            raise BudgetError(f"a retention of {retain} is impossible; give a share between 0 and 1, such as 0.6")
+        check_retain(retain)
         part = self.recipe.allocation
         wished = [linear for linear in self.parts.linears if linear.place in part.places]
         if not wished:
@@ -129,6 +130,12 @@ class Compression:
             source = spectra.sources[linear.name]
             rows[linear.name] = plan_row(linear, rank, error, source, loss=loss, pivoted=pivoted)
         return Plan(recipe=self.recipe.name, retain=retain, linears=rows)
+
+    def plans(self, job: Job) -> list[Plan]:
+        """The plans that a job asks for, one for each of its targets."""
+        if job.plan is None:
+            return [self.plan(retain) for retain in job.retains]
+        return [job.plan.fitted(self.parts) if isinstance(job.plan, Plan) else Plan.read(job.plan, self.parts)]
 
     @cached_property
     def unreached(self) -> frozenset[str]:
@@ -331,19 +338,22 @@ def compression(
     processor: Any = None,
     changes: dict[str, Any] | None = None,
     progress: Progress | None = None,
+    keep: str | Path | None = None,
     **calibration: Any,
 ) -> Iterator[Compression]:
     """Prepare a dense model for compression: statistics (opened, or gathered if the recipe needs them) and spectra.
 
-    Spectra are kept in the statistics directory when there is one, else in a temporary directory while the block runs.
-    `calibration` are arguments of :func:`spectrim.calibrate`.
+    Statistics that are gathered now, and spectra beside them, stay in the directory `keep`, from where a run that was
+    killed goes on; without one they are in a temporary directory while the block runs. `calibration` are arguments of
+    :func:`spectrim.calibrate`, such as text, images, samples and seed.
 
     Raises:
         SpectrimError: of the kind that says which input is at fault.
     """
-    if unknown := sorted(calibration.keys() - signature(calibrate).parameters.keys()):
-        raise TypeError(f"calibrate() has no argument '{unknown[0]}'")
+    _check_names(calibration)
     chosen = Recipe.read(recipe, changes)
+    statistics = stats if stats is None or isinstance(stats, Statistics) else Statistics.open(stats)
+    check_samples(chosen, statistics, calibration)
     if any(isinstance(module, LowRankLinear | PackedLinear) for module in model.modules()):
         raise RecipeError("the model is compressed already; start from the dense model, or dequantize it first")
     check_dense(model)
@@ -352,22 +362,39 @@ def compression(
     def report(stage: str) -> Callable[[int, int], None] | None:
         return None if progress is None else lambda done, total: progress(stage, done, total)
 
-    with tempfile.TemporaryDirectory(prefix="spectrim-") as scratch:
-        statistics = stats if isinstance(stats, Statistics) else Statistics.open(stats) if stats is not None else None
+    with nullcontext(Path(keep)) if keep is not None else scratch() as folder:
         if statistics is not None:
             statistics.check_model(model)
         elif chosen.needs_statistics:
             if processor is None:
                 raise RecipeError(f"recipe '{chosen.name}' needs samples; give statistics, or the model's processor")
-            calibration.setdefault("gradients", chosen.needs_gradients)
-            calibration.setdefault("curvature", chosen.needs_curvature)
-            statistics = calibrate(
-                model, Path(scratch) / "statistics", processor=processor, progress=report("calibrate"), **calibration
-            )
-        home = Path(scratch) / "spectra" if statistics is None else statistics.path / "spectra"
+            options = gathered(chosen, calibration)
+            home = folder if keep is not None else folder / "statistics"
+            statistics = calibrate(model, home, processor=processor, progress=report("calibrate"), **options)
+        home = (folder if statistics is None else statistics.path) / "spectra"
         home = home / cache_key(chosen.metric, statistics, parts)
         spectra = make_spectra(model, parts, chosen.metric, statistics, home, report("decompose"))
         yield Compression(model, chosen, statistics, spectra, parts, processor, progress)
+
+
+def job_compression(
+    job: Job, model: PreTrainedModel, processor: Any, progress: Progress | None, calibration: Mapping[str, Any]
+) -> AbstractContextManager[Compression]:
+    """:func:`compression` of what was asked for."""
+    return compression(
+        model,
+        job.recipe,
+        stats=job.statistics,
+        processor=processor,
+        progress=progress,
+        keep=job.kept,
+        **(calibration if job.statistics is None else {}),
+    )
+
+
+def _check_names(calibration: Mapping[str, Any]) -> None:
+    if unknown := sorted(calibration.keys() - CalibrationOptions.model_fields.keys()):
+        raise TypeError(f"calibrate() has no argument '{unknown[0]}'")
 
 
 def compress(
@@ -389,7 +416,8 @@ def compress(
 
     Args:
         model: a directory, a hub id, "demo", or a loaded dense model, which is then factored in place.
-        out: the checkpoint directory; None writes none.
+        out: the checkpoint directory; None writes none. Statistics that are gathered stay beside it in ``OUT.stats``,
+            from where the same call goes on after it was killed.
         recipe: a built-in name, a YAML file or a Recipe; `changes` sets single values by dotted key.
         retain: share of the linears' bytes to keep, in (0, 1].
         plan: ranks to obey in place of an allocation; a plan.json or a Plan.
@@ -402,23 +430,28 @@ def compress(
     Raises:
         SpectrimError: of the kind that says which input is at fault.
     """
-    if (retain is None) == (plan is None):
-        raise BudgetError("give either a retention, such as 0.6, or a plan")
+    _check_names(calibration)
     source = None if isinstance(model, PreTrainedModel) else resolve(model)
+    job = check_job(
+        model if isinstance(model, PreTrainedModel) else str(source),
+        out,
+        recipe=recipe,
+        changes=changes,
+        retains=[] if retain is None else [retain],
+        plan=plan,
+        stats=stats,
+        overwrite=overwrite,
+        samples=calibration,
+        trust_remote_code=trust_remote_code,
+    )
     loaded = model if isinstance(model, PreTrainedModel) else load(str(source), trust_remote_code=trust_remote_code)
     files = source or processor  # what a checkpoint copies: the directory where there is one
     if isinstance(found := processor or source, str | Path):
         processor = load_processor(found, trust_remote_code=trust_remote_code)
     if trust_remote_code:
         files = processor  # which, saved by transformers, brings its code
-    with compression(
-        loaded, recipe, stats=stats, processor=processor, changes=changes, progress=progress, **calibration
-    ) as prepared:
-        if retain is not None:
-            chosen = prepared.plan(retain)
-        else:
-            assert plan is not None
-            chosen = plan.fitted(prepared.parts) if isinstance(plan, Plan) else Plan.read(plan, prepared.parts)
-        if out is not None:
-            prepared.save(chosen, out, processor=files, overwrite=overwrite)
+    with job_compression(job, loaded, processor, progress, calibration) as prepared:
+        (chosen,) = prepared.plans(job)
+        if job.targets:
+            prepared.save(chosen, job.targets[0], processor=files, overwrite=overwrite)
         return prepared.apply(chosen)

@@ -148,8 +148,10 @@ class Plan(_Part):
         return re.sub(r"\[\n[\d,\s]*\]", lambda ranks: json.dumps(json.loads(ranks[0])), text)
 
     @classmethod
-    def read(cls, path: str | Path, parts: Anatomy) -> "Plan":
+    def read(cls, path: str | Path, parts: Anatomy | None = None) -> "Plan":
         """A plan from its file, checked against the model that it is for; bytes are counted anew from the ranks.
+
+        Without `parts` it is as it stands in the file, and no model has been asked.
 
         Raises:
             BudgetError: the file cannot be read, is no plan, or does not fit the model; names the linear.
@@ -165,7 +167,7 @@ class Plan(_Part):
             raise BudgetError(
                 f"{path} is no plan that can be read ({detail}); correct it, or write one with spectrim compress"
             ) from error
-        return plan.fitted(parts, str(path))
+        return plan if parts is None else plan.fitted(parts, str(path))
 
     def fitted(self, parts: Anatomy, where: str = "the plan") -> "Plan":
         """This plan with a row for every linear of the model, in its order, and bytes counted from the ranks.

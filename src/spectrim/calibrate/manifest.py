@@ -19,6 +19,7 @@ from spectrim.calibrate.forms import Form
 from spectrim.errors import RecipeError, StatisticsError
 from spectrim.files import parse_json
 from spectrim.samples import Modality
+from spectrim.settings import CalibrationSettings
 
 MANIFEST = "manifest.json"
 FORMAT: Literal["spectrim-statistics"] = "spectrim-statistics"
@@ -61,24 +62,6 @@ class DataPrint(_Part):
         """The modalities that have samples, text first."""
         sources: dict[Modality, str | None] = {"text": self.text, "image": self.images}
         return tuple(modality for modality, source in sources.items() if source is not None)
-
-
-class Settings(_Part):
-    """The arguments of the calibration that the moments depend on."""
-
-    samples: int
-    seqlen: int
-    batch_size: int
-    seed: int
-    instruction: str
-    image_tokens_only: bool
-    gradients: bool
-    curvature: bool
-    labels: Literal["given", "sampled"]
-    answer_tokens: int
-    curvature_gib: float
-    curvature_passes: int
-    curvature_forms: dict[str, str]  # by role, where the user chose
 
 
 class TensorFile(_Part):
@@ -130,7 +113,7 @@ class Manifest(_Part):
     complete: bool = False
     model: ModelPrint
     data: DataPrint
-    settings: Settings
+    settings: CalibrationSettings
     versions: dict[str, str]
     blocks: dict[str, str]  # linear → block, "other" outside blocks
     forms: dict[str, str]  # linear → form of its output moment; empty without curvature

@@ -19,15 +19,16 @@ from spectrim.calibrate.fingerprint import model_print
 from spectrim.calibrate.forms import Form, choose_forms
 from spectrim.calibrate.gradients import run_gradients
 from spectrim.calibrate.labels import labelled_samples
-from spectrim.calibrate.manifest import MANIFEST, DataPrint, Gathered, Manifest, Settings, Unit
+from spectrim.calibrate.manifest import MANIFEST, DataPrint, Gathered, Manifest, Unit
 from spectrim.calibrate.moments import Sums
 from spectrim.calibrate.passes import prepared, run_batch
 from spectrim.calibrate.positions import image_token
-from spectrim.calibrate.snapshot import Store
+from spectrim.calibrate.snapshot import Store, check_home
 from spectrim.calibrate.statistics import Statistics
 from spectrim.dense import check_dense
 from spectrim.errors import SampleError, StatisticsError
 from spectrim.lock import LOCK, writing
+from spectrim.settings import CALIBRATION, CalibrationOptions, CalibrationSettings
 
 _SNAPSHOT_SHARE = 0.1  # of the time at most goes into snapshots
 
@@ -38,22 +39,22 @@ def calibrate(
     out: Path | str,
     *,
     processor: ProcessorMixin | PreTrainedTokenizerBase,
-    text: str | None = "builtin",
-    images: str | None = "builtin",
-    samples: int = 128,
-    seqlen: int = 512,
-    batch_size: int = 8,
-    seed: int = 0,
-    instruction: str = "Describe this image.",
-    image_tokens_only: bool = False,
-    gradients: bool = False,
-    curvature: bool = False,
-    labels: Literal["given", "sampled"] = "given",
-    answer_tokens: int = 32,
-    curvature_gib: float = 8.0,
-    curvature_passes: int = 1,
-    curvature_forms: Mapping[str, str] | None = None,
-    checkpoint_seconds: float = 120.0,
+    text: str | None = CALIBRATION.text,
+    images: str | None = CALIBRATION.images,
+    samples: int = CALIBRATION.samples,
+    seqlen: int = CALIBRATION.seqlen,
+    batch_size: int = CALIBRATION.batch_size,
+    seed: int = CALIBRATION.seed,
+    instruction: str = CALIBRATION.instruction,
+    image_tokens_only: bool = CALIBRATION.image_tokens_only,
+    gradients: bool = CALIBRATION.gradients,
+    curvature: bool = CALIBRATION.curvature,
+    labels: Literal["given", "sampled"] = CALIBRATION.labels,
+    answer_tokens: int = CALIBRATION.answer_tokens,
+    curvature_gib: float = CALIBRATION.curvature_gib,
+    curvature_passes: int = CALIBRATION.curvature_passes,
+    curvature_forms: Mapping[str, str] = CALIBRATION.curvature_forms,
+    checkpoint_seconds: float = CALIBRATION.checkpoint_seconds,
     progress: Callable[[int, int], None] | None = None,
 ) -> Statistics:
     """Gather the moments of every compressible linear from text and from images with an instruction.
@@ -96,12 +97,9 @@ def calibrate(
         StatisticsError: ``out`` holds something else, or statistics of another model, data or settings.
         NumericalError: NaN or infinity; names the linear and the batch.
     """
-    check_dense(model)
-    out, parts = Path(out), anatomy(model)
-    if share()[1] == 1 and (out / LOCK).exists() and not ((out / MANIFEST).exists() and Manifest.read(out).complete):
-        with writing(out, alone=True):
-            pass  # nobody else writes there: known before samples are loaded
-    settings = Settings(
+    options = CalibrationOptions.checked(
+        text=text,
+        images=images,
         samples=samples,
         seqlen=seqlen,
         batch_size=batch_size,
@@ -114,9 +112,16 @@ def calibrate(
         answer_tokens=answer_tokens,
         curvature_gib=curvature_gib,
         curvature_passes=curvature_passes,
-        curvature_forms=dict(curvature_forms or {}),
+        curvature_forms=dict(curvature_forms),
+        checkpoint_seconds=checkpoint_seconds,
     )
-    _check(settings, text)
+    options.check_together()
+    check_dense(model)
+    out, parts = Path(out), anatomy(model)
+    check_home(out)
+    if share()[1] == 1 and (out / LOCK).exists() and not ((out / MANIFEST).exists() and Manifest.read(out).complete):
+        with writing(out, alone=True):
+            pass  # nobody else writes there: known before samples are loaded
     data = load_data(
         model,
         processor,
@@ -133,7 +138,7 @@ def calibrate(
             raise SampleError("image_tokens_only needs image samples; give an image source or leave it out")
         image_token(model)
     source = DataPrint(text=text, images=images if data.images else None, fingerprint=data.fingerprint())
-    fresh = _manifest(model, parts, data, source, settings)
+    fresh = _manifest(model, parts, data, source, options.settings)
     if not Store(out, fresh).manifest.complete:
         with _sole_writer(out):
             store = Store(out, fresh)  # as the writer before has left it
@@ -230,21 +235,9 @@ def _steps(
         yield
 
 
-def _check(settings: Settings, text: str | None) -> None:
-    for name in ("samples", "seqlen", "batch_size"):
-        if (value := getattr(settings, name)) < 1:
-            raise SampleError(f"{name} must be at least 1, not {value}")
-    if settings.gradients and text is None:
-        raise SampleError("gradients need text; give a text source or leave them out")
-    if (settings.gradients or settings.curvature) and text is not None and settings.seqlen < 2:
-        raise SampleError("gradients need text in windows of at least 2 tokens; make the windows longer")
-    if settings.answer_tokens < 1 or settings.curvature_passes < 1 or not settings.curvature_gib > 0:
-        raise SampleError("answer_tokens, curvature_passes and curvature_gib must be positive")
-    if settings.labels not in ("given", "sampled"):
-        raise SampleError(f"labels are 'given' or 'sampled', not '{settings.labels}'")
-
-
-def _manifest(model: PreTrainedModel, parts: Anatomy, data: Data, source: DataPrint, settings: Settings) -> Manifest:
+def _manifest(
+    model: PreTrainedModel, parts: Anatomy, data: Data, source: DataPrint, settings: CalibrationSettings
+) -> Manifest:
     """The manifest of a calibration that has gathered nothing yet."""
     packages = {name: _version(name) for name in ("spectrim", "torch", "transformers")}
     forms: dict[str, Form] = {}

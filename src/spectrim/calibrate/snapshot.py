@@ -44,10 +44,7 @@ class Store:
             check_files(directory, manifest)
             self.manifest = manifest.model_copy(update={"versions": fresh.versions})
             return
-        if directory.is_file():
-            raise StatisticsError(f"{directory} is a file; choose another output directory")
-        if directory.exists() and (other := next(_foreign(directory), None)) is not None:
-            raise StatisticsError(f"{directory} holds other files ({other.name}); choose another output directory")
+        check_home(directory)
         self.manifest = fresh
 
     def restore(self, unit: str, home: torch.device) -> Sums:
@@ -131,6 +128,16 @@ class Store:
             outputs={name: output.count for name, output in sums.outputs.items()},
             files=files,
         )
+
+
+def check_home(directory: Path) -> None:
+    """StatisticsError where a directory cannot become one of statistics: it is a file, or holds something else."""
+    if directory.is_file():
+        raise StatisticsError(f"{directory} is a file; choose another output directory")
+    if not directory.exists() or (directory / MANIFEST).exists():
+        return
+    if (other := next(_foreign(directory), None)) is not None:
+        raise StatisticsError(f"{directory} holds other files ({other.name}); choose another output directory")
 
 
 def _foreign(directory: Path) -> Iterator[Path]:

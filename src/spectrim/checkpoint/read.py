@@ -97,6 +97,19 @@ def load(
     return model
 
 
+def check_dense(config_or_model: PreTrainedConfig | PreTrainedModel) -> None:
+    """ModelError for a model that is compressed or quantized already."""
+    config = getattr(config_or_model, "config", config_or_model)
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    raise ModelError(
+        f"the model is compressed already (quantization method {getattr(method, 'value', method)}); start from the "
+        "dense model, or dequantize it first"
+    )
+
+
 def load_processor(directory: str | Path, **kwargs: Any) -> Any:
     """The processor of an image-text model, or the tokenizer of a language model; sources as for `load`.
 

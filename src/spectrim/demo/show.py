@@ -9,10 +9,13 @@ import torch
 from rich.table import Table
 
 from spectrim.calibrate import calibrate
-from spectrim.checkpoint import load, load_processor
+from spectrim.calibrate.snapshot import check_home
+from spectrim.checkpoint import check_target, load, load_processor
+from spectrim.checks import check_directory, check_file
 from spectrim.demo import resolve
 from spectrim.evaluate import EvaluationReport, evaluate, load_questions
 from spectrim.pipeline import compression
+from spectrim.settings import EvaluationOptions
 
 RECIPES = ("spectrim", "laser", "jw-svd", "svd-llm", "asvd", "fwsvd", "svd")
 BUDGETS = (0.4, 0.3)
@@ -32,8 +35,19 @@ class Demonstration:
 
 
 def show(out: Path, *, samples: int, progress: Callable[[str, int, int], None]) -> Demonstration:
-    """Run the demo into `out`; `samples` questions of each task are asked of every model."""
+    """Run the demo into `out`; `samples` questions of each task are asked of every model.
+
+    What an earlier run left there is replaced, or gone on from; nothing else is touched. Raises SpectrimError where
+    something else is in the way.
+    """
     started = time.perf_counter()
+    targets = {(recipe, retain): out / f"{recipe}-{retain:.0%}" for recipe in RECIPES for retain in BUDGETS}
+    EvaluationOptions.checked(samples=samples)
+    check_directory(out, "-o")
+    check_home(out / "statistics")
+    check_file(out / "results.json", "-o")
+    for target in targets.values():
+        check_target(target, overwrite=True)
     source = resolve("demo")
     model, processor = load(source), load_processor(source)
     statistics = calibrate(
@@ -51,8 +65,8 @@ def show(out: Path, *, samples: int, progress: Callable[[str, int, int], None]) 
     for recipe in RECIPES:
         with compression(model, recipe, stats=statistics, processor=processor, progress=progress) as prepared:
             for retain in BUDGETS:
-                target = out / f"{recipe}-{retain:.0%}"
-                checkpoints.append(prepared.save(prepared.plan(retain), target, processor=source))
+                target = targets[recipe, retain]
+                checkpoints.append(prepared.save(prepared.plan(retain), target, processor=source, overwrite=True))
     checkpoints.sort(key=lambda path: -float(path.name.rpartition("-")[2].rstrip("%")))
     report = evaluate(
         [source, *checkpoints],

@@ -6,14 +6,12 @@ from spectrim.evaluate.language import Perplexity, perplexity, plan_windows
 from spectrim.evaluate.questions import ImageQuestion, Question, blind_questions, load_questions
 from spectrim.evaluate.results import DirectoryResult, EvaluationReport, TaskScore, VqaScore
 from spectrim.evaluate.running import evaluate
-from spectrim.evaluate.settings import EvaluationSettings
 from spectrim.evaluate.tables import costs, losses, markdown, table
 
 __all__ = [
     "Answer",
     "DirectoryResult",
     "EvaluationReport",
-    "EvaluationSettings",
     "ImageQuestion",
     "PairedDifference",
     "Perplexity",

@@ -10,7 +10,8 @@ import torch
 
 from spectrim.checkpoint import load, load_processor
 from spectrim.checkpoint.sources import read_config
-from spectrim.errors import SampleError
+from spectrim.checks import check_device
+from spectrim.errors import CheckpointError, SampleError
 from spectrim.evaluate.answering import takes_images
 from spectrim.evaluate.results import versions
 from spectrim.evaluate.running import is_compressed
@@ -57,7 +58,10 @@ def run_suite(
         raise SampleError(
             f"suite '{suite.name}' runs in {suite.harness}, which is not installed; pip install 'spectrim[{extra}]'"
         )
+    check_device(device)
     check_positive(limit=limit, batch_size=batch_size)
+    if len(set(map(str, directories))) < len(directories):
+        raise CheckpointError("A directory is named twice; give each model once.")
     for directory in directories:
         is_compressed(Path(directory))  # names a directory that is none before any model loads
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -15,8 +15,8 @@ from spectrim.evaluate.answering import Answer
 from spectrim.evaluate.footprint import Memory
 from spectrim.evaluate.intervals import PairedDifference, paired_difference, wilson
 from spectrim.evaluate.language import Perplexity
-from spectrim.evaluate.settings import Settings
 from spectrim.files import parse_json, write_whole
+from spectrim.settings import EvaluationSettings
 
 SCHEMA = 1
 
@@ -106,7 +106,7 @@ class EvaluationReport:
 
     date: str  # UTC, ISO 8601
     versions: dict[str, str | None]  # None: run from a source tree that was never installed
-    settings: Settings
+    settings: EvaluationSettings
     text: Source | None
     questions: Source | None
     reference: str | None

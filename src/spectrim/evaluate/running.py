@@ -15,6 +15,7 @@ from spectrim.checkpoint import load, load_processor, read_provenance
 from spectrim.checkpoint.model_files import PROVENANCE
 from spectrim.checkpoint.quantizer import METHOD
 from spectrim.checkpoint.sources import read_config
+from spectrim.checks import check_device
 from spectrim.errors import CheckpointError, SampleError, SpectrimError
 from spectrim.evaluate.answering import Answer, prompted, takes_images, vqa
 from spectrim.evaluate.footprint import PeakMemory, stored_bytes
@@ -29,9 +30,9 @@ from spectrim.evaluate.results import (
     score,
     versions,
 )
-from spectrim.evaluate.settings import EvaluationSettings
 from spectrim.files import parse_json
 from spectrim.samples import load_text, media_tokens
+from spectrim.settings import EVALUATION, EvaluationOptions
 
 StageProgress = Callable[[str, int, int], None]  # (what, done, total)
 
@@ -43,7 +44,7 @@ class _Work:
     text: str | None
     questions: Sequence[Question]
     swapped: Sequence[Question]  # the same with images swapped, for the model that gives the blind floor
-    settings: EvaluationSettings
+    settings: EvaluationOptions
     device: str
     dtype: torch.dtype | None
     trusted: bool
@@ -53,21 +54,30 @@ class _Work:
 def evaluate(
     directories: Sequence[str | Path],
     *,
-    blind: bool = True,
+    tasks: Sequence[str] = EVALUATION.tasks,
+    text: str = EVALUATION.text,
+    questions: str = EVALUATION.questions,
+    samples: int = EVALUATION.samples,
+    seed: int = EVALUATION.seed,
+    seqlen: int = EVALUATION.seqlen,
+    stride: int | None = EVALUATION.stride,
+    max_tokens: int | None = EVALUATION.max_tokens,
+    max_new_tokens: int = EVALUATION.max_new_tokens,
+    batch_size: int | None = EVALUATION.batch_size,
+    blind: bool = EVALUATION.blind,
     device: str | None = None,
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
     progress: StageProgress | None = None,
-    **settings: Any,
 ) -> EvaluationReport:
     """Perplexity and visual question answering of each directory, and paired differences to the dense one.
 
-    The reference is the first directory without a spectrim quantization config. `settings` are those of
-    :class:`EvaluationSettings`, such as ``tasks=["vqa"], samples=20``. `device` and `dtype` go to the loader (None:
-    CUDA if there is one, else CPU; the stored dtype); a batch size of None leaves the defaults of :func:`perplexity`
-    and :func:`vqa`. `blind` adds the blind floor, one more pass over the questions. `trust_remote_code` runs
-    code that a model brings. Only one model is in memory at a time, and every input is checked before the first loads.
-    Conversations in a text source are rendered by the first model's chat template.
+    The reference is the first directory without a spectrim quantization config. :class:`EvaluationOptions` says what
+    the settings mean. `device` and `dtype` go to the loader (None: CUDA if there is one, else CPU; the stored dtype); a
+    batch size of None leaves the defaults of :func:`perplexity` and :func:`vqa`. `blind` adds the blind floor, one more
+    pass over the questions. `trust_remote_code` runs code that a model brings. Only one model is in memory at a time,
+    and every input is checked before the first loads. Conversations in a text source are rendered by the first model's
+    chat template.
 
     Raises:
         CheckpointError: for a directory that does not exist or holds no safetensors model.
@@ -76,19 +86,32 @@ def evaluate(
         ModelError: for perplexity of what is no causal language model.
         NumericalError: for logits that are not finite.
     """
-    paths = [Path(directory) for directory in directories]
-    chosen = EvaluationSettings.of(**settings)
-    _check(paths)
-    tasks = chosen.tasks
-    questions = load_questions(chosen.questions, chosen.samples, chosen.seed) if "vqa" in tasks else ()
-    processors = [load_processor(path, trust_remote_code=trust_remote_code) for path in paths]
-    text = _text(processors, chosen) if "perplexity" in tasks else None
-    for path, processor in zip(paths, processors, strict=True):
-        _check_samples(path, processor, chosen, text, questions, trust_remote_code)
-    work = _Work(
+    chosen = EvaluationOptions.checked(
+        tasks=tuple(tasks),
         text=text,
         questions=questions,
-        swapped=blind_questions(questions) if blind else (),
+        samples=samples,
+        seed=seed,
+        seqlen=seqlen,
+        stride=stride,
+        max_tokens=max_tokens,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        blind=blind,
+    )
+    chosen.check_together()
+    check_device(device)
+    paths = [Path(directory) for directory in directories]
+    _check(paths)
+    asked = load_questions(chosen.questions, chosen.samples, chosen.seed) if "vqa" in tasks else ()
+    processors = [load_processor(path, trust_remote_code=trust_remote_code) for path in paths]
+    read = _text(processors, chosen) if "perplexity" in tasks else None
+    for path, processor in zip(paths, processors, strict=True):
+        _check_samples(path, processor, chosen, read, asked, trust_remote_code)
+    work = _Work(
+        text=read,
+        questions=asked,
+        swapped=blind_questions(asked) if blind else (),
         settings=chosen,
         device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
         dtype=dtype,
@@ -101,7 +124,7 @@ def evaluate(
         result, below = _evaluate_one(path, work, floor=path == (reference or paths[0]))
         results.append(result)
         floor = floor or below
-    if reference is not None and questions:
+    if reference is not None and asked:
         dense = results[paths.index(reference)].answers
         results = [
             result if path == reference else replace(result, differences=differences(result.answers, dense))
@@ -111,8 +134,8 @@ def evaluate(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         versions=versions("torch", "transformers"),
         settings=chosen.scored,
-        text=None if text is None else Source(chosen.text, sha256(text.encode()).hexdigest()),
-        questions=Source(chosen.questions, _fingerprint(questions)) if questions else None,
+        text=None if read is None else Source(chosen.text, sha256(read.encode()).hexdigest()),
+        questions=Source(chosen.questions, _fingerprint(asked)) if asked else None,
         reference=None if reference is None else str(reference),
         blind=floor,
         results=tuple(results),
@@ -140,7 +163,7 @@ def _check(paths: Sequence[Path]) -> None:
         _stated(path, "retention"), _stated(path, "predicted_loss")
 
 
-def _text(processors: Sequence[Any], settings: EvaluationSettings) -> str:
+def _text(processors: Sequence[Any], settings: EvaluationOptions) -> str:
     """The text for perplexity, without any token that stands for an image in one of the models."""
     refused = {token for processor in processors for token in media_tokens(processor)}
     return load_text(settings.text, split="heldout", processor=processors[0], refused=sorted(refused))
@@ -149,7 +172,7 @@ def _text(processors: Sequence[Any], settings: EvaluationSettings) -> str:
 def _check_samples(
     path: Path,
     processor: Any,
-    settings: EvaluationSettings,
+    settings: EvaluationOptions,
     text: str | None,
     questions: Sequence[Question],
     trusted: bool,

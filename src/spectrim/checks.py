@@ -1,0 +1,85 @@
+"""What can be known before a model is loaded: budgets, devices, sources of samples, and places to write to."""
+
+import os
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from spectrim.errors import BudgetError, SampleError, UsageError
+from spectrim.samples import load_images, load_text
+from spectrim.samples.sources import local_path
+
+_FILES = frozenset({".txt", ".md", ".png", ".jpg", ".jpeg"})  # a missing one of these is no data set id
+_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # names of accelerate for several devices
+
+
+def check_retain(retain: float) -> float:
+    """`retain` itself; BudgetError unless it lies in (0, 1]."""
+    if not 0 < retain <= 1:
+        raise BudgetError(f"a retention of {retain} is impossible; give a share between 0 and 1, such as 0.6")
+    return retain
+
+
+def check_device(name: str | None) -> None:
+    """UsageError unless this machine has the device; None is whatever it has."""
+    if name is None or name in _MAPS:
+        return
+    try:
+        device = torch.device(name)
+        module = torch.get_device_module(device)
+    except RuntimeError as error:
+        raise UsageError(f"there is no kind of device '{name}'; write cpu, cuda or cuda:0") from error
+    count = module.device_count() if module.is_available() else 0
+    if count <= (device.index or 0):
+        has = f"{count} of the kind {device.type}" if count else f"none of the kind {device.type}"
+        raise UsageError(f"device '{name}' is not there, this machine has {has}; choose another, such as cpu")
+
+
+def check_sources(text: str | None, images: str | None) -> None:
+    """Read local sources of samples; SampleError for one that is missing, of a wrong kind, empty or malformed.
+
+    Data sets of the hub are not fetched, but the package that fetches them is asked for.
+    """
+    if text is not None and _reads_at_once(text):
+        load_text(text)
+    if images is not None and _reads_at_once(images):
+        load_images(images, samples=1, seed=0)
+
+
+def _reads_at_once(source: str) -> bool:
+    """Whether a source is a local one; SampleError where it is neither that nor can be fetched."""
+    if source == "builtin":
+        return False
+    if local_path(source, _FILES) is not None:
+        return True
+    if find_spec("datasets") is None:
+        raise SampleError(
+            f"'{source}' is no local file, and reading it as a data set id needs the package datasets: "
+            "pip install 'spectrim[eval]'"
+        )
+    return False
+
+
+def check_file(path: Path, flag: str) -> None:
+    """UsageError unless a file can be written at `path`; `flag` is the option that names it."""
+    if path.is_dir():
+        raise UsageError(f"{flag} {path} is a directory; name a file in it")
+    check_directory(path.parent, flag)
+
+
+def check_directory(path: Path, flag: str) -> None:
+    """UsageError unless `path` is a directory that can be written to, or can be made."""
+    first = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+    if not first.is_dir():
+        raise UsageError(f"{flag} {path} cannot be, since {first} is a file; name a directory")
+    if not os.access(first, os.W_OK | os.X_OK):
+        raise UsageError(f"{flag} {path} cannot be written, since {first} is not writable; name another directory")
+
+
+def check_once(values: Sequence[object], flag: str) -> None:
+    """UsageError where a value is given twice."""
+    for number, value in enumerate(values):
+        if value in values[:number]:
+            raise UsageError(f"{flag} {value} is given twice; give each value once")

@@ -1,0 +1,127 @@
+"""The verbs that make something: calibrate, compress."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from spectrim.cli.verbs import Device, Dtype, Model, Trust, dtype_of, pairs, progress, quiet, show, verb
+from spectrim.errors import UsageError
+from spectrim.settings import CalibrationOptions
+
+
+@verb(
+    "calibrate",
+    record=CalibrationOptions,
+    after_stop="the same command goes on after the last snapshot in the statistics directory",
+)
+def _calibrate(
+    model: Model,
+    out: Annotated[Path, typer.Option("-o", "--out", help="The statistics directory to write or to finish.")],
+    options: CalibrationOptions,
+    given: dict[str, Any],
+    device: Device = None,
+    dtype: Dtype = None,
+    trust: Trust = False,
+) -> None:
+    """Run samples through a model and keep the moments of what its linears read."""
+    options.check_together()
+    options.check_effect(given)
+    from spectrim.calibrate import calibrate
+    from spectrim.calibrate.snapshot import check_home
+    from spectrim.checkpoint import check_dense, load, load_processor, read_config
+    from spectrim.checks import check_device, check_directory, check_sources
+    from spectrim.demo import resolve
+
+    quiet()
+    check_device(device)
+    trusted = {"trust_remote_code": trust}
+    loaded_as: dict[str, Any] = {"device_map": device, "dtype": dtype_of(dtype), **trusted}
+    check_home(out)
+    check_directory(out, "-o")
+    check_sources(options.text, options.images)
+    source = resolve(model)
+    check_dense(read_config(source, trusted))
+    with progress() as report:
+        processor = load_processor(source, **trusted)
+        statistics = calibrate(
+            load(source, **loaded_as),
+            out,
+            processor=processor,
+            progress=lambda done, total: report("calibrate", done, total),
+            **dict(options),
+        )
+    manifest = statistics.manifest
+    counts = ", ".join(f"{manifest.gathered[unit.name].samples} {unit.words}" for unit in manifest.units)
+    show(f"{statistics.path}: moments of {counts}")
+    if kinds := Counter(manifest.forms.values()):
+        forms = ", ".join(f"{count} {form}" for form, count in kinds.items())
+        show(f"output moments: {forms}; gradient passes of each modality: {len(manifest.groups)}")
+
+
+@verb(
+    "compress",
+    record=CalibrationOptions,
+    after_stop="the same command goes on from what the statistics directory holds, which without --stats is OUT.stats",
+)
+def _compress(
+    model: Model,
+    out: Annotated[Path, typer.Option("-o", "--out", help="The checkpoint; with several budgets their parent.")],
+    options: CalibrationOptions,
+    given: dict[str, Any],
+    recipe: Annotated[str, typer.Option(help="A built-in recipe or a YAML file.")] = "spectrim",
+    retain: Annotated[list[float] | None, typer.Option(help="Share of the linears' bytes to keep; repeatable.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="A plan.json to obey instead of a budget.")] = None,
+    stats: Annotated[
+        Path | None, typer.Option(help="A statistics directory; else samples are gathered into OUT.stats.")
+    ] = None,
+    changes: Annotated[list[str] | None, typer.Option("--set", help="Change the recipe: key=value.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace a checkpoint that spectrim wrote.")] = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    trust: Trust = False,
+) -> None:
+    """Compress a model to one or more budgets and write the checkpoints.
+
+    The options of samples are those of calibrate; gradients and curvature are gathered as the recipe needs them.
+    """
+    from spectrim.checkpoint import load, load_processor
+    from spectrim.checks import check_device
+    from spectrim.demo import resolve
+    from spectrim.jobs import check_job, gathered
+    from spectrim.pipeline import job_compression
+
+    quiet()
+    check_device(device)
+    trusted = {"trust_remote_code": trust}
+    loaded_as: dict[str, Any] = {"device_map": device, "dtype": dtype_of(dtype), **trusted}
+    source = resolve(model)
+    job = check_job(
+        source,
+        out,
+        recipe=recipe,
+        changes=pairs(changes or [], "--set metric.gamma=0.5"),
+        retains=retain or [],
+        plan=plan,
+        stats=stats,
+        overwrite=overwrite,
+        samples=given,
+        **trusted,
+    )
+    if given and job.kept is None:
+        flag = CalibrationOptions.flag(next(iter(given)))
+        raise UsageError(f"{flag} has no effect with recipe '{job.recipe.name}', which reads no samples; leave it out")
+    CalibrationOptions.checked(**gathered(job.recipe, given)).check_effect(given)
+    if job.kept is not None:
+        show(f"statistics: {job.kept}")
+    processor = load_processor(source, **trusted)
+    files = processor if trust else source  # saved by transformers, a processor brings its code
+    with progress() as report, job_compression(job, load(source, **loaded_as), processor, report, given) as prepared:
+        for item, target in zip(prepared.plans(job), job.targets, strict=True):
+            written = prepared.save(item, target, processor=files, overwrite=overwrite)
+            record = prepared.provenance(item)["retention"]
+            show(
+                f"{written}: {item.bytes:,} of {item.dense_bytes:,} bytes of linears ({record['bytes']:.2%}), "
+                f"{record['params']:.2%} of their parameters, {record['checkpoint']:.2%} of the whole checkpoint"
+            )

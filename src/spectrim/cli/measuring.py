@@ -1,0 +1,100 @@
+"""The verbs that measure: evaluate, demo."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from spectrim.cli.verbs import Device, Dtype, Trust, dtype_of, progress, quiet, refuse, show, verb
+from spectrim.errors import SampleError, UsageError
+from spectrim.settings import EvaluationOptions
+
+_NOT_OF_SUITES = tuple(name for name in EvaluationOptions.model_fields if name != "batch_size")
+
+
+@verb("evaluate", record=EvaluationOptions, after_stop="no results were written, and the same command starts again")
+def _evaluate(
+    context: typer.Context,
+    models: Annotated[list[str], typer.Argument(help="Model directories, or 'demo'; the dense one first.")],
+    options: EvaluationOptions,
+    given: dict[str, Any],
+    device: Device = None,
+    dtype: Dtype = None,
+    suite: Annotated[
+        str | None, typer.Option(help="Benchmarks of a paper in place of tasks: adasvd, jw-svd or a .yaml file.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Samples of each task of a suite at most.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the results here too.")] = None,
+    card: Annotated[bool, typer.Option(help="Write them into the card of each compressed checkpoint too.")] = False,
+    trust: Trust = False,
+) -> None:
+    """Measure language and sight of models, and what each lost against the dense one."""
+    if suite is None:
+        refuse(context, ["limit"], "without --suite")
+        options.check_together()
+        options.check_effect(given)
+    elif card:
+        raise SampleError("a card holds the results of --tasks, not those of a suite; leave --card or --suite out")
+    else:
+        refuse(context, _NOT_OF_SUITES, "on a suite, which has its own tasks and samples")
+    from spectrim.checks import check_file
+    from spectrim.demo import resolve
+    from spectrim.evaluate.running import evaluate, is_compressed
+
+    quiet()
+    if json is not None:
+        check_file(json, "--json")
+    paths = [resolve(model) for model in models]
+    how: dict[str, Any] = {"device": device, "dtype": dtype_of(dtype), "trust_remote_code": trust}
+    if suite is not None:
+        _run_suite(suite, paths, json, limit=limit, batch_size=options.batch_size, **how)
+        return
+    if card and not any(is_compressed(Path(path)) for path in paths):
+        raise UsageError("--card has no effect, since no model is a compressed one; leave it out, or name one that is")
+    from spectrim.checkpoint import add_results
+    from spectrim.evaluate import costs, losses, markdown, table
+
+    with progress() as report:
+        found = evaluate(paths, progress=report, **how, **dict(options))
+    show(table(found))
+    show(costs(found))
+    if (predicted := losses(found)) is not None:
+        show(predicted)
+    if json is not None:
+        found.write(json)
+        show(f"results: {json}")
+    for result in found.results if card else ():
+        if result.compressed:
+            show(f"card: {add_results(result.directory, markdown(found, result))}")
+
+
+def _run_suite(suite: str, paths: list[str], json: Path | None, **how: Any) -> None:
+    from spectrim.evaluate.harnesses import run_suite
+    from spectrim.evaluate.suites import Suite, suite_table
+
+    scored = run_suite(Suite.read(suite), paths, **how)
+    show(suite_table(scored))
+    if json is not None:
+        scored.write(json)
+        show(f"results: {json}")
+
+
+@verb("demo", after_stop="the same command goes on from what it has made so far")
+def _demo(
+    out: Annotated[Path, typer.Option("-o", "--out", help="Where checkpoints and results go.")] = Path("spectrim-demo"),
+    samples: Annotated[int, typer.Option(help="Questions of each task.")] = 40,
+) -> None:
+    """Compress the built-in model by LASER, JW-SVD and text-only baselines, and show what each kept."""
+    from spectrim.demo.show import show as run
+    from spectrim.evaluate import losses, table
+
+    quiet()
+    with progress() as report:
+        result = run(out, samples=samples, progress=report)
+    show(table(result.report))
+    if (predicted := losses(result.report)) is not None:
+        show(predicted)
+    show(result.answers)
+    show(f"checkpoints: {', '.join(str(path) for path in result.checkpoints)}")
+    show(f"statistics:  {result.statistics}\nresults:     {result.results}")
+    show(f"{result.seconds:.0f} seconds in all")

@@ -1,0 +1,185 @@
+"""What all verbs share: the application, options made from a record of settings, the console, and Ctrl-C."""
+
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from functools import wraps
+from inspect import Parameter, signature
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
+
+import typer
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from spectrim.errors import UsageError
+from spectrim.files import parse_yaml
+from spectrim.settings import Options
+
+if TYPE_CHECKING:
+    import torch
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[str, typer.Argument(help="A model directory, a hub id, a .gguf file, or 'demo'.")]
+Device = Annotated[str | None, typer.Option(help="Where the model runs, such as cpu or cuda:0.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the files' own if not given.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model brings.")]
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def verb(name: str, *, after_stop: str, record: type[Options] | None = None) -> Callable[[Callable[..., None]], Any]:
+    """Make a function a command.
+
+    With a `record` of settings, the command has an option for each field, with its default and help, and the function
+    gets all of them as `options`, and as `given` the values of those that the command line names. `after_stop` ends the
+    sentence that Ctrl-C leaves: how to go on.
+    """
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        @wraps(function)
+        def run(context: typer.Context, **values: Any) -> None:
+            if record is not None:
+                read = {field: _value(record, field, values.pop(field)) for field in record.model_fields}
+                values["options"] = record.checked(**read)
+                values["given"] = {field: read[field] for field in read if is_given(context, field)}
+            if "context" in signature(function).parameters:
+                values["context"] = context
+            try:
+                function(**values)
+            except KeyboardInterrupt as stop:
+                code = 128 + (stop.args[0] if stop.args else signal.SIGINT)
+                print(f"spectrim: stopped; {after_stop}", file=sys.stderr)
+                raise SystemExit(code) from stop
+
+        own = [p for name, p in signature(function).parameters.items() if name not in ("context", "options", "given")]
+        options = [] if record is None else _options(record)
+        context = Parameter("context", Parameter.KEYWORD_ONLY, annotation=typer.Context)
+        parameters = [context, *(p.replace(kind=Parameter.KEYWORD_ONLY) for p in own), *options]
+        run.__signature__ = signature(function).replace(parameters=parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        app.command(name)(run)
+        return run
+
+    return decorate
+
+
+def is_given(context: typer.Context, name: str) -> bool:
+    """Whether an option stands on the command line."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def refuse(context: typer.Context, names: Sequence[str], where: str) -> None:
+    """UsageError where one of these options is given, which do nothing there."""
+    for name in names:
+        if is_given(context, name):
+            flags = next(p.opts for p in context.command.params if p.name == name)
+            raise UsageError(f"{flags[0]} has no effect {where}; leave it out")
+
+
+def _options(record: type[Options]) -> list[Parameter]:
+    """One option per field; those of the record's own class come before those that it inherits."""
+    fields = record.model_fields
+    own = [name for name in record.__annotations__ if name in fields]
+    made = []
+    for name in [*own, *(name for name in fields if name not in own)]:
+        kind, default = _plain(name, fields[name].annotation, fields[name].default)
+        flags = [record.flag(name)] if fields[name].json_schema_extra else []
+        option = typer.Option(*flags, help=fields[name].description)
+        made.append(Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option]))
+    return made
+
+
+def _plain(name: str, kind: Any, default: Any) -> tuple[Any, Any]:
+    """A field's type and default in the types that options have."""
+    if get_origin(kind) is Literal:
+        return StrEnum(name, {value: value for value in get_args(kind)}), default  # type: ignore[misc]
+    if get_origin(kind) is dict:
+        return list[str] | None, None
+    if get_origin(kind) is tuple:
+        return str, ",".join(default)
+    return (str, default) if isinstance(default, str) else (kind, default)
+
+
+def _value(record: type[Options], name: str, value: Any) -> Any:
+    """The value of an option in the type of its field."""
+    kind = record.model_fields[name].annotation
+    if get_origin(kind) is dict:
+        return pairs(value or [], f"{record.flag(name)} gate=sketch:256")
+    if get_origin(kind) is tuple:
+        return tuple(value.split(","))
+    if isinstance(value, StrEnum):
+        return value.value
+    return None if value == "none" and type(None) in get_args(kind) else value
+
+
+def pairs(values: Sequence[str], example: str) -> dict[str, Any]:
+    """``key=value`` pairs; values are read as YAML, so numbers are numbers. `example` begins with the option's name."""
+    option = example.split()[0]
+    found: dict[str, Any] = {}
+    for value in values:
+        key, equals, text = value.partition("=")
+        if not equals or not key.strip():
+            raise UsageError(f"{option} {value} has no {'key' if equals else 'value'}; write it as {example}")
+        if key in found:
+            raise UsageError(f"{option} gives {key} twice; give it once")
+        try:
+            found[key] = parse_yaml(text)
+        except ValueError as error:
+            raise UsageError(f"{option} {value} has a value that {error}; quote it") from error
+    return found
+
+
+def dtype_of(name: str | None) -> "torch.dtype | None":
+    """The dtype that ``--dtype`` names."""
+    if name is None:
+        return None
+    if name not in _DTYPES:
+        raise UsageError(f"--dtype {name} is not one of {', '.join(_DTYPES)}; choose one of these")
+    import torch
+
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def show(what: RenderableType) -> None:
+    """Print a table, or lines of text as they are: of untrusted names, too.
+
+    A terminal gets at least 120 columns, which tables need. In a pipe nothing is folded.
+    """
+    if isinstance(what, str):
+        typer.echo(what)
+        return
+    console = Console(markup=False, highlight=False)
+    width = max(console.width, 120) if console.is_terminal else 10_000
+    Console(markup=False, highlight=False, width=width).print(what)
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar with the time left for each stage; on standard error, so that results can be piped."""
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        stages: dict[str, Any] = {}
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in stages:
+                stages[stage] = bars.add_task(stage, total=total)
+            bars.update(stages[stage], completed=done, total=total, visible=done < total)
+
+        yield report
+
+
+def quiet() -> None:
+    """Keep transformers from drawing bars of its own."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()

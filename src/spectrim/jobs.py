@@ -1,0 +1,108 @@
+"""One compression as it was asked for, with all of it checked that can be checked before a model is loaded."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from spectrim.calibrate import Statistics
+from spectrim.calibrate.snapshot import check_home
+from spectrim.checkpoint import check_dense, check_target, read_config
+from spectrim.checks import check_directory, check_once, check_retain, check_sources
+from spectrim.errors import BudgetError, RecipeError, UsageError
+from spectrim.plan import Plan
+from spectrim.recipe import Recipe
+from spectrim.settings import CalibrationOptions
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe, and what is written where.
+
+    `statistics` are the opened ones, None where samples are to be gathered, which then stay in `kept` (None: nowhere).
+    `plan` is the plan to obey in place of the budgets `retains`. There is one of `targets` for each checkpoint.
+    """
+
+    recipe: Recipe
+    statistics: Statistics | None
+    kept: Path | None
+    plan: str | Path | Plan | None
+    retains: tuple[float, ...]
+    targets: tuple[Path, ...]
+
+
+def check_job(
+    model: str | PreTrainedModel,
+    out: str | Path | None,
+    *,
+    recipe: str | Path | Recipe,
+    changes: dict[str, Any] | None,
+    retains: Sequence[float],
+    plan: str | Path | Plan | None,
+    stats: str | Path | Statistics | None,
+    overwrite: bool,
+    samples: Mapping[str, Any],
+    trust_remote_code: bool = False,
+) -> Job:
+    """The job, where all of it can be done as far as is known; `samples` are the options of a calibration.
+
+    With several budgets, `out` is the parent of the checkpoints. Raises SpectrimError of the kind that says what cannot
+    be.
+    """
+    if bool(retains) == (plan is not None):
+        raise BudgetError("give either a retention, such as --retain 0.6, or a plan")
+    for retain in retains:
+        check_retain(retain)
+    check_once(retains, "--retain")
+    chosen = Recipe.read(recipe, changes)
+    if isinstance(plan, str | Path):
+        Plan.read(plan)
+    statistics = stats if stats is None or isinstance(stats, Statistics) else Statistics.open(stats)
+    check_samples(chosen, statistics, samples)
+    kept: Path | None = None
+    targets: tuple[Path, ...] = ()
+    if out is not None:
+        check_directory(out := Path(out).expanduser().resolve(), "-o")
+        targets = tuple(out / f"retain-{retain}" for retain in retains) if len(retains) > 1 else (out,)
+        home = str(model if isinstance(model, str) else model.name_or_path).partition("::")[0]
+        read = [home, None if statistics is None else statistics.path, plan, recipe]
+        protected = [Path(path) for path in read if path and isinstance(path, str | Path) and Path(path).exists()]
+        for target in targets:
+            check_target(target, overwrite=overwrite, protected=protected)
+        if statistics is None and chosen.needs_statistics:
+            kept = out.with_name(f"{out.name}.stats")
+            check_home(kept)
+    where = {"trust_remote_code": trust_remote_code}
+    check_dense(read_config(model, where) if isinstance(model, str) else model)
+    return Job(chosen, statistics, kept, plan, tuple(retains), targets)
+
+
+def check_samples(recipe: Recipe, statistics: Statistics | None, samples: Mapping[str, Any]) -> None:
+    """Whether the statistics, or those that these options of a calibration would give, are what a recipe needs.
+
+    Raises:
+        RecipeError: they are not.
+        SampleError: an option is out of its limits, or a source of samples is none.
+        UsageError: there are statistics and samples were asked for all the same.
+    """
+    if statistics is not None and samples:
+        raise UsageError(
+            f"{CalibrationOptions.flag(next(iter(samples)))} has no effect beside statistics, which have their own "
+            "samples; leave it out, or leave the statistics out"
+        )
+    options = CalibrationOptions.checked(**gathered(recipe, samples))
+    has = options if statistics is None else statistics.manifest.settings
+    for name, needed in (("gradients", recipe.needs_gradients), ("curvature", recipe.needs_curvature)):
+        if needed and not getattr(has, name):
+            what = "the statistics have" if statistics is not None else "the calibration is to gather"
+            raise RecipeError(f"recipe '{recipe.name}' needs {name} and {what} none; calibrate with --{name}")
+    if statistics is None and recipe.needs_statistics:
+        options.check_together()
+        check_sources(options.text, options.images)
+
+
+def gathered(recipe: Recipe, samples: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a calibration for a recipe: gradients and curvature as it needs them, if nothing else is said."""
+    return {"gradients": recipe.needs_gradients, "curvature": recipe.needs_curvature, **samples}
