@@ -271,7 +271,7 @@ def test_integers_that_are_no_smaller_leave_the_weight_dense():
         plan = prepared.plan(0.9)
         for linear in prepared.parts.linears:
             options, tiny = prepared.hybrid.options(linear), linear.role in ("k", "v")  # [2, 8]: 32 bytes, or 36
-            assert (None, None) == (options[0].rank, options[0].integers) if tiny else options[0].integers is not None
+            assert (options[0].rank, options[0].integers) == (None, None) if tiny else options[0].integers is not None
             assert all(option.bytes <= linear.nbytes for option in options)
             assert (plan.linears[linear.name].integers is None) == tiny
 
