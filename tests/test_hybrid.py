@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+import transformers as hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -255,6 +256,24 @@ def test_feedback_in_the_metric_beats_rounding_to_nearest(statistics):
             assert any(kind(row) == "integer factors" for row in plan.linears.values())
             found[method] = prepared.predicted(plan)["text"]
     assert found["gptq"] < found["rtn"]
+
+
+def test_integers_that_are_no_smaller_leave_the_weight_dense():
+    sizes = {
+        "hidden_size": 8,
+        "intermediate_size": 32,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 2,
+    }
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=16, num_hidden_layers=1, **sizes)).bfloat16()
+    with compression(model, "svd", changes={"quantize.bits": 8}) as prepared:
+        plan = prepared.plan(0.9)
+        for linear in prepared.parts.linears:
+            options, tiny = prepared.hybrid.options(linear), linear.role in ("k", "v")  # [2, 8]: 32 bytes, or 36
+            assert (options[0].rank, options[0].integers) == (None, None) if tiny else options[0].integers is not None
+            assert all(option.bytes <= linear.nbytes for option in options)
+            assert (plan.linears[linear.name].integers is None) == tiny
 
 
 def test_plans_of_integers_are_checked(statistics, tmp_path):

@@ -3,7 +3,7 @@
 import functools
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import families
@@ -42,17 +42,6 @@ def test_ranks_are_multiples_within_the_budget(model, rule, multiple, pivoted, s
         following = [k for k in steps[one.name] if k > rank]
         after = of(one, following[0]) if following else price(one, None)
         assert left < after - of(one, rank)
-
-
-@settings(max_examples=100, deadline=None)
-@given(models(), st.sampled_from(RULES), st.booleans(), st.floats(0, 1))
-def test_multiples_of_one_are_all_ranks(model, rule, pivoted, share):
-    of = cheapest if pivoted else price
-    least = sum(min(of(one, 1), price(one, None)) for one, _ in model)
-    dense = sum(price(one, None) for one, _ in model)
-    assume(least <= dense)
-    budget = int(least + share * (dense - least))
-    assert bought(model, rule, budget, multiple=1, pivoted=pivoted) == bought(model, rule, budget, pivoted=pivoted)
 
 
 def test_a_model_with_round_ranks():

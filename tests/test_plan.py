@@ -215,6 +215,17 @@ def test_ranks_above_the_shape_are_named_before_anything_is_made(parts, file, ra
         Plan.read(file, parts)
 
 
+def test_a_row_that_saves_nothing_is_obeyed_and_logged(parts, plan, file, caplog):
+    assert Plan.read(file, parts).ranks == plan.ranks
+    assert not caplog.records
+    name = next(linear.name for linear in parts.linears if linear.role == "q")  # [64, 64]
+    edit(file, lambda content: content["linears"][name].update(rank=33))
+    assert Plan.read(file, parts).ranks[name] == 33
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{file} stores '{name}' in more bytes than its dense weight has"
+    ]
+
+
 def test_a_plan_from_an_editor_that_marks_its_files(parts, plan, file):
     file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
     assert Plan.read(file, parts).ranks == plan.ranks

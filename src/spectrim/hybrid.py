@@ -133,16 +133,15 @@ class Hybrid:
         costs = spectra.values(linear.name) * self._scale(linear.name) if losses is None else losses
         left = torch.cat([costs.flip(0).cumsum(0).flip(0), costs.new_zeros(1)]).tolist()
         integers, step = part.roles == "all" or linear.role in FEED_FORWARD, self._step(len(left) - 1, heads)
-        found: list[Option] = []
+        found, dense = [], Option(None, None, linear.nbytes, 0.0)
         if part.bits == "auto" or not integers:
-            found = [Option(None, None, linear.nbytes, 0.0)]
             for count in range(max(heads, step), len(left), step):
                 rank = spectra.rank(linear.name, count)
                 pivoted = self._recipe.storage.pivoted and pays_by_pivots(linear, rank)
                 if (size := row_bytes(linear, rank, None, pivoted)) < linear.nbytes:
                     found.append(Option(rank, None, size, left[count], pivoted))
         if not integers:
-            return found
+            return [dense, *found]
         W = self._weight(linear)
         _, C, G = self._metrics(linear, W)
         s, t = self._weights(G, len(W), W), self._weights(C, W.shape[1], W)
@@ -173,7 +172,8 @@ class Hybrid:
                 each = make(bits=bits)
                 for count in range(step, len(left), step):
                     found.append(Option(count, each, row_bytes(linear, count, each), left[count] + added[count - 1]))
-        return found
+        smaller = [option for option in found if option.bytes < linear.nbytes]
+        return [dense, *smaller] if part.bits == "auto" or not smaller else smaller
 
     def _step(self, most: int, heads: int) -> int:
         """Distance between the ranks that are options; less for small linears. All are multiples of it."""

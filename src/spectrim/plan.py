@@ -1,6 +1,7 @@
 """The plan: rank by linear, its bytes and its error; a JSON file that a person can read and edit."""
 
 import json
+import logging
 import re
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -16,6 +17,7 @@ from spectrim.files import parse_json
 from spectrim.layers import Rank, head_ranks
 from spectrim.quantize import Grid, fitting_group
 
+_log = logging.getLogger("spectrim")
 N = TypeVar("N", int, np.ndarray)
 PIVOT = torch.int32.itemsize  # bytes of one pivot
 
@@ -195,6 +197,8 @@ class Plan(_Part):
                 _check_integers(linear, rank, pivoted, integers, where)
             # The notes of a row may be those of another rank.
             rows[name] = plan_row(linear, rank, pivoted=pivoted, integers=integers)
+            if rows[name].bytes > linear.nbytes:
+                _log.warning("%s stores '%s' in more bytes than its dense weight has", where, name)
         return Plan(recipe=self.recipe, retain=self.retain, linears=rows)
 
 
