@@ -33,7 +33,7 @@ class GradientWatch(Hooked):
         counted: the positions of this sample that count.
         forms: by linear, how output moments are kept; none are gathered for others.
         fisher: gather the gradient statistic of weights, with gradients multiplied by this; None gathers none.
-        written: linears whose inputs are copied, since the model writes into them before the backward pass.
+        copied: linears whose inputs and outputs are copied, since the model writes into them.
     """
 
     def __init__(
@@ -43,11 +43,11 @@ class GradientWatch(Hooked):
         counted: Positions,
         forms: Mapping[str, Form],
         fisher: float | None,
-        written: Collection[str] = (),
+        copied: Collection[str] = (),
     ) -> None:
         super().__init__(modules)
-        self._written = written
-        self._inputs: list[tuple[str, torch.Tensor, int]] = []  # linear, input, and its version when it was read
+        self._copied = copied
+        self._seen: list[tuple[str, torch.Tensor, int]] = []  # linear, what it read or gave, and its version then
         self._sums, self._counted = sums, counted
         self._forms, self._fisher = forms, fisher
         self._calls: Counter[str] = Counter()
@@ -63,23 +63,22 @@ class GradientWatch(Hooked):
         super().finish(what)
 
     def written(self) -> set[str]:
-        """Linears whose inputs the model has written into since they ran; asked once, between the two passes."""
-        found = {name for name, x, version in self._inputs if x._version != version}
-        self._inputs.clear()
+        """Linears whose input or output the model has written into since; asked once, between the two passes."""
+        found = {name for name, seen, version in self._seen if seen._version != version}
+        self._seen.clear()
         return found
 
     def _after(self, linear: Linear, _module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> Any:
-        begins = not output.requires_grad
+        x, begins, copied = args[0].detach(), not output.requires_grad, linear.name in self._copied
         if begins:
             output.requires_grad_()
-        x = args[0].detach()
-        if linear.name in self._written:
+        if copied:
             x = x.clone()
-        self._inputs.append((linear.name, x, x._version))
+        self._seen += [(linear.name, x, x._version), (linear.name, output, output._version)]
         self._calls[linear.name] += 1
         output.register_hook(partial(self._backward, linear, x))
-        # Models may write into what a linear gives, but autograd lets nobody write into a leaf, or a view of one.
-        return output.clone() if begins else output
+        # Autograd lets nobody write into a leaf, and loses the hooks of other outputs that are written into.
+        return output.clone() if begins or copied else output
 
     def _backward(self, linear: Linear, x: torch.Tensor, g: torch.Tensor) -> None:
         if x.numel() == 0:  # an expert that no token chose
@@ -114,15 +113,15 @@ def run_gradients(
     depend on the sample's length.
 
     Raises:
-        ModelError: the model returns no logits for its tokens.
+        ModelError: the model returns no logits for its tokens, or cannot be differentiated.
         NumericalError: NaN or infinity; names the linear and the sample.
     """
     inputs, where = sample.inputs, sample.labelled
     counted = positions(model, inputs, image_tokens_only=False)
     scale = 1 / int(where.sum()) if fisher else None
 
-    def forward(written: Collection[str] = ()) -> tuple[GradientWatch, torch.Tensor | None]:
-        with GradientWatch(modules, sums, counted, forms, scale, written) as watch:
+    def forward(copied: Collection[str] = ()) -> tuple[GradientWatch, torch.Tensor | None]:
+        with GradientWatch(modules, sums, counted, forms, scale, copied) as watch:
             return watch, getattr(model(**inputs, use_cache=False), "logits", None)
 
     with torch.enable_grad():
@@ -134,7 +133,16 @@ def run_gradients(
                 f"{type(model).__name__} returns no logits for its tokens; gradients need a model with a language head"
             )
         predicted = wide(logits[0, :-1][where])  # [labels, vocabulary]
-        functional.cross_entropy(predicted, sample.targets(predicted), reduction="sum").backward()
+        loss = functional.cross_entropy(predicted, sample.targets(predicted), reduction="sum")
+        try:
+            loss.backward()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # a part that knows no derivative, or that wrote into what its own needs
+            raise ModelError(
+                f"{type(model).__name__} cannot be differentiated ({str(error).splitlines()[0]}); choose a recipe that "
+                "needs no gradients, such as jw-svd"
+            ) from error
     watch.finish(f"{sample.modality} sample {sums.batches + 1} (gradients)")
     sums.batches += 1
     sums.samples += 1

@@ -22,7 +22,7 @@ class Tap(TorchDispatchMode):
     The addition is found by what it reads, not by the name of the linear: one operand is the very memory of y, the
     other is r and has its shape. It is the residual stream for output projections of most models; an output that is
     normalised, gated or scaled first has no r. The first run of a linear in the block counts. ``output`` is that of the
-    block, if it ran whole.
+    block, if it ran whole. All are as they were then, whatever the block writes into them afterwards.
     """
 
     def __init__(
@@ -40,12 +40,26 @@ class Tap(TorchDispatchMode):
         self.output: Any = None
         self._modules, self._sums = modules, set(r)
         self._inputs, self._outputs = set(x), {*y, *r}
+        self._given: dict[str, tuple[torch.Tensor, int]] = {}  # the very outputs of linears, and their versions then
+        self._copies = False
+        self._versions: list[tuple[torch.Tensor, int]] = []
         self._stop = False
         self._handles: list[RemovableHandle] = []
 
     def watch(self, run: Callable[[], object], *, whole: bool = False) -> "Tap":
         """Run the block until all that was asked for is there, or `whole`; what never came is missing then."""
         self._stop = not whole
+        self._run(run)
+        if any(seen._version != version for seen, version in self._versions):  # once more, and keep copies
+            self._copies = True
+            for seen in (self.x, self.y, self.r, self._given):
+                seen.clear()
+            self._run(run)
+        self._versions.clear()
+        self._given.clear()
+        return self
+
+    def _run(self, run: Callable[[], object]) -> None:
         for name, module in self._modules.items():
             if name in self._inputs:
                 self._handles.append(module.register_forward_pre_hook(partial(self._before, name)))
@@ -60,7 +74,12 @@ class Tap(TorchDispatchMode):
             for handle in self._handles:
                 handle.remove()
             self._handles.clear()
-        return self
+
+    def _kept(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self._copies:
+            return tensor.clone()
+        self._versions.append((tensor, tensor._version))
+        return tensor
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -71,21 +90,25 @@ class Tap(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def _before(self, name: str, _module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        self.x.setdefault(name, args[0])
+        if name not in self.x:
+            self.x[name] = self._kept(args[0])
         self._check()
 
     def _after(self, name: str, _module: nn.Module, _args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        self.y.setdefault(name, output)
+        if name not in self.y:
+            self._given[name], self.y[name] = (output, output._version), self._kept(output)
         self._check()
 
     def _addition(self, func: Any, left: Any, right: Any) -> None:
         if not isinstance(left, torch.Tensor) or not isinstance(right, torch.Tensor) or left.shape != right.shape:
             return
         for name in self._sums & (self.y.keys() - self.r.keys()):
-            y = self.y[name]
+            y, version = self._given[name]
+            if y._version != version:  # scaled in place, for instance
+                continue
             for one, other in ((left, right), (right, left)):
                 if one.data_ptr() == y.data_ptr() and one.numel() == y.numel() and one.is_contiguous():
-                    self.r[name] = other.clone() if func is _ADDITIONS[1] else other  # which writes over it
+                    self.r[name] = other.clone() if func is _ADDITIONS[1] else self._kept(other)  # which writes over it
                     self._check()
                     return
 

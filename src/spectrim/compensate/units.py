@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from spectrim.anatomy import Linear
@@ -45,7 +46,7 @@ class Unit:
         if self.name in self.dense:
             return (self.small[self.name] if small and self.small else self._forward)(*call.args, **call.kwargs)
         with self._in_place(small):
-            return self._forward(*call.args, **call.kwargs)
+            return self._run(call)
 
     def tap(self, call: Call, *, small: bool, whole: bool = False, **wanted: Collection[str]) -> Tap:
         """Run it as far as what is wanted of its linears (see :class:`Tap`)."""
@@ -56,7 +57,7 @@ class Unit:
                 found.output = found.y[self.name] = self.run(call, small=small)
             return found
         with self._in_place(small):
-            return Tap(self.dense, **wanted).watch(lambda: self._forward(*call.args, **call.kwargs), whole=whole)
+            return Tap(self.dense, **wanted).watch(lambda: self._run(call), whole=whole)
 
     def groups(self, calls: Sequence[Call], *, residual: bool) -> list[Group]:
         """Its linears by input, in the order in which the dense unit runs them in any of the calls."""
@@ -75,6 +76,12 @@ class Unit:
                 else:
                     owners.setdefault(key, name)
         return [Group(tuple(group), frozenset(writers & set(group))) for group in members.values()]
+
+    def _run(self, call: Call) -> Any:
+        """One run on copies: a block may write into what it is given, and runs on it again."""
+        args = [x.clone() if isinstance(x, torch.Tensor) else x for x in call.args]
+        kwargs = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in call.kwargs.items()}
+        return self._forward(*args, **kwargs)
 
     @contextmanager
     def _in_place(self, small: bool) -> Iterator[None]:
