@@ -155,7 +155,7 @@ def test_a_plan_by_importance(words, tmp_path):
     dense = [row.dense_bytes for row in plan.linears.values()]
     kept = [row.bytes for row in plan.linears.values()]
     wanted = [min(1.0, 0.2 + shares[name] * 0.3) for name in plan.linears]
-    assert np.corrcoef(np.array(kept) / dense, wanted)[0, 1] > 0.95
+    assert np.corrcoef(np.array(kept) / dense, wanted)[0, 1] > 0.9  # ranks are whole
     with (
         compression(model, "jw-svd", stats=statistics, changes=changes) as prepared,
         pytest.raises(RecipeError, match="'adacr' measures blocks on calibration samples; give statistics"),

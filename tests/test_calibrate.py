@@ -550,7 +550,7 @@ def test_language_models_take_no_images(words, pictures, tmp_path):
         ({"samples": 0}, "samples must be at least 1"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"seqlen": 257}, "exceed the model's 256 positions"),
-        ({"samples": 100}, "room for 75 windows of 8"),
+        ({"samples": 100}, "room for 85 windows of 8"),
         ({"gradients": True, "seqlen": 1}, "windows of at least 2 tokens"),
         ({"image_tokens_only": True}, "needs image samples"),
         ({"processor": word_tokenizer(300)}, "the model knows 128"),

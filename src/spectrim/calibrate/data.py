@@ -133,7 +133,8 @@ def _windows(
     seed: int,
 ) -> torch.Tensor:
     tokenizer: Any = getattr(processor, "tokenizer", processor)
+    check_tokens(torch.empty(0, dtype=torch.int64), model.config, window=seqlen)  # before the text is read
     text = load_text(source, processor=processor, refused=media_tokens(processor, model.config))
     windows = text_windows(text, tokenizer, samples=samples, seqlen=seqlen, seed=seed)
-    check_tokens(windows, model.config, window=seqlen)
+    check_tokens(windows, model.config)
     return windows
