@@ -101,7 +101,9 @@ def test_no_path_of_this_machine_is_written(source: Path, tmp_path: Path, proces
     tokenizer = json.loads((source / "tokenizer_config.json").read_text())
     tokenizer |= {"name_or_path": str(source), "special_tokens_map_file": "/root/.cache/x/special_tokens_map.json"}
     (source / "tokenizer_config.json").write_text(json.dumps(tokenizer))
-    (source / "adapter_config.json").unlink()  # else transformers wants to load the adapter
+    for name in {*PRIVATE, *WANTED} & names(source):  # those of the fixture are none that transformers can use
+        (source / name).unlink()
+    shutil.rmtree(source / "additional_chat_templates")
     words = tmp_path / "words.txt"
     words.write_text(" ".join(f"w{3 + i * 7 % 110}" for i in range(600)))
     model = load(source)
