@@ -83,7 +83,7 @@ MUTATIONS = [
     M("unseen values kept", "linalg.py", "return torch.where(torch.arange(len(s), device=s.device) < seen, s, 0.0), U", "return s, U"),
     M("right basis: diagonal without a root", "linalg.py", "else metric.clamp_min(0).sqrt() if metric.ndim == 1", "else metric.clamp_min(0) if metric.ndim == 1"),
     M("right basis: no rest", "linalg.py", "if seen < size:\n        # What", "if False:\n        # What"),
-    M("right basis: rest not orthogonal", "linalg.py", "torch.cat([Z, rest - Z @ (Y.T @ rest)], dim=1)", "torch.cat([Z, rest], dim=1)"),
+    M("right basis: rest not orthogonal", "linalg.py", "torch.cat([Z, rest - Z @ (Y.T @ rest)], dim=1)", "torch.cat([Z, rest], dim=1)", equivalent="the Cholesky factor of the next step orthonormalises; the projection spares it an ill condition"),
     # decompose
     M("Q is P", "decompose.py", "P, Q = G.solve(U), G.transposed_times(U)", "P, Q = G.solve(U), G.solve(U)"),
     M("tall: output metric forgotten", "decompose.py", "W.T @ (W if G is None else G.metric_times(W))", "W.T @ W"),
