@@ -129,7 +129,6 @@ MUTATIONS = [
     M("zero points not written", "stored.py", "if part.zero is not None:", "if False:"),
     # hybrid
     M("what is left is not spent", "hybrid.py", "        if option.bytes - chosen[name].bytes <= left:\n", "        if option.bytes - chosen[name].bytes < 0:\n"),
-    M("exchanges beyond the budget", "hybrid.py", "option.cost < now.cost and option.bytes - now.bytes <= left]", "option.cost < now.cost]"),
     M("hull keeps inner points", "hybrid.py", "while len(hull) > 1 and", "while False and"),
     M("multiple ignored", "hybrid.py", "return step if heads > 1 else -(-step // multiple) * multiple", "return step"),
     M("rounding costs nothing", "hybrid.py", "left[count] + added[count - 1]", "left[count]"),
