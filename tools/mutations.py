@@ -139,7 +139,7 @@ MUTATIONS = [
     M("dense weight never early", "allocate.py", "jump = int(np.append(worth[1:] <= slopes[:-1], True).argmax()) + 1", "jump = len(ends)"),
     M("what is left is kept", "allocate.py", "    _fill(options, found, left)\n", "    _fill(options, found, 0)\n"),
     M("one step too many", "allocate.py", "np.cumsum(price[order]), budget, side=\"right\")", "np.cumsum(price[order]), budget, side=\"right\") + 1"),
-    M("sigma squared", "allocate.py", "values = np.sqrt(values / step)", "values = values / step"),
+    M("sigma squared", "allocate.py", "values = np.sqrt(values / step)", "values = values / step", equivalent="squares are in the same order"),
     M("energy by direction, not by byte", "allocate.py", "by_byte = part.rule in (\"global-energy\", \"loss-aware\")", "by_byte = part.rule == \"loss-aware\""),
     M("energy of all layers in one unit", "allocate.py", "values = values / (values.sum() or 1.0)", "values = values * 1.0"),
     M("adacr without its floor", "allocate.py", "retention = np.where(retention <= part.floor, retention, line)", "retention = line"),
