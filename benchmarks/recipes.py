@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from PIL import Image
 
 from spectrim.anatomy import Anatomy
@@ -32,6 +31,7 @@ from spectrim.checkpoint import load, load_processor
 from spectrim.demo import resolve
 from spectrim.evaluate import ImageQuestion, blind_questions, load_questions, perplexity, vqa
 from spectrim.evaluate.results import score
+from spectrim.files import parse_yaml
 from spectrim.layers import LowRankLinear
 from spectrim.pipeline import compression
 from spectrim.recipe import Recipe
@@ -158,7 +158,7 @@ def main() -> None:
         calibration = {"seconds": time.perf_counter() - started, "peak_bytes": peak_bytes()}
         for name in names:
             recipe, *changes = name.split(":")
-            pairs = {key: yaml.safe_load(value) for key, _, value in (change.partition("=") for change in changes)}
+            pairs = {key: parse_yaml(value) for key, _, value in (change.partition("=") for change in changes)}
             peak_bytes()
             started = time.perf_counter()
             with compression(model, recipe, stats=statistics, processor=processor, changes=pairs) as prepared:

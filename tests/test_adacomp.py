@@ -15,7 +15,7 @@ from spectrim.calibrate import calibrate
 from spectrim.calibrate.positions import Positions
 from spectrim.checkpoint import load, read_provenance
 from spectrim.compensate import run
-from spectrim.compensate.alternating import alternate
+from spectrim.compensate.alternating import alternate, pseudo_inverse
 from spectrim.decompose import decompose, factors
 from spectrim.errors import RecipeError, SampleError, StatisticsError
 from spectrim.linalg import BlockRoot
@@ -170,6 +170,21 @@ def test_it_fits_one_factor_to_a_rounded_other():
     found = alternate(A, rounded, second, cross, rounds=1)[0]
     torch.testing.assert_close(found, torch.linalg.lstsq(X @ rounded.T, T).solution.T)
     assert error(A, B, X, T) < error(found, rounded, X, T) < error(A, rounded, X, T)
+
+
+def test_a_pseudo_inverse_keeps_channels_of_very_different_size():
+    """Sums of float32 products hold each channel to its own precision."""
+    X = normal(60, 6) * 10.0 ** torch.linspace(0, -6, 6, dtype=torch.float64)
+    M = (X.float().T @ X.float()).double()
+    d = M.diagonal().sqrt()
+    unit = M / d / d[:, None]
+    torch.testing.assert_close(
+        pseudo_inverse(M, torch.float32) * d * d[:, None], torch.linalg.inv(unit), rtol=1e-6, atol=1e-6
+    )
+    M[2], M[:, 2] = 0, 0  # a channel that was never on
+    P = pseudo_inverse(M, torch.float32)
+    assert not P[2].any()
+    torch.testing.assert_close(P @ M @ P, P, rtol=1e-6, atol=1e-6 * float(P.abs().max()))
 
 
 def test_averages_are_taken_position_by_position():

@@ -303,6 +303,9 @@ def test_roots_of_all_forms(form, heads):
     for head, root in enumerate(metric.output.roots):
         rows, L = slice(head * size, (head + 1) * size), matrix(root, size)
         torch.testing.assert_close(L.T @ L, expected[rows, rows], rtol=1e-6, atol=1e-6)
+    nats = metric.output.nats.repeat_interleave(size)
+    within = torch.block_diag(*[torch.ones(size, size)] * heads)
+    torch.testing.assert_close(metric.output.dense(8), nats * within * expected, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("heads", [1, 2])

@@ -17,6 +17,7 @@ from spectrim.calibrate import Statistics, calibrate
 from spectrim.checkpoint import load, read_provenance
 from spectrim.errors import BudgetError, RecipeError
 from spectrim.hybrid import FEED_FORWARD, Option, alike, cheapest
+from spectrim.metric import layer_metric
 from spectrim.packed import PackedLinear
 from spectrim.pipeline import compress, compression
 from spectrim.plan import Integers, Plan, plan_row
@@ -244,6 +245,22 @@ def test_less_loss_than_any_part_alone(statistics):
         assert compared > 10
         losses = [prepared.plan(retain).loss for retain in (0.1, 0.2, 0.3, 0.5, 0.8, 1.0)]
         assert losses == sorted(losses, reverse=True)
+
+
+@pytest.mark.parametrize("recipe", ["curvature+gptq", "jw-svd+gptq"])
+def test_errors_of_rows_are_shares_of_what_a_linear_has(recipe, statistics):
+    model = families.FAMILIES["llama"]()
+    with compression(model, recipe, stats=statistics) as prepared:
+        plan, compared = prepared.plan(0.12), 0
+        for linear in prepared.parts.linears:
+            row, W = plan.linears[linear.name], model.get_submodule(linear.name).weight.detach().double()
+            metric = layer_metric(prepared.recipe.metric, linear, statistics)
+            G = None if metric.output is None else metric.output.dense(len(W))
+            whole, reached = (error(E, metric.value, G) for E in (W, W - prepared._stored(linear.name, row).weight()))
+            if row.loss is not None:
+                assert row.error == pytest.approx(row.loss / whole, rel=1e-6)
+            compared += 0.2 < reached / whole / row.error < 5
+    assert compared > 0.7 * len(prepared.parts.linears)
 
 
 def test_feedback_in_the_metric_beats_rounding_to_nearest(statistics):

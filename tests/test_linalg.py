@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from spectrim.curvature import OutputMetric
 from spectrim.decompose import Spectrum, decompose, factors, sides
 from spectrim.errors import NumericalError
-from spectrim.linalg import BlockRoot, check_finite, root
+from spectrim.linalg import BlockRoot, check_finite, eigh_descending, root
 
 SHAPES = [(5, 9), (9, 5), (7, 7), (1, 6), (6, 1)]
 
@@ -207,6 +207,15 @@ def test_weights_of_low_precision_are_decomposed_in_float64():
     W = normal(6, 8).bfloat16()
     X = normal(30, 8, seed=1)
     close(decompose(W, X.T @ X).s, decompose(W.double(), X.T @ X).s, 0)
+
+
+def test_eigenvalues_fall_and_none_is_negative():
+    for seed in range(20):
+        X = normal(3, 9, seed=seed)
+        values, vectors = eigh_descending(X.T @ X)
+        close(vectors * values @ vectors.T, X.T @ X)
+        close(values[:3], torch.linalg.svdvals(X).square())
+        assert (values >= 0).all()  # rounding makes some of the six zeros negative
 
 
 @pytest.mark.parametrize("rank", [0, 2, 6])

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from spectrim import quantize as room
 from spectrim.errors import NumericalError
+from spectrim.packed import PackedLinear
 from spectrim.quantize import Grid, conditional, error, expected, fitting_group, quantize, scales
 
 
@@ -181,9 +182,14 @@ def test_ranges_are_no_worse_than_whole_ones(grid, seed):
     assert cost(step[..., None], zeros) <= cost(whole, origin) + 1e-9
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.sampled_from([2, 3, 4]), st.booleans(), st.integers(0, 2**31))
-def test_ranges_are_the_best_of_those_that_are_tried(bits, symmetric, seed):
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from([2, 3, 4]),
+    st.booleans(),
+    st.sampled_from([torch.float64, torch.bfloat16]),
+    st.integers(0, 2**31),
+)
+def test_ranges_are_the_best_of_those_that_are_tried(bits, symmetric, dtype, seed):
     """From whole down to a half in sixteen steps."""
     grid = Grid(bits, 32, symmetric)
     W, weights = normal(6, 64, seed=seed), normal(64, seed=seed + 1).exp()
@@ -199,13 +205,21 @@ def test_ranges_are_the_best_of_those_that_are_tried(bits, symmetric, seed):
 
     costs = []
     for shrink in torch.linspace(1, 0.5, 16).double():
-        step = shrink * (high - low) / (2**bits - 1)
+        step = (shrink * (high - low) / (2**bits - 1)).to(dtype).double()
         origin = 0 * step if symmetric else (grid.low - low * shrink / step).round().clamp(grid.low, grid.high)
         costs.append(cost(step, origin))
-    step, zero = scales(W, grid, weights)
-    found = cost(step, torch.zeros_like(step) if zero is None else zero.double())
+    step, zero = scales(W, grid, weights, dtype)
+    assert step.dtype == dtype
+    found = cost(step.double(), torch.zeros_like(step) if zero is None else zero.double())
     torch.testing.assert_close(found, torch.stack(costs).amin(0), rtol=1e-4, atol=0)
     assert bits > 2 or (found < costs[0]).any()
+
+
+@settings(max_examples=40, deadline=None)
+@given(grids, st.integers(1, 40), st.sampled_from([32, 64, 96]), st.sampled_from([torch.bfloat16, torch.float32]))
+def test_bytes_are_those_of_the_tensors(grid, out, size, dtype):
+    layer = PackedLinear(size, out, grid, bias=False, dtype=dtype)
+    assert grid.nbytes(out, size, dtype.itemsize) == sum(tensor.nbytes for tensor in layer.buffers())
 
 
 @settings(max_examples=40, deadline=None)

@@ -95,3 +95,13 @@ def test_nystrom_of_nothing():
     assert not (V @ V.T).any()
     root = LowRankRoot(torch.full((5,), 4.0, dtype=torch.float64), V)
     close(matrix(root, 5), 2 * torch.eye(5, dtype=torch.float64))
+
+
+def test_nystrom_of_sums_in_float32():
+    """Rounding leaves eigenvalues of the core where G has none; dividing by them would blow it up."""
+    worst = 0.0
+    for seed in range(300):
+        X, test = normal(12, 3, seed=seed), normal(12, 8, seed=seed + 1000)
+        V = nystrom((X.float() @ (X.float().T @ test.float())).double(), test)
+        worst = max(worst, float((V @ V.T - X @ X.T).abs().max() / X.square().sum()))
+    assert worst < 3e-7

