@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from spectrim.anatomy import anatomy
 from spectrim.calibrate import Statistics, calibrate
-from spectrim.calibrate.manifest import MANIFEST
+from spectrim.calibrate.manifest import MANIFEST, Gathered
+from spectrim.calibrate.moments import Sums
+from spectrim.calibrate.snapshot import Store
 from spectrim.errors import NumericalError, StatisticsError
 from spectrim.pipeline import compress
 from test_calibrate import WORDS, tiny
@@ -183,17 +185,19 @@ def test_what_changed_in_a_directory_is_found_when_it_is_opened(damage, statisti
     assert str(statistics) in str(found.value)
 
 
+@pytest.mark.parametrize("complete", [True, False])
 @pytest.mark.parametrize("damage", ["byte", "up", "link", "count", "dtype"])
-def test_a_calibration_does_not_go_on_from_what_changed(damage, statistics):
+def test_a_calibration_does_not_go_on_from_what_changed(damage, complete, statistics):
     change, message = DAMAGES[damage]
+    sealed(statistics, lambda content: content.update(complete=complete))
     change(statistics)
     words = statistics.parent / "words.txt"
     words.write_text(WORDS)
     given = {"processor": word_tokenizer(), "text": str(words), "samples": 4, "seqlen": 8}
-    before = {path: path.read_bytes() for path in statistics.rglob("*") if path.is_file()}
+    before = {path: path.read_bytes() for path in statistics.rglob("*.*s*")}  # all but the lock
     with pytest.raises(StatisticsError, match=message):
         calibrate(tiny("llama", torch.float32), statistics, **given, gradients=True, curvature=True)
-    assert {path: path.read_bytes() for path in statistics.rglob("*") if path.is_file()} == before
+    assert {path: path.read_bytes() for path in statistics.rglob("*.*s*")} == before
 
 
 def read_all(directory: Path) -> None:
@@ -281,3 +285,15 @@ def test_what_was_deleted_is_made_again(statistics):
         again = compressed(statistics).state_dict()
         assert all(torch.equal(again[name], tensor) for name, tensor in expected.items())
     assert len(list((statistics / "spectra").rglob("*.safetensors"))) == len(anatomy(tiny("llama")).linears)
+
+
+def test_a_moment_over_no_position_is_none(statistics, tmp_path):
+    """As where all positions of a linear are padding; what was written opens again."""
+    manifest = Statistics.open(statistics).manifest
+    fresh = {"gathered": {unit: Gathered() for unit in manifest.gathered}, "complete": False}
+    store, sums = Store(tmp_path / "new", manifest.model_copy(update=fresh)), Sums(torch.device("cpu"), batches=1)
+    width = anatomy(tiny("llama")).linear(LINEAR).in_features
+    sums.owners[LINEAR] = LINEAR
+    sums.moment(LINEAR, width)
+    store.save({"text": sums}, complete=True)
+    assert Statistics.open(tmp_path / "new").moment(LINEAR, "text") is None

@@ -143,6 +143,7 @@ def calibrate(
         with _sole_writer(out):
             store = Store(out, fresh)  # as the writer before has left it
             if not store.manifest.complete:
+                store.check()
                 _gather(model, parts, data, store, checkpoint_seconds, progress or (lambda done, total: None))
     return Statistics.open(out)
 

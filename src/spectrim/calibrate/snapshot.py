@@ -41,11 +41,14 @@ class Store:
         if (directory / MANIFEST).exists():
             manifest = Manifest.read(directory)
             manifest.check_fits(fresh, directory)
-            check_files(directory, manifest)
             self.manifest = manifest.model_copy(update={"versions": fresh.versions})
             return
         check_home(directory)
         self.manifest = fresh
+
+    def check(self) -> None:
+        """Before going on from the last snapshot: raises StatisticsError where a file of it has changed."""
+        check_files(self._directory, self.manifest)
 
     def restore(self, unit: str, home: torch.device) -> Sums:
         """The sums of one unit in the last snapshot, bit for bit; zero sums when there is none."""
@@ -103,14 +106,16 @@ class Store:
         if (before := self.manifest.gathered[unit]).batches == sums.batches:
             return before
         blocks = self.manifest.blocks
+        moments = {owner: moment for owner, moment in sums.moments.items() if moment.count}  # all else is no statistic
+        outputs = {linear: output for linear, output in sums.outputs.items() if output.count}
         files = {}
-        for block in sorted({blocks[linear] for linear in (*sums.moments, *sums.fisher, *sums.outputs)}):
+        for block in sorted({blocks[linear] for linear in (*moments, *sums.fisher, *outputs)}):
             tensors: dict[str, torch.Tensor] = {}
-            for owner, moment in sums.moments.items():
+            for owner, moment in moments.items():
                 if blocks[owner] == block:
                     tensors |= {f"{owner}.second": moment.second, f"{owner}.abs_sum": moment.abs_sum}
             tensors |= {f"{name}.fisher_cols": value for name, value in sums.fisher.items() if blocks[name] == block}
-            for name, output in sums.outputs.items():
+            for name, output in outputs.items():
                 if blocks[name] == block:
                     tensors |= {f"{name}.{part}": value for part, value in output.sums.items()}
                     tensors[f"{name}.traces"] = output.traces
@@ -122,10 +127,10 @@ class Store:
             batches=sums.batches,
             samples=sums.samples,
             labels=sums.labels,
-            owners=sums.owners,
-            counts={owner: moment.count for owner, moment in sums.moments.items()},
+            owners={linear: owner for linear, owner in sums.owners.items() if owner in moments},
+            counts={owner: moment.count for owner, moment in moments.items()},
             fisher=tuple(sums.fisher),
-            outputs={name: output.count for name, output in sums.outputs.items()},
+            outputs={name: output.count for name, output in outputs.items()},
             files=files,
         )
 

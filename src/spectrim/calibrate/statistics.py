@@ -177,7 +177,7 @@ class Statistics:
     def _read(self, gathered: Gathered, linear: str, part: str) -> torch.Tensor:
         block, name = self.manifest.blocks[linear], f"{linear}.{part}"
         found = check_finite(f"the moment {name} in {self.path}", read_tensor(self.path, gathered, block, name))
-        if not _is_sum(part, found):
+        if not _is_sum(part, found, self.manifest.forms.get(linear, "")):
             raise StatisticsError(
                 f"{self.path / gathered.files[block].name} holds no sum of squares in {name}; delete {self.path} and "
                 "calibrate again"
@@ -185,10 +185,12 @@ class Statistics:
         return found
 
 
-def _is_sum(part: str, found: torch.Tensor) -> bool:
-    """Can it be such a moment: symmetric where it is square, with nothing negative where squares are added?"""
-    if part not in ("second", "output") or found.shape[-1] != found.shape[-2]:
-        return part == "output" or not bool((found < 0).any())  # a sketch may have any sign
+def _is_sum(part: str, found: torch.Tensor, form: str) -> bool:
+    """Can it be such a moment: symmetric where it is a matrix of products, and nothing negative that is a square?"""
+    if part == "output" and form.startswith("sketch"):
+        return True
+    if part not in ("second", "output"):
+        return not bool((found < 0).any())
     diagonal = found.diagonal(dim1=-2, dim2=-1)
     skew = float((found - found.mT).abs().max())  # of float32 products: rounding
     return not bool((diagonal < 0).any()) and skew <= 1e-3 * float(diagonal.max())
