@@ -16,7 +16,7 @@ class Settings(BaseModel):
 
     tasks: tuple[str, ...] = Field(TASKS, description="perplexity, vqa, or both.")
     samples: int = Field(100, ge=1, description="Questions of each task.")
-    seed: int = Field(0, description="Chooses the questions.")
+    seed: int = Field(0, ge=0, description="Chooses the questions.")
     seqlen: int = Field(512, ge=1, description="Tokens of a window.")
     stride: int | None = Field(None, ge=1, description="Tokens between windows; as long as the window if absent.")
     max_tokens: int | None = Field(None, ge=1, description="Tokens of text to read at most.")
