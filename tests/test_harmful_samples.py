@@ -295,6 +295,7 @@ def test_answers_want_a_model_that_generates():
     [
         ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
         ({"samples": -3}, "samples must be at least 1, not -3"),
+        ({"seed": -1}, "seed must be at least 0, not -1"),
         ({"seqlen": 0}, "seqlen must be at least 1, not 0"),
         ({"stride": 0}, "stride must be at least 1, not 0"),
         ({"max_tokens": 0}, "max_tokens must be at least 1, not 0"),
@@ -324,6 +325,8 @@ def test_numbers_below_one_are_refused_by_every_function(seeing, tmp_path):
         ("batch_size", lambda: list(image_batches([sample(0, "w3")], llava_processor(), -1))),
         ("samples", lambda: load_images("builtin", samples=0, seed=0)),
         ("samples", lambda: load_questions("builtin", 0, 0)),
+        ("seed", lambda: load_questions("builtin", 1, -1)),
+        ("seed", lambda: load_images("builtin", samples=1, seed=-1)),
     ]
     for name, call in calls:
         with pytest.raises(SampleError, match=name) as error:

@@ -142,7 +142,8 @@ def test_a_refit_is_least_squares_and_never_raises_the_error(k, seed, kind):
 def statistics(tmp_path_factory: pytest.TempPathFactory) -> Statistics:
     path = tmp_path_factory.mktemp("statistics")
     (path / "words.txt").write_text(WORDS)
-    options = {"processor": word_tokenizer(), "text": str(path / "words.txt"), "samples": 4, "seqlen": 12}
+    reader = word_tokenizer(begins=False)  # of so few tokens, four that are alike would weigh too much
+    options = {"processor": reader, "text": str(path / "words.txt"), "samples": 4, "seqlen": 12}
     return calibrate(families.FAMILIES["llama"](), path / "s", **options, curvature=True)
 
 

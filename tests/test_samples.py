@@ -39,12 +39,13 @@ TEMPLATE = (
 )
 
 
-def word_tokenizer(words: int = 119) -> PreTrainedTokenizerFast:
-    """Word ``w7`` is token 7; ``<s>`` is 1 and goes first where special tokens are asked for; ``<image>`` is 120."""
+def word_tokenizer(words: int = 119, begins: bool = True) -> PreTrainedTokenizerFast:
+    """Word ``w7`` is token 7; ``<s>`` is 1 and stands before every text if it ``begins``; ``<image>`` is 120."""
     vocabulary = {f"w{i}": i for i in range(words) if i not in (1, 120)} | {"<s>": 1, "<image>": 120}
     tokenizer = Tokenizer(models.WordLevel({**vocabulary, "<unk>": len(vocabulary) + 5}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    if begins:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", extra_special_tokens={"image_token": "<image>"}
     )

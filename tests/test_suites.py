@@ -15,7 +15,7 @@ from compressed import factored
 from spectrim.checkpoint import load, load_processor, save
 from spectrim.errors import SampleError
 from spectrim.evaluate import harnesses, vqa
-from spectrim.evaluate.harnesses import LMMS_MODELS, run_suite
+from spectrim.evaluate.harnesses import LMMS_MODELS, run_suite, task_manager
 from spectrim.evaluate.suites import Suite, SuiteReport, read_scores, suite_names, suite_table
 from spectrim.harness import main
 from test_cli import run
@@ -81,86 +81,96 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def text_suite(folder: Path, checkpoint: Path) -> tuple[Path, float]:
-    """A task of two choices each, and the share that the model gets right by one forward pass for each choice."""
-    model, processor = load(checkpoint), load_processor(checkpoint)
-    tokenizer = getattr(processor, "tokenizer", processor)
-    rows, right = [], 0
-    for number, colour in enumerate(COLOURS):
-        question, choices = f"What is {colour}", [colour, "a shape"]
-        losses = []
-        for choice in choices:
-            start = tokenizer(question, return_tensors="pt").input_ids
-            whole = tokenizer(f"{question} {choice}", return_tensors="pt").input_ids
-            logits = model(whole).logits.double().log_softmax(-1)[0, start.shape[1] - 1 : -1]
-            losses.append(logits.gather(1, whole[0, start.shape[1] :, None]).sum().item())
-        answer = number % 2
-        right += int(losses[1] > losses[0]) == answer
-        rows.append({"question": question, "choices": choices, "answer": answer})
+@pytest.fixture(scope="module")
+def tasks(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of local tasks, one for the module, since lm-eval reads all of its own along with them."""
+    folder = tmp_path_factory.mktemp("tasks")
+    rows = [{"question": f"What is {c}", "choices": [c, "a shape"], "answer": n % 2} for n, c in enumerate(COLOURS)]
     write_lines(folder / "colours.jsonl", rows)
     (folder / "colours.yaml").write_text(TEXT_TASK.replace("FOLDER", str(folder)))
-    (folder / "text-suite.yml").write_text("name: local\nharness: lm-eval\ntasks: [colours]\ntask_folder: .\n")
-    return folder / "text-suite.yml", right / len(rows)
-
-
-def image_suite(folder: Path, checkpoint: Path) -> tuple[Path, float]:
-    """Images with a question; every other answer is what the model says by the generation of `spectrim evaluate`."""
+    lost = TEXT_TASK.replace("FOLDER/colours", "FOLDER/lost").replace("task: colours", "task: lost")
+    (folder / "lost.yaml").write_text(lost.replace("FOLDER", str(folder)))
     asked = [question for question in make_questions() if question.task == "colour"]
     said = vqa(load(checkpoint), load_processor(checkpoint), asked)
+    assert len({answer.given for answer in said}) > 1  # the model looks
     rows = []
     for number, (question, answer) in enumerate(zip(asked, said, strict=True)):
-        path = folder / f"{number}.png"
-        question.image.save(path)
+        question.image.save(folder / f"{number}.png")
+        # Every other answer is what the model says by the generation of `spectrim evaluate`.
         given = answer.given if number % 2 else f"not {answer.given}"
-        rows.append({"image": str(path), "question": question.question, "answer": given})
-    assert len({answer.given for answer in said}) > 1  # the model looks
+        rows.append({"image": str(folder / f"{number}.png"), "question": question.question, "answer": given})
     write_lines(folder / "shown.jsonl", rows)
     (folder / "shown.yaml").write_text(IMAGE_TASK.replace("FOLDER", str(folder)))
     (folder / "shown.py").write_text(IMAGE_CODE)
+    (folder / "text-suite.yml").write_text("name: local\nharness: lm-eval\ntasks: [colours]\ntask_folder: .\n")
     (folder / "image-suite.yml").write_text(
         "name: local\nharness: lm-eval\ntasks: [shown]\ntask_folder: .\nimages: true\n"
     )
-    return folder / "image-suite.yml", 0.5
+    return folder
+
+
+def share_right(folder: Path, checkpoint: Path) -> float:
+    """The share of the text task that a model gets right, by one forward pass for each choice."""
+    model, processor = load(checkpoint), load_processor(checkpoint)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    rows = [json.loads(line) for line in (folder / "colours.jsonl").read_text().splitlines()]
+    right = 0
+    for row in rows:
+        losses = []
+        for choice in row["choices"]:
+            start = tokenizer(row["question"], return_tensors="pt").input_ids
+            whole = tokenizer(f"{row['question']} {choice}", return_tensors="pt").input_ids
+            logits = model(whole).logits.double().log_softmax(-1)[0, start.shape[1] - 1 : -1]
+            losses.append(logits.gather(1, whole[0, start.shape[1] :, None]).sum().item())
+        right += int(losses[1] > losses[0]) == row["answer"]
+    return right / len(rows)
+
+
+@pytest.fixture(scope="module")
+def from_disk(tasks: Path, checkpoint: Path, language: Path) -> Path:
+    """Results of the harness's own command line, by both of its classes, in one fresh process."""
+    commands = []
+    for kind, model, task in (("hf", language, "colours"), ("hf-multimodal", checkpoint, "shown")):
+        command = ["harness", "lm_eval", "--model", kind, "--tasks", task, "--include_path", str(tasks)]
+        command += ["--model_args", f"pretrained={model},dtype=float32", "--device", "cpu"]
+        command += ["--output_path", str(tasks / "out" / kind)]
+        commands.append(command + (["--apply_chat_template"] if kind == "hf-multimodal" else []))
+    code = "import sys\nfrom spectrim.harness import main\n"
+    code += "".join(f"sys.argv = {command!r}\nmain()\n" for command in commands)
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600, check=False)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    return tasks / "out"
 
 
 @pytest.mark.filterwarnings("ignore")  # of lm-eval and datasets
 @pytest.mark.parametrize("kind", ["hf", "hf-multimodal"])
 def test_lm_eval_scores_a_checkpoint_in_memory_and_from_disk(
-    kind: str, checkpoint: Path, language: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: str, request: pytest.FixtureRequest, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The score is that of an independent computation, by `evaluate --suite` and by the harness's own command."""
     pytest.importorskip("lm_eval")
-    if kind == "hf":
-        model, task, metric = language, "colours", "acc"
-        suite, expected = text_suite(tmp_path, model)
-    else:
-        model, task, metric = checkpoint, "shown", "right"
-        suite, expected = image_suite(tmp_path, model)
+    text = kind == "hf"
+    model: Path = request.getfixturevalue("language" if text else "checkpoint")
+    task, metric, suite = ("colours", "acc", "text-suite") if text else ("shown", "right", "image-suite")
+    expected = share_right(tasks, model) if text else 0.5
     results = tmp_path / "out" / "results.json"
     capsys.readouterr()
-    code, out, _ = run(capsys, "evaluate", model, "--suite", suite, "--device", "cpu", "--json", results)
+    code, out, _ = run(
+        capsys, "evaluate", model, "--suite", tasks / f"{suite}.yml", "--device", "cpu", "--json", results
+    )
     assert code == 0
     [score] = json.loads(results.read_text())["scores"][str(model)]
     assert (score["metric"], score["value"]) == (metric, expected)
     assert f"{expected:.4f}" in out
-
-    command = [sys.executable, "-m", "spectrim.harness", "lm_eval", "--model", kind, "--tasks", task]
-    command += ["--model_args", f"pretrained={model},dtype=float32", "--include_path", str(tmp_path)]
-    command += ["--device", "cpu", "--output_path", str(tmp_path / "cli")]
-    if kind == "hf-multimodal":
-        command += ["--apply_chat_template"]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
-    assert ran.returncode == 0, ran.stderr[-2000:]
-    [written] = (tmp_path / "cli").rglob("results_*.json")
+    [written] = (request.getfixturevalue("from_disk") / kind).rglob("results_*.json")
     assert json.loads(written.read_text())["results"][task][f"{metric},none"] == expected
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_an_image_text_model_runs_text_tasks_in_memory(checkpoint: Path, tmp_path: Path) -> None:
+def test_an_image_text_model_runs_text_tasks_in_memory(checkpoint: Path, tasks: Path) -> None:
     pytest.importorskip("lm_eval")
-    suite, expected = text_suite(tmp_path, checkpoint)
-    [score] = run_suite(Suite.read(suite), [checkpoint], device="cpu").scores[str(checkpoint)]
-    assert score.value == expected
+    [score] = run_suite(Suite.read(tasks / "text-suite.yml"), [checkpoint], device="cpu").scores[str(checkpoint)]
+    assert score.value == share_right(tasks, checkpoint)
 
 
 def test_the_suites_of_the_papers_are_plain_data() -> None:
@@ -170,9 +180,9 @@ def test_the_suites_of_the_papers_are_plain_data() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_lm_eval_has_the_tasks_of_its_suite() -> None:
-    tasks = pytest.importorskip("lm_eval.tasks")
-    assert set(BUILTIN["adasvd"]) <= set(tasks.TaskManager().all_tasks)
+def test_lm_eval_has_the_tasks_of_its_suite(tasks: Path) -> None:
+    pytest.importorskip("lm_eval")
+    assert set(BUILTIN["adasvd"]) <= set(task_manager(str(tasks)).all_tasks)
 
 
 @pytest.mark.parametrize(
@@ -208,15 +218,12 @@ def test_without_the_extra_the_remedy_is_named(
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_what_the_harness_lacks_is_one_sentence(checkpoint: Path, tmp_path: Path) -> None:
+def test_what_the_harness_lacks_is_one_sentence(checkpoint: Path, tasks: Path) -> None:
     pytest.importorskip("lm_eval")
-    suite = Suite(name="local", harness="lm-eval", tasks=("chess_openings",))
-    with pytest.raises(SampleError, match="no task 'chess_openings'"):
-        run_suite(suite, [checkpoint])
-    path, _ = text_suite(tmp_path, checkpoint)
-    (tmp_path / "colours.jsonl").unlink()
-    with pytest.raises(SampleError, match="check the network"):
-        run_suite(Suite.read(path), [checkpoint])
+    for task, message in (("chess_openings", "no task 'chess_openings'"), ("lost", "check the network")):
+        suite = Suite(name="local", harness="lm-eval", tasks=(task,), task_folder=str(tasks))
+        with pytest.raises(SampleError, match=message):
+            run_suite(suite, [checkpoint])
 
 
 def test_lmms_eval_gets_the_directory_and_the_class_of_the_family(

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,14 @@ def run_suite(
     )
 
 
+@cache
+def task_manager(folder: str | None) -> Any:
+    """What lm-eval knows of its tasks and of those in a folder; it reads thousands of files, so once for all models."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=folder)
+
+
 def _lm_eval(
     suite: Suite,
     directory: str,
@@ -98,9 +107,8 @@ def _lm_eval(
     from lm_eval import simple_evaluate
     from lm_eval.models.hf_vlms import HFMultimodalLM
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=suite.task_folder)
+    manager = task_manager(suite.task_folder)
     _check_tasks(suite, manager.all_tasks)
     processor = load_processor(directory, trust_remote_code=trusted)
     if suite.images and not takes_images(processor):

@@ -55,7 +55,7 @@ def load_questions(source: str, samples: int, seed: int) -> Sequence[Question]:
     Raises:
         SampleError: for another kind of source, a malformed line (named by number) or an image that cannot be read.
     """
-    check_positive(samples=samples)
+    check_positive(samples=samples, seed=seed)
     if source == "builtin":
         from spectrim.demo.tasks import TASKS, questions  # the built-in suite is drawn only when asked for
 

@@ -93,7 +93,7 @@ def load_images(
     Raises:
         SampleError: the source is missing, malformed, or has fewer samples than ``samples``.
     """
-    check_positive(samples=samples)
+    check_positive(samples=samples, seed=seed)
     try:
         instruction.encode()
     except UnicodeEncodeError as error:

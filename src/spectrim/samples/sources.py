@@ -12,11 +12,11 @@ _HUB_SPLITS = {"calibration": "train", "heldout": "test"}
 _SHUFFLE_BUFFER = 1000  # rows that a streamed data set is shuffled over
 
 
-def check_positive(**values: int | None) -> None:
-    """Raise SampleError for a number below 1; None passes."""
-    for name, value in values.items():
-        if value is not None and value < 1:
-            raise SampleError(f"{name} must be at least 1, not {value}")
+def check_positive(*, seed: int = 0, **values: int | None) -> None:
+    """Raise SampleError for a number below 1, and for a seed below 0; None passes."""
+    for name, least, value in [("seed", 0, seed), *((name, 1, value) for name, value in values.items())]:
+        if value is not None and value < least:
+            raise SampleError(f"{name} must be at least {least}, not {value}")
 
 
 def local_path(source: str, suffixes: frozenset[str]) -> Path | None:

@@ -64,7 +64,7 @@ def text_windows(
     Raises:
         SampleError: the text or the windows are too short, or ``samples`` or ``seqlen`` is not positive.
     """
-    check_positive(samples=samples, seqlen=seqlen)
+    check_positive(samples=samples, seqlen=seqlen, seed=seed)
     first = beginning(tokenizer, text)
     length = seqlen - len(first)  # of the text in a window
     if length < 1:
