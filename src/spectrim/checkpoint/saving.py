@@ -30,7 +30,8 @@ from spectrim.errors import CheckpointError
 from spectrim.layers import LowRankLinear
 from spectrim.packed import PackedLinear
 
-_MARKS = ("quantization_config", "fusion_config")  # what a config carries for a compressed model
+# What a config carries for a compressed model; and what transformers notes in it on saving, of a part as of the whole.
+_MARKS = ("quantization_config", "fusion_config", "architectures")
 _save_pretrained = PreTrainedModel.save_pretrained
 
 
@@ -47,8 +48,9 @@ def save_pretrained(
     layers = compressed_layers(self)
     adapter = getattr(self, "_hf_peft_config_loaded", False)  # then transformers writes the adapter alone
     if layers and not adapter:
+        tensors = _guarded(self, layers, state_dict)
         found = describe(self, None if state_dict is None else state_dict.keys())
-        state_dict = _guarded(self, layers, state_dict)
+        state_dict = tensors
     else:
         found = None
     with _described(self, found):
@@ -62,6 +64,13 @@ def _described(model: PreTrainedModel, found: SpectrimConfig | None) -> Iterator
     A part often shares its config with its parent, whose names are others. A class of a part that is loaded from the
     directory of the whole sees the part's config alone: there a guard stops it.
     """
+    if found is None and not any(
+        isinstance(getattr(x, "quantization_config", None), SpectrimConfig)
+        or {GUARD, WHOLE} & (getattr(x, "fusion_config", None) or {}).keys()
+        for x in all_configs(model)
+    ):
+        yield
+        return
     configs = {id(config): config for config in all_configs(model)}.values()
     before = [{key: vars(config)[key] for key in _MARKS if key in vars(config)} for config in configs]
     quantizer = vars(model).get("hf_quantizer")
@@ -98,7 +107,10 @@ def _guarded(
     """
     tensors: dict[str, Any] = dict(model.state_dict() if given is None else given)
     for name, layer in layers.items():
-        wanted = {f"{name}.{tensor}": size for tensor, size in _sizes(layer).items()} | {f"{name}.weight": (0,)}
+        wanted: dict[str, tuple[int, ...]] = {f"{name}.{tensor}": size for tensor, size in _sizes(layer).items()}
+        if missing := sorted(wanted.keys() - tensors.keys()):
+            raise CheckpointError(f"the state_dict lacks {shortened(missing)}; give all tensors of the model")
+        wanted.setdefault(f"{name}.weight", (0,))
         if wrong := [key for key, size in wanted.items() if key in tensors and tuple(tensors[key].shape) != size]:
             raise CheckpointError(
                 f"the state_dict holds {shortened(wrong)} in another shape than {name} has; give the state_dict of "
