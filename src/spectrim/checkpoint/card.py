@@ -121,7 +121,11 @@ def _base(source: str | None) -> tuple[str, str | None, dict[str, Any]]:
     else:
         title = _TITLE.search(card.read_text(encoding="utf-8", errors="replace")) if card else None
         name = _ESCAPED.sub(r"\1", title[1]).removesuffix(_SUFFIX) if title else directory.resolve().name
-    return name[:96], base, {key: matter[key] for key, form in _TERMS.items() if _fits(matter.get(key), form)}
+    return (
+        printable(name)[:96],
+        base,
+        {key: matter[key] for key, form in _TERMS.items() if _fits(matter.get(key), form)},
+    )
 
 
 def _fits(value: Any, form: re.Pattern[str]) -> bool:

@@ -47,6 +47,7 @@ def read_config(source: str | Path, where: dict[str, Any]) -> PreTrainedConfig:
     Raises:
         ModelError: there is no such model, or its config cannot be read; names the file and the remedy.
     """
+    where = {"trust_remote_code": False, **where}  # None would ask
     name, gguf = split_source(source)
     written_as_path = name.startswith(("/", "./", "../", "~")) or gguf is not None
     if gguf is not None and (not name or Path(name).is_dir() or "::" not in str(source)):
