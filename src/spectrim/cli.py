@@ -48,6 +48,9 @@ Seqlen = Annotated[int, typer.Option(help="Tokens of a text sample.")]
 Seed = Annotated[int, typer.Option(help="Chooses the samples.")]
 Device = Annotated[str | None, typer.Option(help="Where the model runs, such as cpu or cuda:0.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the files' own if not given.")]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that the model brings; only if you have read it.")
+]
 
 
 def _console() -> Console:
@@ -98,9 +101,9 @@ def _settings(values: list[str], example: str = "--set metric.gamma=0.5") -> dic
 
 
 @app.command("anatomy")
-def _anatomy(model: Model) -> None:
+def _anatomy(model: Model, trust_remote_code: Trust = False) -> None:
     """Print what a model is made of: tower, connector, backbone, linears by role, and what is kept dense."""
-    parts = anatomy(load(demo_room.resolve(model)))
+    parts = anatomy(load(demo_room.resolve(model), trust_remote_code=trust_remote_code))
     console = _console()
     console.print(f"tower: {parts.tower or '–'}   connector: {', '.join(parts.connector) or '–'}   ", end="")
     console.print(f"backbone: {parts.backbone or '(the whole model)'}")
@@ -154,14 +157,15 @@ def _calibrate(
     ] = None,
     device: Device = None,
     dtype: Dtype = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Run samples through a model and keep the moments of what its linears read."""
     source = demo_room.resolve(model)
     with _progress() as report:
         statistics = calibrate(
-            load(source, device_map=device, dtype=_dtype(dtype)),
+            load(source, device_map=device, dtype=_dtype(dtype), trust_remote_code=trust_remote_code),
             out,
-            processor=load_processor(source),
+            processor=load_processor(source, trust_remote_code=trust_remote_code),
             text=_source(text),
             images=_source(images),
             samples=samples,
@@ -204,6 +208,7 @@ def _compress(
     overwrite: Annotated[bool, typer.Option(help="Replace what OUT holds.")] = False,
     device: Device = None,
     dtype: Dtype = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Compress a model to one or more budgets and write the checkpoints."""
     budgets = retain or []
@@ -213,10 +218,10 @@ def _compress(
     with (
         _progress() as report,
         compression(
-            load(source, device_map=device, dtype=_dtype(dtype)),
+            load(source, device_map=device, dtype=_dtype(dtype), trust_remote_code=trust_remote_code),
             recipe,
             stats=stats,
-            processor=load_processor(source),
+            processor=load_processor(source, trust_remote_code=trust_remote_code),
             changes=_settings(changes or []),
             progress=report,
             text=_source(text),
@@ -229,7 +234,9 @@ def _compress(
         plans = [prepared.plan(budget) for budget in budgets] or [Plan.read(str(plan), prepared.parts)]
         targets = [out] if len(plans) == 1 else [out / f"retain-{item.retain}" for item in plans]
         for item, target in zip(plans, targets, strict=True):
-            written = prepared.save(item, target, processor=source, overwrite=overwrite)
+            # A processor that is saved by transformers brings its code; a directory's is copied without.
+            files = prepared.processor if trust_remote_code else source
+            written = prepared.save(item, target, processor=files, overwrite=overwrite)
             record = prepared.provenance(item)["retention"]
             _console().print(
                 f"{written}: {item.bytes:,} of {item.dense_bytes:,} bytes of linears ({record['bytes']:.2%}), "
@@ -244,11 +251,12 @@ def _inspect(
     out: Annotated[Path, typer.Option("-o", "--out", help="The directory for inspection.json and the plots.")],
     retain: Annotated[float, typer.Option(help="The retention at which modalities are compared.")] = 0.4,
     plots: Annotated[bool, typer.Option(help="Draw plots (needs the extra 'report').")] = True,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Show how far text-only whitening is from what images need, layer by layer."""
     with _progress() as report:
         found = inspect(
-            load(demo_room.resolve(model)),
+            load(demo_room.resolve(model), trust_remote_code=trust_remote_code),
             Statistics.open(stats),
             retain=retain,
             progress=lambda done, total: report("inspect", done, total),
@@ -279,13 +287,22 @@ def _evaluate(
     limit: Annotated[int | None, typer.Option(help="Samples of each task of a suite at most.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the results here too.")] = None,
     card: Annotated[bool, typer.Option(help="Write them into the card of each compressed checkpoint too.")] = False,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Measure language and sight of models, and what each lost against the dense one."""
     if suite is not None:
         if card:
             raise SampleError("a card holds the results of --tasks, not those of a suite; leave --card or --suite out")
         chosen, paths = Suite.read(suite), [demo_room.resolve(model) for model in models]
-        scored = run_suite(chosen, paths, limit=limit, batch_size=batch_size, device=device, dtype=_dtype(dtype))
+        scored = run_suite(
+            chosen,
+            paths,
+            limit=limit,
+            batch_size=batch_size,
+            device=device,
+            dtype=_dtype(dtype),
+            trust_remote_code=trust_remote_code,
+        )
         _console().print(suite_table(scored))
         if json is not None:
             scored.write(json)
@@ -305,6 +322,7 @@ def _evaluate(
             batch_size=batch_size,
             device=device,
             dtype=_dtype(dtype),
+            trust_remote_code=trust_remote_code,
             progress=report,
         )
     _console().print(table(found))
