@@ -52,7 +52,7 @@ def show(out: Path, *, samples: int, progress: Callable[[str, int, int], None]) 
         with compression(model, recipe, stats=statistics, processor=processor, progress=progress) as prepared:
             for retain in BUDGETS:
                 target = out / f"{recipe}-{retain:.0%}"
-                checkpoints.append(prepared.save(prepared.plan(retain), target, processor=source))
+                checkpoints.append(prepared.save(prepared.plan(retain), target, processor=source, overwrite=True))
     checkpoints.sort(key=lambda path: -float(path.name.rpartition("-")[2].rstrip("%")))
     report = evaluate(
         [source, *checkpoints],
