@@ -191,7 +191,7 @@ class Family:
         options: dict[str, Any] = {"stats": stats, "processor": object(), "changes": changes}
         with samples_of(model), compression(model, recipe, **options) as prepared:
             plan = prepared.plan(retain)
-            prepared.save(plan, out)
+            prepared.save(plan, out, overwrite=True)
             with prepared.applied(plan) as small:
                 logits, tokens = behaviour(small)
         planned = Plan.model_validate_json((out / "plan.json").read_text())  # `Plan.read` would count the bytes anew

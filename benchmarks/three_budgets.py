@@ -11,6 +11,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+
 from spectrim.calibrate import calibrate
 from spectrim.checkpoint import load, load_processor
 from spectrim.demo import resolve
@@ -30,7 +32,7 @@ def main() -> None:
     processor = load_processor(source)
     with tempfile.TemporaryDirectory() as scratch:
         home = Path(scratch)
-        model = load(source)
+        model = load(source, dtype=torch.float32)
         statistics = calibrate(model, home / "statistics", processor=processor, samples=args.samples, seqlen=128)
         best = {1: float("inf"), 3: float("inf")}
         for turn in range(2):

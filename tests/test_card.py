@@ -1,8 +1,11 @@
 """The model card that `save` writes, and the measured results that are added to it."""
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from huggingface_hub.repocard import metadata_load
 
 from compressed import factored
@@ -103,6 +106,90 @@ def test_what_the_record_does_not_hold_is_not_said(tmp_path: Path) -> None:
 def test_a_card_of_the_users_own_is_kept(tmp_path: Path) -> None:
     directory = save(factored("llama"), tmp_path / "a", files={"README.md": "mine"})
     assert (directory / "README.md").read_text() == "mine"
+
+
+EVIL = "Model [seven](http://evil.example) <script>alert(1)</script> `code` | \x1b[31m\u202e https://evil.example"
+
+
+@pytest.mark.parametrize("title", [EVIL, "x" * 5000, "](javascript:1) ![](http://evil.example/track.png)"])
+def test_titles_of_others_are_shown_and_do_nothing(tmp_path: Path, title: str) -> None:
+    dense = dense_copy(tmp_path / "dense", f"---\nlicense: mit\n---\n\n# {title}\n")
+    small = save(compress(load(dense), recipe="svd", retain=0.5), tmp_path / "small")
+    card = (small / "README.md").read_text()
+    body = card.split("---\n", 2)[2]
+    assert "\x1b" not in card
+    assert "\u202e" not in card
+    for mark in ("<script", "](http", "](javascript", "![", " `code`", " https://evil"):
+        assert re.search(rf"(?<!\\){re.escape(mark)}", body) is None, mark
+    heading = next(line for line in body.splitlines() if line.startswith("# "))
+    assert len(heading) < 300
+    again = save(load(small), tmp_path / "again")  # a title that was escaped before is not escaped twice
+    assert heading in (again / "README.md").read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    "matter",
+    [
+        {"license": "mit\n# Heading"},
+        {"license": ["mit", "<b>x</b>"]},
+        {"license": {"a": 1}},
+        {"license": 3},
+        {"license": "other", "license_link": "javascript:alert(1)"},
+        {"license": "other", "license_link": "http://evil.example/x y"},
+        {"license": "other", "license_link": "https://evil.example/](x)"},
+        {"license": "other", "license_name": "a\x1b[31mb"},
+        {"license": "other", "language": ["en", "<b>"]},
+        {"license": "other", "language": {"a": [1] * 9}},
+    ],
+)
+def test_terms_of_another_form_are_left_out(tmp_path: Path, matter: dict[str, Any]) -> None:
+    text = yaml.safe_dump(matter)
+    dense = dense_copy(tmp_path / "dense", f"---\n{text}---\n\n# Model\n")
+    compress(load(dense), tmp_path / "small", recipe="svd", retain=0.5)
+    stored = metadata_load(tmp_path / "small" / "README.md")
+    good = {"license": "other"} if matter["license"] == "other" else {}
+    assert {
+        key: stored[key] for key in ("license", "license_name", "license_link", "language") if key in stored
+    } == good
+
+
+def test_terms_of_the_usual_forms_are_kept(tmp_path: Path) -> None:
+    link = "https://huggingface.co/Qwen/Qwen2.5-VL-3B-Instruct/blob/main/LICENSE"
+    for number, terms in enumerate(
+        ({"license": "apache-2.0"}, {"license": "other", "license_name": "qwen-research", "license_link": link},
+         {"license": ["mit", "cc-by-4.0"], "license_link": "LICENSE", "language": ["en", "zh-Hant"]})
+    ):  # fmt: skip
+        dense = dense_copy(tmp_path / f"dense{number}", f"---\n{yaml.safe_dump(terms)}---\n")
+        compress(load(dense), tmp_path / f"small{number}", recipe="svd", retain=0.5)
+        stored = metadata_load(tmp_path / f"small{number}" / "README.md")
+        assert {key: stored.get(key) for key in terms} == terms
+
+
+@pytest.mark.parametrize("base", ["a/b](http://evil.example)", "a/b\n# x", ["a/b"], "a/b/c", "../x", 3, "<b>"])
+def test_a_base_model_that_is_no_id_is_none(tmp_path: Path, base: Any) -> None:
+    first = save(factored("llama"), tmp_path / "a")
+    (first / "README.md").write_text(f"---\n{yaml.safe_dump({'base_model': base})}---\n\n# Title\n")
+    card = save(load(first), tmp_path / "b") / "README.md"
+    assert "base_model" not in metadata_load(card)
+    assert "# Title, compressed by spectrim" in card.read_text()
+
+
+def test_texts_of_the_record_do_not_end_what_holds_them(tmp_path: Path) -> None:
+    name = "mine`\n```\n# Heading <script>"
+    record = {
+        "recipe": {"name": name, "summary": "````\n# Heading\n"},
+        "data": {"text": "a`b\nc.txt", "images": None},
+        "predicted_loss": {"text\n# Heading": 0.5},
+        "fine_tuned": {"by\n# Heading": "<script>"},
+    }
+    card = (save(factored("llama"), tmp_path / "a", provenance=record) / "README.md").read_text()
+    block = re.search(r"^(`{3,})yaml\n(.*?)^\1$", card, re.MULTILINE | re.DOTALL)
+    assert block is not None
+    assert yaml.safe_load(block[2]) == record["recipe"]
+    outside = card.replace(block[0], "")
+    assert "\n# Heading" not in outside
+    assert "<script" not in re.sub(r"`[^`\n]*`", "", outside).replace(r"\<script", "")  # code shows what it holds
+    assert "from `ab c.txt`" in outside
 
 
 def test_results_replace_those_of_before_and_nothing_else(tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def shards_of(index: dict[str, Any], **change: Any) -> dict[str, Any]:
     ("change", "said"),
     [
         (lambda index: {}, "no weight_map"),
-        (lambda index: [], "no weight_map"),
+        (lambda index: [], "is not a JSON object"),
         (lambda index: {**index, "weight_map": []}, "no weight_map"),
         (lambda index: {**index, "weight_map": {}}, "no weight_map"),
         (lambda index: shards_of(index, x=3), "no weight_map"),
@@ -243,7 +243,25 @@ def test_a_tokenizer_that_is_missing_is_an_error(tmp_path: Path, family: str) ->
 @pytest.mark.parametrize("text", ["{", DEEP, "{}", "[]", '{"version": "1.0", "model": {"type": "Of tomorrow"}}'])
 def test_a_tokenizer_that_is_broken_is_named(dense: Path, text: str) -> None:
     (dense / "tokenizer.json").write_text(text)
-    refuses(load_processor, dense, r"cannot load the tokenizer of .*tokenizer\.json.* again")
+    refuses(load_processor, dense, r"tokenizer\.json.* again")
+
+
+@pytest.mark.parametrize("text", ["{", DEEP, "[]", '{"a": 1, "a": 2}', '{"x": "\\ud800"}'])
+@pytest.mark.parametrize(
+    ("name", "reader"),
+    [
+        ("generation_config.json", load),
+        ("tokenizer_config.json", load_processor),
+        ("preprocessor_config.json", load_processor),
+        ("processor_config.json", load_processor),
+        ("chat_template.json", load_processor),
+    ],
+)
+def test_files_that_transformers_may_do_without_are_named(
+    dense: Path, name: str, reader: Callable[..., Any], text: str
+) -> None:
+    (dense / name).write_text(text)
+    refuses(reader, dense, rf"{name} .*; copy it again")
 
 
 @pytest.mark.parametrize("source", ["", "a\0b", "a\nb", "no/such-model", "./none", "../none", "~none", "\x1b[31m"])

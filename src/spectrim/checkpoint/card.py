@@ -68,6 +68,11 @@ def plain(text: object) -> str:
     return _MARKUP.sub(r"\\\g<0>", printable(" ".join(str(text).split())))
 
 
+def code(text: object) -> str:
+    """A name as code: there is no escape in it, so that what would end it is left out."""
+    return f"`{printable(' '.join(str(text).split())).replace('`', '')}`"
+
+
 def add_results(directory: str | Path, results: str) -> Path:
     """Put a Markdown text of measured results into a checkpoint's card, in place of those of before; returns its path.
 
@@ -121,7 +126,11 @@ def _base(source: str | None) -> tuple[str, str | None, dict[str, Any]]:
     else:
         title = _TITLE.search(card.read_text(encoding="utf-8", errors="replace")) if card else None
         name = _ESCAPED.sub(r"\1", title[1]).removesuffix(_SUFFIX) if title else directory.resolve().name
-    return name[:96], base, {key: matter[key] for key, form in _TERMS.items() if _fits(matter.get(key), form)}
+    return (
+        printable(name)[:96],
+        base,
+        {key: matter[key] for key, form in _TERMS.items() if _fits(matter.get(key), form)},
+    )
 
 
 def _fits(value: Any, form: re.Pattern[str]) -> bool:
@@ -136,7 +145,7 @@ def _release() -> str:
 
 def _summary(base: str, config: SpectrimConfig, record: Mapping[str, Any]) -> str:
     recipe = record.get("recipe")
-    method = f" by the recipe {_code(recipe['name'])}" if isinstance(recipe, dict) and "name" in recipe else ""
+    method = f" by the recipe {code(recipe['name'])}" if isinstance(recipe, dict) and "name" in recipe else ""
     link = f"[{base}](https://huggingface.co/{base})" if "/" in base and _ID.fullmatch(base) else f"*{plain(base)}*"
     return (
         f"{link} with {len(config.ranks)} of its linear layers replaced by products of thin matrices{method}. Made by "
@@ -188,13 +197,8 @@ def _recipe(record: Mapping[str, Any]) -> list[str]:
     text = f"## Recipe\n\n{fence}yaml\n{written}{fence}"
     names = {key: str(data[key]) for key in ("text", "images") if data.get(key)} if isinstance(data, dict) else {}
     if names:
-        text += f"\n\nCalibrated on {', '.join(f'{kind} from {_code(name)}' for kind, name in names.items())}."
+        text += f"\n\nCalibrated on {', '.join(f'{kind} from {code(name)}' for kind, name in names.items())}."
     return [text]
-
-
-def _code(text: object) -> str:
-    """A name as code: there is no escape in it, so that what would end it is left out."""
-    return f"`{printable(' '.join(str(text).split())).replace('`', '')}`"
 
 
 def _use(vision: bool, factored: bool, own_code: bool) -> str:

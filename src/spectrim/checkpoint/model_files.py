@@ -30,13 +30,13 @@ CARD = "README.md"
 PROVENANCE = "spectrim.json"
 
 # Configs of a processor or a tokenizer: JSON in which whoever saved it may have left paths and names of code.
-_CONFIGS = (
+CONFIGS = (
     "tokenizer_config.json", PROCESSOR_NAME, IMAGE_PROCESSOR_NAME, VIDEO_PROCESSOR_NAME, AUDIO_TOKENIZER_NAME
 )  # fmt: skip
 
 # Vocabularies: the names of VOCAB_FILES_NAMES in transformers' tokenizers, and those of mistral-common and tiktoken.
 _PROCESSOR = (
-    *_CONFIGS, CHAT_TEMPLATE_FILE, LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE, f"{CHAT_TEMPLATE_DIR}/*.jinja",
+    *CONFIGS, CHAT_TEMPLATE_FILE, LEGACY_PROCESSOR_CHAT_TEMPLATE_FILE, f"{CHAT_TEMPLATE_DIR}/*.jinja",
     "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
     "tokenizer.model", "tokenizer.model.v*", "spiece.model", "sentencepiece*.model", "spm.model", "spm_char.model",
     "source.spm", "target.spm", "bpe.codes", "dict.txt", "emoji.json", "entity_vocab.json", "word_shape.json",
@@ -108,7 +108,7 @@ def without_paths(value: Any, key: str = "") -> Any:
 
 def clean_configs(directory: Path) -> None:
     """Take paths of this machine, and names of code that is not there, out of the configs of a new checkpoint."""
-    for name in (CONFIG_NAME, GENERATION_CONFIG_NAME, *_CONFIGS):
+    for name in (CONFIG_NAME, GENERATION_CONFIG_NAME, *CONFIGS):
         path = directory / name
         try:
             before = parse_json(path.read_bytes())

@@ -10,10 +10,10 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils import quantization_config as hf_quantization
 from transformers.utils.hub import cached_file
 
-from spectrim.checkpoint.model_files import PROVENANCE, processor_files
+from spectrim.checkpoint.model_files import CONFIGS, PROVENANCE, processor_files
 from spectrim.checkpoint.names import shortened
 from spectrim.checkpoint.quantizer import METHOD
-from spectrim.checkpoint.sources import NO_MODEL, WHERE, failure, loader, read_config, sees, split_source
+from spectrim.checkpoint.sources import NO_MODEL, WHERE, failure, loader, read_config, read_object, sees, split_source
 from spectrim.checkpoint.weights import check_weights, weight_files
 from spectrim.dense import quantization
 from spectrim.errors import CheckpointError, ModelError, SpectrimError
@@ -124,10 +124,14 @@ def load_processor(directory: str | Path, **kwargs: Any) -> Any:
     source, gguf = split_source(directory)
     if gguf is not None:
         kwargs["gguf_file"] = gguf
+    if local := gguf is None and Path(source).is_dir():
+        for name in {*CONFIGS, "chat_template.json"} & {*processor_files(Path(source))}:
+            read_object(Path(source, name))  # transformers does without some that it cannot read
     try:
         processor = auto.from_pretrained(source, **kwargs)
     except Exception as error:  # as in `load`
-        _check_processor_files(Path(source), kind)
+        if local:
+            _check_vocabulary(Path(source))
         raise failure(kind, directory, error) from error
     if vision and not hasattr(processor, "image_processor"):  # transformers falls back to the tokenizer alone
         raise ModelError(f"{str(directory)!r} has no image processor; add its preprocessor_config.json")
@@ -168,20 +172,13 @@ def _check_files(directory: Path, config: PreTrainedConfig, kwargs: dict[str, An
     check_weights(files, error, quantized=quantized or known)
 
 
-def _check_processor_files(directory: Path, kind: str) -> None:
-    """Name the file that keeps a processor from loading, where it can be told."""
-    if not directory.is_dir() or not (directory / "config.json").is_file():
-        return
+def _check_vocabulary(directory: Path) -> None:
+    """Name the file that keeps a tokenizer from loading, where it can be told."""
     names = processor_files(directory)
     if not any(name.startswith(("tokenizer", "vocab", "spiece", "sentencepiece", "tekken")) for name in names):
         raise ModelError(
-            f"cannot load the {kind} of {directory}, which has none; add the tokenizer.json of its base model"
+            f"cannot load the tokenizer of {directory}, which has none; add the tokenizer.json of its base model"
         )
     for name in names:
         if name.endswith(".json"):
-            try:
-                parse_json((directory / name).read_bytes())
-            except (OSError, ValueError) as error:
-                raise ModelError(
-                    f"cannot load the {kind} of {directory}: {name} {error}; copy it again from the base model"
-                ) from error
+            read_object(directory / name)

@@ -11,6 +11,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from spectrim.errors import ModelError, SpectrimError
 from spectrim.files import parse_json
@@ -47,6 +48,7 @@ def read_config(source: str | Path, where: dict[str, Any]) -> PreTrainedConfig:
     Raises:
         ModelError: there is no such model, or its config cannot be read; names the file and the remedy.
     """
+    where = {"trust_remote_code": False, **where}  # None would ask
     name, gguf = split_source(source)
     written_as_path = name.startswith(("/", "./", "../", "~")) or gguf is not None
     if gguf is not None and (not name or Path(name).is_dir() or "::" not in str(source)):
@@ -74,18 +76,14 @@ def _check_config_file(directory: Path, *, trusted: bool) -> None:
         if found := sorted(directory.glob("*.gguf")):
             raise ModelError(f"{directory} is no model directory, it has no config.json; name its GGUF file {found[0]}")
         raise ModelError(f"{directory} is no model directory, it has no config.json; name one, or a hub id")
-    try:
-        config = parse_json(path.read_bytes())
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read ({error}); copy it again") from error
-    except ValueError as error:
-        raise ModelError(f"{path} {error}; copy it again") from error
-    if not isinstance(config, dict):
-        raise ModelError(f"{path} is not a JSON object; copy it again")
-    for part in (config, *config.values()):
-        for key in ("dtype", "torch_dtype") if isinstance(part, dict) else ():
-            if part.get(key) not in (None, *_DTYPES):
-                raise ModelError(f"{path} gives the {key} {part[key]!r}; correct it to one of {', '.join(_DTYPES)}")
+    config = read_object(path)
+    if (directory / GENERATION_CONFIG_NAME).is_file():
+        read_object(directory / GENERATION_CONFIG_NAME)  # transformers goes on without one that it cannot read
+    for part in (config, *(config.get(name) for name in ("text_config", "vision_config"))):
+        given = part if isinstance(part, dict) else {}
+        for key in ("dtype", "torch_dtype"):
+            if given.get(key) not in (None, "auto", *_DTYPES):
+                raise ModelError(f"{path} gives the {key} {given[key]!r}; correct it to one of {', '.join(_DTYPES)}")
     auto_map = config.get("auto_map")
     if auto_map is not None and not isinstance(auto_map, dict):
         raise ModelError(f"{path} has an auto_map that is no JSON object; copy it again")
@@ -99,6 +97,19 @@ def _check_config_file(directory: Path, *, trusted: bool) -> None:
             f"{path} names the model_type {kind!r}, which transformers {transformers.__version__} does not know; "
             f"upgrade transformers, or name a language model or image-text model that it knows"
         )
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a model; ModelError, which names the file, for anything else."""
+    try:
+        content = parse_json(path.read_bytes())
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read ({error}); copy it again") from error
+    except ValueError as error:
+        raise ModelError(f"{path} {error}; copy it again") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} is not a JSON object; copy it again")
+    return content
 
 
 def loader(source: str | Path, config: PreTrainedConfig, *, trusted: bool) -> Any:

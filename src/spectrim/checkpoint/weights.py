@@ -14,8 +14,8 @@ from transformers.utils import (
     WEIGHTS_NAME,
 )
 
+from spectrim.checkpoint.sources import read_object
 from spectrim.errors import ModelError, SpectrimError
-from spectrim.files import parse_json
 
 _FLOATS = {"F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16"}
 _COUNTS = ("I", "U", "BOOL", "int", "uint", "bool")  # dtypes that buffers have, such as masks and indices
@@ -36,13 +36,8 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def _shards(index: Path) -> list[Path]:
-    try:
-        content = parse_json(index.read_bytes())
-    except OSError as error:
-        raise ModelError(f"{index} cannot be read ({error}); copy it again") from error
-    except ValueError as error:
-        raise ModelError(f"{index} {error}; copy it again") from error
-    names = content.get("weight_map") if isinstance(content, dict) else None
+    content = read_object(index)
+    names = content.get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise ModelError(f"{index} has no weight_map from names of tensors to files; copy it again")
     if not isinstance(content.get("metadata"), dict):  # which transformers reads

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from spectrim.checkpoint.card import code, plain
 from spectrim.evaluate.results import DirectoryResult, EvaluationReport, VqaScore
 
 _NONE = "–"
@@ -116,7 +117,7 @@ def markdown(report: EvaluationReport, result: DirectoryResult) -> str:
     for index, task in enumerate(result.vqa.tasks if result.vqa else ()):
         scores = [x.vqa.tasks[index] for x in columns.values() if x.vqa]
         cells = [f"{100 * s.accuracy:.1f} [{100 * s.low:.1f}, {100 * s.high:.1f}]" for s in scores]
-        rows.append([f"{task.task}, % of {task.questions}", *cells])
+        rows.append([f"{plain(task.task)}, % of {task.questions}", *cells])
     if result.vqa:
         rows.append(["mean of the tasks, %", *(f"{100 * x.vqa.mean:.1f}" for x in columns.values() if x.vqa)])
     if result.perplexity:
@@ -126,7 +127,7 @@ def markdown(report: EvaluationReport, result: DirectoryResult) -> str:
     lines = ["", *columns], ["---"] * (1 + len(columns)), *rows
     sources = {"questions": report.questions, "text": report.text}
     said = "; ".join(
-        f"{what} `{Path(source.name).name}`, SHA-256 {source.sha256[:12]}…"
+        f"{what} {code(Path(source.name).name)}, SHA-256 {source.sha256[:12]}…"
         for what, source in sources.items()
         if source
     )
