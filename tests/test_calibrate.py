@@ -336,7 +336,11 @@ def stop_at(count):
 @pytest.mark.parametrize("stop", [1, 4, 6, 7, 11, 14, 22])
 @pytest.mark.parametrize(
     ("extra", "total"),
-    [({}, 12), ({"gradients": True}, 18), ({"curvature": True, "answer_tokens": 3}, 24)],
+    [
+        ({"curvature": False}, 12),
+        ({"curvature": False, "gradients": True}, 18),
+        ({"curvature": True, "answer_tokens": 3}, 24),
+    ],
     ids=["plain", "gradients", "curvature"],
 )
 def test_a_killed_run_resumes_bit_for_bit(words, pictures, tmp_path, stop, extra, total):
@@ -536,7 +540,7 @@ def test_surroundings_do_not_matter(words, tmp_path):
 
 def test_language_models_take_no_images(words, pictures, tmp_path):
     statistics = calibrate(tiny("llama"), tmp_path / "s", **llama_options(words), images="builtin")
-    assert list(statistics.manifest.gathered) == ["text"]
+    assert list(statistics.manifest.gathered) == ["text", "text-gradients"]
     assert statistics.manifest.data.images is None
     with pytest.raises(SampleError, match="takes no images"):
         calibrate(tiny("llama"), tmp_path / "t", **llama_options(words), images=pictures)

@@ -385,7 +385,7 @@ def test_statistics_without_curvature_are_refused(tmp_path):
     (tmp_path / "words.txt").write_text(WORDS)
     options = {"processor": word_tokenizer(), "text": str(tmp_path / "words.txt"), "samples": 2, "seqlen": 8}
     model = families.FAMILIES["llama"]()
-    statistics = calibrate(model, tmp_path / "s", **options)
+    statistics = calibrate(model, tmp_path / "s", curvature=False, **options)
     with pytest.raises(RecipeError, match="has none; calibrate again without --no-curvature"):
         layer_metric(curvature(), anatomy(model).linears[0], statistics)
 

@@ -1,9 +1,9 @@
 """What can be known before a model is loaded: budgets, devices, sources of samples, and places to write to."""
 
-import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
@@ -74,8 +74,11 @@ def check_directory(path: Path, flag: str) -> None:
     first = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
     if not first.is_dir():
         raise UsageError(f"{flag} {path} cannot be, since {first} is a file; name a directory")
-    if not os.access(first, os.W_OK | os.X_OK):
-        raise UsageError(f"{flag} {path} cannot be written, since {first} is not writable; name another directory")
+    try:
+        with TemporaryDirectory(dir=first, prefix=".spectrim-"):
+            pass
+    except OSError as error:
+        raise UsageError(f"{flag} {path} cannot be written ({error}); name another directory") from error
 
 
 def check_once(values: Sequence[object], flag: str) -> None:

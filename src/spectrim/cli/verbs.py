@@ -5,8 +5,9 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
-from functools import wraps
+from functools import reduce, wraps
 from inspect import Parameter, signature
+from operator import or_
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import typer
@@ -105,7 +106,12 @@ def _plain(name: str, kind: Any, default: Any) -> tuple[Any, Any]:
         return list[str] | None, None
     if get_origin(kind) is tuple:
         return str, ",".join(default)
-    return (str, default) if isinstance(default, str) else (kind, default)
+    if isinstance(default, str):
+        return str, default  # "none" stands for None
+    if parts := get_args(kind):  # a limit on one part of a union is the record's to check
+        plain = (get_args(part)[0] if get_origin(part) is Annotated else part for part in parts)
+        kind = reduce(or_, plain)
+    return kind, default
 
 
 def _value(record: type[Options], name: str, value: Any) -> Any:

@@ -1,0 +1,104 @@
+"""Start-up: help costs no import of torch, and the checkpoint format is known to transformers in every order."""
+
+import os
+import resource
+import subprocess
+import sys
+
+import pytest
+
+import spectrim
+
+SECONDS = 2.0  # of processor time, which printing help may take; it takes about 0.4
+
+
+def fresh(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """A Python process of its own."""
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"}, check=False
+    )
+
+
+VERBS = ("anatomy", "calibrate", "compress", "demo", "evaluate", "inspect", "push", "recipes")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["-h"], ["--version"], *([verb, flag] for verb in VERBS for flag in ("-h", "--help"))]
+)
+def test_help_is_there_at_once(arguments):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = fresh("-X", "importtime", "-m", "spectrim", *arguments)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0
+    assert done.stdout.startswith("spectrim ") if arguments == ["--version"] else "Usage" in done.stdout
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < SECONDS
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert not loaded & {"torch", "transformers", "numpy", "datasets"}
+
+
+def test_every_verb_is_in_the_help():
+    text = fresh("-m", "spectrim", "--help").stdout
+    assert all(f" {verb} " in text for verb in VERBS)
+
+
+KNOWN = """
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+assert AUTO_QUANTIZATION_CONFIG_MAPPING["spectrim"].__name__ == "SpectrimConfig"
+assert AUTO_QUANTIZER_MAPPING["spectrim"].__name__ == "SpectrimQuantizer"
+import sys
+assert not any(type(finder).__module__.startswith("spectrim") for finder in sys.meta_path)
+"""
+ORDERS = {
+    "spectrim first": "import spectrim, transformers.modeling_utils",
+    "spectrim first, by a class": "import spectrim\nfrom transformers import LlamaForCausalLM",
+    "spectrim first, by an Auto class": "import spectrim\nfrom transformers import AutoModel\n"
+    "from transformers import LlamaConfig\n"
+    "c = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=8)\n"
+    "AutoModel.from_config(c)",
+    "transformers first": "import transformers, spectrim\nfrom transformers import LlamaForCausalLM",
+    "models first": "from transformers import LlamaForCausalLM\nimport spectrim",
+    "Auto classes first": "from transformers import AutoModel, AutoConfig\nimport spectrim\n"
+    "from transformers import LlamaForCausalLM",
+    "quantizers alone": "import spectrim, transformers.quantizers.auto",
+    "quantizers first": "import transformers.quantizers.auto, spectrim",
+    "quantizers by their package": "import spectrim\nfrom transformers.quantizers import AutoQuantizationConfig",
+    "a part of spectrim": "import spectrim.errors\nfrom transformers import LlamaForCausalLM",
+    "twice": "import importlib, spectrim\nimportlib.reload(spectrim)\nfrom transformers import LlamaForCausalLM",
+    "after an import that failed": "import sys, spectrim\nsys.modules['transformers.masking_utils'] = None\n"
+    "try:\n    import transformers.modeling_utils\nexcept ImportError:\n    pass\nelse:\n    raise AssertionError\n"
+    "del sys.modules['transformers.masking_utils']\nimport transformers.modeling_utils",
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_format_is_registered_in_every_order(order):
+    done = fresh("-c", ORDERS[order] + KNOWN)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_importing_it_imports_nothing_heavy_and_configs_need_no_models():
+    code = (
+        "import sys, spectrim\nassert not {'torch', 'transformers', 'numpy'} & sys.modules.keys()\n"
+        "from transformers import AutoConfig\nassert 'transformers.modeling_utils' not in sys.modules"
+    )
+    done = fresh("-c", code)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_public_names_are_there_whatever_was_imported_first():
+    code = (
+        "import spectrim.evaluate.running, spectrim.calibrate.run, spectrim.anatomy\nimport spectrim\n"
+        "assert all(callable(getattr(spectrim, name)) for name in spectrim.__all__)\n"
+        "from spectrim import anatomy, calibrate, evaluate, Plan\n"
+        "assert all(callable(one) for one in (anatomy, calibrate, evaluate))\n"
+        "assert anatomy.__module__ == 'spectrim.anatomy'"
+    )
+    done = fresh("-c", code)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_public_names_are_listed():
+    assert set(spectrim.__all__) == spectrim._HOMES.keys()
+    assert set(spectrim.__all__) <= set(dir(spectrim))
+    with pytest.raises(AttributeError, match="no attribute 'compres'"):
+        spectrim.compres  # noqa: B018
