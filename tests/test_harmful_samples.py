@@ -220,7 +220,7 @@ def test_a_sample_that_the_processor_refuses_is_named():
         ),
     ]
     with pytest.raises(
-        SampleError, match="the question 'How narrow is this .*' of task 'colour' cannot be read by Strict"
+        SampleError, match=r"the question 'How narrow is this .*' of task 'colour' cannot be read by Strict"
     ):
         vqa(make_llava(), strict, asked)
 
