@@ -214,8 +214,15 @@ def test_a_sample_that_the_processor_refuses_is_named():
         list(image_batches([sample(1, "w3"), narrow], processor, 1))
     made = make_processor()
     strict = Strict(made.image_processor, made.tokenizer, 14, "default", num_additional_image_tokens=1)
-    asked = [*make_questions()[:2], ImageQuestion("colour", Image.new("RGB", (1, 9)), "How narrow?", "one")]
-    with pytest.raises(SampleError, match="the question 'How narrow\\?' of task 'colour' cannot be read by Strict"):
+    asked = [
+        *make_questions()[:2],
+        ImageQuestion(
+            "colour", Image.new("RGB", (1, 9)), "How narrow is this picture, which comes last by its length?", "one"
+        ),
+    ]
+    with pytest.raises(
+        SampleError, match=r"the question 'How narrow is this .*' of task 'colour' cannot be read by Strict"
+    ):
         vqa(make_llava(), strict, asked)
 
 

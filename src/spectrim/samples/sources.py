@@ -49,11 +49,10 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         with path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
-                content = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line  # a byte order mark
-                if not content.strip():
+                if not line.strip():
                     continue
                 try:
-                    row = parse_json(content)
+                    row = parse_json(line)
                 except ValueError as error:
                     raise SampleError(f"{path}, line {number} {error}; write one JSON object per line") from error
                 if not isinstance(row, dict):
