@@ -333,7 +333,7 @@ def nested(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
 
 
 def _tensor_names(files: Iterable[str]) -> list[str]:
-    """Names of all tensors in safetensors files; CheckpointError for a truncated or foreign file, and for wrong integers."""
+    """Names of all tensors in safetensors files; CheckpointError for a truncated or foreign file, or wrong integers."""
     names: list[str] = []
     for file in files:
         try:
