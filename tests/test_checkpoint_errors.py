@@ -170,6 +170,32 @@ def test_a_factored_layer_without_a_rank_is_an_error(llama_copy: Path) -> None:
         load(llama_copy)
 
 
+@pytest.mark.parametrize(
+    ("tensor", "size"),
+    [
+        ("model.norm.weight", (63,)),
+        ("model.embed_tokens.weight", (128, 63)),
+        ("lm_head.weight", (127, 64)),
+        (f"{LAYER}.A.weight", (63, 21)),
+        (f"{LAYER}.B.weight", (21, 65)),
+        (f"{LAYER}.B.weight", (21 * 64,)),
+    ],
+)
+def test_a_tensor_of_another_shape_is_an_error(llama_copy: Path, tensor: str, size: tuple[int, ...]) -> None:
+    with edited(llama_copy) as tensors:
+        assert tensor in tensors
+        tensors[tensor] = torch.ones(size)
+    with pytest.raises(CheckpointError, match=tensor):
+        load(llama_copy)
+
+
+def test_messages_name_the_directory(llama_copy: Path) -> None:
+    with edited(llama_copy) as tensors:
+        del tensors["model.norm.weight"]
+    with pytest.raises(CheckpointError, match=f"{llama_copy} lacks model.norm.weight"):
+        load(llama_copy)
+
+
 def test_a_truncated_file_is_an_error(llama_copy: Path) -> None:
     file = llama_copy / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
@@ -200,6 +226,17 @@ def test_a_state_dict_without_the_factors_is_an_error(llama: Path) -> None:
         ({"ranks": {LAYER: [3, 3, 0, 3]}}, r"the rank \[3, 3, 0, 3\]"),
         ({"ranks": {LAYER: [3, "3"]}}, r"the rank \[3, '3'\]"),
         ({"ranks": {LAYER: "33"}}, "the rank '33'"),
+        ({"ranks": {LAYER: 10**9}}, rf"'{LAYER}' has rank 1000000000, and 64 is full rank"),
+        ({"ranks": {LAYER: 65}}, rf"'{LAYER}' has rank 65, and 64 is full rank"),
+        ({"ranks": {LAYER: [10**9] * 4}}, rf"'{LAYER}' has rank 1000000000, and 64 is full rank"),
+        ({"ranks": {LAYER: [1] * 10**6}}, rf"'{LAYER}': 64 outputs are not 1000000 equal heads"),
+        ({"ranks": {LAYER: -3}}, "the rank -3"),
+        ({"ranks": {LAYER: True}}, "the rank True"),
+        ({"ranks": {LAYER: [True, 3]}}, r"the rank \[True, 3\]"),
+        ({"ranks": {LAYER: None}}, "the rank None"),
+        ({"ranks": {LAYER: [[3]]}}, r"the rank \[\[3\]\]"),
+        ({"ranks": {"model.norm": 3}}, r"model\.norm\.B"),
+        ({"pivoted": [LAYER, LAYER]}, f"names {LAYER} as pivoted twice"),
         ({"ranks": [LAYER]}, "no ranks"),
         ({"ranks": {"model.layers.9.self_attn.q_proj": 3}}, r"model\.layers\.9\.self_attn\.q_proj\.B"),
     ],

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
-from compressed import config_of, cut, edited, logits
+from compressed import config_of, cut, edited, logits, pack_nearest
 from families import FAMILIES
 from spectrim.anatomy import anatomy
 from spectrim.checkpoint import attach, load, save
@@ -96,6 +96,81 @@ def test_a_row_of_codes_is_one_long_number(bits, rows, count, seed):
         whole = sum((code + half) << bits * j for j, code in enumerate(numbers))
         assert int.from_bytes(row.numpy().tobytes(), "little") == whole
     assert torch.equal(unpack(words, bits, count), codes)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(2, 8), st.integers(1, 40), st.sampled_from([1, 2, 3, 5]), st.booleans())
+def test_layers_of_any_width_and_number_of_groups(bits, out, groups, symmetric):
+    """Few outputs make one word of zero points, whose column may have any stride."""
+    W = torch.randn(out, 16 * groups, generator=torch.Generator().manual_seed(out))
+    found = quantize(W, Grid(bits, 16, symmetric), dtype=torch.float32)
+    layer = PackedLinear(16 * groups, out, found.grid, bias=False)
+    layer.load(found)
+    torch.testing.assert_close(layer.weight.double(), found.dense(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_bits": 10**9}, "asks for 1000000000 bits"),
+        ({"num_bits": 0}, "asks for 0 bits"),
+        ({"num_bits": -4}, "asks for -4 bits"),
+        ({"num_bits": True}, "asks for 1 bits"),
+        ({"num_bits": 16}, "asks for 16 bits"),
+        ({"group_size": 10**9, "strategy": "group"}, "groups of 1000000000 do not divide"),
+        ({"group_size": 48, "strategy": "group"}, "groups of 48 do not divide"),
+        ({"group_size": None, "strategy": "tensor"}, "by tensor"),
+        ({"group_size": None, "strategy": "block", "block_structure": [16, 16]}, "by block"),
+        ({"group_size": 0, "strategy": "group"}, "none of compressed-tensors"),
+        ({"num_bits": 8}, "weight_packed.* in another shape"),
+        ({"group_size": 16, "strategy": "group"}, "weight_scale.* in another shape"),
+        ({"symmetric": False}, "weight_zero_point"),
+    ],
+)
+def test_grids_that_do_not_fit_are_an_error(change, message, tmp_path):
+    model = FAMILIES["llama"]()
+    names = ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"]
+    pack_nearest(model, dict.fromkeys(names, Grid(4, 32)))
+    directory = save(model, tmp_path / "a")
+    config = config_of(directory)
+    config["quantization_config"]["inner"]["config_groups"]["group_0"]["weights"].update(change)
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=message):
+        load(directory)
+
+
+def test_targets_that_repeat_or_do_not_exist_are_an_error(tmp_path):
+    model, name = FAMILIES["llama"](), "model.layers.0.mlp.up_proj"
+    pack_nearest(model, {name: Grid(4, 32)})
+    directory = save(model, tmp_path / "a")
+    original = config_of(directory)
+    for targets, message in (
+        ([name, name], f"names '{name}' twice"),
+        ([name, "model.layers.7.mlp.up_proj"], r"lacks the tensor model\.layers\.7\.mlp\.up_proj"),
+        ([f"{name}.A"], r"lacks the tensor"),
+        (["Linear"], "lacks the tensor Linear"),
+    ):
+        config = json.loads(json.dumps(original))
+        config["quantization_config"]["inner"]["config_groups"]["group_0"]["targets"] = targets
+        (directory / "config.json").write_text(json.dumps(config))
+        with pytest.raises(CheckpointError, match=message):
+            load(directory)
+    config = json.loads(json.dumps(original))
+    groups = config["quantization_config"]["inner"]["config_groups"]
+    groups["group_1"] = groups["group_0"]
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=f"names '{name}' twice"):
+        load(directory)
+
+
+def test_codes_of_another_kind_are_an_error(tmp_path):
+    model, name = FAMILIES["llama"](), "model.layers.0.mlp.up_proj"
+    pack_nearest(model, {name: Grid(4, 32)})
+    directory = save(model, tmp_path / "a")
+    with edited(directory) as tensors:
+        tensors[f"{name}.weight_packed"] = tensors[f"{name}.weight_packed"].float()
+    with pytest.raises(CheckpointError, match=f"holds {name}.weight_packed as something else than int32"):
+        load(directory)
 
 
 def test_what_does_not_fit_is_refused():

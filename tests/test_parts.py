@@ -50,6 +50,7 @@ def texts(config: Any) -> str:
 @forms
 def test_every_part_saves_with_its_own_share(family: str, form: str, tmp_path: Path) -> None:
     model = load(save(compressed(family, form), tmp_path / "full"))
+    model.save_pretrained(tmp_path / "before")
     before, whole = texts(model.config), logits(model)
     parts = parts_of(model)
     assert len(parts) >= (1 if family == "llama" else 2)
@@ -66,7 +67,7 @@ def test_every_part_saves_with_its_own_share(family: str, form: str, tmp_path: P
     assert torch.equal(logits(model), whole)
     model.save_pretrained(tmp_path / "again")
     names = ("config.json", "model.safetensors")
-    assert all((tmp_path / "again" / n).read_bytes() == (tmp_path / "full" / n).read_bytes() for n in names)
+    assert all((tmp_path / "again" / n).read_bytes() == (tmp_path / "before" / n).read_bytes() for n in names)
 
 
 @forms
@@ -289,3 +290,40 @@ def test_the_config_of_an_attached_model_follows_it(tmp_path: Path) -> None:
     assert LAYER not in model.config.quantization_config.ranks
     assert_same(load(tmp_path), model)
     assert json.loads((tmp_path / "config.json").read_text())["vocab_size"] == TEXT["vocab_size"]
+
+
+SHARDED = """
+import sys, torch, torch.distributed as dist
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType, fully_shard
+from spectrim.checkpoint import load
+cpu = torch.device("cpu")
+for number in (1, 2):
+    model = load(sys.argv[1])
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    if number == 1:
+        for place, block in enumerate(model.model.layers):
+            model.model.layers[place] = FullyShardedDataParallel(block, device_id=cpu)
+        whole, kind = FullyShardedDataParallel(model, device_id=cpu), StateDictType.FULL_STATE_DICT
+        with FullyShardedDataParallel.state_dict_type(whole, kind, FullStateDictConfig(offload_to_cpu=True)):
+            gathered = whole.state_dict()
+    else:
+        for block in (*model.model.layers, model):
+            fully_shard(block, mesh=init_device_mesh("cpu", (1,)))
+        gathered = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    model.save_pretrained(f"{sys.argv[2]}/{number}", state_dict=gathered)
+    again = load(f"{sys.argv[2]}/{number}").state_dict()
+    print(again.keys() == expected.keys() and all(torch.equal(again[name], expected[name]) for name in again))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["whole", "packed"])
+def test_sharded_models_save_what_is_gathered(form: str, tmp_path: Path) -> None:
+    """FSDP in both its versions, in a process group of one."""
+    save(compressed("llama", form), tmp_path / "a")
+    command = [sys.executable, "-W", "ignore", "-c", SHARDED, tmp_path / "a", tmp_path]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=240)
+    assert [line for line in run.stdout.splitlines() if line in ("True", "False")] == ["True", "True"]

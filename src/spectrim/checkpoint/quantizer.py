@@ -55,6 +55,8 @@ GUARD = (
 # The same in the config of a part inside that of the whole. It is no fusion here either: no part loads from the whole.
 WHOLE = "this is a part of a compressed checkpoint: load the whole by its own class, and take the part out of it"
 
+_WORDS = (".weight_packed", ".weight_zero_point", ".pivots")  # transformers would round floats to them
+
 # The method by which transformers, after loading, shows a model the report of missing, unexpected and misshapen keys.
 _REPORT = "_adjust_missing_and_unexpected_keys"
 
@@ -335,12 +337,16 @@ def nested(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
 
 
 def _tensor_names(files: Iterable[str]) -> list[str]:
-    """Names of all tensors in safetensors files; CheckpointError for a truncated or foreign file."""
+    """Names of all tensors in safetensors files; CheckpointError for a truncated or foreign file, or wrong integers."""
     names: list[str] = []
     for file in files:
         try:
             with safe_open(file, framework="pt") as tensors:
-                names += tensors.keys()
+                found = tensors.keys()
+                wrong = [x for x in found if x.endswith(_WORDS) and tensors.get_slice(x).get_dtype() != "I32"]
         except SafetensorError as error:
             raise CheckpointError(f"{file} is truncated or not a safetensors file ({error}); copy it again") from error
+        if wrong:
+            raise CheckpointError(f"{file} holds {shortened(wrong)} as something else than int32; copy it again")
+        names += found
     return names
