@@ -283,3 +283,13 @@ def test_a_rest_beside_the_factors_is_added(symmetric):
     W = assembled(layer) @ layer.B.weight + rest.dense()
     torch.testing.assert_close(layer(x), functional.linear(x, W, layer.bias))
     torch.testing.assert_close(layer.to_dense().weight, W)
+
+
+def test_the_dense_layer_of_a_rest_is_rounded_once():
+    model = nn.Sequential(filled(64, 48, 24, dtype=torch.bfloat16))
+    grid = Grid(8, 32)
+    pack_linears(model, {"0.R": grid})
+    layer = model[0]
+    layer.R.load(quantize(torch.randn(48, 64, generator=torch.Generator().manual_seed(7)), grid, dtype=torch.bfloat16))
+    exact = layer.A.weight.float() @ layer.B.weight.float() + layer.R.weight.float()
+    assert torch.equal(layer.to_dense().weight, exact.bfloat16())
