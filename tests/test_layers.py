@@ -7,7 +7,8 @@ from torch.nn import functional
 
 from compressed import assembled
 from spectrim.errors import ModelError
-from spectrim.layers import LowRankLinear, Rank, head_ranks, replace_linears
+from spectrim.layers import LowRankLinear, Rank, head_ranks, pack_linears, replace_linears
+from spectrim.quantize import Grid, quantize
 
 
 def filled(
@@ -266,3 +267,28 @@ def test_a_subclass_of_linear_is_not_replaced() -> None:
     model = nn.MultiheadAttention(8, 2)  # reads out_proj.weight without calling out_proj
     with pytest.raises(ModelError, match="NonDynamicallyQuantizableLinear"):
         replace_linears(model, {"out_proj": 2})
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_rest_beside_the_factors_is_added(symmetric):
+    """``y = A (B x) + R x + bias``, as a layer and as the dense one."""
+    model = nn.Sequential(filled(32, 6, 3))
+    layer = model[0]
+    grid = Grid(3, 32, symmetric)
+    rest = quantize(torch.randn(6, 32, generator=torch.Generator().manual_seed(7)), grid)
+    pack_linears(model, {"0.R": grid})
+    layer.R.load(rest)
+    x = torch.randn(4, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(8))
+    W = assembled(layer) @ layer.B.weight + rest.dense()
+    torch.testing.assert_close(layer(x), functional.linear(x, W, layer.bias))
+    torch.testing.assert_close(layer.to_dense().weight, W)
+
+
+def test_the_dense_layer_of_a_rest_is_rounded_once():
+    model = nn.Sequential(filled(64, 48, 24, dtype=torch.bfloat16))
+    grid = Grid(8, 32)
+    pack_linears(model, {"0.R": grid})
+    layer = model[0]
+    layer.R.load(quantize(torch.randn(48, 64, generator=torch.Generator().manual_seed(7)), grid, dtype=torch.bfloat16))
+    exact = layer.A.weight.float() @ layer.B.weight.float() + layer.R.weight.float()
+    assert torch.equal(layer.to_dense().weight, exact.bfloat16())

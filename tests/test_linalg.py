@@ -33,7 +33,7 @@ def dual(found: Spectrum) -> torch.Tensor:
 
 
 def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-9) -> None:
-    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * max(1.0, float(b.abs().max())))
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * float(b.abs().max()))
 
 
 @st.composite
@@ -41,10 +41,10 @@ def problems(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
     """A weight [out, in] and samples [n, in]; weight and samples may be rank-deficient, scaled or zero."""
     out, size, n = (draw(st.integers(1, 9)) for _ in range(3))
     seed = draw(st.integers(0, 2**32 - 1))
-    W = normal(out, size, seed=seed)
+    W = normal(out, size, seed=seed) * 10.0 ** draw(st.sampled_from([0, 0, -30, 30]))
     if draw(st.booleans()):
         W[draw(st.integers(0, out - 1)) :] = 0
-    X = normal(n, size, seed=seed + 1) * 10.0 ** draw(st.integers(-3, 3))
+    X = normal(n, size, seed=seed + 1) * 10.0 ** draw(st.sampled_from([0, -3, 3, -30, 30]))
     X[:, draw(st.integers(0, size)) :] = 0
     return W, X
 
@@ -171,7 +171,7 @@ def test_unseen_directions_come_by_energy():
         assert int((found.s > 0).sum()) == 3
         left = W - ranked(found, W, 3)
         sigma = torch.linalg.svdvals(left)
-        for k in range(3, 7):
+        for k in range(3, 6):
             close((W - ranked(found, W, k)).square().sum(), sigma[k - 3 :].square().sum())
 
 

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from spectrim.anatomy import Linear
 from spectrim.curvature import OutputMetric
@@ -97,6 +99,35 @@ def test_plain_factors_are_those_of_the_spectrum():
     torch.testing.assert_close(stored.weight(), A @ B, rtol=0, atol=1e-6)
     assert stored.factors is not None
     assert {part.dtype for part in stored.factors} == {torch.float32}
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    st.sampled_from([(1, 1), (1, 32), (32, 1), (8, 32), (32, 8), (6, 6)]),
+    st.sampled_from([-14, -8, 0, 8, 14]),
+    st.sampled_from([-15, -8, 0, 8, 15]),
+    st.sampled_from(["full", "thin", "zero", "none"]),
+    st.sampled_from(["full", "zero", "rank 1"]),
+    st.sampled_from([(8, None), (None, 4), (4, None), None]),
+    st.booleans(),
+)
+def test_no_weight_and_no_metric_is_too_odd(shape, power, metric_power, samples, kind, bits, symmetric):
+    """Vectors, zeros, low ranks, any scale: what is stored is finite, and no worse than nothing."""
+    W = {
+        "full": normal(*shape),
+        "zero": torch.zeros(shape),
+        "rank 1": normal(shape[0], 1) @ normal(1, shape[1], seed=2),
+    }
+    W = W[kind].double() * 10.0**power
+    X = normal(2 if samples == "thin" else 40, shape[1], seed=1) * 10.0**metric_power * (samples != "zero")
+    C = None if samples == "none" else X.T @ X
+    linear = Linear("a", "backbone", None, "up", *shape, None, torch.float32)
+    how = bits and Integers(bits=bits[0], residual=bits[1], group=32, symmetric=symmetric)
+    for rank in (None, max(1, min(shape) // 2)):
+        if rank is not None or (how is not None and how.residual is None):
+            stored = make_stored(W, linear, plan_row(linear, rank, integers=how), C, None).weight()
+            assert stored.isfinite().all()
+            assert error(W - stored, C) <= error(W, C) * (1 + 1e-6)
 
 
 def test_a_weight_that_is_not_finite_is_named():
