@@ -1,11 +1,37 @@
-"""Compressed models as standard Hugging Face directories. Importing this package registers the loader."""
+"""Compressed models as standard Hugging Face directories.
 
-from spectrim.checkpoint.card import add_results
-from spectrim.checkpoint.names import checkpoint_names, runtime_names
-from spectrim.checkpoint.push import push
-from spectrim.checkpoint.quantizer import SpectrimConfig, SpectrimQuantizer, attach
-from spectrim.checkpoint.read import check_dense, load, load_processor, read_config, read_provenance
-from spectrim.checkpoint.write import check_target, save
+Names are imported when they are asked for: transformers may import its models, after which `quantizer` registers the
+format (see ``spectrim.registration``), in the middle of an import of something that another module here needs.
+"""
+
+from typing import TYPE_CHECKING
+
+from spectrim.public import import_when_asked as _import_when_asked
+
+if TYPE_CHECKING:
+    from spectrim.checkpoint.card import add_results
+    from spectrim.checkpoint.names import checkpoint_names, runtime_names
+    from spectrim.checkpoint.push import push
+    from spectrim.checkpoint.quantizer import SpectrimConfig, SpectrimQuantizer, attach
+    from spectrim.checkpoint.read import check_dense, load, load_processor, read_config, read_provenance
+    from spectrim.checkpoint.write import check_target, save
+
+_HOMES = {
+    "add_results": "card",
+    "checkpoint_names": "names",
+    "runtime_names": "names",
+    "push": "push",
+    "SpectrimConfig": "quantizer",
+    "SpectrimQuantizer": "quantizer",
+    "attach": "quantizer",
+    "check_dense": "read",
+    "load": "read",
+    "load_processor": "read",
+    "read_config": "read",
+    "read_provenance": "read",
+    "check_target": "write",
+    "save": "write",
+}
 
 __all__ = [
     "SpectrimConfig",
@@ -23,3 +49,5 @@ __all__ = [
     "runtime_names",
     "save",
 ]
+
+_import_when_asked(__name__, _HOMES)
