@@ -87,6 +87,7 @@ def test_commands_of_readme(folder, number):
         assert "## Measured" in (folder / "small" / "README.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.name)
 def test_commands_of_docs(folder, page):
     listed = commands(page)
@@ -102,6 +103,7 @@ def test_readme_names_the_verbs():
     }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.name)
 def test_code_of_docs(folder, page):
     found = [block for block in blocks(page, "python") if not ELSEWHERE.search(block)]

@@ -79,9 +79,9 @@ ORDERS = {
     "import transformers.modeling_utils",
     "a part of spectrim": "import spectrim.errors\nfrom transformers import LlamaForCausalLM",
     "twice": "import importlib, spectrim\nimportlib.reload(spectrim)\nfrom transformers import LlamaForCausalLM",
-    "after an import that failed": "import sys, spectrim\nsys.modules['transformers.masking_utils'] = None\n"
+    "after an import that failed": "import sys, spectrim\nsys.modules['spectrim.layers'] = None\n"
     "try:\n    import transformers.modeling_utils\nexcept ImportError:\n    pass\nelse:\n    raise AssertionError\n"
-    "del sys.modules['transformers.masking_utils']\nimport transformers.modeling_utils",
+    "del sys.modules['spectrim.layers']\nimport transformers.modeling_utils",
 }
 
 

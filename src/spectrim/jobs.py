@@ -44,6 +44,7 @@ def check_job(
     stats: str | Path | Statistics | None,
     overwrite: bool,
     samples: Mapping[str, Any],
+    trust_remote_code: bool = False,
 ) -> Job:
     """The job, where all of it can be done as far as is known; `samples` are the options of a calibration.
 
@@ -73,7 +74,8 @@ def check_job(
         if statistics is None and chosen.needs_statistics:
             kept = out.with_name(f"{out.name}.stats")
             check_home(kept)
-    check_dense(read_config(model, {}) if isinstance(model, str) else model)
+    where = {"trust_remote_code": trust_remote_code}
+    check_dense(read_config(model, where) if isinstance(model, str) else model)
     return Job(chosen, statistics, kept, plan, tuple(retains), targets)
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from spectrim.cli.verbs import Device, Dtype, Model, dtype_of, pairs, progress, quiet, show, verb
+from spectrim.cli.verbs import Device, Dtype, Model, Trust, dtype_of, pairs, progress, quiet, show, verb
 from spectrim.errors import UsageError
 from spectrim.settings import CalibrationOptions
 
@@ -23,6 +23,7 @@ def _calibrate(
     given: dict[str, Any],
     device: Device = None,
     dtype: Dtype = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Run samples through a model and keep the moments of what its linears read."""
     options.check_together()
@@ -35,14 +36,15 @@ def _calibrate(
 
     quiet()
     check_device(device)
-    loaded_as = {"device_map": device, "dtype": dtype_of(dtype)}
+    trust = {"trust_remote_code": trust_remote_code}
+    loaded_as = {"device_map": device, "dtype": dtype_of(dtype), **trust}
     check_home(out)
     check_directory(out, "-o")
     check_sources(options.text, options.images)
     source = resolve(model)
-    check_dense(read_config(source, {}))
+    check_dense(read_config(source, trust))
     with progress() as report:
-        processor = load_processor(source)
+        processor = load_processor(source, **trust)
         statistics = calibrate(
             load(source, **loaded_as),
             out,
@@ -78,6 +80,7 @@ def _compress(
     overwrite: Annotated[bool, typer.Option(help="Replace a checkpoint that spectrim wrote.")] = False,
     device: Device = None,
     dtype: Dtype = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Compress a model to one or more budgets and write the checkpoints.
 
@@ -91,7 +94,8 @@ def _compress(
 
     quiet()
     check_device(device)
-    loaded_as = {"device_map": device, "dtype": dtype_of(dtype)}
+    trust = {"trust_remote_code": trust_remote_code}
+    loaded_as = {"device_map": device, "dtype": dtype_of(dtype), **trust}
     source = resolve(model)
     job = check_job(
         source,
@@ -103,6 +107,7 @@ def _compress(
         stats=stats,
         overwrite=overwrite,
         samples=given,
+        trust_remote_code=trust_remote_code,
     )
     if given and job.kept is None:
         flag = CalibrationOptions.flag(next(iter(given)))
@@ -112,10 +117,12 @@ def _compress(
         show(f"statistics: {job.kept}")
     with (
         progress() as report,
-        job_compression(job, load(source, **loaded_as), load_processor(source), report, given) as prepared,
+        job_compression(job, load(source, **loaded_as), load_processor(source, **trust), report, given) as prepared,
     ):
         for item, target in zip(prepared.plans(job), job.targets, strict=True):
-            written = prepared.save(item, target, processor=source, overwrite=overwrite)
+            # A processor that is saved by transformers brings its code; a directory's is copied without.
+            files = prepared.processor if trust_remote_code else source
+            written = prepared.save(item, target, processor=files, overwrite=overwrite)
             record = prepared.provenance(item)["retention"]
             show(
                 f"{written}: {item.bytes:,} of {item.dense_bytes:,} bytes of linears ({record['bytes']:.2%}), "

@@ -6,18 +6,18 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from spectrim.cli.verbs import Model, progress, quiet, show, verb
+from spectrim.cli.verbs import Model, Trust, progress, quiet, show, verb
 
 
 @verb("anatomy", after_stop="nothing was written")
-def _anatomy(model: Model) -> None:
+def _anatomy(model: Model, trust_remote_code: Trust = False) -> None:
     """Print what a model is made of: tower, connector, backbone, linears by role, and what is kept dense."""
     from spectrim.anatomy import PLACES, anatomy
     from spectrim.checkpoint import load
     from spectrim.demo import resolve
 
     quiet()
-    parts = anatomy(load(resolve(model)))
+    parts = anatomy(load(resolve(model), trust_remote_code=trust_remote_code))
     show(
         f"tower: {parts.tower or '–'}   connector: {', '.join(parts.connector) or '–'}   "
         f"backbone: {parts.backbone or '(the whole model)'}"
@@ -54,6 +54,7 @@ def _inspect(
     out: Annotated[Path, typer.Option("-o", "--out", help="The directory for inspection.json and the plots.")],
     retain: Annotated[float, typer.Option(help="The retention at which modalities are compared.")] = 0.4,
     plots: Annotated[bool, typer.Option(help="Draw plots (needs the extra 'report').")] = True,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Show how far text-only whitening is from what images need, layer by layer."""
     from spectrim.calibrate import Statistics
@@ -69,10 +70,13 @@ def _inspect(
         check_plots()
     statistics, source = Statistics.open(stats), resolve(model)
     check_text(statistics)
-    check_dense(read_config(source, {}))
+    check_dense(read_config(source, {"trust_remote_code": trust_remote_code}))
     with progress() as report:
         found = inspect(
-            load(source), statistics, retain=retain, progress=lambda done, total: report("inspect", done, total)
+            load(source, trust_remote_code=trust_remote_code),
+            statistics,
+            retain=retain,
+            progress=lambda done, total: report("inspect", done, total),
         )
     for path in write(found, out, plots=plots):
         show(str(path))
