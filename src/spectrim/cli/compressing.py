@@ -37,7 +37,7 @@ def _calibrate(
     quiet()
     check_device(device)
     trust = {"trust_remote_code": trust_remote_code}
-    loaded_as = {"device_map": device, "dtype": dtype_of(dtype), **trust}
+    loaded_as: dict[str, Any] = {"device_map": device, "dtype": dtype_of(dtype), **trust}
     check_home(out)
     check_directory(out, "-o")
     check_sources(options.text, options.images)
@@ -95,7 +95,7 @@ def _compress(
     quiet()
     check_device(device)
     trust = {"trust_remote_code": trust_remote_code}
-    loaded_as = {"device_map": device, "dtype": dtype_of(dtype), **trust}
+    loaded_as: dict[str, Any] = {"device_map": device, "dtype": dtype_of(dtype), **trust}
     source = resolve(model)
     job = check_job(
         source,
