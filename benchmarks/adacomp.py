@@ -51,7 +51,7 @@ def main() -> None:
     model = load(source, dtype=torch.float32)
     sums: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        given = {"text": args.text, "images": None, "samples": args.samples, "seqlen": args.seqlen}
+        given = {"text": args.text, "images": None, "samples": args.samples, "seqlen": args.seqlen, "curvature": False}
         statistics = (
             calibrate(model, scratch, processor=load_processor(source), **given)
             if args.stats is None

@@ -57,7 +57,7 @@ def measure(arguments: argparse.Namespace, samples: int) -> dict[str, float]:
     else:
         model = AutoModelForCausalLM.from_pretrained(arguments.model)
         tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    settings: dict[str, Any] = {"text": arguments.text, "images": None, "seqlen": arguments.seqlen}
+    settings: dict[str, Any] = {"text": arguments.text, "images": None, "seqlen": arguments.seqlen, "curvature": False}
     with tempfile.TemporaryDirectory() as folder:
         before, started = peak_bytes(), time.perf_counter()
         calibrate(model, Path(folder) / "statistics", processor=tokenizer, samples=samples, batch_size=4, **settings)

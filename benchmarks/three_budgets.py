@@ -33,7 +33,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         home = Path(scratch)
         model = load(source, dtype=torch.float32)
-        statistics = calibrate(model, home / "statistics", processor=processor, samples=args.samples, seqlen=128)
+        statistics = calibrate(model, home / "statistics", processor=processor, samples=args.samples, curvature=False)
         best = {1: float("inf"), 3: float("inf")}
         for turn in range(2):
             for count in best:

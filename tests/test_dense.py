@@ -14,7 +14,8 @@ from torch import nn
 from compressed import config_of, edited, factored
 from families import FAMILIES
 from spectrim.calibrate import calibrate
-from spectrim.checkpoint import check_dense, load, save
+from spectrim.checkpoint import load, save
+from spectrim.dense import check_dense
 from spectrim.errors import ModelError, RecipeError
 from spectrim.pipeline import compress
 from test_samples import word_tokenizer

@@ -46,7 +46,7 @@ def test_both_surfaces_have_the_options_of_the_record(record, function, apart, v
     options = dict(record())
     assert library(function, *apart) == options
     found = command_line(verb, record)
-    assert found.keys() - more - {"device", "dtype", "help"} == options.keys()
+    assert found.keys() - more - {"device", "dtype", "trust_remote_code", "help"} == options.keys()
     assert {name: found[name] for name in options} == options
 
 

@@ -4,11 +4,9 @@ Importing it makes the checkpoint format known to transformers, so that ``from_p
 else is imported when it is first used.
 """
 
-import importlib
-import sys
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from spectrim.public import import_when_asked as _import_when_asked
 from spectrim.registration import register as _register
 
 if TYPE_CHECKING:
@@ -64,27 +62,5 @@ __all__ = [
 ]
 
 
-class _Package(ModuleType):
-    """This package, whose public names are imported when they are asked for.
-
-    Some functions are called as the module that they live in (``anatomy``, ``calibrate``, ``evaluate``). The import
-    system sets a module as an attribute of its package when it is loaded; here the function keeps the name.
-    """
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in _HOMES:
-            raise AttributeError(f"module 'spectrim' has no attribute '{name}'")
-        value = getattr(importlib.import_module(f"spectrim.{_HOMES[name]}"), name)
-        self.__dict__[name] = value
-        return value
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _HOMES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-    def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *_HOMES})
-
-
-sys.modules[__name__].__class__ = _Package
+_import_when_asked(__name__, _HOMES)
 _register()

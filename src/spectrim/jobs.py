@@ -9,8 +9,9 @@ from transformers import PreTrainedModel
 
 from spectrim.calibrate import Statistics
 from spectrim.calibrate.snapshot import check_home
-from spectrim.checkpoint import check_dense, check_target, read_config
+from spectrim.checkpoint import check_target, read_config
 from spectrim.checks import check_directory, check_once, check_retain, check_sources
+from spectrim.dense import check_dense
 from spectrim.errors import BudgetError, RecipeError, UsageError
 from spectrim.plan import Plan
 from spectrim.recipe import Recipe

@@ -3,21 +3,15 @@
 The layout is that of compressed-tensors from 0.18 on, whatever release is installed, so that its own loader,
 transformers' and vLLM's read the same weight. Release 0.17, which vLLM 0.32 asks for, has the same layout for integers
 of 4 and 8 bits, but leaves bits of every word unused for those of 3.
+
+compressed-tensors is imported where it is used: it imports transformers' models, after which this module is imported to
+register the format (see ``spectrim.registration``).
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
-from compressed_tensors.config import CompressionFormat
-from compressed_tensors.quantization import (
-    QuantizationArgs,
-    QuantizationConfig,
-    QuantizationScheme,
-    QuantizationStatus,
-    QuantizationStrategy,
-)
 from pydantic import ValidationError
 from torch import nn
 from torch.nn.utils import skip_init
@@ -25,6 +19,9 @@ from torch.nn.utils import skip_init
 from spectrim.errors import CheckpointError, ModelError
 from spectrim.lazy import LazyWeight
 from spectrim.quantize import Grid, Quantized
+
+if TYPE_CHECKING:
+    from compressed_tensors.quantization import QuantizationScheme
 
 
 class PackedLinear(nn.Module):
@@ -141,6 +138,8 @@ def check_values(layer: nn.Module) -> None:
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Words int32 [rows, ⌈columns · bits / 32⌉] of signed codes int8 [rows, columns], one row after the other."""
     if 32 % bits == 0:
+        from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
         return pack_to_int32(codes, bits)
     # Eight codes are `bits` bytes; a word has its low byte first.
     count = codes.shape[1]
@@ -157,6 +156,8 @@ def unpack(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     """The inverse of `pack`: codes int8 [rows, count]."""
     words = words.flatten().view(words.shape)  # a single column has any stride, and its bytes need one of 1
     if 32 % bits == 0:
+        from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
         return unpack_from_int32(words, bits, torch.Size((len(words), count)))
     stream = words.view(torch.uint8)
     kind = torch.int32 if bits < 4 else torch.int64
@@ -170,8 +171,10 @@ def _steps(count: int, step: int, like: torch.Tensor) -> torch.Tensor:
     return step * torch.arange(count, dtype=like.dtype, device=like.device)
 
 
-def scheme(grid: Grid, targets: list[str]) -> QuantizationScheme:
+def scheme(grid: Grid, targets: list[str]) -> "QuantizationScheme":
     """What compressed-tensors calls a grid."""
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, QuantizationStrategy
+
     weights = QuantizationArgs(
         num_bits=grid.bits,
         symmetric=grid.symmetric,
@@ -183,6 +186,9 @@ def scheme(grid: Grid, targets: list[str]) -> QuantizationScheme:
 
 def inner_config(grids: Mapping[str, Grid]) -> dict[str, Any]:
     """The compressed-tensors config (JSON types) of linears on grids, by checkpoint name; each is named as a target."""
+    from compressed_tensors.config import CompressionFormat
+    from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus
+
     targets: dict[Grid, list[str]] = {}
     for name, grid in grids.items():
         targets.setdefault(grid, []).append(name)
@@ -200,6 +206,9 @@ def inner_grids(config: Any) -> dict[str, Grid]:
     Raises CheckpointError for a config that compressed-tensors refuses, and for one with more than packed integer
     weights of named linears.
     """
+    from compressed_tensors.config import CompressionFormat
+    from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
+
     try:
         read = QuantizationConfig.model_validate(config)
     except ValidationError as error:

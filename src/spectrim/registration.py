@@ -1,7 +1,7 @@
 """Makes the checkpoint format known to transformers, without importing transformers before somebody else does.
 
-The format is registered by ``spectrim.checkpoint.quantizer``, which takes seconds to import, and has to be known before
-anybody opens a checkpoint. All who do so import ``transformers.modeling_utils``, which has ``from_pretrained``, or at
+The format is registered by ``spectrim.checkpoint.saving``, which takes seconds to import, and has to be known before
+anybody opens or saves a checkpoint. All who do so import ``transformers.modeling_utils``, which has ``from_pretrained``, or at
 least ``transformers.quantizers``, which reads the quantization config (lm-eval does that first). Where one of them
 is loaded already, the format is registered at once, else as soon as one is.
 """
@@ -32,7 +32,7 @@ class _AfterImport:
             run(module)
             if name == _QUANTIZERS and _MODELS in sys.modules:
                 return  # imported by the models, which are not whole yet; their turn comes
-            importlib.import_module("spectrim.checkpoint.quantizer")
+            importlib.import_module("spectrim.checkpoint.saving")
             if self in sys.meta_path:  # until here, so that an import that fails can be tried again
                 sys.meta_path.remove(self)
 
@@ -43,6 +43,6 @@ class _AfterImport:
 def register() -> None:
     """Register the format now, or when transformers' models or quantizers are imported."""
     if {_MODELS, _QUANTIZERS} & sys.modules.keys():
-        importlib.import_module("spectrim.checkpoint.quantizer")
+        importlib.import_module("spectrim.checkpoint.saving")
     elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AfterImport())

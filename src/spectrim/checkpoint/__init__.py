@@ -1,25 +1,43 @@
-"""Compressed models as standard Hugging Face directories. Importing this package registers loading and saving."""
+"""Compressed models as standard Hugging Face directories.
 
-from transformers import PreTrainedModel
+Names are imported when they are asked for: transformers may import its models, after which `saving` registers the
+format (see ``spectrim.registration``), in the middle of an import of something that another module here needs.
+"""
 
-from spectrim.checkpoint.card import add_results
-from spectrim.checkpoint.names import checkpoint_names, runtime_names
-from spectrim.checkpoint.push import push
-from spectrim.checkpoint.quantizer import SpectrimConfig, SpectrimQuantizer, attach
-from spectrim.checkpoint.read import load, load_processor, read_provenance
-from spectrim.checkpoint.saving import save_pretrained
-from spectrim.checkpoint.sources import read_config
-from spectrim.checkpoint.write import check_target, save
-from spectrim.dense import check_dense
+from typing import TYPE_CHECKING
 
-PreTrainedModel.save_pretrained = save_pretrained  # type: ignore[method-assign]
+from spectrim.public import import_when_asked as _import_when_asked
+
+if TYPE_CHECKING:
+    from spectrim.checkpoint.card import add_results
+    from spectrim.checkpoint.names import checkpoint_names, runtime_names
+    from spectrim.checkpoint.push import push
+    from spectrim.checkpoint.quantizer import SpectrimConfig, SpectrimQuantizer, attach
+    from spectrim.checkpoint.read import load, load_processor, read_provenance
+    from spectrim.checkpoint.sources import read_config
+    from spectrim.checkpoint.write import check_target, save
+
+_HOMES = {
+    "add_results": "card",
+    "checkpoint_names": "names",
+    "runtime_names": "names",
+    "push": "push",
+    "SpectrimConfig": "quantizer",
+    "SpectrimQuantizer": "quantizer",
+    "attach": "quantizer",
+    "load": "read",
+    "load_processor": "read",
+    "read_config": "sources",
+    "read_provenance": "read",
+    "check_target": "write",
+    "save": "write",
+}
 
 __all__ = [
     "SpectrimConfig",
     "SpectrimQuantizer",
     "add_results",
     "attach",
-    "check_dense",
     "check_target",
     "checkpoint_names",
     "load",
@@ -30,3 +48,5 @@ __all__ = [
     "runtime_names",
     "save",
 ]
+
+_import_when_asked(__name__, _HOMES)

@@ -132,3 +132,6 @@ def _sizes(layer: LowRankLinear | PackedLinear) -> dict[str, tuple[int, ...]]:
         elif isinstance(part, nn.Linear):
             sizes[f"{prefix}weight"] = (part.out_features, part.in_features)
     return sizes
+
+
+PreTrainedModel.save_pretrained = save_pretrained  # type: ignore[method-assign]

@@ -23,28 +23,29 @@ def _calibrate(
     given: dict[str, Any],
     device: Device = None,
     dtype: Dtype = None,
-    trust: Trust = False,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Run samples through a model and keep the moments of what its linears read."""
     options.check_together()
     options.check_effect(given)
     from spectrim.calibrate import calibrate
     from spectrim.calibrate.snapshot import check_home
-    from spectrim.checkpoint import check_dense, load, load_processor, read_config
+    from spectrim.checkpoint import load, load_processor, read_config
     from spectrim.checks import check_device, check_directory, check_sources
     from spectrim.demo import resolve
+    from spectrim.dense import check_dense
 
     quiet()
     check_device(device)
-    trusted = {"trust_remote_code": trust}
-    loaded_as: dict[str, Any] = {"device_map": device, "dtype": dtype_of(dtype), **trusted}
+    trust = {"trust_remote_code": trust_remote_code}
+    loaded_as: dict[str, Any] = {"device_map": device, "dtype": dtype_of(dtype), **trust}
     check_home(out)
     check_directory(out, "-o")
     check_sources(options.text, options.images)
     source = resolve(model)
-    check_dense(read_config(source, trusted))
+    check_dense(read_config(source, trust))
     with progress() as report:
-        processor = load_processor(source, **trusted)
+        processor = load_processor(source, **trust)
         statistics = calibrate(
             load(source, **loaded_as),
             out,
@@ -80,7 +81,7 @@ def _compress(
     overwrite: Annotated[bool, typer.Option(help="Replace a checkpoint that spectrim wrote.")] = False,
     device: Device = None,
     dtype: Dtype = None,
-    trust: Trust = False,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Compress a model to one or more budgets and write the checkpoints.
 
@@ -94,8 +95,8 @@ def _compress(
 
     quiet()
     check_device(device)
-    trusted = {"trust_remote_code": trust}
-    loaded_as: dict[str, Any] = {"device_map": device, "dtype": dtype_of(dtype), **trusted}
+    trust = {"trust_remote_code": trust_remote_code}
+    loaded_as: dict[str, Any] = {"device_map": device, "dtype": dtype_of(dtype), **trust}
     source = resolve(model)
     job = check_job(
         source,
@@ -107,7 +108,7 @@ def _compress(
         stats=stats,
         overwrite=overwrite,
         samples=given,
-        **trusted,
+        trust_remote_code=trust_remote_code,
     )
     if given and job.kept is None:
         flag = CalibrationOptions.flag(next(iter(given)))
@@ -115,10 +116,13 @@ def _compress(
     CalibrationOptions.checked(**gathered(job.recipe, given)).check_effect(given)
     if job.kept is not None:
         show(f"statistics: {job.kept}")
-    processor = load_processor(source, **trusted)
-    files = processor if trust else source  # saved by transformers, a processor brings its code
-    with progress() as report, job_compression(job, load(source, **loaded_as), processor, report, given) as prepared:
+    with (
+        progress() as report,
+        job_compression(job, load(source, **loaded_as), load_processor(source, **trust), report, given) as prepared,
+    ):
         for item, target in zip(prepared.plans(job), job.targets, strict=True):
+            # A processor that is saved by transformers brings its code; a directory's is copied without.
+            files = prepared.processor if trust_remote_code else source
             written = prepared.save(item, target, processor=files, overwrite=overwrite)
             record = prepared.provenance(item)["retention"]
             show(

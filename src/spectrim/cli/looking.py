@@ -10,14 +10,14 @@ from spectrim.cli.verbs import Model, Trust, progress, quiet, show, verb
 
 
 @verb("anatomy", after_stop="nothing was written")
-def _anatomy(model: Model, trust: Trust = False) -> None:
+def _anatomy(model: Model, trust_remote_code: Trust = False) -> None:
     """Print what a model is made of: tower, connector, backbone, linears by role, and what is kept dense."""
     from spectrim.anatomy import PLACES, anatomy
     from spectrim.checkpoint import load
     from spectrim.demo import resolve
 
     quiet()
-    parts = anatomy(load(resolve(model), trust_remote_code=trust))
+    parts = anatomy(load(resolve(model), trust_remote_code=trust_remote_code))
     show(
         f"tower: {parts.tower or '–'}   connector: {', '.join(parts.connector) or '–'}   "
         f"backbone: {parts.backbone or '(the whole model)'}"
@@ -54,13 +54,14 @@ def _inspect(
     out: Annotated[Path, typer.Option("-o", "--out", help="The directory for inspection.json and the plots.")],
     retain: Annotated[float, typer.Option(help="The retention at which modalities are compared.")] = 0.4,
     plots: Annotated[bool, typer.Option(help="Draw plots (needs the extra 'report').")] = True,
-    trust: Trust = False,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Show how far text-only whitening is from what images need, layer by layer."""
     from spectrim.calibrate import Statistics
-    from spectrim.checkpoint import check_dense, load, read_config
+    from spectrim.checkpoint import load, read_config
     from spectrim.checks import check_directory, check_retain
     from spectrim.demo import resolve
+    from spectrim.dense import check_dense
     from spectrim.inspect_ import check_plots, check_text, inspect, write
 
     quiet()
@@ -70,10 +71,10 @@ def _inspect(
         check_plots()
     statistics, source = Statistics.open(stats), resolve(model)
     check_text(statistics)
-    check_dense(read_config(source, {"trust_remote_code": trust}))
+    check_dense(read_config(source, {"trust_remote_code": trust_remote_code}))
     with progress() as report:
         found = inspect(
-            load(source, trust_remote_code=trust),
+            load(source, trust_remote_code=trust_remote_code),
             statistics,
             retain=retain,
             progress=lambda done, total: report("inspect", done, total),

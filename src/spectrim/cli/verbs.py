@@ -31,7 +31,9 @@ app = typer.Typer(
 Model = Annotated[str, typer.Argument(help="A model directory, a hub id, a .gguf file, or 'demo'.")]
 Device = Annotated[str | None, typer.Option(help="Where the model runs, such as cpu or cuda:0.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; the files' own if not given.")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model brings.")]
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that the model brings; only if you have read it.")
+]
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
