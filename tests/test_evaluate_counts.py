@@ -176,8 +176,9 @@ def test_stored_bytes_follow_the_index(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"x" * 100)
     (tmp_path / "adapter.safetensors").write_bytes(b"x" * 10)
     assert stored_bytes(tmp_path) == 100
+    (tmp_path / "model.safetensors").unlink()  # which transformers would read, whatever an index says
     shards = {"a.weight": "one.safetensors", "b.weight": "two.safetensors", "c.weight": "one.safetensors"}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shards}))
     (tmp_path / "one.safetensors").write_bytes(b"x" * 7)
     with pytest.raises(CheckpointError, match=r"two\.safetensors"):
         stored_bytes(tmp_path)
