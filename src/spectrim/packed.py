@@ -207,7 +207,7 @@ def inner_grids(config: Any) -> dict[str, Grid]:
     weights of named linears.
     """
     from compressed_tensors.config import CompressionFormat
-    from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
+    from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, QuantizationStrategy
 
     try:
         read = QuantizationConfig.model_validate(config)

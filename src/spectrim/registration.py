@@ -1,9 +1,9 @@
 """Makes the checkpoint format known to transformers, without importing transformers before somebody else does.
 
 The format is registered by ``spectrim.checkpoint.saving``, which takes seconds to import, and has to be known before
-anybody opens or saves a checkpoint. All who do so import ``transformers.modeling_utils``, which has ``from_pretrained``, or at
-least ``transformers.quantizers``, which reads the quantization config (lm-eval does that first). Where one of them
-is loaded already, the format is registered at once, else as soon as one is.
+anybody opens or saves a checkpoint. All who do so import ``transformers.modeling_utils``, which has
+``from_pretrained``, or at least ``transformers.quantizers``, which reads the quantization config (lm-eval does that
+first). Where one of them is loaded already, the format is registered at once, else as soon as one is.
 """
 
 import importlib
