@@ -128,7 +128,7 @@ MUTATIONS = [
     M("nearest in the metric", "stored.py", "given = (C, G) if fed else (None, None)", "given = (C, G)"),
     M("zero points not written", "stored.py", "if part.zero is not None:", "if False:"),
     # hybrid
-    M("what is left is not spent", "hybrid.py", "        if option.bytes - chosen[name].bytes <= left:\n", "        if option.bytes - chosen[name].bytes < 0:\n"),
+    M("what is left is not spent", "hybrid.py", "chosen[name] = after\n    _spend(options, chosen, left)\n", "chosen[name] = after\n"),
     M("hull keeps inner points", "hybrid.py", "while len(hull) > 1 and", "while False and"),
     M("multiple ignored", "hybrid.py", "return step if heads > 1 else -(-step // multiple) * multiple", "return step"),
     M("rounding costs nothing", "hybrid.py", "left[count] + added[count - 1]", "left[count]"),
