@@ -71,7 +71,9 @@ def folder(tmp_path_factory) -> Path:
     model = FAMILIES["llava"]()
     model.config.text_config.max_position_embeddings = 1024
     model.save_pretrained(home / "model")
-    llava_processor().save_pretrained(home / "model")
+    processor = llava_processor()
+    processor.tokenizer.pad_token = processor.tokenizer.unk_token
+    processor.save_pretrained(home / "model")
     (home / "words.txt").write_text(" ".join(f"w{(7 * i * i + 3 * i) % 115 + 2}" for i in range(6000)))
     image_folder(home / "images", 8)
     run(home, *real(CALIBRATE))
