@@ -9,7 +9,8 @@ from compressed import factored, logits
 from spectrim.checkpoint import load, save
 from spectrim.checkpoint.names import compressed_layers
 from spectrim.errors import CheckpointError, ModelError
-from spectrim.layers import LowRankLinear, lora_targets
+from spectrim.layers import LowRankLinear
+from spectrim.lora import lora_targets
 from test_packed import packed
 
 

@@ -11,7 +11,8 @@ from compressed import factored, logits, low_rank, pack_nearest
 from families import FAMILIES, example_inputs
 from spectrim.checkpoint import load, save
 from spectrim.errors import ModelError
-from spectrim.layers import LowRankLinear, lora_targets
+from spectrim.layers import LowRankLinear
+from spectrim.lora import lora_targets
 from spectrim.quantize import Grid
 
 peft = pytest.importorskip("peft")

@@ -15,7 +15,7 @@ from spectrim.pipeline import compress, compression
 from spectrim.settings import CalibrationOptions, EvaluationOptions
 
 COMMANDS = typer.main.get_command(app).commands
-OWN = {"recipe", "retain", "plan", "stats", "changes", "overwrite"}  # of compress, in both
+OWN = {"recipe", "retain", "plan", "stats", "changes", "overwrite", "trust_remote_code"}  # of compress, in both
 
 
 def library(function, *apart):
@@ -37,8 +37,8 @@ def command_line(verb, record):
         (CalibrationOptions, calibrate, ("model", "out", "processor", "progress"), "calibrate", {"model", "out"}),
         (CalibrationOptions, calibrate, ("model", "out", "processor", "progress"), "compress", {"model", "out", *OWN}),
         (
-            EvaluationOptions, evaluate, ("directories", "device", "dtype", "progress"), "evaluate",
-            {"models", "suite", "limit", "json", "card"},
+            EvaluationOptions, evaluate, ("directories", "device", "dtype", "trust_remote_code", "progress"),
+            "evaluate", {"models", "suite", "limit", "json", "card"},
         ),
     ],
 )  # fmt: skip

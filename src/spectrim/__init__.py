@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from spectrim.errors import SpectrimError
     from spectrim.evaluate import evaluate
     from spectrim.inspect_ import inspect
-    from spectrim.layers import lora_targets
+    from spectrim.lora import lora_targets
     from spectrim.pipeline import Compression, compress, compression
     from spectrim.plan import Plan
     from spectrim.recipe import Recipe
@@ -33,7 +33,7 @@ _HOMES = {
     "SpectrimError": "errors",
     "evaluate": "evaluate",
     "inspect": "inspect_",
-    "lora_targets": "layers",
+    "lora_targets": "lora",
     "Compression": "pipeline",
     "compress": "pipeline",
     "compression": "pipeline",

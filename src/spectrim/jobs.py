@@ -65,13 +65,12 @@ def check_job(
     kept: Path | None = None
     targets: tuple[Path, ...] = ()
     if out is not None:
-        check_directory(out := Path(out).expanduser().resolve(), "-o")
+        check_directory(out := Path(out).expanduser().absolute(), "-o")
         targets = tuple(out / f"retain-{retain}" for retain in retains) if len(retains) > 1 else (out,)
         home = str(model if isinstance(model, str) else model.name_or_path).partition("::")[0]
         read = [home, None if statistics is None else statistics.path, plan, recipe]
-        protected = [Path(path) for path in read if path and isinstance(path, str | Path) and Path(path).exists()]
-        for target in targets:
-            check_target(target, overwrite=overwrite, protected=protected)
+        protected = [Path(path) for path in read if path and isinstance(path, str | Path)]
+        targets = tuple(check_target(target, overwrite=overwrite, protected=protected) for target in targets)
         if statistics is None and chosen.needs_statistics:
             kept = out.with_name(f"{out.name}.stats")
             check_home(kept)

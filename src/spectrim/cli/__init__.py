@@ -10,7 +10,7 @@ import typer
 
 from spectrim.cli import compressing, looking, measuring, sharing
 from spectrim.cli.verbs import app
-from spectrim.errors import SpectrimError
+from spectrim.errors import SpectrimError, printable
 
 __all__ = ["app", "compressing", "looking", "main", "measuring", "sharing"]
 
@@ -59,5 +59,5 @@ def main() -> None:
 
 
 def _fail(message: str, code: int, cause: BaseException) -> NoReturn:
-    print(f"spectrim: {message}", file=sys.stderr)
+    print(f"spectrim: {printable(message)}", file=sys.stderr)
     raise SystemExit(code) from cause

@@ -26,7 +26,7 @@ def _evaluate(
     limit: Annotated[int | None, typer.Option(help="Samples of each task of a suite at most.")] = None,
     json: Annotated[Path | None, typer.Option(help="Write the results here too.")] = None,
     card: Annotated[bool, typer.Option(help="Write them into the card of each compressed checkpoint too.")] = False,
-    trust: Trust = False,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Measure language and sight of models, and what each lost against the dense one."""
     if suite is None:
@@ -45,7 +45,7 @@ def _evaluate(
     if json is not None:
         check_file(json, "--json")
     paths = [resolve(model) for model in models]
-    how: dict[str, Any] = {"device": device, "dtype": dtype_of(dtype), "trust_remote_code": trust}
+    how: dict[str, Any] = {"device": device, "dtype": dtype_of(dtype), "trust_remote_code": trust_remote_code}
     if suite is not None:
         _run_suite(suite, paths, json, limit=limit, batch_size=options.batch_size, **how)
         return
