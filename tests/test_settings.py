@@ -94,7 +94,7 @@ def test_limits_are_said_in_a_sentence(record, values, message):
         (CalibrationOptions, {"images": None, "answer_tokens": 4}, "--answer-tokens has no effect"),
         (CalibrationOptions, {"curvature": False, "gradients": True, "labels": "given"}, None),
         (EvaluationOptions, {"tasks": ("vqa",), "stride": 8}, "--stride has no effect without the task perplexity"),
-        (EvaluationOptions, {"tasks": ("perplexity",), "vqa_source": "builtin"}, "--questions has no effect without"),
+        (EvaluationOptions, {"tasks": ("perplexity",), "questions": "builtin"}, "--questions has no effect without"),
         (EvaluationOptions, {"tasks": ("perplexity",), "stride": 8}, None),
     ],
 )
