@@ -88,7 +88,6 @@ def test_code_is_not_run_and_the_message_says_how(own: Path, mark: Path, reader:
         "anatomy {own}",
         "calibrate {own} -o {out}",
         "compress {own} -o {out} --retain 0.6 --recipe svd",
-        "inspect {own} --stats {out} -o {out}",
         "evaluate {own} --tasks perplexity",
     ],
 )
