@@ -30,7 +30,8 @@ def read(words, pictures, tmp_path):  # noqa: F811
             seen[now[0]].setdefault(name, []).append(args[0].detach().flatten(0, -2))
 
         handles.append(model.get_submodule(linear.name).register_forward_pre_hook(keep))
-    options = {"processor": llava_processor(), "text": words, "images": pictures, "samples": 6, "seqlen": 24, "curvature": False}
+    sizes = {"samples": 6, "seqlen": 24, "curvature": False}
+    options = {"processor": llava_processor(), "text": words, "images": pictures, **sizes}
     statistics = calibrate(model, tmp_path / "s", **options)
     for handle in handles:
         handle.remove()
