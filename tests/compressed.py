@@ -14,7 +14,7 @@ from torch import nn
 from families import FAMILIES, example_inputs
 from spectrim.anatomy import anatomy
 from spectrim.layers import LowRankLinear, Rank, head_ranks, pack_linears, replace_linears
-from spectrim.quantize import Grid, quantize
+from spectrim.quantize import Grid, fitting_group, quantize
 
 MAIN = ("qwen2_5_vl", "llava", "idefics3", "llama")
 
@@ -126,3 +126,33 @@ def edited(directory: Path) -> Iterator[dict[str, torch.Tensor]]:
     tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
     yield tensors
     save_file(tensors, file, metadata={"format": "pt"})
+
+
+PACKED_FORMS = ("dense", "factors", "B alone", "rest", "plain")
+
+
+def grid_of(size: int, bits: int, symmetric: bool) -> Grid:
+    return Grid(bits, fitting_group(size, 32), symmetric)
+
+
+def packed(family: str, model: Any = None) -> Any:
+    """A few-layer model whose linears take turns: packed, factored and packed in three ways, and left as they are."""
+    model = FAMILIES[family]() if model is None else model
+    for number, linear in enumerate(anatomy(model).linears):
+        form, bits, symmetric = PACKED_FORMS[number % len(PACKED_FORMS)], (3, 4, 8, 2)[number % 4], number % 2 == 0
+        W = model.get_submodule(linear.name).weight.detach()
+        parts = {}
+        if form == "dense":
+            parts = {linear.name: W}
+        elif form != "plain":
+            A, B = cut(W, min(W.shape) // 3)
+            replace_linears(model, {linear.name: len(B)})
+            model.get_submodule(linear.name).load_factors(A, B)
+            parts = {f"{linear.name}.B": B} | ({} if form == "B alone" else {f"{linear.name}.A": A})
+            if form == "rest":
+                parts[f"{linear.name}.R"] = W.float() - A @ B
+        found = {n: quantize(X, grid_of(X.shape[1], bits, symmetric), dtype=model.dtype) for n, X in parts.items()}
+        pack_linears(model, {name: each.grid for name, each in found.items()})
+        for name, each in found.items():
+            model.get_submodule(name).load(each)
+    return model

@@ -21,10 +21,6 @@ CPU = torch.device("cpu")
 EXACT = 1e-10  # damping that changes nothing visible
 
 
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def linear(out: int, size: int, *, heads: int | None = None, name: str = "a") -> Linear:
     return Linear(name, "backbone", None, "q" if heads else "up", out, size, heads, torch.float64)
 

@@ -10,6 +10,9 @@ from hypothesis import strategies as st
 
 import families
 from compressed import logits, low_rank
+from helpers.matrices import normal
+from helpers.samples import WORDS, processor
+from helpers.streams import batches, flat, prepare, record, shifted, stream, weights
 from spectrim.anatomy import anatomy
 from spectrim.calibrate import calibrate
 from spectrim.calibrate.positions import Positions
@@ -22,18 +25,8 @@ from spectrim.linalg import BlockRoot
 from spectrim.metric import joint_weights
 from spectrim.pipeline import compress, compression
 from spectrim.recipe import Recipe
-from test_calibrate import WORDS
-from test_compensate import batches, flat, normal, prepare, record, shifted, stream
-from test_pipeline import processor, weights
 
 ADACOMP = {"compensate.kind": "adacomp", "compensate.weight": 1.0}
-
-
-@pytest.fixture(scope="module")
-def words(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("words") / "words.txt"
-    path.write_text(WORDS)
-    return str(path)
 
 
 def moments(X: torch.Tensor, T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,6 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import families
+from helpers.plans import least_and_dense, linear, models, options, price, spent
+from helpers.samples import processor
 from spectrim.allocate import choice, spend
 from spectrim.anatomy import anatomy
 from spectrim.calibrate import calibrate
@@ -15,9 +17,6 @@ from spectrim.errors import ModelError, NumericalError, RecipeError
 from spectrim.importance import block_cosines, importance
 from spectrim.pipeline import compression
 from spectrim.recipe import AllocationPart
-from test_allocate import least_and_dense, linear, models, options, price, spent
-from test_calibrate import WORDS
-from test_pipeline import processor
 
 
 def ranks_of(model, shares, floor: float, budget: int):
@@ -78,13 +77,6 @@ def test_a_floor_above_the_retention_is_uniform():
     assert ranks_of(model, shares, 0.45, budget) == spend(options(model, "uniform"), budget)
     same = dict.fromkeys(model, 1.0)
     assert ranks_of(model, same, 0.2, budget) == spend(options(model, "uniform"), budget)
-
-
-@pytest.fixture(scope="module")
-def words(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("words") / "words.txt"
-    path.write_text(WORDS)
-    return str(path)
 
 
 def samples(model, family: str, words: str):

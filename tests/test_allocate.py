@@ -8,54 +8,11 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from spectrim.allocate import Choice, choice, spend
-from spectrim.anatomy import Linear
+from helpers.plans import least_and_dense, linear, models, options, price, spectrum, spent
+from spectrim.allocate import spend
 from spectrim.errors import BudgetError
-from spectrim.recipe import AllocationPart
 
 RULES = ("uniform", "global-sigma", "global-sigma-mean", "global-energy", "sensitivity")
-
-
-def linear(number: int, out: int, size: int, dtype: torch.dtype = torch.bfloat16) -> Linear:
-    return Linear(f"l{number}", "backbone", None, "proj", out, size, None, dtype)
-
-
-def spectrum(size: int, seed: int) -> torch.Tensor:
-    values = torch.rand(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) ** 4
-    return values.sort(descending=True).values
-
-
-@st.composite
-def models(draw: st.DrawFn) -> dict[str, tuple[Linear, torch.Tensor]]:
-    """Linears of a few shapes and dtypes with spectra; some are silent, and some have ties."""
-    found = {}
-    for number in range(draw(st.integers(1, 5))):
-        out, size = draw(st.integers(1, 24)), draw(st.integers(1, 24))
-        one = linear(number, out, size, draw(st.sampled_from([torch.bfloat16, torch.float32])))
-        s = spectrum(min(out, size), draw(st.integers(0, 2**31)))
-        s = {"as is": s, "zero": 0 * s, "ties": s.mul(4).ceil()}[draw(st.sampled_from(["as is", "zero", "ties"]))]
-        found[one.name] = (one, s)
-    return found
-
-
-def options(model, rule: str) -> dict[str, Choice]:
-    part = AllocationPart(rule=rule)
-    return {name: choice(part, one, s, None) for name, (one, s) in model.items()}
-
-
-def price(one: Linear, rank: int | None) -> int:
-    """Bytes of a linear, counted from its shape."""
-    item = torch.empty(0, dtype=one.dtype).element_size()
-    return item * (one.out_features * one.in_features if rank is None else rank * (one.out_features + one.in_features))
-
-
-def spent(model, ranks) -> int:
-    return sum(price(one, ranks[name]) for name, (one, _) in model.items())
-
-
-def least_and_dense(model) -> tuple[int, int]:
-    least = sum(min(price(one, 1), price(one, None)) for one, _ in model.values())
-    return least, sum(price(one, None) for one, _ in model.values())
 
 
 @settings(max_examples=200, deadline=None)

@@ -7,6 +7,7 @@ import torch
 
 import families
 from compressed import logits
+from helpers.matrices import normal
 from spectrim.anatomy import Linear, anatomy
 from spectrim.checkpoint import load, save
 from spectrim.decompose import decompose
@@ -15,7 +16,6 @@ from spectrim.plan import Integers, plan_row
 from spectrim.quantize import Grid, Quantized, fitting_group, quantize
 from spectrim.spectra import directions
 from spectrim.stored import _balanced, make_stored
-from test_quantize import normal
 
 NORMAL = torch.finfo(torch.float16).smallest_normal
 RANK = 16

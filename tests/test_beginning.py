@@ -9,13 +9,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.processing_llava import LlavaProcessor
 
+from helpers.samples import noise
 from spectrim.errors import SampleError
 from spectrim.evaluate import perplexity
 from spectrim.evaluate.language import read_text
 from spectrim.samples import load_text, text_windows
 from spectrim.samples.batches import model_tensors
 from spectrim.samples.beginning import beginning
-from test_samples import noise
 
 WORDS = " ".join(f"w{2 + i * 7 % 110}" for i in range(2000))
 SPECIAL = {"<s>": 0, "</s>": 1, "[CLS]": 120, "[SEP]": 121, "[gMASK]": 122, "<sop>": 123, "<image>": 124}

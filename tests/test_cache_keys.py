@@ -11,7 +11,9 @@ import torch
 from pydantic import BaseModel
 
 import families
-from curvatures import normal
+from helpers.calibrated import tiny
+from helpers.matrices import normal
+from helpers.samples import calibrated_windows, word_tokenizer
 from spectrim import spectra
 from spectrim.anatomy import anatomy
 from spectrim.calibrate import Statistics, calibrate
@@ -23,18 +25,15 @@ from spectrim.pipeline import compression
 from spectrim.plan import Plan
 from spectrim.recipe import Recipe
 from spectrim.spectra import cache_key
-from test_calibrate import WORDS, calibrated_windows, tiny
-from test_samples import word_tokenizer
 
 # What does not change compensated weights: the names of a recipe, and its allocation, whose outcome is the plan.
 DESCRIPTIVE = {"version", "name", "summary", "paper"}
 
 
 @pytest.fixture(scope="module")
-def statistics(tmp_path_factory) -> Statistics:
+def statistics(words, tmp_path_factory) -> Statistics:
     path = tmp_path_factory.mktemp("s")
-    (path / "words.txt").write_text(WORDS)
-    given = {"processor": word_tokenizer(), "text": str(path / "words.txt"), "samples": 8, "seqlen": 16}
+    given = {"processor": word_tokenizer(), "text": words, "samples": 8, "seqlen": 16}
     return calibrate(tiny("llama", torch.float32), path / "s", **given, curvature=True)
 
 
@@ -87,7 +86,7 @@ def test_recipes_that_differ_in_any_field_have_compensated_blocks_of_their_own(s
     assert store(statistics, renamed, plan) == store(statistics, recipe, plan)
 
 
-def test_other_plans_and_statistics_have_compensated_blocks_of_their_own(statistics, plan, tmp_path):
+def test_other_plans_and_statistics_have_compensated_blocks_of_their_own(words, statistics, plan, tmp_path):
     recipe = Recipe.read("laser")
     first = next(iter(plan.changed))
     keys = {store(statistics, recipe, plan)}
@@ -96,8 +95,7 @@ def test_other_plans_and_statistics_have_compensated_blocks_of_their_own(statist
         row = plan.linears[first].model_dump() | change
         rows = plan.model_dump() | {"linears": plan.model_dump()["linears"] | {first: row}}
         keys.add(store(statistics, recipe, Plan.model_validate(rows)))
-    (tmp_path / "words.txt").write_text(WORDS)
-    given = {"processor": word_tokenizer(), "text": str(tmp_path / "words.txt"), "samples": 8, "seqlen": 12}
+    given = {"processor": word_tokenizer(), "text": words, "samples": 8, "seqlen": 12}
     other = calibrate(tiny("llama", torch.float32), tmp_path / "s", **given, curvature=True)
     keys.add(store(other, recipe, plan).name)
     assert len({Path(key).name for key in keys}) == 5

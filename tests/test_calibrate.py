@@ -1,18 +1,18 @@
 """Calibration: moments against independent computations, sharing, resuming, refusals, gradients."""
 
 import json
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration
 
 import families
+from helpers.calibrated import assert_same_bits, named, record_inputs, tensors, tiny
+from helpers.samples import WORDS, calibrated_windows, llava_processor, noise, word_tokenizer
 from spectrim import files
 from spectrim.anatomy import anatomy
 from spectrim.calibrate import Statistics, calibrate, hooks, run
@@ -24,48 +24,9 @@ from spectrim.calibrate.moments import Sums
 from spectrim.calibrate.passes import prepared, run_batch
 from spectrim.calibrate.positions import Positions
 from spectrim.errors import ModelError, NumericalError, SampleError, StatisticsError
-from spectrim.lock import LOCK
 from spectrim.samples import Batch
-from test_samples import image_folder, llava_processor, noise, word_tokenizer, write_jsonl
 
 CPU = torch.device("cpu")
-WORDS = " ".join(f"w{(7 * i * i + 3 * i) % 115 + 2}" for i in range(600))
-
-
-@pytest.fixture
-def words(tmp_path: Path) -> str:
-    path = tmp_path / "words.txt"
-    path.write_text(WORDS)
-    return str(path)
-
-
-@pytest.fixture
-def pictures(tmp_path: Path) -> str:
-    """Six images; their instructions have three lengths."""
-    image_folder(tmp_path / "pictures", 6)
-    rows = [{"image": f"pictures/{i:03}.png", "instruction": " ".join(["w7"] * (1 + i % 3))} for i in range(6)]
-    return write_jsonl(tmp_path / "pictures.jsonl", rows)
-
-
-def tiny(family: str, dtype: torch.dtype = torch.float64):
-    return families.FAMILIES[family]().to(dtype)
-
-
-def record(model, inputs) -> dict[str, list[np.ndarray]]:
-    """What every linear reads in one plain forward pass, float64 ``[positions, in]`` per call."""
-    seen, handles = defaultdict(list), []
-    for linear in anatomy(model).linears:
-
-        def keep(_module, args, name=linear.name):
-            seen[name].append(args[0].detach().double().reshape(-1, args[0].shape[-1]).numpy())
-
-        handles.append(model.get_submodule(linear.name).register_forward_pre_hook(keep))
-    dtype = model.dtype
-    with torch.no_grad():
-        model(**{k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()}, use_cache=False)
-    for handle in handles:
-        handle.remove()
-    return dict(seen)
 
 
 def gather(model, *inputs, modality="image", **options) -> Sums:
@@ -84,36 +45,13 @@ def assert_moment(moment, rows: np.ndarray, tolerance: float = 1e-10) -> None:
     assert np.abs(moment.abs_sum.numpy() - np.abs(rows).sum(0)).max() <= tolerance * scale
 
 
-def tensors(directory: Path) -> dict[str, torch.Tensor]:
-    """Every tensor that the manifest names."""
-    manifest = json.loads((directory / MANIFEST).read_text())
-    held = {}
-    for modality, gathered in manifest["gathered"].items():
-        for file in gathered["files"].values():
-            held |= {f"{modality} {name}": t for name, t in load_file(directory / file["name"]).items()}
-    return held
-
-
-def named(directory: Path) -> set[str]:
-    """What a finished directory holds: the manifest, the files that it names, and the lock."""
-    gathered = Statistics.open(directory).manifest.gathered.values()
-    return {file.name for part in gathered for file in part.files.values()} | {MANIFEST, LOCK}
-
-
-def assert_same_bits(a: Path, b: Path) -> None:
-    left, right = tensors(a), tensors(b)
-    assert left.keys() == right.keys()
-    assert left
-    assert all(torch.equal(left[name], right[name]) for name in left)
-
-
 @pytest.mark.parametrize("family", [family for family in families.FAMILIES if family != "mllama"])
 def test_moments_are_those_of_the_recorded_inputs(family):
     fused = family in ("qwen3_moe", "qwen3_vl_moe", "mixtral")  # torch multiplies grouped experts in float32 at most
     model = tiny(family, torch.float32 if fused else torch.float64)
     batches = [families.example_inputs(model, batch=2, seed=seed) for seed in (0, 5)]
     sums = gather(model, *batches)
-    recorded = [record(model, inputs) for inputs in batches]
+    recorded = [record_inputs(model, inputs) for inputs in batches]
     assert recorded[0].keys() | recorded[1].keys() == sums.owners.keys()
     for name, owner in sums.owners.items():
         rows = np.concatenate([x for one in recorded for x in one.get(name, [])])
@@ -197,7 +135,7 @@ def test_padding_of_mllama_tiles_does_not_count():
     inputs["aspect_ratio_ids"] = torch.tensor([[1], [2]])
     inputs["aspect_ratio_mask"] = torch.tensor([[[1, 0]], [[1, 1]]])
     inputs["cross_attention_mask"][0, ..., 1] = 0
-    sums, recorded = gather(model, inputs), record(model, inputs)
+    sums, recorded = gather(model, inputs), record_inputs(model, inputs)
     for linear in anatomy(model).linears:
         (rows,) = recorded[linear.name]
         if linear.place != "backbone" or linear.name.endswith(("cross_attn.k_proj", "cross_attn.v_proj")):
@@ -218,7 +156,7 @@ def test_image_tokens_only(pictures, words, tmp_path):
         ids = torch.tensor([[1, *[120] * 16, *[7] * (1 + number % 3), 99]])
         pixels = llava_processor().image_processor(noise(number), return_tensors="pt")["pixel_values"]
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
-        rows = record(model, inputs)[down][0]
+        rows = record_inputs(model, inputs)[down][0]
         sums += rows[1:17].T @ rows[1:17]
     moment = only.moment(down, "image")
     assert moment.count == 6 * 16
@@ -248,17 +186,11 @@ def test_bf16_inputs_are_summed_in_high_precision(words, tmp_path):
     model = tiny("llama", torch.bfloat16)
     statistics = calibrate(model, tmp_path / "s", processor=word_tokenizer(), text=words, samples=8, seqlen=16)
     windows = calibrated_windows(words, samples=8, seqlen=16)
-    recorded = record(model, {"input_ids": windows, "attention_mask": torch.ones_like(windows)})
+    recorded = record_inputs(model, {"input_ids": windows, "attention_mask": torch.ones_like(windows)})
     for name, rows in recorded.items():
         moment = statistics.moment(name, "text")
         assert_moment(moment, rows[0], tolerance=1e-6)
         assert torch.equal(moment.second, moment.second.T)
-
-
-def calibrated_windows(source, *, samples, seqlen, seed=0) -> torch.Tensor:
-    from spectrim.samples import load_text, text_windows
-
-    return text_windows(load_text(source), word_tokenizer(), samples=samples, seqlen=seqlen, seed=seed)
 
 
 @pytest.mark.parametrize("family", ["llama", "llava", "opt"])
@@ -419,10 +351,9 @@ def test_what_does_not_fit_is_refused_by_name(words, tmp_path):
         calibrate(model, tmp_path / "s", **{**options, "seqlen": 9})
     with pytest.raises(StatisticsError, match=r"with gradients False \(now True\)"):
         calibrate(model, tmp_path / "s", **options, gradients=True)
-    Path(words).write_text("w5 " + WORDS)
+    (tmp_path / "others.txt").write_text("w5 " + WORDS)
     with pytest.raises(StatisticsError, match="of other samples"):
-        calibrate(model, tmp_path / "s", **options)
-    Path(words).write_text(WORDS)
+        calibrate(model, tmp_path / "s", **options | {"text": str(tmp_path / "others.txt")})
     name = "model.layers.1.mlp.up_proj.weight"
     with torch.no_grad():
         model.get_parameter(name)[3, 5] += 1e-9
@@ -562,6 +493,7 @@ def test_language_models_take_no_images(words, pictures, tmp_path):
 )
 def test_bad_arguments_are_named(words, tmp_path, change, message):
     if "processor" in change:
+        words = str(tmp_path / "words.txt")
         Path(words).write_text(" ".join(f"w{i}" for i in range(200, 300)))
     with pytest.raises(SampleError, match=message):
         calibrate(tiny("llama"), tmp_path / "s", **{**llama_options(words), **change})

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 import families
+from helpers.samples import fake_datasets, image_folder, llava_processor, noise, word_tokenizer, write_jsonl
 from spectrim.calibrate import calibrate
 from spectrim.calibrate.data import load_data
 from spectrim.errors import SampleError
 from spectrim.samples import data_fingerprint, image_batches, load_images, load_text, text_windows
 from spectrim.samples.chat import read_chat, render
-from test_samples import fake_datasets, image_folder, llava_processor, noise, word_tokenizer, write_jsonl
 
 # Of parts alone, as many are; `PLAIN` is of strings alone, `BOTH` of either.
 PARTS = (

@@ -1,7 +1,6 @@
 """The command line on the built-in model: every verb once, and one sentence and exit code 2 for the user's mistakes."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,23 +8,9 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 import spectrim
-from spectrim import cli
+from helpers.command import run
 from spectrim.checkpoint import read_provenance
 from spectrim.demo import resolve
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of one command."""
-    argv, sys.argv = sys.argv, ["spectrim", *map(str, arguments)]
-    try:
-        cli.main()
-        code = 0
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    finally:
-        sys.argv = argv
-    out, err = capsys.readouterr()
-    return code, " ".join(out.split()), " ".join(err.split())
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Anchored compensation: the closed form, the walk over both models, resuming, saving, refusals."""
 
 import threading
-from functools import partial
 
 import numpy as np
 import pytest
@@ -9,9 +8,11 @@ import torch
 
 import families
 from compressed import logits, low_rank
+from helpers.matrices import normal
+from helpers.samples import WORDS, processor
+from helpers.streams import assert_same, batches, flat, prepare, record, shifted, stream, weights
 from spectrim.anatomy import anatomy
 from spectrim.calibrate import calibrate
-from spectrim.calibrate.data import load_data
 from spectrim.checkpoint import load, read_provenance
 from spectrim.compensate import run
 from spectrim.compensate.closed_form import ShiftedSum, anchored_weight, blended
@@ -20,14 +21,8 @@ from spectrim.errors import NumericalError, RecipeError, StatisticsError
 from spectrim.metric import joint_weights
 from spectrim.pipeline import compress, compression
 from spectrim.recipe import Recipe
-from test_calibrate import WORDS
-from test_pipeline import assert_same, processor, weights
 
 ANCHORED = {"compensate.kind": "anchored"}
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def moments(X: torch.Tensor, T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -35,12 +30,6 @@ def moments(X: torch.Tensor, T: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     for x, t in zip(X.split(7), T.split(7), strict=True):
         sums.add(x, {"a": t})
     return sums.second / sums.count, sums.cross["a"] / sums.count
-
-
-def shifted(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """W [6, 10], inputs X of the dense model and X' of a compressed one, [60, 10]."""
-    W, X = normal(6, 10, seed=seed), normal(60, 10, seed=seed + 1)
-    return W, X, X @ (torch.eye(10, dtype=torch.float64) + 0.3 * normal(10, 10, seed=seed + 2)) + 0.2 * normal(60, 10)
 
 
 def test_the_closed_form_is_least_squares_on_the_activations():
@@ -113,72 +102,6 @@ def test_what_is_not_finite_is_named():
     second[0, 0] = 2.0
     with pytest.raises(NumericalError, match=r"raise compensate\.damping"):
         anchored_weight(torch.ones(1, 2), second, torch.ones(1, 2).double(), damping=0.01)
-
-
-@pytest.fixture(scope="module")
-def words(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("words") / "words.txt"
-    path.write_text(WORDS)
-    return str(path)
-
-
-def prepare(family: str, words: str, path, dtype: torch.dtype = torch.float32, samples: int = 12):
-    """A model and its statistics."""
-    model = families.FAMILIES[family]().to(dtype)
-    given = {"processor": processor(family), "text": words, "samples": samples, "seqlen": 16, "batch_size": 4}
-    return model, calibrate(model, path, **given, curvature=True)
-
-
-@pytest.fixture(scope="module")
-def calibrated(words, tmp_path_factory):
-    return {family: prepare(family, words, tmp_path_factory.mktemp(family) / "s") for family in ("llama", "llava")}
-
-
-def batches(model, family: str, words: str, samples: int = 12, take: int | None = None):
-    """(modality, inputs) of the calibration."""
-    data = load_data(
-        model, processor(family), text=words, images="builtin", samples=samples, seqlen=16, seed=0,
-        instruction="Describe this image.", sees=family == "llava",
-    )  # fmt: skip
-    sizes = data.samples
-    for modality in sizes:
-        seen = 0
-        for batch in data.batches(modality, 4):
-            if take is None or seen < take:
-                inputs = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in batch.inputs.items()}
-                yield modality, inputs
-            seen += batch.samples
-
-
-@torch.no_grad()
-def record(model, inputs) -> dict[str, tuple[torch.Tensor, torch.Tensor, tuple]]:
-    """By module: what it read and gave in one run."""
-    found, handles = {}, []
-
-    def after(name, _module, args, kwargs, output):
-        x = args[0] if args else next((v for v in kwargs.values() if isinstance(v, torch.Tensor)), None)
-        found[name] = (x, output[0] if isinstance(output, tuple) else output)
-
-    for name, module in model.named_modules():
-        handles.append(module.register_forward_hook(partial(after, name), with_kwargs=True))
-    try:
-        model(**inputs, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
-
-
-def stream(found, linear) -> torch.Tensor | None:
-    """The residual stream to which a linear of a pre-norm block adds its output; None for other linears."""
-    if linear.block is None or linear.role not in ("o", "down", "fc2"):
-        return None
-    second_norm = "layer_norm2" if "vision" in linear.name else "post_attention_layernorm"
-    return found[linear.block if linear.role == "o" else f"{linear.block}.{second_norm}"][0]
-
-
-def flat(x: torch.Tensor) -> torch.Tensor:
-    return x.reshape(-1, x.shape[-1])
 
 
 @pytest.mark.parametrize("residual", [True, False])

@@ -5,6 +5,9 @@ import torch
 
 import families
 from compressed import logits
+from helpers.matrices import metric, normal
+from helpers.samples import processor
+from helpers.streams import batches, prepare
 from spectrim.anatomy import anatomy
 from spectrim.checkpoint import load
 from spectrim.compensate import run
@@ -14,15 +17,12 @@ from spectrim.plan import Integers, Plan, plan_row
 from spectrim.quantize import Grid, error, quantize
 from spectrim.recipe import Recipe
 from spectrim.stored import Stored, make_stored
-from test_compensate import batches, calibrated, prepare, words  # noqa: F401
-from test_pipeline import processor
-from test_quantize import metric, normal
 
 AUTO = {"quantize.bits": "auto"}
 
 
 @pytest.mark.parametrize("family", ["llama", "llava"])
-def test_the_flagship_with_bits_from_end_to_end(family, words, tmp_path, monkeypatch):  # noqa: F811
+def test_the_flagship_with_bits_from_end_to_end(family, words, tmp_path, monkeypatch):
     model, statistics = prepare(family, words, tmp_path / "s")
     model.save_pretrained(tmp_path / "dense")
     given = {"stats": statistics, "processor": processor(family), "changes": AUTO | {"compensate.samples": 8}}
@@ -41,7 +41,7 @@ def test_the_flagship_with_bits_from_end_to_end(family, words, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("recipe", ["svd-llm", "curvature"])
-def test_integers_answer_to_what_the_layers_before_them_became(recipe, words, calibrated):  # noqa: F811
+def test_integers_answer_to_what_the_layers_before_them_became(recipe, words, calibrated):
     """Nearer to the dense model on the calibration samples than each linear by itself."""
     model, statistics = calibrated["llama"]
     found = {}
@@ -60,7 +60,7 @@ def test_integers_answer_to_what_the_layers_before_them_became(recipe, words, ca
     assert found["anchored"] < 0.9 * found["none"]
 
 
-def test_linears_before_any_change_have_the_integers_that_they_have_alone(words, calibrated):  # noqa: F811
+def test_linears_before_any_change_have_the_integers_that_they_have_alone(words, calibrated):
     model, statistics = calibrated["llama"]
     changes = {"quantize.bits": 4, "compensate.kind": "anchored", "compensate.samples": 12}
     with compression(model, "svd-llm", stats=statistics, processor=processor("llama"), changes=changes) as prepared:
@@ -71,7 +71,7 @@ def test_linears_before_any_change_have_the_integers_that_they_have_alone(words,
         assert float((found[name].weight() - alone).norm() / alone.norm()) < 0.02
 
 
-def test_refinement_leaves_integers_alone(words, calibrated):  # noqa: F811
+def test_refinement_leaves_integers_alone(words, calibrated):
     model, statistics = calibrated["llama"]
     given = {"stats": statistics, "processor": processor("llama")}
     parts = anatomy(model)
@@ -108,7 +108,7 @@ def test_what_is_stored_comes_back_from_tensors():
     torch.testing.assert_close(Stored({"": quantize(W, grid)}).weight(), quantize(W, grid).dense())
 
 
-def test_adacomp_refuses_integers(words, calibrated):  # noqa: F811
+def test_adacomp_refuses_integers(words, calibrated):
     with pytest.raises(RecipeError, match="adaComp fits factors that are no integers"):
         Recipe.read("adasvd", {"quantize.bits": 4})
     model, statistics = calibrated["llama"]

@@ -18,11 +18,12 @@ from curvatures import (
     input_moment,
     linear,
     matrix,
-    normal,
     output_moment,
     predicted,
     text,
 )
+from helpers.matrices import normal
+from helpers.samples import word_tokenizer
 from spectrim.anatomy import anatomy
 from spectrim.calibrate import OutputMoment, Statistics, calibrate
 from spectrim.calibrate.forms import Form
@@ -37,8 +38,6 @@ from spectrim.linalg import nystrom
 from spectrim.metric import layer_metric
 from spectrim.pipeline import compression
 from spectrim.samples import load_text, text_windows
-from test_calibrate import WORDS
-from test_samples import word_tokenizer
 
 
 def labelled(family: str, seed: int) -> Labelled:
@@ -346,11 +345,10 @@ def test_nan_in_output_moments_names_the_linear():
 
 
 @pytest.mark.parametrize("recipe", ["curvature", "laser"])
-def test_the_loss_of_a_plan_is_that_of_its_weights(recipe, tmp_path):
+def test_the_loss_of_a_plan_is_that_of_its_weights(words, recipe, tmp_path):
     """½/labels · tr(Σ g gᵀ ΔW C ΔWᵀ) of what the factored model lacks, head by head where it is factored so."""
     model = families.FAMILIES["llama"]()
-    (tmp_path / "words.txt").write_text(WORDS)
-    options = {"processor": word_tokenizer(), "text": str(tmp_path / "words.txt"), "samples": 4, "seqlen": 12}
+    options = {"processor": word_tokenizer(), "text": words, "samples": 4, "seqlen": 12}
     statistics = calibrate(model, tmp_path / "s", **options, curvature=True)
     dense = {x.name: model.get_submodule(x.name).weight.detach().double() for x in anatomy(model).linears}
     changes = {"metric.damping": 1e-5}
@@ -381,9 +379,8 @@ def test_the_loss_of_a_plan_is_that_of_its_weights(recipe, tmp_path):
     assert total > 0
 
 
-def test_statistics_without_curvature_are_refused(tmp_path):
-    (tmp_path / "words.txt").write_text(WORDS)
-    options = {"processor": word_tokenizer(), "text": str(tmp_path / "words.txt"), "samples": 2, "seqlen": 8}
+def test_statistics_without_curvature_are_refused(words, tmp_path):
+    options = {"processor": word_tokenizer(), "text": words, "samples": 2, "seqlen": 8}
     model = families.FAMILIES["llama"]()
     statistics = calibrate(model, tmp_path / "s", curvature=False, **options)
     with pytest.raises(RecipeError, match="has none; calibrate again without --no-curvature"):

@@ -13,12 +13,12 @@ from torch import nn
 
 from compressed import config_of, edited, factored
 from families import FAMILIES
+from helpers.samples import word_tokenizer
 from spectrim.calibrate import calibrate
 from spectrim.checkpoint import load, save
 from spectrim.dense import check_dense
 from spectrim.errors import ModelError, RecipeError
 from spectrim.pipeline import compress
-from test_samples import word_tokenizer
 
 LAYER = "model.layers.0.self_attn.q_proj.weight"
 

@@ -9,11 +9,11 @@ import torch
 
 import spectrim
 from families import FAMILIES
+from helpers.command import run
 from spectrim import cli
 from spectrim.demo import resolve
 from spectrim.errors import BudgetError, SampleError, SpectrimError, UsageError
 from spectrim.evaluate import evaluate
-from test_cli import run
 
 
 @pytest.fixture

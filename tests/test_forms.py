@@ -8,15 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import families
-from curvatures import CPU, normal, output_moment
+from curvatures import CPU, output_moment
+from helpers.matrices import normal
+from helpers.samples import word_tokenizer
 from spectrim.anatomy import Linear, anatomy
 from spectrim.calibrate import Statistics, calibrate
 from spectrim.calibrate.forms import SKETCH, Form, choose_forms
 from spectrim.calibrate.moments import OutputSum
 from spectrim.errors import ModelError, RecipeError
 from spectrim.linalg import nystrom
-from test_calibrate import WORDS
-from test_samples import word_tokenizer
 
 
 def one(number: int, out: int, heads: int | None = None, role: str | None = None) -> Linear:
@@ -165,20 +165,19 @@ def test_a_sketch_is_exact_up_to_its_rank_and_never_too_much(rank):
     assert V.shape == (12, min(rank, 6))
 
 
-def run(directory: Path, words: Path, **options) -> Statistics:
+def run(directory: Path, words: str, **options) -> Statistics:
     model = families.FAMILIES["llama"]().double()
-    common = {"processor": word_tokenizer(), "text": str(words), "samples": 4, "seqlen": 10, "curvature": True}
+    common = {"processor": word_tokenizer(), "text": words, "samples": 4, "seqlen": 10, "curvature": True}
     return calibrate(model, directory, **common, **options)
 
 
-def test_several_passes_give_the_sums_of_one(tmp_path):
+def test_several_passes_give_the_sums_of_one(words, tmp_path):
     """With labels drawn anew in each pass, and with what is read back from disk."""
-    (tmp_path / "words.txt").write_text(WORDS)
     linears = anatomy(families.FAMILIES["llama"]()).linears
-    whole = run(tmp_path / "whole", tmp_path / "words.txt", labels="sampled", gradients=True)
+    whole = run(tmp_path / "whole", words, labels="sampled", gradients=True)
     half = 0.6 * sum(map(exact, linears)) / 2**30
     options = {"labels": "sampled", "gradients": True, "curvature_gib": half, "curvature_passes": 2}
-    passes = run(tmp_path / "passes", tmp_path / "words.txt", **options)
+    passes = run(tmp_path / "passes", words, **options)
     assert [len(group) for group in whole.manifest.groups] == [len(linears)]
     assert len(passes.manifest.groups) == 2
     for x in linears:
@@ -189,11 +188,10 @@ def test_several_passes_give_the_sums_of_one(tmp_path):
         assert torch.equal(whole.gradient(x.name, "text").fisher_cols, passes.gradient(x.name, "text").fisher_cols)
 
 
-def test_forms_by_role_through_calibration(tmp_path):
-    (tmp_path / "words.txt").write_text(WORDS)
+def test_forms_by_role_through_calibration(words, tmp_path):
     wanted = {"q": "blocks:16", "o": "sketch:64", "up": "diagonal", "down": "sketch:5"}
-    whole = run(tmp_path / "whole", tmp_path / "words.txt")
-    small = run(tmp_path / "small", tmp_path / "words.txt", curvature_forms=wanted)
+    whole = run(tmp_path / "whole", words)
+    small = run(tmp_path / "small", words, curvature_forms=wanted)
     for x in anatomy(families.FAMILIES["llama"]()).linears:
         output, G = small.output(x.name, "text"), whole.output(x.name, "text").sums["output"]
         assert str(output.form) == wanted.get(x.role, "full")

@@ -10,9 +10,9 @@ from torch import nn
 import spectrim
 from compressed import logits
 from families import FAMILIES
+from helpers.command import run
 from spectrim.checkpoint import check_target, load, load_processor, read_provenance, save
 from spectrim.errors import CheckpointError, ModelError
-from test_cli import run
 
 PARTS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.o_proj": "attn_output"}
 PARTS |= {f"self_attn.{x}_proj": f"attn_{x}" for x in "qkv"}

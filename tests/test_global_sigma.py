@@ -4,17 +4,18 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.calibrated import tiny
+from helpers.samples import llava_processor
 from spectrim.anatomy import anatomy
 from spectrim.calibrate import calibrate
 from spectrim.pipeline import compression
 from spectrim.plan import factor_bytes
-from test_calibrate import image_folder, llava_processor, pictures, tiny, words, write_jsonl  # noqa: F401
 
 GAMMA = 0.5
 
 
 @pytest.fixture
-def read(words, pictures, tmp_path):  # noqa: F811
+def read(words, pictures, tmp_path):
     """A model, its statistics, and all that each linear read by modality: [positions, in] by name."""
     model = tiny("llava")
     seen: dict[str, dict[str, list[torch.Tensor]]] = {"text": {}, "image": {}}

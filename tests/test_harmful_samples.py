@@ -18,6 +18,8 @@ from transformers import (
 )
 
 import families
+from helpers.evaluated import TEXT, TOKENIZER, backbone, make_llama, make_llava, make_processor, make_questions
+from helpers.samples import image_folder, llava_processor, noise, sample, word_tokenizer, write_jsonl
 from spectrim.calibrate.data import load_data
 from spectrim.errors import ModelError, SampleError, SpectrimError
 from spectrim.evaluate import ImageQuestion, evaluate, load_questions, perplexity, vqa
@@ -26,8 +28,6 @@ from spectrim.evaluate.results import EvaluationReport
 from spectrim.evaluate.suites import Suite
 from spectrim.samples import image_batches, load_images, load_text, media_tokens, text_batches
 from spectrim.settings import EvaluationOptions
-from test_evaluate import TEXT, TOKENIZER, backbone, make_llama, make_llava, make_processor, make_questions
-from test_samples import image_folder, llava_processor, noise, sample, word_tokenizer, write_jsonl
 
 DEEP = b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
 

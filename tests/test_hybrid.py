@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 
 import families
 from compressed import config_of, logits
+from helpers.matrices import metric, normal
+from helpers.samples import word_tokenizer
 from spectrim.anatomy import anatomy
 from spectrim.calibrate import Statistics, calibrate
 from spectrim.checkpoint import load, read_provenance
@@ -24,9 +26,6 @@ from spectrim.plan import Integers, Plan, plan_row
 from spectrim.quantize import error
 from spectrim.recipe import Recipe
 from spectrim.stored import gram, refit
-from test_calibrate import WORDS
-from test_quantize import metric, normal
-from test_samples import word_tokenizer
 
 # ---- one price of a byte ----
 
@@ -139,11 +138,10 @@ def test_a_refit_is_least_squares_and_never_raises_the_error(k, seed, kind):
 
 
 @pytest.fixture(scope="module")
-def statistics(tmp_path_factory: pytest.TempPathFactory) -> Statistics:
+def statistics(words, tmp_path_factory: pytest.TempPathFactory) -> Statistics:
     path = tmp_path_factory.mktemp("statistics")
-    (path / "words.txt").write_text(WORDS)
     reader = word_tokenizer(begins=False)  # of so few tokens, four that are alike would weigh too much
-    options = {"processor": reader, "text": str(path / "words.txt"), "samples": 4, "seqlen": 12}
+    options = {"processor": reader, "text": words, "samples": 4, "seqlen": 12}
     return calibrate(families.FAMILIES["llama"](), path / "s", **options, curvature=True)
 
 

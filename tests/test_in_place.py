@@ -1,7 +1,5 @@
 """Models that write into tensors which linears gave or read, and callers that turn gradients off."""
 
-from pathlib import Path
-
 import pytest
 import torch
 import transformers as hf
@@ -10,18 +8,16 @@ from torch import nn
 import families
 from compressed import low_rank, product
 from curvatures import by_autograd, gather, text
+from helpers.calibrated import assert_same_bits, tensors, tiny
+from helpers.samples import word_tokenizer
 from spectrim.calibrate import calibrate
 from spectrim.errors import ModelError
 from spectrim.pipeline import compress
-from test_calibrate import WORDS, assert_same_bits, tensors, tiny
-from test_samples import word_tokenizer
 
 
 @pytest.fixture
-def options(tmp_path: Path) -> dict:
-    path = tmp_path / "words.txt"
-    path.write_text(WORDS)
-    return {"processor": word_tokenizer(), "text": str(path), "images": None, "samples": 4, "seqlen": 8}
+def options(words: str) -> dict:
+    return {"processor": word_tokenizer(), "text": words, "images": None, "samples": 4, "seqlen": 8}
 
 
 MOMENTS = {"gradients": True, "curvature": True}

@@ -11,24 +11,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import families
+from helpers.calibrated import record_inputs, tiny
+from helpers.matrices import ranked
+from helpers.samples import image_folder, llava_processor, noise, word_tokenizer
 from spectrim import inspect_
 from spectrim.anatomy import anatomy
 from spectrim.calibrate import Moment, Statistics, calibrate
 from spectrim.decompose import decompose
 from spectrim.errors import BudgetError, ReportError, StatisticsError
 from spectrim.inspect_ import POINTS, effective_rank, inspect, mismatch, write
-from test_calibrate import WORDS, record, tiny
-from test_linalg import ranked
-from test_samples import image_folder, llava_processor, noise, word_tokenizer
 
 
 @pytest.fixture(scope="module")
-def llava(tmp_path_factory):
+def llava(words, tmp_path_factory):
     """A tiny LLaVA and its statistics."""
     folder = tmp_path_factory.mktemp("llava")
-    (folder / "words.txt").write_text(WORDS)
     images = image_folder(folder / "pictures", 6)
-    options = {"text": str(folder / "words.txt"), "images": str(images), "samples": 6, "seqlen": 24}
+    options = {"text": words, "images": str(images), "samples": 6, "seqlen": 24}
     model = tiny("llava")
     return model, calibrate(model, folder / "stats", processor=llava_processor(), instruction="w7 w8", **options)
 
@@ -43,7 +42,7 @@ def read_by_images(model) -> dict[str, np.ndarray]:
     pixels = [llava_processor().image_processor(noise(i), return_tensors="pt")["pixel_values"] for i in range(6)]
     ids = torch.tensor([[1, *[120] * 16, 7, 8, 99]] * 6)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.cat(pixels)}
-    return {name: calls[0] for name, calls in record(model, inputs).items()}
+    return {name: calls[0] for name, calls in record_inputs(model, inputs).items()}
 
 
 def test_image_loss_is_that_measured_on_images(llava, inspection):
@@ -160,10 +159,9 @@ def test_written_files(inspection, tmp_path):
         assert content.startswith(b"\x89PNG") if path.suffix == ".png" else b'<script src="http' not in content
 
 
-def test_a_language_model_has_effective_ranks_only(tmp_path):
-    (tmp_path / "words.txt").write_text(WORDS)
+def test_a_language_model_has_effective_ranks_only(words, tmp_path):
     model = families.FAMILIES["llama"]()
-    options = {"processor": word_tokenizer(), "text": str(tmp_path / "words.txt"), "samples": 3, "seqlen": 12}
+    options = {"processor": word_tokenizer(), "text": words, "samples": 3, "seqlen": 12}
     found = inspect(model, calibrate(model, tmp_path / "stats", **options))
     assert found.linears == found.modules == ()
     assert "no image moments" in found.notes[0]

@@ -7,14 +7,13 @@ import torch
 
 import families
 from curvatures import by_autograd, gather, text
+from helpers.samples import image_folder, llava_processor, word_tokenizer, write_jsonl
 from spectrim.anatomy import anatomy
 from spectrim.calibrate import Statistics, calibrate
 from spectrim.calibrate.labels import Labelled, labelled_samples
 from spectrim.calibrate.passes import prepared
 from spectrim.errors import ModelError
 from spectrim.samples import Batch
-from test_calibrate import WORDS
-from test_samples import image_folder, llava_processor, word_tokenizer, write_jsonl
 
 CAUSAL = tuple(family for family in families.VLMS if family != "paligemma")
 END = families.TEXT["eos_token_id"]
@@ -187,14 +186,13 @@ def outputs(statistics: Statistics, family: str, modality) -> dict:
     return {name: output for name, output in found.items() if output is not None}
 
 
-def test_answers_of_image_samples_reach_the_statistics(tmp_path):
+def test_answers_of_image_samples_reach_the_statistics(words, tmp_path):
     """Given answers label three tokens of each sample; a drawn one is the same in every run with one seed."""
     image_folder(tmp_path / "pictures", 3)
     rows = [{"image": f"pictures/{i:03}.png", "instruction": "w7 w8"} for i in range(3)]
     plain = write_jsonl(tmp_path / "plain.jsonl", rows)
     answered = write_jsonl(tmp_path / "answered.jsonl", [row | {"answer": "w3 w5"} for row in rows])
-    (tmp_path / "words.txt").write_text(WORDS)
-    options = {"processor": llava_processor(), "text": str(tmp_path / "words.txt"), "samples": 3, "seqlen": 8}
+    options = {"processor": llava_processor(), "text": words, "samples": 3, "seqlen": 8}
     runs = {}
     for name, source, seed in [("given", answered, 0), ("a", plain, 0), ("b", plain, 0), ("c", plain, 1)]:
         model = families.FAMILIES["llava"]()

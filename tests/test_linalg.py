@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.matrices import close, normal, ranked
 from spectrim.curvature import OutputMetric
 from spectrim.decompose import Spectrum, decompose, factors, sides
 from spectrim.errors import NumericalError
@@ -13,27 +14,13 @@ from spectrim.linalg import BlockRoot, check_finite, eigh_descending, root
 SHAPES = [(5, 9), (9, 5), (7, 7), (1, 6), (6, 1)]
 
 
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def orthogonal(size: int, seed: int) -> torch.Tensor:
     return torch.linalg.qr(normal(size, size, seed=seed)).Q
-
-
-def ranked(found: Spectrum, W: torch.Tensor, k: int) -> torch.Tensor:
-    """The approximation of rank k, as the product of the factors."""
-    A, B = factors(W, found.s[:k], found.P[:, :k], None if found.Q is None else found.Q[:, :k])
-    return A @ B
 
 
 def dual(found: Spectrum) -> torch.Tensor:
     """``QᵀP``, which is the identity, but for directions in which the weight has no energy."""
     return (found.P if found.Q is None else found.Q).T @ found.P
-
-
-def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-9) -> None:
-    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * float(b.abs().max()))
 
 
 @st.composite

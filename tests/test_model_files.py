@@ -9,12 +9,12 @@ from huggingface_hub.utils import filter_repo_objects
 
 from compressed import factored
 from families import FAMILIES
+from helpers.command import hub
+from helpers.samples import llava_processor, word_tokenizer
 from spectrim.calibrate import calibrate
 from spectrim.checkpoint import load, load_processor, push, read_provenance, save
 from spectrim.errors import CheckpointError
 from spectrim.pipeline import compress
-from test_push import hub
-from test_samples import llava_processor, word_tokenizer
 
 PRIVATE = (
     "secrets.env", ".env", "id_rsa", "train.log", "modeling_own.py", "adapter_config.json", "adapter_model.safetensors",

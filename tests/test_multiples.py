@@ -8,24 +8,22 @@ from hypothesis import strategies as st
 
 import families
 from compressed import logits, low_rank
+from helpers.plans import PIVOTED_RULES, PivotedModel, pivoted_models, pivoted_price, price
 from spectrim.allocate import choice, spend
 from spectrim.errors import BudgetError
 from spectrim.pipeline import Compression, compress, compression
 from spectrim.recipe import AllocationPart
-from test_allocate import price
-from test_pivoted_plans import RULES, Model, models
-from test_pivoted_plans import price as cheapest
 
 
-def bought(model: Model, rule: str, budget: int, **options) -> dict[str, int | None]:
+def bought(model: PivotedModel, rule: str, budget: int, **options) -> dict[str, int | None]:
     part = AllocationPart(rule=rule)
     return spend({one.name: choice(part, one, s, s, **options) for one, s in model}, budget)
 
 
 @settings(max_examples=200, deadline=None)
-@given(models(), st.sampled_from(RULES), st.integers(1, 9), st.booleans(), st.floats(0, 1))
+@given(pivoted_models(), st.sampled_from(PIVOTED_RULES), st.integers(1, 9), st.booleans(), st.floats(0, 1))
 def test_ranks_are_multiples_within_the_budget(model, rule, multiple, pivoted, share):
-    of = cheapest if pivoted else price
+    of = pivoted_price if pivoted else price
     dense = sum(price(one, None) for one, _ in model)
     steps = {one.name: [k for k in range(multiple, len(s) + 1, multiple) if of(one, k) < price(one, None)]
              for one, s in model}  # fmt: skip

@@ -5,13 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from compressed import factored, logits
+from compressed import factored, logits, packed
 from spectrim.checkpoint import load, save
 from spectrim.checkpoint.names import compressed_layers
 from spectrim.errors import CheckpointError, ModelError
 from spectrim.layers import LowRankLinear
 from spectrim.lora import lora_targets
-from test_packed import packed
 
 
 def places(family: str) -> dict[str, str]:

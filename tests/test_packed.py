@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,43 +15,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
-from compressed import config_of, cut, edited, logits, pack_nearest
+from compressed import PACKED_FORMS, config_of, edited, grid_of, logits, pack_nearest, packed
 from families import FAMILIES
 from spectrim.anatomy import anatomy
 from spectrim.checkpoint import attach, load, save
 from spectrim.errors import CheckpointError, ModelError
 from spectrim.layers import LowRankLinear, pack_linears, replace_linears
 from spectrim.packed import PackedLinear, inner_config, inner_grids, pack, unpack
-from spectrim.quantize import Grid, fitting_group, quantize
-
-FORMS = ("dense", "factors", "B alone", "rest", "plain")
-
-
-def grid_of(size: int, bits: int, symmetric: bool) -> Grid:
-    return Grid(bits, fitting_group(size, 32), symmetric)
-
-
-def packed(family: str, model: Any = None) -> Any:
-    """A few-layer model whose linears take turns: packed, factored and packed in three ways, and left as they are."""
-    model = FAMILIES[family]() if model is None else model
-    for number, linear in enumerate(anatomy(model).linears):
-        form, bits, symmetric = FORMS[number % len(FORMS)], (3, 4, 8, 2)[number % 4], number % 2 == 0
-        W = model.get_submodule(linear.name).weight.detach()
-        parts = {}
-        if form == "dense":
-            parts = {linear.name: W}
-        elif form != "plain":
-            A, B = cut(W, min(W.shape) // 3)
-            replace_linears(model, {linear.name: len(B)})
-            model.get_submodule(linear.name).load_factors(A, B)
-            parts = {f"{linear.name}.B": B} | ({} if form == "B alone" else {f"{linear.name}.A": A})
-            if form == "rest":
-                parts[f"{linear.name}.R"] = W.float() - A @ B
-        found = {n: quantize(X, grid_of(X.shape[1], bits, symmetric), dtype=model.dtype) for n, X in parts.items()}
-        pack_linears(model, {name: each.grid for name, each in found.items()})
-        for name, each in found.items():
-            model.get_submodule(name).load(each)
-    return model
+from spectrim.quantize import Grid, quantize
 
 
 @settings(max_examples=40, deadline=None)
@@ -277,7 +247,9 @@ def test_plain_transformers_refuses_it(tmp_path):
     config = config_of(tmp_path)
     assert any("pip install spectrim" in name for name in config["fusion_config"])
     empty = [name for name, tensor in load_file(tmp_path / "model.safetensors").items() if tensor.numel() == 0]
-    assert len(empty) == sum(FORMS[n % len(FORMS)] != "plain" for n in range(len(anatomy(FAMILIES["llama"]()).linears)))
+    assert len(empty) == sum(
+        PACKED_FORMS[n % len(PACKED_FORMS)] != "plain" for n in range(len(anatomy(FAMILIES["llama"]()).linears))
+    )
 
 
 def test_the_inner_config_says_what_it_was_made_from():

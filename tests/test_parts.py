@@ -14,13 +14,12 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from compressed import MAIN, config_of, factored, logits, low_rank
+from compressed import MAIN, config_of, factored, logits, low_rank, packed
 from families import FAMILIES, TEXT, text_inputs
 from spectrim.checkpoint import attach, load, save
 from spectrim.checkpoint.names import compressed_layers, tensor_names
 from spectrim.checkpoint.quantizer import GUARD, WHOLE, SpectrimConfig
 from spectrim.errors import CheckpointError
-from test_packed import packed
 
 FORMS = ("whole", "headwise", "pivoted", "packed")
 forms = pytest.mark.parametrize("form", FORMS)

@@ -5,7 +5,8 @@ import torch
 
 import families
 from compressed import assembled, logits, low_rank
-from curvatures import normal
+from helpers.matrices import normal
+from helpers.samples import llava_processor, word_tokenizer
 from spectrim.anatomy import anatomy
 from spectrim.calibrate import Statistics, calibrate
 from spectrim.checkpoint import load
@@ -17,8 +18,6 @@ from spectrim.metric import layer_metric
 from spectrim.pipeline import compress, compression
 from spectrim.recipe import Recipe
 from spectrim.spectra import make_spectra
-from test_calibrate import WORDS
-from test_samples import llava_processor, word_tokenizer
 
 LASER = Recipe.read("laser").metric
 
@@ -61,12 +60,11 @@ def test_heads_are_decomposed_by_themselves(heads, size, columns, curved):
 
 
 @pytest.fixture(scope="module")
-def statistics(tmp_path_factory) -> dict[str, Statistics]:
+def statistics(words, tmp_path_factory) -> dict[str, Statistics]:
     found = {}
     for family, processor in (("llama", word_tokenizer()), ("llava", llava_processor())):
         home = tmp_path_factory.mktemp(family)
-        (home / "words.txt").write_text(WORDS)
-        options = {"processor": processor, "text": str(home / "words.txt"), "samples": 6, "seqlen": 12}
+        options = {"processor": processor, "text": words, "samples": 6, "seqlen": 12}
         model = families.FAMILIES[family]()
         found[family] = calibrate(model, home / "s", **options, curvature=True, answer_tokens=3)
     return found

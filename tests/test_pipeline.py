@@ -8,6 +8,8 @@ from safetensors.torch import load_file
 
 import families
 from compressed import logits, low_rank
+from helpers.samples import llava_processor, processor, word_tokenizer
+from helpers.streams import assert_same, weights
 from spectrim import spectra
 from spectrim.anatomy import anatomy
 from spectrim.calibrate import Statistics, calibrate
@@ -15,25 +17,12 @@ from spectrim.checkpoint import load, read_provenance
 from spectrim.errors import BudgetError, ModelError, NumericalError, RecipeError, SpectrimError, StatisticsError
 from spectrim.pipeline import compress, compression
 from spectrim.plan import Plan
-from test_calibrate import WORDS
-from test_samples import llava_processor, word_tokenizer
 
 FAMILIES = ("llava", "llama")
 
 
 def model(family: str, dtype: torch.dtype = torch.float32):
     return families.FAMILIES[family]().to(dtype)
-
-
-def processor(family: str):
-    return llava_processor() if family == "llava" else word_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def words(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("words") / "words.txt"
-    path.write_text(WORDS)
-    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -50,16 +39,6 @@ def calibrated(words, tmp_path_factory) -> dict[str, Statistics]:
         )
         for family in FAMILIES
     }
-
-
-def weights(one) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in one.state_dict().items()}
-
-
-def assert_same(one, before: dict[str, torch.Tensor]) -> None:
-    after = one.state_dict()
-    assert after.keys() == before.keys()
-    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
 def linear_bytes(one, names) -> int:

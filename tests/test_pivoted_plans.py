@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import families
 from compressed import config_of, logits, low_rank
+from helpers.plans import PIVOTED_RULES, PivotedModel, linear, pivoted_models, pivoted_price, spectrum
 from spectrim.allocate import choice, spend
 from spectrim.anatomy import Linear, anatomy
 from spectrim.checkpoint import load, read_provenance
@@ -19,63 +20,36 @@ from spectrim.errors import BudgetError
 from spectrim.pipeline import compress, compression
 from spectrim.plan import Plan, pays_by_pivots, plan_row
 from spectrim.recipe import AllocationPart, Recipe, builtin_names
-from test_allocate import linear, spectrum
 
 PIVOTED = {"storage.pivoted": True}
-Model = list[tuple[Linear, torch.Tensor]]
 
 
-@st.composite
-def models(draw: st.DrawFn, most: int = 24, linears: int = 4) -> Model:
-    found: Model = []
-    for number in range(draw(st.integers(1, linears))):
-        out, size = draw(st.integers(1, most)), draw(st.integers(1, most))
-        values = spectrum(min(out, size), draw(st.integers(0, 2**31)))
-        flat = torch.ones_like(values)  # where only the price falls
-        values = {"as is": values, "flat": flat, "zero": 0 * values, "ties": values.mul(4).ceil()}[
-            draw(st.sampled_from(["as is", "flat", "zero", "ties"]))
-        ]
-        one = linear(number, out, size, draw(st.sampled_from([torch.bfloat16, torch.float32])))
-        found.append((one, values * draw(st.sampled_from([1.0, 3.0]))))
-    return found
-
-
-def price(one: Linear, rank: int | None) -> int:
-    """Bytes of the cheapest form, counted from the tensors of each."""
-    item, out, size = one.dtype.itemsize, one.out_features, one.in_features
-    if rank is None:
-        return item * out * size
-    return min(item * rank * (out + size), item * (rank * size + (out - rank) * rank) + 4 * rank)
-
-
-def bought(model: Model, rule: str, budget: int) -> dict[str, int | None]:
+def bought(model: PivotedModel, rule: str, budget: int) -> dict[str, int | None]:
     part = AllocationPart(rule=rule)
     return spend({one.name: choice(part, one, s, s, pivoted=True) for one, s in model}, budget)
 
 
-def least_and_dense(model: Model) -> tuple[int, int]:
-    return sum(min(price(one, 1), price(one, None)) for one, _ in model), sum(price(one, None) for one, _ in model)
-
-
-RULES = ("uniform", "global-sigma", "global-energy", "sensitivity", "loss-aware")
+def least_and_dense(model: PivotedModel) -> tuple[int, int]:
+    dense = [pivoted_price(one, None) for one, _ in model]
+    return sum(min(pivoted_price(one, 1), most) for (one, _), most in zip(model, dense, strict=True)), sum(dense)
 
 
 @settings(max_examples=300, deadline=None)
-@given(models(), st.sampled_from(RULES), st.floats(0, 1))
+@given(pivoted_models(), st.sampled_from(PIVOTED_RULES), st.floats(0, 1))
 def test_budget_is_met_within_one_step(model, rule, share):
     least, dense = least_and_dense(model)
     budget = int(least + share * (dense - least))
     ranks = bought(model, rule, budget)
-    left = budget - sum(price(one, ranks[one.name]) for one, _ in model)
+    left = budget - sum(pivoted_price(one, ranks[one.name]) for one, _ in model)
     assert left >= 0
     for one, _ in model:
         if (rank := ranks[one.name]) is not None:
-            assert price(one, rank) < price(one, None)
-            assert left < min(price(one, rank + 1), price(one, None)) - price(one, rank)
+            assert pivoted_price(one, rank) < pivoted_price(one, None)
+            assert left < min(pivoted_price(one, rank + 1), pivoted_price(one, None)) - pivoted_price(one, rank)
     assert set(bought(model, rule, dense).values()) == {None}
 
 
-@given(models(), st.sampled_from(RULES))
+@given(pivoted_models(), st.sampled_from(PIVOTED_RULES))
 def test_less_than_rank_one_everywhere_is_refused(model, rule):
     least, _ = least_and_dense(model)
     bought(model, rule, least)
@@ -88,21 +62,21 @@ def test_less_than_rank_one_everywhere_is_refused(model, rule):
 
 def rows(one: Linear, loss: torch.Tensor) -> list[tuple[int, float]]:
     """Bytes and predicted loss of every choice for one linear."""
-    counted = [(price(one, n), float(loss[n:].sum())) for n in range(1, len(loss) + 1)]
-    return [*counted, (price(one, None), 0.0)]
+    counted = [(pivoted_price(one, n), float(loss[n:].sum())) for n in range(1, len(loss) + 1)]
+    return [*counted, (pivoted_price(one, None), 0.0)]
 
 
-def plans(model: Model) -> np.ndarray:
+def plans(model: PivotedModel) -> np.ndarray:
     found = itertools.product(*(rows(*each) for each in model))
     return np.array([(sum(size for size, _ in plan), sum(loss for _, loss in plan)) for plan in found])
 
 
-def loss_of(model: Model, budget: int) -> float:
+def loss_of(model: PivotedModel, budget: int) -> float:
     ranks = bought(model, "loss-aware", budget)
     return sum(float(loss[rank:].sum()) for one, loss in model if (rank := ranks[one.name]) is not None)
 
 
-def hull(model: Model) -> list[tuple[float, int, float]]:
+def hull(model: PivotedModel) -> list[tuple[float, int, float]]:
     """Segments (loss per byte, bytes, loss) of the pooled lower hull, steepest first; from the points themselves."""
     segments = []
     for each in model:
@@ -116,7 +90,7 @@ def hull(model: Model) -> list[tuple[float, int, float]]:
 
 
 @settings(max_examples=200, deadline=None)
-@given(models(9, 3), st.floats(0, 1))
+@given(pivoted_models(9, 3), st.floats(0, 1))
 def test_no_plan_is_better_by_more_than_a_segment_of_the_hull(model, share):
     least, dense = least_and_dense(model)
     budget = int(least + share * (dense - least))
@@ -126,7 +100,7 @@ def test_no_plan_is_better_by_more_than_a_segment_of_the_hull(model, share):
 
 
 @settings(max_examples=150, deadline=None)
-@given(models(9, 3))
+@given(pivoted_models(9, 3))
 def test_no_plan_is_better_where_the_hull_has_one_vertex(model):
     """At the ends of runs of equally steep segments, whose order is free."""
     every, (spent, _), segments = plans(model), least_and_dense(model), hull(model)
@@ -137,7 +111,7 @@ def test_no_plan_is_better_where_the_hull_has_one_vertex(model):
 
 
 @settings(max_examples=100, deadline=None)
-@given(models(9, 3))
+@given(pivoted_models(9, 3))
 def test_more_budget_never_costs_loss(model):
     least, dense = least_and_dense(model)
     losses = [loss_of(model, budget) for budget in range(least, dense + 5, 2)]
@@ -149,7 +123,7 @@ def test_directions_that_get_cheaper_are_bought_together():
     """Of equal directions the later ones cost less, so that all are worth it, or none."""
     model = [(linear(number, 40, 60), torch.ones(40).double()) for number in range(2)]
     _, dense = least_and_dense(model)
-    ranks = bought(model, "loss-aware", dense // 2 + price(model[0][0], 1))
+    ranks = bought(model, "loss-aware", dense // 2 + pivoted_price(model[0][0], 1))
     assert sorted(rank or 40 for rank in ranks.values())[0] < 3
 
 
@@ -172,11 +146,6 @@ def test_pivots_pay_from_the_rank_at_which_they_spare_more_than_their_indices():
     assert [pays_by_pivots(single, rank) for rank in (1, 2, 8)] == [False, True, True]
     assert not pays_by_pivots(half, None)
     assert not pays_by_pivots(half, (3, 3, 3))
-
-
-@pytest.fixture(scope="module")
-def parts():
-    return anatomy(families.FAMILIES["llama"]())
 
 
 def test_edited_pivots_are_obeyed_or_refused(parts, tmp_path):

@@ -6,13 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from helpers.matrices import normal
 from spectrim.errors import ModelError, NumericalError
 from spectrim.layers import LowRankLinear, replace_linears
 from spectrim.pivots import BOUND, pivoted, row_order
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def rebuilt(p: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:

@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 from transformers.image_utils import load_image
 
+from helpers.samples import noise, write_jsonl
 from spectrim.errors import SampleError
 from spectrim.evaluate import load_questions
 from spectrim.samples import load_images
 from spectrim.samples.pixels import open_image, opener, to_rgb
-from test_samples import noise, write_jsonl
 
 RAMP = np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64)
 ORIENTATION = 0x0112

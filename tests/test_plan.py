@@ -4,16 +4,9 @@ import json
 
 import pytest
 
-import families
-from spectrim.anatomy import anatomy
 from spectrim.errors import BudgetError
 from spectrim.layers import LowRankLinear
 from spectrim.plan import Plan, plan_row
-
-
-@pytest.fixture(scope="module")
-def parts():
-    return anatomy(families.FAMILIES["llama"]())
 
 
 @pytest.fixture

@@ -9,38 +9,14 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError,
 
 from compressed import factored
 from families import FAMILIES
+from helpers.command import hub, run
 from spectrim.checkpoint import push, save
 from spectrim.errors import CheckpointError
-from test_cli import run
-
-
-class FakeApi:
-    """Records calls; `fails` maps the name of a call to what it raises."""
-
-    def __init__(self, private: bool = False, **fails: Exception) -> None:
-        self.calls: list[tuple[str, dict[str, Any]]] = []
-        self.private, self.fails = private, fails
-
-    def __getattr__(self, name: str) -> Any:
-        def call(repo_id: str, **options: Any) -> Any:
-            self.calls.append((name, {"repo_id": repo_id, **options}))
-            if name in self.fails:
-                raise self.fails[name]
-            return SimpleNamespace(private=self.private) if name == "model_info" else "address of the repository"
-
-        return call
 
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     return save(factored("llama"), tmp_path / "small")
-
-
-def hub(monkeypatch: pytest.MonkeyPatch, token: str | None = "token", **options: Any) -> FakeApi:
-    api = FakeApi(**options)
-    monkeypatch.setitem(push.__globals__, "HfApi", lambda: api)
-    monkeypatch.setitem(push.__globals__, "get_token", lambda: token)
-    return api
 
 
 def test_a_repository_is_made_and_the_whole_directory_goes_up(

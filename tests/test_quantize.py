@@ -8,21 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.matrices import metric, normal
 from spectrim import quantize as room
 from spectrim.errors import NumericalError
 from spectrim.packed import PackedLinear
 from spectrim.quantize import Grid, conditional, error, expected, fitting_group, quantize, scales
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def metric(size: int, seed: int = 0, decay: float = 1.5) -> torch.Tensor:
-    """A positive definite matrix with a decaying spectrum in random directions."""
-    M = normal(size, size, seed=seed) * torch.arange(1, size + 1).double() ** -decay
-    return M @ M.T
-
 
 grids = st.builds(Grid, st.sampled_from([2, 3, 4, 8]), st.sampled_from([None, 32]), st.booleans())
 

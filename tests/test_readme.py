@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from families import FAMILIES
+from helpers.samples import image_folder, llava_processor
 from spectrim.evaluate.suites import Suite
-from test_samples import image_folder, llava_processor
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

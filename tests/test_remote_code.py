@@ -11,10 +11,10 @@ import torch
 import spectrim
 from compressed import config_of, logits
 from families import FAMILIES
+from helpers.command import run
+from helpers.samples import word_tokenizer
 from spectrim.checkpoint import load, load_processor, read_provenance, save
 from spectrim.errors import ModelError
-from test_cli import run
-from test_samples import word_tokenizer
 
 CONFIG = """
 from transformers import LlamaConfig

@@ -5,15 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from curvatures import matrix, normal
+from curvatures import matrix
+from helpers.matrices import close, normal
 from spectrim.curvature import OutputMetric
 from spectrim.decompose import decompose, sides
 from spectrim.errors import NumericalError
 from spectrim.linalg import BlockRoot, LowRankRoot, OutputRoot, nystrom
-
-
-def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-9) -> None:
-    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * float(b.abs().max()))
 
 
 @st.composite

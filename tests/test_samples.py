@@ -1,23 +1,27 @@
 """Samples: windows, sources, batches, fingerprints, and the messages for what is wrong with them."""
 
 import itertools
-import json
 import re
 import sys
-import types
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import LlavaProcessor, PreTrainedTokenizerFast
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers import LlavaProcessor
 
+from helpers.samples import (
+    FakeImage,
+    fake_datasets,
+    image_folder,
+    llava_processor,
+    noise,
+    sample,
+    word_tokenizer,
+    write_jsonl,
+)
 from spectrim.errors import SampleError
 from spectrim.samples import (
     ImageSample,
@@ -31,52 +35,6 @@ from spectrim.samples import (
 )
 from spectrim.samples.batches import image_prompt
 from spectrim.samples.chat import texts
-
-# Writes the beginning-of-sequence token itself, as the templates of many models do.
-TEMPLATE = (
-    "<s>{% for m in messages %}{% for c in m.content %}{% if c.type == 'image' %}<image>{% else %} {{ c.text }}"
-    "{% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %} w99{% endif %}"
-)
-
-
-def word_tokenizer(words: int = 119, begins: bool = True) -> PreTrainedTokenizerFast:
-    """Word ``w7`` is token 7; ``<s>`` is 1 and stands before every text if it ``begins``; ``<image>`` is 120."""
-    vocabulary = {f"w{i}": i for i in range(words) if i not in (1, 120)} | {"<s>": 1, "<image>": 120}
-    tokenizer = Tokenizer(models.WordLevel({**vocabulary, "<unk>": len(vocabulary) + 5}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    if begins:
-        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", extra_special_tokens={"image_token": "<image>"}
-    )
-
-
-def llava_processor(chat_template: str | None = TEMPLATE) -> LlavaProcessor:
-    """For the tiny LLaVA of families.py: 16×16 pixels, 16 image tokens."""
-    return LlavaProcessor(
-        image_processor=CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}),
-        tokenizer=word_tokenizer(),
-        patch_size=4,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=chat_template,
-    )
-
-
-def noise(seed: int, width: int = 16, height: int = 16) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
-def image_folder(folder: Path, count: int) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    for i in range(count):
-        noise(i).save(folder / f"{i:03}.png")
-    return folder
-
-
-def sample(seed: int, text: str, answer: str | None = None) -> ImageSample:
-    return ImageSample((noise(seed),), question(text), answer)
 
 
 def asked(sample: ImageSample) -> str:
@@ -169,41 +127,6 @@ def test_missing_sources_are_named(tmp_path):
         load_text(str(tmp_path))
 
 
-class FakeRows(list):
-    """What ``datasets.load_dataset(..., streaming=True)`` returns, as far as it is used."""
-
-    features = None
-
-    def shuffle(self, seed, buffer_size):
-        order = np.random.default_rng(seed).permutation(len(self))
-        return FakeRows(self[i] for i in order)
-
-    def cast_column(self, column, feature):
-        assert feature.decode is False
-        return FakeRows({**row, column: {"bytes": row[column], "path": None}} for row in self)
-
-
-class FakeImage:
-    def __init__(self, decode=True):
-        self.decode = decode
-
-
-def fake_datasets(monkeypatch, rows, features=None):
-    calls = []
-
-    def load_dataset(name, config, *, split, streaming):
-        calls.append((name, config, split, streaming))
-        if split == "none":
-            raise ValueError("Bad split: none")
-        result = FakeRows(rows)
-        result.features = features
-        return result
-
-    module = types.SimpleNamespace(load_dataset=load_dataset, Image=FakeImage)
-    monkeypatch.setitem(sys.modules, "datasets", module)
-    return calls
-
-
 def test_text_of_a_data_set(monkeypatch):
     calls = fake_datasets(monkeypatch, [{"text": "a"}, {"text": "b"}])
     assert load_text("org/name:config:validation") == "a\n\nb"
@@ -226,9 +149,9 @@ def test_images_of_a_data_set(monkeypatch, tmp_path):
     rows = [{"image": file.read_bytes(), "question": f"q{i}", "answer": ["a"]} for i, file in enumerate(files)]
     fake_datasets(monkeypatch, rows, {"image": FakeImage()})
     samples = load_images("org/pictures", samples=3, seed=1)
-    for sample in samples:
-        assert np.array_equal(sample.images[0], noise(int(asked(sample)[1:])))
-        assert sample.answer is None
+    for found in samples:
+        assert np.array_equal(found.images[0], noise(int(asked(found)[1:])))
+        assert found.answer is None
     with pytest.raises(SampleError, match="has 5 images and 6 were asked for"):
         load_images("org/pictures", samples=6, seed=1)
     fake_datasets(monkeypatch, [{"image": "http://somewhere"}])
@@ -272,11 +195,6 @@ def test_broken_image_is_named_when_opened(tmp_path):
     samples = load_images(str(tmp_path), samples=1, seed=0)
     with pytest.raises(SampleError, match=r"broken\.png cannot be read as an image"):
         samples[0]
-
-
-def write_jsonl(path: Path, rows: list[object]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 def test_jsonl_of_images(tmp_path):

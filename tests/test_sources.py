@@ -13,10 +13,10 @@ import transformers as hf
 
 from compressed import config_of, edited, factored
 from families import FAMILIES, TEXT
+from helpers.samples import word_tokenizer
 from spectrim.checkpoint import load, load_processor, save
 from spectrim.errors import CheckpointError, ModelError, SampleError, SpectrimError, printable
 from spectrim.evaluate.footprint import stored_bytes
-from test_samples import word_tokenizer
 
 LAYER = "model.layers.0.self_attn.q_proj.weight"
 INDEX = "model.safetensors.index.json"

@@ -12,6 +12,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from helpers.calibrated import tiny
+from helpers.samples import WORDS, word_tokenizer
 from spectrim.anatomy import anatomy
 from spectrim.calibrate import Statistics, calibrate
 from spectrim.calibrate.manifest import MANIFEST, Gathered
@@ -19,19 +21,16 @@ from spectrim.calibrate.moments import Sums
 from spectrim.calibrate.snapshot import Store
 from spectrim.errors import NumericalError, StatisticsError
 from spectrim.pipeline import compress
-from test_calibrate import WORDS, tiny
-from test_samples import word_tokenizer
 
 FILE = "text.model.layers.0"
 LINEAR = "model.layers.0.mlp.down_proj"
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
+def finished(words, tmp_path_factory) -> Path:
     """Statistics with spectra and compensated blocks of one recipe."""
     path = tmp_path_factory.mktemp("finished")
-    (path / "words.txt").write_text(WORDS)
-    given = {"processor": word_tokenizer(), "text": str(path / "words.txt"), "samples": 4, "seqlen": 8}
+    given = {"processor": word_tokenizer(), "text": words, "samples": 4, "seqlen": 8}
     calibrate(tiny("llama", torch.float32), path / "s", **given, gradients=True, curvature=True)
     compressed(path / "s")
     return path / "s"

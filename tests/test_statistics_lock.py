@@ -10,20 +10,20 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.calibrated import assert_same_bits, named, tiny
+from helpers.samples import word_tokenizer
 from spectrim.calibrate import Statistics, calibrate, run
 from spectrim.calibrate.manifest import MANIFEST
 from spectrim.errors import StatisticsError
 from spectrim.lock import LOCK, writing
 from spectrim.pipeline import compress
-from test_calibrate import WORDS, assert_same_bits, named, tiny
-from test_samples import word_tokenizer
 
 SCRIPT = """
 import sys, time
 sys.path.insert(0, {tests!r})
 from spectrim.errors import SpectrimError
-from test_calibrate import tiny
-from test_samples import word_tokenizer
+from helpers.calibrated import tiny
+from helpers.samples import word_tokenizer
 import torch
 OPTIONS = {{"processor": word_tokenizer(), "text": {words!r}, "samples": 4, "seqlen": 8, "batch_size": 1}}
 def said(*words):
@@ -44,13 +44,6 @@ CALIBRATE = """
     calibrate(tiny("llama", torch.float32), {out!r}, **OPTIONS, checkpoint_seconds=0, progress=progress)
     said("done")
 """
-
-
-@pytest.fixture
-def words(tmp_path: Path) -> str:
-    path = tmp_path / "words.txt"
-    path.write_text(WORDS)
-    return str(path)
 
 
 def process(words: str, body: str, **options: object) -> subprocess.Popen[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from families import FAMILIES
-from test_samples import image_folder, llava_processor
+from helpers.samples import image_folder, llava_processor
 
 
 @pytest.fixture

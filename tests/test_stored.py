@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.matrices import metric, normal
 from spectrim.anatomy import Linear
 from spectrim.curvature import OutputMetric
 from spectrim.decompose import decompose, factors
@@ -13,7 +14,6 @@ from spectrim.linalg import BlockRoot
 from spectrim.plan import Integers, plan_row
 from spectrim.quantize import Grid, Quantized, error, quantize
 from spectrim.stored import Stored, make_stored
-from test_quantize import metric, normal
 
 LINEAR = Linear("a", "backbone", None, "up", 24, 32, None, torch.float32)
 

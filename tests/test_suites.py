@@ -12,14 +12,14 @@ import pytest
 from rich.console import Console
 
 from compressed import factored
+from helpers.command import run
+from helpers.evaluated import COLOURS, make_llama, make_llava, make_processor, make_questions, make_tokenizer
 from spectrim.checkpoint import load, load_processor, save
 from spectrim.errors import SampleError
 from spectrim.evaluate import harnesses, vqa
 from spectrim.evaluate.harnesses import LMMS_MODELS, run_suite, task_manager
 from spectrim.evaluate.suites import Suite, SuiteReport, read_scores, suite_names, suite_table
 from spectrim.harness import main
-from test_cli import run
-from test_evaluate import COLOURS, make_llama, make_llava, make_processor, make_questions, make_tokenizer
 
 BUILTIN = {
     "adasvd": ["mmlu", "arc_easy", "winogrande", "hellaswag", "piqa"],

@@ -11,6 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import families
 from compressed import logits, low_rank
+from helpers.samples import processor, word_tokenizer
+from helpers.streams import weights
 from spectrim.anatomy import anatomy
 from spectrim.calibrate import Statistics, calibrate
 from spectrim.checkpoint import read_provenance
@@ -18,9 +20,6 @@ from spectrim.errors import BudgetError, RecipeError
 from spectrim.metric import layer_metric
 from spectrim.pipeline import compress, compression
 from spectrim.recipe import Recipe, builtin_names
-from test_calibrate import WORDS
-from test_pipeline import processor, weights
-from test_samples import word_tokenizer
 
 UNUSED = "model.layers.0.mlp.side"
 DEAD = 2
@@ -65,13 +64,6 @@ def with_unused() -> LlamaForCausalLM:
 
 
 MODELS = {"mixture": mixture, "unused": with_unused}
-
-
-@pytest.fixture(scope="module")
-def words(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("words") / "words.txt"
-    path.write_text(WORDS)
-    return str(path)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,40 @@
+"""Fixtures that several files of tests use; plain helpers are in ``helpers``."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import families
+from helpers.samples import WORDS, image_folder, write_jsonl
+from helpers.streams import prepare
+from spectrim.anatomy import Anatomy, anatomy
+from spectrim.calibrate import Statistics
+
+
+@pytest.fixture(scope="session")
+def words(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A file of text, for reading only."""
+    path = tmp_path_factory.mktemp("words") / "words.txt"
+    path.write_text(WORDS)
+    return str(path)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> str:
+    """Six images; their instructions have three lengths."""
+    image_folder(tmp_path / "pictures", 6)
+    rows = [{"image": f"pictures/{i:03}.png", "instruction": " ".join(["w7"] * (1 + i % 3))} for i in range(6)]
+    return write_jsonl(tmp_path / "pictures.jsonl", rows)
+
+
+@pytest.fixture(scope="session")
+def parts() -> Anatomy:
+    """Of the few-layer Llama."""
+    return anatomy(families.FAMILIES["llama"]())
+
+
+@pytest.fixture(scope="module")
+def calibrated(words: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Statistics]]:
+    """A model that sees and one that does not, with their statistics; a file may have others under this name."""
+    return {family: prepare(family, words, tmp_path_factory.mktemp(family) / "s") for family in ("llama", "llava")}

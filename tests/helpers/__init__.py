@@ -1,0 +1,1 @@
+"""What several files of tests use; files of tests do not import one another."""
