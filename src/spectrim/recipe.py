@@ -145,8 +145,12 @@ class Recipe(_Part):
     @property
     def needs_statistics(self) -> bool:
         """Whether calibration must come first."""
-        measured = self.allocation.rule in ("sensitivity", "adacr")
-        return self.metric.kind != "identity" or measured or self.compensate.kind != "none"
+        return self.metric.kind != "identity" or self.needs_samples
+
+    @property
+    def needs_samples(self) -> bool:
+        """Whether the samples of the calibration are run through the model again."""
+        return self.allocation.rule in ("sensitivity", "adacr") or self.compensate.kind != "none"
 
     @property
     def needs_gradients(self) -> bool:
