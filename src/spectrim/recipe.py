@@ -206,8 +206,9 @@ class Recipe(_Part):
             return cls.model_validate(content)
         except ValidationError as error:
             first = error.errors()[0]
-            at = ".".join(map(str, first["loc"]))
-            raise RecipeError(f"{where}: key '{at}': {first['msg']}; docs/recipes.md lists the keys") from error
+            at = f"key '{'.'.join(map(str, first['loc']))}': " if first["loc"] else ""
+            said = first["msg"].removeprefix("Value error, ")
+            raise RecipeError(f"{where}: {at}{said}; docs/recipes.md lists the keys") from error
 
 
 def _path(source: str | Path) -> Path:
