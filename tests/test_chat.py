@@ -94,6 +94,26 @@ FORMATS = {  # the same conversation about two images, as data sets write it
         "images": [A, B],
         "messages": turns(SYSTEM, f"<image>{ASKED}", SAID, f"<image>{AGAIN}", LAST),
     },
+    "prompt and completion": {
+        "images": [A, B],
+        "prompt": turns([part(SYSTEM)], [IMAGE, part(ASKED)], [part(SAID)], [IMAGE, part(AGAIN)]),
+        "completion": [{"role": "assistant", "content": LAST}],
+    },
+    "prompt alone": {
+        "images": [A, B],
+        "prompt": turns([part(SYSTEM)], [IMAGE, part(ASKED)], [part(SAID)], [IMAGE, part(AGAIN)], [part(LAST)]),
+    },
+    "system beside": {
+        "image": [A, B],
+        "system": SYSTEM,
+        "conversations": turns(SYSTEM, f"<image>\n{ASKED}", SAID, f"<image>\n{AGAIN}", LAST, **SHAREGPT)[1:],
+    },
+    "counted": {
+        "images": [B, A],
+        "messages": turns(
+            SYSTEM, [{**IMAGE, "index": 1}, part(ASKED)], SAID, [{**IMAGE, "index": 0}, part(AGAIN)], LAST
+        ),
+    },
     "answer beside": {
         "images": [A, B],
         "messages": turns(SYSTEM, f"<image>{ASKED}", SAID, f"<image>{AGAIN}"),
@@ -252,13 +272,17 @@ USER = {"role": "user", "content": ASKED}
         ({"messages": [{"role": "user", "content": [{"type": ["text"]}]}]}, "a part of type"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": 7}]}]}, 'string under "text"'),
         ({"messages": [USER], "conversations": [USER]}, 'both "messages" and "conversations"'),
-        ({"messages": [USER], "question": "w5"}, "both a conversation and an instruction or question"),
+        ({"messages": [USER], "question": "w5"}, "both a conversation and a single question"),
         ({"messages": [USER, {"role": "assistant", "content": "w6"}], "answer": "w7"}, "answer beside that"),
         ({"messages": [{"role": "assistant", "content": "w6"}]}, "no turn of the user"),
         ({"messages": [{"role": "system", "content": "w6"}]}, "no turn of the user"),
         ({"images": [B], "messages": [USER]}, 'both "image" and "images"'),
         ({"messages": [{"role": "user", "content": "<image> <image> w4"}]}, "1 images and 2 places"),
         ({"messages": [{"role": "user", "content": [IMAGE, IMAGE]}]}, "1 images and 2 places"),
+        ({"messages": [{"role": "user", "content": [{**IMAGE, "index": 1}]}]}, "count each once, from 0"),
+        ({"messages": [{"role": "user", "content": [{**IMAGE, "index": [0]}]}]}, "count each once, from 0"),
+        ({"prompt": [USER], "messages": [USER]}, "must be strings"),
+        ({"prompt": [USER], "completion": "w6", "answer": "w7"}, 'both "answer" and "completion"'),
         ({"messages": [USER, {"role": "assistant", "content": "<image> w6"}]}, "image in the answer"),
     ],
 )

@@ -171,5 +171,5 @@ def test_decimal_numbers_in_a_file_are_numbers(tmp_path):
 
 
 def test_loss_aware_needs_curvature():
-    with pytest.raises(RecipeError, match="'loss-aware' needs predicted losses; set metric"):
+    with pytest.raises(RecipeError, match=r"': allocation 'loss-aware' needs predicted losses; set metric"):
         Recipe.read("svd-llm", {"allocation.rule": "loss-aware"})

@@ -118,11 +118,11 @@ def test_bad_text_files_are_named(tmp_path, name, content, message):
 
 
 def test_missing_sources_are_named(tmp_path):
-    for source in (str(tmp_path / "no"), "./no", "no.txt", "no.jsonl"):
+    for source in (str(tmp_path / "no"), "./no", "no.txt", "no.jsonl", "no.CSV", "data/no.parquet", "no.png"):
         with pytest.raises(SampleError, match="does not exist"):
             load_text(source)
     with pytest.raises(SampleError, match="does not exist"):
-        load_images("no.png", samples=1, seed=0)
+        load_images("no.txt", samples=1, seed=0)
     with pytest.raises(SampleError, match="is a folder"):
         load_text(str(tmp_path))
 
@@ -210,12 +210,33 @@ def test_jsonl_of_images(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("row", "question", "answer"),
+    [
+        ({"prompt": "p"}, "p", None),
+        ({"prompt": "p", "completion": "c"}, "p", "c"),
+        ({"instruction": None, "question": "q", "answer": None, "completion": "c"}, "q", "c"),
+        ({"caption": "c"}, "d", "c"),
+        ({"caption": "c", "answer": "a"}, "d", "a"),
+        ({"caption": "c", "question": "q"}, "q", None),  # says what is there, not what was asked
+        ({"images": []}, "d", None),
+    ],
+)
+def test_what_is_asked_and_its_answer_have_several_names(tmp_path, row, question, answer):
+    image_folder(tmp_path, 1)
+    source = write_jsonl(tmp_path / "s.jsonl", [{"image": "000.png", **row}])
+    (sample,) = load_images(source, samples=1, seed=0, instruction="d")
+    assert (asked(sample), sample.answer) == (question, answer)
+
+
+@pytest.mark.parametrize(
     ("row", "message"),
     [
         ({"picture": "000.png"}, 'line 2 has no string "image"'),
         ({"image": "999.png"}, "line 2 names the image '999.png', which does not exist"),
-        ({"image": "000.png", "question": 7}, "line 2: instruction and answer must be strings"),
-        ({"image": "000.png", "answer": 7}, "line 2: instruction and answer must be strings"),
+        ({"image": "000.png", "question": 7}, "line 2: what is asked and its answer must be strings"),
+        ({"image": "000.png", "answer": 7}, "line 2: what is asked and its answer must be strings"),
+        ({"image": "000.png", "caption": 7}, "line 2: what is asked and its answer must be strings"),
+        ({"image": "000.png", "prompt": "p", "question": "q"}, 'line 2 has both "question" and "prompt"'),
     ],
 )
 def test_bad_jsonl_of_images_names_the_line(tmp_path, row, message):

@@ -19,8 +19,8 @@ from spectrim.calibrate import Statistics, calibrate
 from spectrim.calibrate.manifest import MANIFEST, Gathered
 from spectrim.calibrate.moments import Sums
 from spectrim.calibrate.snapshot import Store
-from spectrim.errors import NumericalError, StatisticsError
-from spectrim.pipeline import compress
+from spectrim.errors import NumericalError, SampleError, StatisticsError
+from spectrim.pipeline import compress, compression
 
 FILE = "text.model.layers.0"
 LINEAR = "model.layers.0.mlp.down_proj"
@@ -296,3 +296,21 @@ def test_a_moment_over_no_position_is_none(statistics, tmp_path):
     sums.moment(LINEAR, width)
     store.save({"text": sums}, complete=True)
     assert Statistics.open(tmp_path / "new").moment(LINEAR, "text") is None
+
+
+def test_samples_that_are_needed_again_are_found_from_every_folder_and_missed_at_once(tmp_path, monkeypatch):
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    Path("words.txt").write_text(WORDS)
+    given = {"processor": word_tokenizer(), "text": "words.txt", "samples": 4, "seqlen": 8, "curvature": False}
+    calibrate(tiny("llama", torch.float32), "s", **given)
+    monkeypatch.chdir(tmp_path / "there")
+    compressed(Path("../here/s"))
+    (tmp_path / "here" / "words.txt").unlink()
+    monkeypatch.setattr("spectrim.pipeline.make_spectra", None)  # which takes long
+    for rule, kind in (("uniform", "anchored"), ("adacr", "none")):
+        changes = {"compensate.kind": kind, "allocation.rule": rule}
+        prepared = compression(tiny("llama", torch.float32), "svd-llm", stats="../here/s", changes=changes)
+        with pytest.raises(SampleError, match=r"of ../here/s are needed again, and /.*words.txt is gone"), prepared:
+            pass

@@ -223,3 +223,27 @@ def test_all_processes_of_a_run_learn_that_another_writes(words, tmp_path):
         start = time.monotonic()
         torch.multiprocessing.spawn(_rank, (str(tmp_path / "store"), str(tmp_path / "s"), words), nprocs=2)
     assert time.monotonic() - start < 60
+
+
+def test_children_that_outlive_a_writer_hold_no_lock_and_release_none(tmp_path):
+    read, write = os.pipe()
+    held = writing(tmp_path, alone=True)
+    held.__enter__()
+    if (worker := os.fork()) == 0:
+        os.read(read, 1)
+        os._exit(0)
+    if (leaver := os.fork()) == 0:
+        held.__exit__(None, None, None)
+        os._exit(0)
+    try:
+        os.waitpid(leaver, 0)
+        with pytest.raises(StatisticsError, match="another process"), writing(tmp_path, alone=True):
+            pass
+        held.__exit__(None, None, None)
+        with writing(tmp_path, alone=True):
+            pass
+    finally:
+        os.write(write, b"x")
+        os.waitpid(worker, 0)
+        os.close(read)
+        os.close(write)

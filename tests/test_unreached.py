@@ -214,6 +214,30 @@ def test_nothing_that_samples_reach_is_an_error(llava):
         prepared.plan(0.9)
 
 
+@pytest.mark.parametrize("only", [False, True])
+def test_blocks_with_a_dead_expert_are_refined(only, calibrated):
+    changes = {"compensate.kind": "anchored", "compensate.refine": 4}
+    model = mixture()
+    dead = f".experts.{DEAD}."
+    before = {name: w.clone() for name, w in weights(model).items()}
+    given = {"stats": calibrated["mixture"], "processor": word_tokenizer(), "changes": changes}
+    with compression(model, "jw-svd", **given) as prepared:
+        plan = prepared.plan(0.5)
+        if only:  # nothing of a block that a gradient reaches
+            rows = {n: row if dead in n else row.model_copy(update={"rank": None}) for n, row in plan.linears.items()}
+            plan = plan.model_copy(update={"linears": rows})
+        changed = {name for name in plan.changed if dead in name}
+        assert changed
+        with prepared.applied(plan) as small:
+            assert torch.isfinite(logits(small)).all()
+            for name in changed:  # no sample says how to refine them
+                layer = small.get_submodule(name)
+                found = prepared._stored(name, plan.linears[name]).weight()
+                A, B = layer.factors()
+                torch.testing.assert_close((A @ B).double(), found.double(), atol=1e-6, rtol=1e-4)
+    assert all(torch.equal(before[name], w) for name, w in weights(model).items())
+
+
 def test_what_stayed_dense_is_reported_and_the_checkpoint_loads(words, tmp_path: Path):
     given = {"processor": processor("llava"), "text": words, "images": None, "samples": 4, "seqlen": 16}
     small = compress(families.FAMILIES["llava"](), tmp_path / "small", retain=0.8, **given)

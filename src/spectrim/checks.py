@@ -11,7 +11,6 @@ from spectrim.errors import BudgetError, SampleError, UsageError
 from spectrim.samples import load_images, load_text
 from spectrim.samples.sources import local_path
 
-_FILES = frozenset({".txt", ".md", ".png", ".jpg", ".jpeg"})  # a missing one of these is no data set id
 _MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # names of accelerate for several devices
 
 
@@ -52,7 +51,7 @@ def _reads_at_once(source: str) -> bool:
     """Whether a source is a local one; SampleError where it is neither that nor can be fetched."""
     if source == "builtin":
         return False
-    if local_path(source, _FILES) is not None:
+    if local_path(source) is not None:
         return True
     if find_spec("datasets") is None:
         raise SampleError(

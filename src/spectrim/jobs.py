@@ -8,6 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from spectrim.calibrate import Statistics
+from spectrim.calibrate.data import check_there
 from spectrim.calibrate.snapshot import check_home
 from spectrim.checkpoint import check_target, read_config
 from spectrim.checks import check_directory, check_once, check_retain, check_sources
@@ -84,7 +85,7 @@ def check_samples(recipe: Recipe, statistics: Statistics | None, samples: Mappin
 
     Raises:
         RecipeError: they are not.
-        SampleError: an option is out of its limits, or a source of samples is none.
+        SampleError: an option is out of its limits, or a source of samples is none or is gone and needed again.
         UsageError: there are statistics and samples were asked for all the same.
     """
     if statistics is not None and samples:
@@ -98,6 +99,8 @@ def check_samples(recipe: Recipe, statistics: Statistics | None, samples: Mappin
         if needed and not getattr(has, name):
             what = "the statistics have" if statistics is not None else "the calibration is to gather"
             raise RecipeError(f"recipe '{recipe.name}' needs {name} and {what} none; calibrate with --{name}")
+    if statistics is not None and recipe.needs_samples:
+        check_there(statistics)
     if statistics is None and recipe.needs_statistics:
         options.check_together()
         check_sources(options.text, options.images)

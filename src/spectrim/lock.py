@@ -23,7 +23,7 @@ def writing(directory: Path, *, alone: bool) -> Iterator[None]:
     what is in them, and may do so together. Whoever finds nobody else there removes what killed runs left half-written.
 
     The lock is the kernel's and dies with its process; a file with a pid would outlive it, and the pid may be another's
-    by then.
+    by then. Children that were forked meanwhile share it, so that it is given up and not only closed.
 
     Raises:
         StatisticsError: another process writes there, or nothing can be written.
@@ -35,6 +35,7 @@ def writing(directory: Path, *, alone: bool) -> Iterator[None]:
         raise StatisticsError(
             f"{directory} cannot be written ({error}); make room, or name a directory of yours"
         ) from error
+    owner = os.getpid()
     try:
         if (free := _locked(descriptor, directory)) or not alone:
             if free:
@@ -49,6 +50,8 @@ def writing(directory: Path, *, alone: bool) -> Iterator[None]:
             return
         writer = os.read(descriptor, 20).decode(errors="replace")
     finally:
+        if sys.platform != "win32" and os.getpid() == owner:  # and no child that leaves the block
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
     raise StatisticsError(
         f"another process{f' ({writer})' if writer.isdecimal() else ''} writes to {directory}; wait until it is done, "

@@ -145,8 +145,12 @@ class Recipe(_Part):
     @property
     def needs_statistics(self) -> bool:
         """Whether calibration must come first."""
-        measured = self.allocation.rule in ("sensitivity", "adacr")
-        return self.metric.kind != "identity" or measured or self.compensate.kind != "none"
+        return self.metric.kind != "identity" or self.needs_samples
+
+    @property
+    def needs_samples(self) -> bool:
+        """Whether the samples of the calibration are run through the model again."""
+        return self.allocation.rule in ("sensitivity", "adacr") or self.compensate.kind != "none"
 
     @property
     def needs_gradients(self) -> bool:
@@ -202,8 +206,9 @@ class Recipe(_Part):
             return cls.model_validate(content)
         except ValidationError as error:
             first = error.errors()[0]
-            at = ".".join(map(str, first["loc"]))
-            raise RecipeError(f"{where}: key '{at}': {first['msg']}; docs/recipes.md lists the keys") from error
+            at = f"key '{'.'.join(map(str, first['loc']))}': " if first["loc"] else ""
+            said = first["msg"].removeprefix("Value error, ")
+            raise RecipeError(f"{where}: {at}{said}; docs/recipes.md lists the keys") from error
 
 
 def _path(source: str | Path) -> Path:

@@ -23,6 +23,7 @@ from spectrim.samples import (
     text_batches,
     text_windows,
 )
+from spectrim.samples.sources import local_path
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,19 @@ def load_data(
     return Data(windows, shown, processor)
 
 
+def check_there(statistics: Statistics) -> None:
+    """Raise SampleError where a file or folder of samples that statistics were gathered from is gone."""
+    source = statistics.manifest.data
+    for name in (source.text, source.images):
+        try:
+            _ = None if name is None else local_path(name)
+        except SampleError as error:
+            raise SampleError(
+                f"the samples of {statistics.path} are needed again, and {name} is gone; restore it, calibrate again, "
+                "or choose a recipe that only needs the statistics, such as laser"
+            ) from error
+
+
 def reload_data(
     model: PreTrainedModel,
     processor: ProcessorMixin | PreTrainedTokenizerBase,
@@ -105,6 +119,7 @@ def reload_data(
         SampleError: they cannot be loaded any more.
         StatisticsError: they are other samples now.
     """
+    check_there(statistics)
     source, settings = statistics.manifest.data, statistics.manifest.settings
     data = load_data(
         model,

@@ -28,6 +28,7 @@ from spectrim.calibrate.statistics import Statistics
 from spectrim.dense import check_dense
 from spectrim.errors import SampleError, StatisticsError
 from spectrim.lock import LOCK, writing
+from spectrim.samples.sources import local_path
 from spectrim.settings import CALIBRATION, CalibrationOptions, CalibrationSettings
 
 _SNAPSHOT_SHARE = 0.1  # of the time at most goes into snapshots
@@ -137,7 +138,8 @@ def calibrate(
         if not data.images:
             raise SampleError("image_tokens_only needs image samples; give an image source or leave it out")
         image_token(model)
-    source = DataPrint(text=text, images=images if data.images else None, fingerprint=data.fingerprint())
+    shown = images if data.images else None
+    source = DataPrint(text=_lasting(text), images=_lasting(shown), fingerprint=data.fingerprint())
     fresh = _manifest(model, parts, data, source, options.settings)
     if not Store(out, fresh).manifest.complete:
         with _sole_writer(out):
@@ -146,6 +148,12 @@ def calibrate(
                 store.check()
                 _gather(model, parts, data, store, checkpoint_seconds, progress or (lambda done, total: None))
     return Statistics.open(out)
+
+
+def _lasting(source: str | None) -> str | None:
+    """A source of samples as it is found from every folder: what reloads them may run in another one."""
+    path = None if source in (None, "builtin") else local_path(source)
+    return source if path is None else str(path.absolute())
 
 
 @contextmanager

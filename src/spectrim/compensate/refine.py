@@ -58,11 +58,13 @@ def refine(
                 if output is not None:
                     missing = output.times(missing.T.double()).float()
                 error = missing.square().sum() / max(len(target), 1)
-                gradients = torch.autograd.grad(error, parameters)
             if not bool(error.isfinite()):
                 raise NumericalError(f"the refinement of {unit.name} is not finite; set compensate.refine=0")
+            if not error.requires_grad:  # this batch reaches none of the factors
+                continue
+            gradients = torch.autograd.grad(error, parameters, allow_unused=True)  # of unchosen experts
             for master, gradient in zip(masters, gradients, strict=True):
-                master.grad = gradient.float()
+                master.grad = None if gradient is None else gradient.float()
             optimizer.step()
             schedule.step()
             for parameter, master in zip(parameters, masters, strict=True):

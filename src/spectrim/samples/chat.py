@@ -22,22 +22,40 @@ class Chat:
     images: tuple[Any, ...]
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Of an image that stands beside the conversation: of which one, where that is said."""
+
+    index: Any = None
+
+
 def question(text: str, images: int = 1) -> tuple[Message, ...]:
     """The conversation of one question about images."""
     return ({"role": "user", "content": [*[{"type": "image"}] * images, {"type": "text", "text": text}]},)
 
 
+def joined(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row; TRL's "prompt" and "completion", where they are lists of turns, as one conversation."""
+    prompt, completion = row.get("prompt"), row.get("completion")
+    if not isinstance(prompt, list) or not isinstance(completion, list | None) or row.get(TURNS[0]) is not None:
+        return dict(row)
+    rest = {key: value for key, value in row.items() if key not in ("prompt", "completion")}
+    return {**rest, TURNS[0]: [*prompt, *(completion or ())]}
+
+
 def read_chat(row: Mapping[str, Any], images: Sequence[Any] | None, where: str) -> Chat | None:
-    """The conversation of a row that has one under "messages" or "conversations", else None.
+    """The conversation of a row that has one under "messages", "conversations" or "prompt", else None.
 
     A turn is ``{"role": ..., "content": ...}`` or ``{"from": ..., "value": ...}`` of system, user (human) or assistant
-    (gpt). Content is a string or a list of parts, each a text or an image. ``images`` are those that the row names
-    beside the conversation: they take the places of image parts without an image of their own, else of the marks
-    ``<image>`` in its texts, else they stand before the first user's text.
+    (gpt); a string "system" beside the conversation is its first turn. Content is a string or a list of parts, each a
+    text or an image. ``images`` are those that the row names beside the conversation: they take the places of image
+    parts without an image of their own, in the order of their "index" if they have one, else of the marks ``<image>``
+    in its texts, else they stand before the first user's text.
 
     Raises:
         SampleError: the conversation has another form, or its images and their places are not as many.
     """
+    row = joined(row)
     keys = [key for key in TURNS if row.get(key) is not None]
     if not keys:
         return None
@@ -46,18 +64,24 @@ def read_chat(row: Mapping[str, Any], images: Sequence[Any] | None, where: str) 
     turns = row[keys[0]]
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
         raise SampleError(f'{where}: "{keys[0]}" must be a list of turns; write {{"role": "user", "content": "..."}}')
-    found: list[Any] = []  # images; None where a part leaves it open which
+    if isinstance(system := row.get("system"), str) and system:
+        turns = [{"role": "system", "content": system}, *turns]
+    found: list[Any] = []  # images, and places of those beside
     read = [_turn(turn, found, where) for turn in turns]
     given = list(images or ())
     if given and not found:
         read, found = _placed(read, len(given), where)
-    if found.count(None) != len(given):
+    places = [image for image in found if isinstance(image, _Place)]
+    if len(places) != len(given):
         raise SampleError(
-            f"{where} has {len(given)} images and {found.count(None)} places for them in its conversation; write an "
-            "image part or <image> for each"
+            f"{where} has {len(given)} images and {len(places)} places for them in its conversation; write an image "
+            "part or <image> for each"
         )
-    rest = iter(given)
-    return Chat(tuple(read), tuple(next(rest) if image is None else image for image in found))
+    order = [number if place.index is None else place.index for number, place in enumerate(places)]
+    if not all(isinstance(number, int) for number in order) or {*order} != {*range(len(given))}:
+        raise SampleError(f"{where} counts its {len(given)} images by the indices {order}; count each once, from 0")
+    rest = iter(order)
+    return Chat(tuple(read), tuple(given[next(rest)] if isinstance(image, _Place) else image for image in found))
 
 
 def _turn(turn: Mapping[str, Any], found: list[Any], where: str) -> Message:
@@ -81,13 +105,13 @@ def _turn(turn: Mapping[str, Any], found: list[Any], where: str) -> Message:
             parts.append({"type": "text", "text": part["text"]})
             continue
         places = [key for key in held if key != "text"]
-        named = part[places[0]] if places else None
+        named = part[places[0]] if places else _Place(part.get("index"))
         found.append({"base64": named} if places[:1] == ["base64"] else named)
         parts.append({"type": "image"})
     return {"role": _ROLES[role], "content": parts}
 
 
-def _placed(turns: list[Message], images: int, where: str) -> tuple[list[Message], list[None]]:
+def _placed(turns: list[Message], images: int, where: str) -> tuple[list[Message], list[_Place]]:
     """The turns with image parts in place of marks, or before the first user's text where there are none."""
     lists = [{**turn, "content": as_parts(turn["content"])} for turn in turns]
     marks = sum(part["text"].count(_MARK) for turn in lists for part in turn["content"])
@@ -96,7 +120,7 @@ def _placed(turns: list[Message], images: int, where: str) -> tuple[list[Message
         if first is None:
             raise SampleError(f"{where} has no turn of the user, to whom its images belong; add one")
         first["content"] = [*[{"type": "image"}] * images, *first["content"]]
-        return lists, [None] * images
+        return lists, [_Place()] * images
     for turn in lists:
         parts: list[Any] = []
         for part in turn["content"]:
@@ -105,7 +129,7 @@ def _placed(turns: list[Message], images: int, where: str) -> tuple[list[Message
                 if text := piece.strip("\n") if _MARK in part["text"] else piece:
                     parts.append({"type": "text", "text": text})
         turn["content"] = parts
-    return lists, [None] * marks
+    return lists, [_Place()] * marks
 
 
 def as_parts(content: str | list[Any]) -> list[Any]:

@@ -11,12 +11,12 @@ from typing import Any, overload
 from PIL import Image
 
 from spectrim.errors import SampleError
-from spectrim.samples.chat import Message, as_parts, question, read_chat, texts
+from spectrim.samples.chat import Message, as_parts, joined, question, read_chat, texts
 from spectrim.samples.pixels import open_image, opener, to_rgb
-from spectrim.samples.sources import check_positive, hub_rows, local_path, read_jsonl
+from spectrim.samples.sources import IMAGES, check_positive, hub_rows, local_path, read_jsonl
 from spectrim.samples.tokens import refuse_media
 
-_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+_ASKED, _ANSWERS = ("instruction", "question", "prompt"), ("answer", "completion")  # keys of a row
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,8 @@ def load_images(
 
     Args:
         source: ``builtin`` (images of every built-in task in equal parts); a folder of images, searched with its
-            subfolders; a ``.jsonl`` file of ``{"image": path, "instruction" or "question": ..., "answer": ...}`` or of
+            subfolders; a ``.jsonl`` file of ``{"image": path, "question", "instruction" or "prompt": ..., "answer" or
+            "completion": ...}``, of ``{"image": path, "caption": ...}`` (the answer to ``instruction``) or of
             conversations about images (see ``read_chat``; the last turn is the answer where it is the assistant's),
             with paths relative to the file; else a Hugging Face data set id, ``id[:config[:split]]``, with a column
             ``image`` or ``images``. Several images of a row are a list.
@@ -100,7 +101,7 @@ def load_images(
         raise SampleError(f"the instruction {instruction!r} holds half a character; write it in UTF-8") from error
     if source == "builtin":
         return ImageSamples(_builtin(samples, seed, split, instruction))
-    path = local_path(source, _SUFFIXES)
+    path = local_path(source)
     if path is None:
         rows = hub_rows(source, split, columns=("image", "images"), seed=seed)
         entries = [
@@ -108,7 +109,7 @@ def load_images(
             for number, row in enumerate(itertools.islice(rows, samples), start=1)
         ]
     elif path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _SUFFIXES and file.is_file())
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGES and file.is_file())
         entries = [
             Entry((partial(open_image, file, str(file)),), question(instruction), None, str(file)) for file in files
         ]
@@ -135,21 +136,22 @@ def _builtin(samples: int, seed: int, split: str, instruction: str) -> list[Entr
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:
     """A row of a data set; answers of another kind, such as lists of what many people said, are none."""
-    return {**row, "answer": row["answer"] if isinstance(row.get("answer"), str) else None}
+    return {key: value for key, value in row.items() if key not in ("answer", "caption") or isinstance(value, str)}
 
 
 def _entry(row: dict[str, Any], base: Path | None, where: str, instruction: str) -> Entry:
-    if row.get("image") is not None and row.get("images") is not None:
-        raise SampleError(f'{where} has both "image" and "images"; keep one of them')
-    named = row["images"] if row.get("images") is not None else row.get("image")
+    row = joined(row)
+    named = _one_of(row, ("image", "images"), where)
     images = named if isinstance(named, list) else [] if named is None else [named]
-    asked, answer = row.get("instruction", row.get("question")), row.get("answer")
-    if not isinstance(asked, str | None) or not isinstance(answer, str | None):
-        raise SampleError(f"{where}: instruction and answer must be strings")
+    asked, answer = _one_of(row, _ASKED, where), _one_of(row, _ANSWERS, where)
     chat = read_chat(row, images, where)
+    if chat is None and asked is None and answer is None:
+        answer = row.get("caption")
+    if not isinstance(asked, str | None) or not isinstance(answer, str | None):
+        raise SampleError(f"{where}: what is asked and its answer must be strings")
     if chat is not None:
         if asked is not None:
-            raise SampleError(f"{where} has both a conversation and an instruction or question; keep one of them")
+            raise SampleError(f"{where} has both a conversation and a single question; keep one of them")
         turns, images = chat.turns, list(chat.images)
         if turns[-1]["role"] == "assistant":
             if answer is not None:
@@ -163,6 +165,14 @@ def _entry(row: dict[str, Any], base: Path | None, where: str, instruction: str)
         kind = "shows no image; give it as a text source" if chat else 'has no string "image"; write the path of one'
         raise SampleError(f"{where} {kind}")
     return Entry(tuple(opener(image, base, where) for image in images), turns, answer, where)
+
+
+def _one_of(row: dict[str, Any], keys: Sequence[str], where: str) -> Any:
+    """What a row has under one of these keys; empty lists and null are nothing."""
+    held = [key for key in keys if row.get(key) is not None and row[key] != []]
+    if len(held) > 1:
+        raise SampleError(f'{where} has both "{held[0]}" and "{held[1]}"; keep one of them')
+    return row[held[0]] if held else None
 
 
 def _answer(turn: Message, where: str) -> str:

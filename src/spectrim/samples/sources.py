@@ -9,6 +9,9 @@ from spectrim.files import parse_json
 
 # Names that a data set's author gives to the splits that this project calls by another name.
 _HUB_SPLITS = {"calibration": "train", "heldout": "test"}
+# Endings of file names, which names of data sets do not have; some are of files that are refused.
+IMAGES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+_FILES = IMAGES | {".txt", ".md", ".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".zip", ".tar", ".gz"}
 _SHUFFLE_BUFFER = 1000  # rows that a streamed data set is shuffled over
 
 
@@ -19,12 +22,8 @@ def check_positive(*, seed: int = 0, **values: int | None) -> None:
             raise SampleError(f"{name} must be at least {least}, not {value}")
 
 
-def local_path(source: str, suffixes: frozenset[str]) -> Path | None:
+def local_path(source: str) -> Path | None:
     """The file or folder that ``source`` names, or None when it reads as a data set id.
-
-    Args:
-        source: what the user gave.
-        suffixes: file endings that mark a missing file as a file all the same.
 
     Raises:
         SampleError: ``source`` is written like a path and nothing is there.
@@ -35,7 +34,7 @@ def local_path(source: str, suffixes: frozenset[str]) -> Path | None:
             return path
     except OSError as error:  # a name that is too long, a folder that is closed
         raise SampleError(f"sample source '{source[:80]}' cannot be opened ({error.strerror}); name a file") from error
-    if path.is_absolute() or source.startswith((".", "~")) or path.suffix.lower() in suffixes | {".jsonl"}:
+    if path.is_absolute() or source.startswith((".", "~")) or path.suffix.lower() in _FILES:
         raise SampleError(f"sample source '{source}' does not exist; give an existing file or folder, or 'builtin'")
     return None
 

@@ -37,7 +37,7 @@ def load_text(source: str, *, split: str = "calibration", processor: Any = None,
         from spectrim.demo.text import split_text
 
         passages = iter([_Passage("the built-in text", split_text(split))])
-    elif (path := local_path(source, _SUFFIXES)) is not None:
+    elif (path := local_path(source)) is not None:
         passages = _read_file(path, processor)
     else:
         passages = _read_hub(source, split, processor)
@@ -144,7 +144,7 @@ def _row(where: str, row: dict[str, Any], processor: Any) -> _Passage:
 
 def _read_hub(source: str, split: str, processor: Any) -> Iterator[_Passage]:
     size = 0
-    for number, row in enumerate(hub_rows(source, split, columns=("text", *TURNS)), start=1):
+    for number, row in enumerate(hub_rows(source, split, columns=("text", *TURNS, "prompt")), start=1):
         passage = _row(f"data set '{source}', row {number}", row, processor)
         yield passage
         size += len(passage.text)
