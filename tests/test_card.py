@@ -137,6 +137,8 @@ def test_titles_of_others_are_shown_and_do_nothing(tmp_path: Path, title: str) -
         {"license": "other", "license_link": "javascript:alert(1)"},
         {"license": "other", "license_link": "http://evil.example/x y"},
         {"license": "other", "license_link": "https://evil.example/](x)"},
+        {"license": "other", "license_link": "//evil.example/x"},
+        {"license": "other", "license_link": "/home/user/LICENSE"},
         {"license": "other", "license_name": "a\x1b[31mb"},
         {"license": "other", "language": ["en", "<b>"]},
         {"license": "other", "language": {"a": [1] * 9}},
@@ -205,3 +207,21 @@ def test_results_replace_those_of_before_and_nothing_else(tmp_path: Path) -> Non
         add_results(directory, "| c |")
     with pytest.raises(CheckpointError, match=r"README\.md cannot be read"):
         add_results(tmp_path, "| c |")
+
+
+@pytest.mark.parametrize("name", ["/gone/my-model", "a/b/c/d", "owner/<b>", "x\ny"])
+def test_a_model_from_a_place_that_is_no_more_is_saved(name: str, tmp_path: Path) -> None:
+    model = factored("llama")
+    model.name_or_path = name
+    card = (save(model, tmp_path / "a") / "README.md").read_text()
+    assert "base_model" not in card
+    assert "/gone" not in card
+
+
+@pytest.mark.parametrize(("title", "shown"), [("www.evil.example", r"www\.evil"), ("a@evil.example", r"a\@evil")])
+def test_bare_addresses_in_titles_are_no_links(title: str, shown: str, tmp_path: Path) -> None:
+    model = factored("llama", load(dense_copy(tmp_path / "dense", f"# {title}\n")))
+    card = save(model, tmp_path / "a") / "README.md"
+    assert f"# {shown}" in card.read_text()
+    again = save(load(tmp_path / "a"), tmp_path / "b") / "README.md"
+    assert f"# {shown}" in again.read_text()

@@ -53,6 +53,42 @@ def edit_config(directory: Path, change: Callable[[dict[str, Any]], object]) -> 
 
 
 @pytest.mark.parametrize("reader", [load, hf.AutoModelForCausalLM.from_pretrained])
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        ("weight", "says to be factored"),
+        ("bias", "of which its config says nothing"),
+        ("pivots", "of which its config says nothing"),
+        ("R.weight", "of which its config says nothing"),
+        ("A.0.weight", "of which its config says nothing"),
+    ],
+)
+def test_more_tensors_of_a_layer_than_its_config_knows_are_an_error(
+    llama_copy: Path, tensor: str, message: str, reader: Callable[[Path], Any]
+) -> None:
+    with edited(llama_copy) as tensors:
+        tensors[f"{LAYER}.{tensor}"] = torch.ones(64, dtype=torch.int32 if tensor == "pivots" else torch.float32)
+    with pytest.raises(CheckpointError, match=rf"copy holds .*{LAYER}.*{message}"):
+        reader(llama_copy)
+
+
+@pytest.mark.parametrize("reader", [load, hf.AutoModelForCausalLM.from_pretrained])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), None])
+def test_factors_that_are_no_numbers_are_an_error(
+    llama_copy: Path, value: float | None, reader: Callable[[Path], Any]
+) -> None:
+    with edited(llama_copy) as tensors:
+        factor = tensors[f"{LAYER}.A.weight"]
+        if value is None:
+            tensors[f"{LAYER}.A.weight"] = factor.int()
+        else:
+            factor[3, 2] = value
+    message = "another shape or kind" if value is None else rf"holds NaN or infinity in {LAYER}\.A\.weight"
+    with pytest.raises(CheckpointError, match=message):
+        reader(llama_copy)
+
+
+@pytest.mark.parametrize("reader", [load, hf.AutoModelForCausalLM.from_pretrained])
 @pytest.mark.parametrize("tensor", [f"{LAYER}.A.weight", f"{LAYER}.B.weight", "model.norm.weight", "lm_head.weight"])
 def test_a_missing_tensor_is_an_error(llama_copy: Path, tensor: str, reader: Callable[[Path], Any]) -> None:
     with edited(llama_copy) as tensors:
@@ -186,6 +222,12 @@ def test_a_tensor_of_another_shape_is_an_error(llama_copy: Path, tensor: str, si
         assert tensor in tensors
         tensors[tensor] = torch.ones(size)
     with pytest.raises(CheckpointError, match=tensor):
+        load(llama_copy)
+
+
+def test_every_message_names_the_directory(llama_copy: Path) -> None:
+    edit_config(llama_copy, lambda c: c["ranks"].update({LAYER: -1}))
+    with pytest.raises(CheckpointError, match=rf"^{llama_copy}: quantization_config gives '{LAYER}' the rank -1"):
         load(llama_copy)
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from compressed import PACKED_FORMS, config_of, edited, grid_of, logits, pack_nearest, packed
 from families import FAMILIES
 from spectrim.anatomy import anatomy
-from spectrim.checkpoint import attach, load, save
+from spectrim.checkpoint import SpectrimConfig, attach, load, save
 from spectrim.errors import CheckpointError, ModelError
 from spectrim.layers import LowRankLinear, pack_linears, replace_linears
 from spectrim.packed import PackedLinear, inner_config, inner_grids, pack, unpack
@@ -258,3 +258,38 @@ def test_the_inner_config_says_what_it_was_made_from():
     assert inner_grids(config) == grids
     assert config["format"] == "pack-quantized"
     assert len(config["config_groups"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [
+        ("kv_cache_scheme", {"num_bits": 8, "type": "float", "strategy": "tensor"}),
+        ("sparsity_config", {"format": "sparse-24-bitmask"}),
+        ("transform_config", {"config_groups": {"u": {"type": "hadamard", "apply": []}}}),
+        ("ignore", ["a"]),
+        ("dynamic", True),
+        ("actorder", "weight"),
+    ],
+)
+def test_an_inner_config_that_asks_for_more_is_an_error(entry, value):
+    config = json.loads(json.dumps(inner_config({"a": Grid(4, 32)})))
+    owner = config["config_groups"]["group_0"]["weights"] if entry in ("dynamic", "actorder") else config
+    owner[entry] = value
+    with pytest.raises(CheckpointError, match="more than packed integer weights"):
+        inner_grids(config)
+
+
+def test_an_inner_config_is_an_object():
+    with pytest.raises(CheckpointError, match="inner config that is no object"):
+        SpectrimConfig({}, inner=[1])
+
+
+def test_zero_points_of_a_symmetric_grid_are_an_error(tmp_path):
+    model, name = FAMILIES["llama"](), "model.layers.0.mlp.up_proj"
+    pack_nearest(model, {name: Grid(4, 32, symmetric=False)})
+    directory = save(model, tmp_path / "a")
+    config = config_of(directory)
+    config["quantization_config"]["inner"]["config_groups"]["group_0"]["weights"]["symmetric"] = True
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=rf"{name}\.weight_zero_point, of which its config says nothing"):
+        load(directory)

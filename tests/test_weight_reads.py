@@ -118,6 +118,12 @@ def test_models_that_ask_for_dtypes_run(tmp_path: Path) -> None:
     assert torch.equal(again(**given).logits, small(**given).logits)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_inputs_are_given_by_position_or_by_name(form: str) -> None:
+    layer, x = layer_of(form), torch.randn(3, 64)
+    assert torch.equal(layer(input=x), layer(x))
+
+
 # ---- found before planning ----
 
 
@@ -201,6 +207,16 @@ def test_reads_of_what_it_is_like_are_no_use() -> None:
         / mlp.gate_proj.weight.size(0)
     )
     assert not [x for x in anatomy(model).kept if "outside" in x.reason]
+
+
+def test_a_decoder_beside_its_encoder_is_traced() -> None:
+    config = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+    model = hf.T5ForConditionalGeneration(hf.T5Config(vocab_size=128, **config)).eval()
+    attention = model.decoder.block[1].layer[1].EncDecAttention
+    project = attention.o.forward
+    attention.o.forward = lambda x: project(x) + 0 * attention.v.weight.sum()
+    parts = anatomy(model)
+    assert [x.name for x in parts.kept if "outside" in x.reason] == ["decoder.block.1.layer.1.EncDecAttention.v"]
 
 
 def test_a_model_that_does_not_run_on_tokens_is_a_line_of_logging(caplog: pytest.LogCaptureFixture) -> None:

@@ -212,7 +212,7 @@ MUTATIONS = [
     M("zero points not subtracted", "packed.py", "codes = codes - zero.to(scale.dtype)[..., None]", "codes = codes - 0 * zero.to(scale.dtype)[..., None]"),
     M("words high byte first", "packed.py", "joined = (eights << _steps(8, bits, eights)).sum(2, keepdim=True)", "joined = (eights << _steps(8, bits, eights).flip(0)).sum(2, keepdim=True)"),
     M("codes without their offset", "packed.py", "return (codes.flatten(1)[:, :count] - (1 << bits - 1)).to(torch.int8)", "return codes.flatten(1)[:, :count].to(torch.int8)"),
-    M("rest forgotten in the layer", "layers.py", "            y = y + self.R(x)\n", "            y = y + 0 * self.R(x)\n"),
+    M("rest forgotten in the layer", "layers.py", "            y = y + self.R(input)\n", "            y = y + 0 * self.R(input)\n"),
     M("pivots and others exchanged", "layers.py", "whole.index_copy_(-1, p, latent).index_copy_(-1, others, y)", "whole.index_copy_(-1, p, latent).index_copy_(-1, others.flip(0), y)"),
     M("bias forgotten", "layers.py", "return y if self.bias is None else y + self.bias", "return y"),
     M("dense product in low precision", "layers.py", "wide = torch.promote_types(B.dtype, torch.float32)\n", "wide = B.dtype\n"),

@@ -92,9 +92,9 @@ class LowRankLinear(nn.Module):
         else:  # no buffers without values: accelerate moves all that there are
             self.pivots = self.order = None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map x [..., in] to [..., out] in the dtype of the factors."""
-        latent: torch.Tensor = self.B(x)  # [..., sum of the ranks]
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # as nn.Linear calls it
+        """Map inputs [..., in] to [..., out] in the dtype of the factors."""
+        latent: torch.Tensor = self.B(input)  # [..., sum of the ranks]
         if isinstance(self.rank, int):
             y: torch.Tensor = self.A(latent)
             if self.order is not None:  # one copy of each output, where joining and sorting would take two
@@ -105,7 +105,7 @@ class LowRankLinear(nn.Module):
             parts = latent.split(self.rank, dim=-1)
             y = torch.cat([A(part) for A, part in zip(self.A, parts, strict=True)], dim=-1)
         if self.R is not None:
-            y = y + self.R(x)
+            y = y + self.R(input)
         return y if self.bias is None else y + self.bias
 
     @torch.no_grad()

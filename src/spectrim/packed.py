@@ -76,9 +76,9 @@ class PackedLinear(nn.Module):
             codes = codes - zero.to(scale.dtype)[..., None]
         return (codes * scale[..., None]).flatten(1)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map x [..., in] to [..., out] in the dtype of the scales."""
-        return nn.functional.linear(x, self.unpacked(), self.bias)
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # as nn.Linear calls it
+        """Map inputs [..., in] to [..., out] in the dtype of the scales."""
+        return nn.functional.linear(input, self.unpacked(), self.bias)
 
     @torch.no_grad()
     def load(self, found: Quantized) -> None:
@@ -200,6 +200,10 @@ def inner_config(grids: Mapping[str, Grid]) -> dict[str, Any]:
     return config.model_dump(mode="json")
 
 
+# Entries of a compressed-tensors config that are read, or say nothing of the weights.
+_INNER = {"config_groups", "quant_method", "format", "quantization_status", "global_compression_ratio", "version"}
+
+
 def inner_grids(config: Any) -> dict[str, Grid]:
     """The inverse of `inner_config`: grids by checkpoint name.
 
@@ -217,12 +221,14 @@ def inner_grids(config: Any) -> dict[str, Grid]:
         raise CheckpointError(
             f"the inner quantization_config is none of compressed-tensors ({detail}); copy config.json again"
         ) from error
+    more = {key for key, value in config.items() if value} - _INNER  # caches, sparsity, rotations, names to leave out
     grids: dict[str, Grid] = {}
     for group in read.config_groups.values():
         assert isinstance(group, QuantizationScheme)
         weights = group.weights
         fits = read.format == CompressionFormat.pack_quantized.value and weights is not None
-        if weights is None or not fits or weights.type != "int" or group.input_activations or group.output_activations:
+        plain = fits and weights.type == "int" and not weights.dynamic and not weights.actorder
+        if weights is None or not plain or group.input_activations or group.output_activations or more:
             raise CheckpointError(
                 "the inner quantization_config holds more than packed integer weights; load such a checkpoint with "
                 "compressed-tensors itself"

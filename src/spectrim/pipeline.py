@@ -17,7 +17,7 @@ from spectrim.calibrate import Statistics, calibrate
 from spectrim.calibrate.data import load_data, reload_data
 from spectrim.calibrate.passes import model_inputs
 from spectrim.checkpoint import attach, load, load_processor, save
-from spectrim.checkpoint.check import check_written
+from spectrim.checkpoint.check import check_written, runnable
 from spectrim.checks import check_retain
 from spectrim.compensate import Compensation
 from spectrim.curvature import predicted_loss
@@ -39,6 +39,7 @@ from spectrim.sensitivity import WINDOWS, probe
 from spectrim.settings import CalibrationOptions
 from spectrim.spectra import Spectra, cache_key, make_spectra
 from spectrim.stored import Stored, plain
+from spectrim.trace import few_tokens
 
 _log = logging.getLogger("spectrim")
 
@@ -311,11 +312,11 @@ class Compression:
                 batches = []
             if batches:
                 return [model_inputs(self.model, batch) for batch in batches]
-        return [{name: value[:1, :5] for name, value in self.model.dummy_inputs.items()}]
+        return [few_tokens(self.model, 5)]
 
     def save(self, plan: Plan, out: str | Path, *, processor: Any = None, overwrite: bool = False) -> Path:
         """Write the checkpoint of one plan; the model is dense again afterwards."""
-        record = self.provenance(plan)
+        record, samples = self.provenance(plan), runnable(self.model, self._short_samples())
         record["retention"] = {key: value for key, value in record["retention"].items() if value is not None}
         with self.applied(plan) as model:
             return save(
@@ -325,7 +326,7 @@ class Compression:
                 provenance=record,
                 files={"plan.json": plan.json()},
                 overwrite=overwrite,
-                verify=lambda directory: check_written(model, directory, self._short_samples()),
+                verify=lambda directory: check_written(model, directory, samples),
             )
 
 

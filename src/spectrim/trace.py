@@ -38,9 +38,9 @@ def used_outside(model: PreTrainedModel, names: Collection[str]) -> set[str]:
         return _known[model] & set(names)
     linears = {name: model.get_submodule(name) for name in names}
     watch = _Watch({id(linear.weight): name for name, linear in linears.items()})
-    inputs = {name: value[:1, :_TOKENS].to(model.device) for name, value in model.dummy_inputs.items()}
-    with _quiet(model), watch.running(linears):
+    with quiet(model), watch.running(linears):
         try:
+            inputs = few_tokens(model, _TOKENS)
             with watch:
                 model(**inputs)
             _known[model] = watch.found
@@ -48,6 +48,14 @@ def used_outside(model: PreTrainedModel, names: Collection[str]) -> set[str]:
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             logger.info("%s was not traced for uses of its weights: %s", type(model).__name__, reason)
     return watch.found
+
+
+def few_tokens(model: PreTrainedModel, count: int) -> dict[str, torch.Tensor]:
+    """Inputs [1, count] of a forward pass that needs no sample: token ids, of a decoder beside its encoder, too."""
+    found = {name: value[:1, :count].to(model.device) for name, value in model.dummy_inputs.items()}
+    if getattr(model.config, "is_encoder_decoder", False) and "input_ids" in found:
+        found.setdefault("decoder_input_ids", found["input_ids"])
+    return found
 
 
 class _Watch(TorchFunctionMode):
@@ -82,12 +90,13 @@ class _Watch(TorchFunctionMode):
 
 
 @contextmanager
-def _quiet(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode inside the block, without warnings and with its own random numbers; as it was after it."""
+def quiet(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode inside the block, without warnings, and with random numbers that leave those after it."""
     training = [module for module in model.modules() if module.training]
+    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
     model.eval()
     try:
-        with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        with warnings.catch_warnings(), torch.random.fork_rng(devices=devices):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from spectrim.anatomy import Linear
 from spectrim.calibrate.forms import Form
-from spectrim.calibrate.hooks import Hooked
+from spectrim.calibrate.hooks import Hooked, given
 from spectrim.calibrate.labels import Labelled
 from spectrim.calibrate.moments import Sums, wide
 from spectrim.calibrate.positions import Positions, positions
@@ -54,7 +54,7 @@ class GradientWatch(Hooked):
         self._waiting: dict[Linear, list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
     def _hook(self, linear: Linear, module: nn.Module) -> RemovableHandle:
-        return module.register_forward_hook(partial(self._after, linear))
+        return module.register_forward_hook(partial(self._after, linear), with_kwargs=True)
 
     def finish(self, what: str) -> None:
         """Add the gradients of linears that ran several times; then as :meth:`Hooked.finish`."""
@@ -68,8 +68,15 @@ class GradientWatch(Hooked):
         self._seen.clear()
         return found
 
-    def _after(self, linear: Linear, _module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> Any:
-        x, begins, copied = args[0].detach(), not output.requires_grad, linear.name in self._copied
+    def _after(
+        self,
+        linear: Linear,
+        _module: nn.Module,
+        args: tuple[torch.Tensor, ...],
+        kwargs: dict[str, Any],
+        output: torch.Tensor,
+    ) -> Any:
+        x, begins, copied = given(args, kwargs).detach(), not output.requires_grad, linear.name in self._copied
         if begins:
             output.requires_grad_()
         if copied:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -14,6 +14,12 @@ from spectrim.anatomy import Linear
 from spectrim.calibrate.moments import Sums
 from spectrim.calibrate.positions import Positions
 from spectrim.errors import ModelError, NumericalError
+
+
+def given(args: tuple[torch.Tensor, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:
+    """What a linear was called with, by position or by name."""
+    x: torch.Tensor = args[0] if args else kwargs["input"]
+    return x
 
 
 @dataclass(frozen=True)
@@ -83,10 +89,12 @@ class Watch(Hooked):
         self._last: _Reading | None = None
 
     def _hook(self, linear: Linear, module: nn.Module) -> RemovableHandle:
-        return module.register_forward_pre_hook(partial(self._before, linear))
+        return module.register_forward_pre_hook(partial(self._before, linear), with_kwargs=True)
 
-    def _before(self, linear: Linear, _module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        x = args[0].detach()
+    def _before(
+        self, linear: Linear, _module: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, Any]
+    ) -> None:
+        x = given(args, kwargs).detach()
         if x.numel() == 0 or self._owner(linear.name, x) != linear.name:  # empty: an expert that no token chose
             return
         rows = self._counted.select(linear.place, x)  # [positions, in]

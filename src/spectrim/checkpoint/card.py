@@ -22,15 +22,15 @@ _TERM = re.compile(r"[\w.+-]{1,96}")
 _TERMS = {
     "license": _TERM,
     "license_name": _TERM,
-    "license_link": re.compile(r"(https://[\w.-]+/)?[\w./%+-]{1,256}"),
+    "license_link": re.compile(r"(https://[\w.-]+/)?(?![/.])[\w./%+-]{1,256}"),
     "language": re.compile(r"[\w-]{1,32}"),
 }
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")  # of a repository on the hub
 _SUFFIX = ", compressed by spectrim"
 _TITLE = re.compile(r"^# +(.+?) *$", re.MULTILINE)
 _SNAPSHOT = re.compile(r"models--(.+)--(.+)/snapshots/[^/]+")
-_MARKUP = re.compile(r"[\\`*\[\]<>#|&]|(?<=\w)(?=://)")  # a bare address would be a link
-_ESCAPED = re.compile(r"\\([\\`*\[\]<>#|&:])")
+_MARKUP = re.compile(r"[\\`*\[\]<>#|&@]|(?<=\w)(?=://)|(?<=www)(?=\.)", re.IGNORECASE)  # bare addresses would be links
+_ESCAPED = re.compile(r"\\([\\`*\[\]<>#|&@:.])")
 
 
 def model_card(model: PreTrainedModel, record: Mapping[str, Any]) -> str:
@@ -109,6 +109,8 @@ def _base(source: str | None) -> tuple[str, str | None, dict[str, Any]]:
         snapshot = _SNAPSHOT.search(directory.resolve().as_posix())
         base = "/".join(snapshot.groups()) if snapshot else None
         card = directory / CARD if (directory / CARD).is_file() else None
+    elif not _ID.fullmatch(place):  # a directory that is no more, or a name that somebody gave
+        base = card = None
     else:
         base = place
         quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}

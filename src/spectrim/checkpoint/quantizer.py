@@ -29,6 +29,7 @@ factored layer with random weights. Two guards in the checkpoint make that an er
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,8 @@ class SpectrimConfig(QuantizationConfigMixin):
                 f"quantization_config names {shortened(strange)} as pivoted, without one rank for the whole layer; "
                 "copy the checkpoint's config.json again"
             )
+        if inner is not None and not isinstance(inner, Mapping):
+            raise CheckpointError("quantization_config has an inner config that is no object; copy config.json again")
         self.quant_method: Any = quant_method
         self.version = version
         self.spectrim_version = spectrim_version or release()
@@ -151,7 +154,7 @@ class SpectrimQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._complete = False
         self._source = "the checkpoint"
-        self._sizes: dict[str, torch.Size] = {}
+        self._kinds: dict[str, tuple[torch.Size, bool]] = {}  # shapes of all tensors, and whether they are floats
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -160,8 +163,13 @@ class SpectrimQuantizer(HfQuantizer):
         if checkpoint_files:
             self._source = str(Path(checkpoint_files[0]).parent)
         ranks, grids = self.quantization_config.ranks, self.quantization_config.grids()
-        tensors = None if checkpoint_files is None else _tensor_names(checkpoint_files)
+        tensors = None if checkpoint_files is None else _stored_tensors(checkpoint_files)
         names = runtime_names(model, {**ranks, **dict.fromkeys(grids)}, tensors)
+        if dense := sorted(name for name in names if (tensors or {}).get(f"{name}.weight")):
+            raise CheckpointError(
+                f"{self._source} holds dense weights of {shortened(dense)}, which its config says to be factored or "
+                "packed; copy or compress it again"
+            )
         places = {
             f"{names[name]}.{part}".removesuffix("."): grid
             for name, parts in grids.items()
@@ -175,8 +183,9 @@ class SpectrimQuantizer(HfQuantizer):
             raise CheckpointError(
                 f"quantization_config does not fit the model: {error}; copy config.json of {self._source} again"
             ) from error
-        self._sizes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        self._kinds = {name: _kind(tensor) for name, tensor in model.state_dict().items()}
         sentinels = {f"{name}.weight" for name in names.values()}
+        inside = tuple(f"{name}." for name in names.values())
         # Some models initialise `module.q_proj.weight` from the parent, where there is no such weight any more. Parents
         # without buffers of their own need no initialisation: all their parameters come from the file or are reported.
         parents = {name.rpartition(".")[0] for name in names.values()}
@@ -196,6 +205,11 @@ class SpectrimQuantizer(HfQuantizer):
                     f"{self._source} lacks {shortened(sorted(missing))}, or holds them in another shape; copy or "
                     "compress it again"
                 )
+            if strange := sorted(key for key in report.unexpected_keys if key.startswith(inside)):
+                raise CheckpointError(
+                    f"{self._source} holds {shortened(strange)}, of which its config says nothing; copy or compress it "
+                    "again"
+                )
             self._complete = True
 
         vars(model)[_REPORT] = adjust_and_check
@@ -210,7 +224,7 @@ class SpectrimQuantizer(HfQuantizer):
         del vars(model)[_REPORT]
         # transformers before 5.23 takes tensors of any shape for a model with a quantizer.
         held = model.state_dict()
-        misfits = {name for name, size in self._sizes.items() if name in held and held[name].shape != size}
+        misfits = {name for name, kind in self._kinds.items() if name in held and _kind(held[name]) != kind}
         for name, module in model.named_modules():
             if isinstance(module, PackedLinear) and (wrong := module.misfit()):
                 misfits.add(f"{name}.{wrong}")
@@ -218,6 +232,15 @@ class SpectrimQuantizer(HfQuantizer):
             raise CheckpointError(
                 f"{self._source} holds {shortened(sorted(misfits))} in another shape or kind than its config says; "
                 "copy or compress it again"
+            )
+        if broken := [
+            f"{name}.{part}"
+            for name, layer in compressed_layers(model).items()
+            for part, tensor in layer.state_dict().items()
+            if tensor.is_floating_point() and not tensor.is_meta and not _finite(tensor)
+        ]:
+            raise CheckpointError(
+                f"{self._source} holds NaN or infinity in {shortened(broken)}; copy or compress it again"
             )
         for name, module in model.named_modules():
             if isinstance(module, LowRankLinear):
@@ -336,17 +359,28 @@ def nested(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
             yield from nested(inner)
 
 
-def _tensor_names(files: Iterable[str]) -> list[str]:
-    """Names of all tensors in safetensors files; CheckpointError for a truncated or foreign file, or wrong integers."""
-    names: list[str] = []
+def _kind(tensor: torch.Tensor) -> tuple[torch.Size, bool]:
+    return tensor.shape, tensor.is_floating_point()
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    return not tensor.numel() or bool(torch.stack(tensor.aminmax()).isfinite().all())  # both ends are NaN where one is
+
+
+def _stored_tensors(files: Iterable[str]) -> dict[str, int]:
+    """Names of all tensors in safetensors files, with the numbers of their elements.
+
+    Raises CheckpointError for a truncated or foreign file, or wrong integers.
+    """
+    stored: dict[str, int] = {}
     for file in files:
         try:
             with safe_open(file, framework="pt") as tensors:
                 found = tensors.keys()
                 wrong = [x for x in found if x.endswith(_WORDS) and tensors.get_slice(x).get_dtype() != "I32"]
+                stored |= {name: prod(tensors.get_slice(name).get_shape()) for name in found}
         except SafetensorError as error:
             raise CheckpointError(f"{file} is truncated or not a safetensors file ({error}); copy it again") from error
         if wrong:
             raise CheckpointError(f"{file} holds {shortened(wrong)} as something else than int32; copy it again")
-        names += found
-    return names
+    return stored

@@ -78,8 +78,10 @@ def load(
                 f"the files of {str(directory)!r} hold {name} in the shape {list(stored)} and config.json wants "
                 f"{list(wanted)}; copy config.json and the weights again, of one and the same model"
             ) from error
-    except SpectrimError:
-        raise
+    except SpectrimError as error:
+        if str(directory) in str(error):
+            raise
+        raise type(error)(f"{directory}: {error}") from error
     except Exception as error:  # files are somebody else's, and what reads them may raise anything
         raise failure("model", directory, error) from error
     model: PreTrainedModel

@@ -9,6 +9,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
+from spectrim.calibrate.hooks import given
+
 _ADDITIONS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
 
 
@@ -62,7 +64,7 @@ class Tap(TorchDispatchMode):
     def _run(self, run: Callable[[], object]) -> None:
         for name, module in self._modules.items():
             if name in self._inputs:
-                self._handles.append(module.register_forward_pre_hook(partial(self._before, name)))
+                self._handles.append(module.register_forward_pre_hook(partial(self._before, name), with_kwargs=True))
             if name in self._outputs:
                 self._handles.append(module.register_forward_hook(partial(self._after, name)))
         try:
@@ -89,9 +91,9 @@ class Tap(TorchDispatchMode):
             self._addition(func, *args[:2])
         return func(*args, **(kwargs or {}))
 
-    def _before(self, name: str, _module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+    def _before(self, name: str, _module: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict[str, Any]) -> None:
         if name not in self.x:
-            self.x[name] = self._kept(args[0])
+            self.x[name] = self._kept(given(args, kwargs))
         self._check()
 
     def _after(self, name: str, _module: nn.Module, _args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:

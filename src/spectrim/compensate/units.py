@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from spectrim.anatomy import Linear
+from spectrim.calibrate.hooks import given
 from spectrim.compensate.streams import Call
 from spectrim.compensate.tap import Tap
 from spectrim.plan import Plan
@@ -52,7 +53,7 @@ class Unit:
         """Run it as far as what is wanted of its linears (see :class:`Tap`)."""
         if self.name in self.dense:  # nobody calls its module, so that no hook of it runs
             found = Tap({})
-            found.x[self.name] = call.args[0]
+            found.x[self.name] = given(call.args, call.kwargs)
             if "y" in wanted:
                 found.output = found.y[self.name] = self.run(call, small=small)
             return found
