@@ -8,11 +8,14 @@ from tempfile import TemporaryDirectory
 import torch
 
 from spectrim.errors import BudgetError, SampleError, UsageError
+from spectrim.files import parse_json
 from spectrim.samples import load_images, load_text
 from spectrim.samples.sources import local_path
 
 _FILES = frozenset({".txt", ".md", ".png", ".jpg", ".jpeg"})  # a missing one of these is no data set id
 _MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # names of accelerate for several devices
+
+_RESULTS = {"date", "versions"}  # keys of results of tasks and of suites
 
 
 def check_retain(retain: float) -> float:
@@ -63,10 +66,25 @@ def _reads_at_once(source: str) -> bool:
 
 
 def check_file(path: Path, flag: str) -> None:
-    """UsageError unless a file can be written at `path`; `flag` is the option that names it."""
+    """UsageError unless results can be written at `path`; `flag` is the option that names it.
+
+    What is there already is replaced where it is empty or holds results of an evaluation, and else left alone.
+    """
     if path.is_dir():
         raise UsageError(f"{flag} {path} is a directory; name a file in it")
+    if path.exists() and not _holds_results(path):
+        raise UsageError(f"{flag} {path} exists and holds no results of an evaluation; name another file")
     check_directory(path.parent, flag)
+
+
+def _holds_results(path: Path) -> bool:
+    if not path.is_file():  # a device, such as /dev/null
+        return False
+    try:
+        found = parse_json(path.read_bytes() or b"{}")
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and (not found or found.keys() >= _RESULTS)
 
 
 def check_directory(path: Path, flag: str) -> None:

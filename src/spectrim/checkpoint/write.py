@@ -30,6 +30,7 @@ from spectrim.checkpoint.quantizer import attach, release
 from spectrim.checkpoint.read import load_processor, read_provenance
 from spectrim.checkpoint.sources import local_files, split_source
 from spectrim.errors import CheckpointError
+from spectrim.files import user_path
 
 # Names of the model's own files, which no other file of a checkpoint may have.
 _RESERVED = (
@@ -71,7 +72,7 @@ def save(
     _json(provenance or {})
     record = _public(provenance or {})
     origin = local_files(model.name_or_path or "")
-    exists = os.path.lexists(Path(directory).expanduser())  # else nothing of the origin can be replaced
+    exists = os.path.lexists(user_path(directory))  # else nothing of the origin can be replaced
     protected = [origin] if origin is not None and exists else []
     target = check_target(directory, overwrite=overwrite, protected=protected)
     if compressed_layers(model):
@@ -112,14 +113,14 @@ def check_target(target: str | Path, *, overwrite: bool, protected: Collection[s
     """
     with _io_errors(target):
         try:
-            path = Path(target).expanduser()
+            path = user_path(target)
             full = path.resolve()
-        except (ValueError, RuntimeError) as error:  # a NUL, an unknown user, links in a circle
+        except (ValueError, RuntimeError) as error:  # a NUL, links in a circle
             raise CheckpointError(f"{str(target)!r} is no path ({error}); name another directory") from error
         if path.is_symlink():
             raise CheckpointError(f"{path} is a link to {full}; name the directory itself")
         for kept in protected:
-            _check_apart(full, Path(kept).expanduser().resolve())
+            _check_apart(full, user_path(kept).resolve())
         if Path.cwd().is_relative_to(full):
             raise CheckpointError(f"{full} is or holds the current directory; name another directory")
         recover(full)

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.table import Table
 
 from spectrim.errors import SampleError
-from spectrim.files import parse_yaml, write_whole
+from spectrim.files import parse_yaml, user_path, write_whole
 
 
 class Suite(BaseModel):
@@ -90,8 +90,9 @@ class SuiteReport:
     def write(self, path: str | Path) -> None:
         """Write JSON; the file appears whole or not at all."""
         tree = {**asdict(self), "suite": self.suite.model_dump(mode="json")}
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_whole(Path(path), (json.dumps(tree, indent=2) + "\n").encode())
+        path = user_path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, (json.dumps(tree, indent=2) + "\n").encode())
 
 
 def read_scores(found: Mapping[str, Any], tasks: Sequence[str]) -> tuple[Score, ...]:
