@@ -40,7 +40,7 @@ class Suite(BaseModel):
             SampleError: there is no such suite, or the file is none.
         """
         path = Path(source)
-        if path.suffix not in (".yaml", ".yml"):
+        if path.suffix.lower() not in (".yaml", ".yml"):
             if str(source) not in suite_names():
                 raise SampleError(
                     f"there is no suite '{source}'; choose from {', '.join(suite_names())} or name a .yaml file"
