@@ -262,6 +262,11 @@ def test_a_home_that_nobody_has_is_one_sentence(capsys, no_models):
         assert (code, "is the home of nobody" in err) == (2, True), err
 
 
+def test_a_name_that_is_too_long_is_one_sentence(no_models, tmp_path):
+    with pytest.raises(UsageError, match=r"cannot be written .*too long.*; name another directory"):
+        spectrim.compress("demo", tmp_path / ("a" * 300), retain=0.5, recipe="svd")
+
+
 def test_options_read_a_tilde_as_home(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)

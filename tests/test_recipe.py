@@ -183,7 +183,7 @@ def test_loss_aware_needs_curvature():
         ({"allocation.rule": "loss-aware"}, "recipe 'svd': allocation 'loss-aware' needs predicted losses; set "),
         (
             {"quantize.bits": 4, "compensate.kind": "adacomp"},
-            "recipe 'svd': adaComp fits factors that are no integers; ",
+            "recipe 'svd': adaComp fits factors that are no integers",
         ),
     ],
 )

@@ -89,10 +89,10 @@ def _holds_results(path: Path) -> bool:
 
 def check_directory(path: Path, flag: str) -> None:
     """UsageError unless `path` is a directory that can be written to, or can be made."""
-    first = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
-    if not first.is_dir():
-        raise UsageError(f"{flag} {path} cannot be, since {first} is a file; name a directory")
     try:
+        first = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+        if not first.is_dir():
+            raise UsageError(f"{flag} {path} cannot be, since {first} is a file; name a directory")
         with TemporaryDirectory(dir=first, prefix=".spectrim-"):
             pass
     except OSError as error:

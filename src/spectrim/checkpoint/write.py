@@ -72,7 +72,7 @@ def save(
     _json(provenance or {})
     record = _public(provenance or {})
     origin = local_files(model.name_or_path or "")
-    exists = os.path.lexists(user_path(directory))  # else nothing of the origin can be replaced
+    exists = os.path.lexists(Path(directory).expanduser())  # else nothing of the origin can be replaced
     protected = [origin] if origin is not None and exists else []
     target = check_target(directory, overwrite=overwrite, protected=protected)
     if compressed_layers(model):
@@ -113,9 +113,9 @@ def check_target(target: str | Path, *, overwrite: bool, protected: Collection[s
     """
     with _io_errors(target):
         try:
-            path = user_path(target)
+            path = Path(target).expanduser()
             full = path.resolve()
-        except (ValueError, RuntimeError) as error:  # a NUL, links in a circle
+        except (ValueError, RuntimeError) as error:  # a NUL, an unknown user, links in a circle
             raise CheckpointError(f"{str(target)!r} is no path ({error}); name another directory") from error
         if path.is_symlink():
             raise CheckpointError(f"{path} is a link to {full}; name the directory itself")
