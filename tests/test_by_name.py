@@ -8,11 +8,10 @@ from transformers import PreTrainedModel
 
 from compressed import logits, low_rank
 from families import FAMILIES
+from helpers.samples import WORDS, word_tokenizer
 from spectrim import compress
 from spectrim.calibrate import calibrate
 from spectrim.checkpoint import load
-from test_calibrate import WORDS
-from test_samples import word_tokenizer
 
 
 def by_name(model: PreTrainedModel) -> PreTrainedModel:

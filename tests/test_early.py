@@ -11,6 +11,7 @@ import spectrim
 from families import FAMILIES
 from helpers.command import run
 from spectrim import cli
+from spectrim.checks import check_file
 from spectrim.demo import resolve
 from spectrim.errors import BudgetError, SampleError, SpectrimError, UsageError
 from spectrim.evaluate import evaluate
@@ -222,3 +223,72 @@ def test_usage_errors_of_the_parser_have_code_2(capsys):
         assert code == 2
         assert "Traceback" not in err
     assert cli.app.info.no_args_is_help
+
+
+def test_what_only_the_model_can_say_is_said_before_samples_run(capsys, places, monkeypatch):
+    def run_batch(*arguments, **options):
+        raise AssertionError("samples ran")
+
+    monkeypatch.setattr(sys.modules["spectrim.calibrate.run"], "run_batch", run_batch)
+    home = Path(places["HOME"])
+    row = {"rank": 2, "bytes": 1, "dense_bytes": 1}
+    head = {"version": 1, "recipe": "spectrim", "retain": 0.5}
+    name = "model.language_model.layers.0.mlp.gate_proj"
+    (home / "FOREIGN.json").write_text(json.dumps({**head, "linears": {"layers.0.fc1": row}}))
+    (home / "LARGE.json").write_text(json.dumps({**head, "linears": {name: {**row, "rank": 10**9}}}))
+    for arguments, said in (
+        (["--plan", f"{home}/FOREIGN.json"], "the model lacks"),
+        (["--plan", f"{home}/LARGE.json"], "can have"),
+        (["--retain", "1e-6"], "rank 1 everywhere"),
+        (["--retain", "0.1", "--set", "allocation.places=[connector]"], "outside connector stay dense"),
+        (["--retain", "0.5", "--recipe", "asvd", "--set", "allocation.rule=sensitivity"], "measures text loss"),
+    ):
+        code, _, err = run(capsys, "compress", "demo", "-o", places["OUT"], *arguments)
+        assert (code, said in err) == (2, True), err
+    assert not Path(places["OUT"]).exists()
+    assert not Path(f"{places['OUT']}.stats").exists()
+
+
+def test_a_home_that_nobody_has_is_one_sentence(capsys, no_models):
+    for arguments in (
+        ["compress", "demo", "-o", "~nobody-has-it/x", "--retain", "0.5", "--recipe", "svd"],
+        ["calibrate", "demo", "-o", "~nobody-has-it/x"],
+        ["evaluate", "demo", "--json", "~nobody-has-it/x.json"],
+        ["evaluate", "demo", "--questions", "~nobody-has-it/x.jsonl"],
+        ["anatomy", "~nobody-has-it"],
+        ["demo", "-o", "~nobody-has-it"],
+    ):
+        code, _, err = run(capsys, *arguments)
+        assert (code, "is the home of nobody" in err) == (2, True), err
+
+
+def test_a_name_that_is_too_long_is_one_sentence(no_models, tmp_path):
+    with pytest.raises(UsageError, match=r"cannot be written .*too long.*; name another directory"):
+        spectrim.compress("demo", tmp_path / ("a" * 300), retain=0.5, recipe="svd")
+
+
+def test_options_read_a_tilde_as_home(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--samples", "1", "--seqlen", "8", "--images", "none", "--no-curvature"]
+    assert run(capsys, "calibrate", "demo", "--out=~/s", *arguments)[0] == 0
+    assert run(capsys, "compress", "demo", "--out=~/c", "--stats=~/s", "--recipe=svd-llm", "--retain=.5")[0] == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "s"]
+
+
+@pytest.mark.parametrize("content", ['{"a": 1}', "notes", "[]", '{"linears": {}, "version": 1}'])
+def test_results_replace_no_other_file(capsys, no_models, tmp_path, content):
+    path = tmp_path / "plan.json"
+    path.write_text(content)
+    code, _, err = run(capsys, "evaluate", "demo", "--json", str(path))
+    assert (code, "holds no results" in err) == (2, True), err
+    assert path.read_text() == content
+
+
+def test_results_replace_results_empty_files_and_no_devices(tmp_path):
+    path = tmp_path / "results.json"
+    for content in ("", '{"schema": 1, "date": "", "versions": {}, "results": []}'):
+        path.write_text(content)
+        check_file(path, "--json")
+    with pytest.raises(UsageError, match="holds no results"):
+        check_file(Path("/dev/null"), "--json")

@@ -138,3 +138,11 @@ def test_files_that_are_none_or_not_there(tmp_path: Path, reader: object) -> Non
 def test_a_directory_with_a_gguf_file_alone_says_how_to_name_it(tiny: Path) -> None:
     with pytest.raises(ModelError, match=r"has no config\.json; name its GGUF file .*tiny\.gguf"):
         load(tiny.parent)
+
+
+@pytest.mark.parametrize("name", ["UPPER.GGUF", "with space.gguf", "größe.Gguf"])
+def test_other_spellings_of_the_name(tiny: Path, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / name).symlink_to(tiny)
+    assert torch.equal(logits(load(tmp_path / name)), logits(load(tiny)))
+    assert name in caplog.records[0].getMessage()
+    assert load_processor(tmp_path / name)("fox").input_ids == load_processor(tiny)("fox").input_ids

@@ -20,12 +20,15 @@ PRIVATE = (
     "secrets.env", ".env", "id_rsa", "train.log", "modeling_own.py", "adapter_config.json", "adapter_model.safetensors",
     "training_args.bin", "optimizer.pt", "notes.txt", "license.key", "LICENSE.py", "tokens.json", "wandb/run.json",
     ".cache/huggingface/token", "additional_chat_templates/tool.py", "additional_chat_templates/deep/tool.jinja",
-    "old/tokenizer.json", "a\nb.tiktoken",
+    "old/tokenizer.json", "a\nb.tiktoken", "license_key.txt", "LICENSE-token", "notice_to_self.txt", "tokenizer.json~",
+    "TOKENIZER.JSON", "events.out.tfevents.1",
 )  # fmt: skip
 WANTED = (
     "LICENSE", "LICENSE.txt", "Notice.md", "USE_POLICY.md", "LICENSE-APACHE-2.0", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "tekken.json", "preprocessor_config.json",
     "video_preprocessor_config.json", "chat_template.json", "qwen.tiktoken", "additional_chat_templates/tool.jinja",
+    "tiktoken.model", "SYSTEM_PROMPT.txt", "MODEL_LICENSE", "LICENSE-CODE", "COPYRIGHT.txt", "Acceptable_Use_Policy.md",
+    "ThirdPartyNotices.txt", "terms_of_use.html",
 )  # fmt: skip
 
 

@@ -1,5 +1,7 @@
 """Recipes: the built-in ones, changes by dotted key, and what is said about a wrong one."""
 
+from importlib.resources import files
+
 import pytest
 import yaml
 
@@ -173,3 +175,24 @@ def test_decimal_numbers_in_a_file_are_numbers(tmp_path):
 def test_loss_aware_needs_curvature():
     with pytest.raises(RecipeError, match=r"': allocation 'loss-aware' needs predicted losses; set metric"):
         Recipe.read("svd-llm", {"allocation.rule": "loss-aware"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"allocation.rule": "loss-aware"}, "recipe 'svd': allocation 'loss-aware' needs predicted losses; set "),
+        (
+            {"quantize.bits": 4, "compensate.kind": "adacomp"},
+            "recipe 'svd': adaComp fits factors that are no integers",
+        ),
+    ],
+)
+def test_keys_that_contradict_each_other_are_one_sentence(changes, said):
+    with pytest.raises(RecipeError) as caught:
+        Recipe.read("svd", changes)
+    assert str(caught.value).startswith(said)
+
+
+def test_a_recipe_file_may_end_in_capitals(tmp_path):
+    (tmp_path / "OWN.YAML").write_bytes(files("spectrim").joinpath("recipes", "svd.yaml").read_bytes())
+    assert Recipe.read(tmp_path / "OWN.YAML") == Recipe.read("svd")

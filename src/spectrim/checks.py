@@ -8,10 +8,13 @@ from tempfile import TemporaryDirectory
 import torch
 
 from spectrim.errors import BudgetError, SampleError, UsageError
+from spectrim.files import parse_json
 from spectrim.samples import load_images, load_text
 from spectrim.samples.sources import local_path
 
 _MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # names of accelerate for several devices
+
+_RESULTS = {"date", "versions"}  # keys of results of tasks and of suites
 
 
 def check_retain(retain: float) -> float:
@@ -62,18 +65,33 @@ def _reads_at_once(source: str) -> bool:
 
 
 def check_file(path: Path, flag: str) -> None:
-    """UsageError unless a file can be written at `path`; `flag` is the option that names it."""
+    """UsageError unless results can be written at `path`; `flag` is the option that names it.
+
+    What is there already is replaced where it is empty or holds results of an evaluation, and else left alone.
+    """
     if path.is_dir():
         raise UsageError(f"{flag} {path} is a directory; name a file in it")
+    if path.exists() and not _holds_results(path):
+        raise UsageError(f"{flag} {path} exists and holds no results of an evaluation; name another file")
     check_directory(path.parent, flag)
+
+
+def _holds_results(path: Path) -> bool:
+    if not path.is_file():  # a device, such as /dev/null
+        return False
+    try:
+        found = parse_json(path.read_bytes() or b"{}")
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and (not found or found.keys() >= _RESULTS)
 
 
 def check_directory(path: Path, flag: str) -> None:
     """UsageError unless `path` is a directory that can be written to, or can be made."""
-    first = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
-    if not first.is_dir():
-        raise UsageError(f"{flag} {path} cannot be, since {first} is a file; name a directory")
     try:
+        first = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+        if not first.is_dir():
+            raise UsageError(f"{flag} {path} cannot be, since {first} is a file; name a directory")
         with TemporaryDirectory(dir=first, prefix=".spectrim-"):
             pass
     except OSError as error:

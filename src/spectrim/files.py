@@ -11,7 +11,19 @@ from typing import Any
 
 import yaml
 
+from spectrim.errors import UsageError
+
 PART = ".part"  # ends the names of files that are being written
+
+
+def user_path(path: str | Path) -> Path:
+    """A path as its user means it, with a ``~`` read as the home directory. Raises UsageError: there is none."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UsageError(
+            f"the first part of {str(path)!r} is the home of nobody ({error}); name another path"
+        ) from error
 
 
 @contextmanager

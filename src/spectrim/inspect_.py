@@ -20,7 +20,7 @@ from spectrim.calibrate import Statistics
 from spectrim.checks import check_retain
 from spectrim.decompose import decompose, sides
 from spectrim.errors import ReportError, StatisticsError
-from spectrim.files import write_whole
+from spectrim.files import user_path, write_whole
 from spectrim.linalg import check_finite
 
 ENERGY = 0.9  # share of the energy that the effective rank holds
@@ -219,7 +219,7 @@ def write(inspection: Inspection, directory: str | Path, *, plots: bool = True) 
     Raises:
         ReportError: the plots' packages are not installed, or a file cannot be written.
     """
-    directory = Path(directory)
+    directory = user_path(directory)
     files = {"inspection.json": inspection.to_json().encode()}
     if plots:
         check_plots()

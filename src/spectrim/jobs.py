@@ -1,20 +1,23 @@
 """One compression as it was asked for, with all of it checked that can be checked before a model is loaded."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
+from spectrim.anatomy import Anatomy, Linear
 from spectrim.calibrate import Statistics
 from spectrim.calibrate.data import check_there
+from spectrim.calibrate.forms import Form
 from spectrim.calibrate.snapshot import check_home
 from spectrim.checkpoint import check_target, read_config
 from spectrim.checks import check_directory, check_once, check_retain, check_sources
 from spectrim.dense import check_dense
 from spectrim.errors import BudgetError, RecipeError, UsageError
-from spectrim.plan import Plan
+from spectrim.files import user_path
+from spectrim.plan import Plan, factor_bytes
 from spectrim.recipe import Recipe
 from spectrim.settings import CalibrationOptions
 
@@ -33,6 +36,18 @@ class Job:
     plan: str | Path | Plan | None
     retains: tuple[float, ...]
     targets: tuple[Path, ...]
+
+    def fitted_plan(self, parts: Anatomy) -> Plan:
+        """The plan to obey, checked against the model. Raises BudgetError."""
+        assert self.plan is not None
+        return self.plan.fitted(parts) if isinstance(self.plan, Plan) else Plan.read(self.plan, parts)
+
+    def check_parts(self, parts: Anatomy) -> None:
+        """What of the plan or the budgets the model's parts rule out, before samples run. Raises SpectrimError."""
+        if self.plan is not None:
+            self.fitted_plan(parts)
+        for retain in self.retains:
+            shared(self.recipe, parts, retain)
 
 
 def check_job(
@@ -66,7 +81,7 @@ def check_job(
     kept: Path | None = None
     targets: tuple[Path, ...] = ()
     if out is not None:
-        check_directory(out := Path(out).expanduser().absolute(), "-o")
+        check_directory(out := user_path(out).absolute(), "-o")
         targets = tuple(out / f"retain-{retain}" for retain in retains) if len(retains) > 1 else (out,)
         home = str(model if isinstance(model, str) else model.name_or_path).partition("::")[0]
         read = [home, None if statistics is None else statistics.path, plan, recipe]
@@ -103,7 +118,54 @@ def check_samples(recipe: Recipe, statistics: Statistics | None, samples: Mappin
         check_there(statistics)
     if statistics is None and recipe.needs_statistics:
         options.check_together()
+        for form in options.curvature_forms.values():
+            Form.read(form)
         check_sources(options.text, options.images)
+
+
+def shared(
+    recipe: Recipe, parts: Anatomy, retain: float, unreached: Collection[str] = (), samples: str = ""
+) -> tuple[list[Linear], int]:
+    """The linears that a recipe may change, and the bytes that they share at a retention.
+
+    `unreached` are the names of linears that none of the `samples` (their modality) reaches, which stay dense.
+
+    Raises:
+        BudgetError: the retention is none, there are no such linears, or there is no room for them.
+        RecipeError: the allocation cannot compare them, or no sample reaches any of them.
+    """
+    check_retain(retain)
+    part = recipe.allocation
+    wished = [linear for linear in parts.linears if linear.place in part.places]
+    if not wished:
+        raise BudgetError(f"the model has no linear in {' or '.join(part.places)}; name other allocation.places")
+    if part.rule == "sensitivity" and any(linear.place != "backbone" for linear in wished):
+        raise RecipeError(
+            "allocation 'sensitivity' measures text loss, to which tower and connector are nothing; "
+            "set allocation.places=[backbone]"
+        )
+    free = [linear for linear in wished if linear.name not in unreached]
+    if not free:
+        raise RecipeError(
+            f"no {samples} sample reaches any linear that the recipe may change; give samples that do, or "
+            "choose a recipe that needs none, such as svd"
+        )
+    whole = sum(linear.nbytes for linear in parts.linears)
+    budget, frozen = int(retain * whole), whole - sum(linear.nbytes for linear in free)
+    if frozen > budget:
+        kept = [f"outside {', '.join(part.places)}"] if len(wished) < len(parts.linears) else []
+        kept += [f"that no {samples} sample reaches"] if len(free) < len(wished) else []
+        remedy = "give samples that reach them" if len(free) < len(wished) else "name more allocation.places"
+        raise BudgetError(
+            f"the linears {' or '.join(kept)} stay dense and take {frozen} of the {budget} bytes; "
+            f"raise the retention or {remedy}"
+        )
+    least = sum(min(linear.nbytes, factor_bytes(linear, 1)) for linear in free)
+    if recipe.quantize.bits is None and least > budget - frozen:
+        raise BudgetError(
+            f"the budget of {budget - frozen} bytes is less than the {least} bytes of rank 1 everywhere; raise --retain"
+        )
+    return free, budget - frozen
 
 
 def gathered(recipe: Recipe, samples: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,16 +18,15 @@ from spectrim.calibrate.data import load_data, reload_data
 from spectrim.calibrate.passes import model_inputs
 from spectrim.checkpoint import attach, load, load_processor, save
 from spectrim.checkpoint.check import check_written, runnable
-from spectrim.checks import check_retain
 from spectrim.compensate import Compensation
 from spectrim.curvature import predicted_loss
 from spectrim.decompose import factors
 from spectrim.demo import resolve
 from spectrim.dense import check_dense
-from spectrim.errors import BudgetError, RecipeError, SpectrimError
+from spectrim.errors import RecipeError, SpectrimError
 from spectrim.hybrid import Hybrid
 from spectrim.importance import SAMPLES, block_cosines, importance
-from spectrim.jobs import Job, check_job, check_samples, gathered
+from spectrim.jobs import Job, check_job, check_samples, gathered, shared
 from spectrim.layers import LowRankLinear
 from spectrim.metric import summed
 from spectrim.packed import PackedLinear
@@ -84,30 +83,10 @@ class Compression:
         Raises:
             BudgetError: `retain` is not in (0, 1], or cannot be met.
         """
-        check_retain(retain)
         part = self.recipe.allocation
-        wished = [linear for linear in self.parts.linears if linear.place in part.places]
-        if not wished:
-            raise BudgetError(f"the model has no linear in {' or '.join(part.places)}; name other allocation.places")
-        unreached = [linear.name for linear in wished if linear.name in self.unreached]
-        free = [linear for linear in wished if linear.name not in unreached]
-        if not free:
-            raise RecipeError(
-                f"no {self._samples} sample reaches any linear that the recipe may change; give samples that do, or "
-                "choose a recipe that needs none, such as svd"
-            )
-        budget = int(retain * sum(linear.nbytes for linear in self.parts.linears))
-        frozen = sum(linear.nbytes for linear in self.parts.linears) - sum(linear.nbytes for linear in free)
-        if frozen > budget:
-            kept = [f"outside {', '.join(part.places)}"] if len(wished) < len(self.parts.linears) else []
-            kept += [f"that no {self._samples} sample reaches"] if unreached else []
-            remedy = "give samples that reach them" if unreached else "name more allocation.places"
-            raise BudgetError(
-                f"the linears {' or '.join(kept)} stay dense and take {frozen} of the {budget} bytes; "
-                f"raise the retention or {remedy}"
-            )
+        free, budget = shared(self.recipe, self.parts, retain, self.unreached, self._samples)
         if self.recipe.quantize.bits is not None:
-            hybrid = self.hybrid.rows(free, budget - frozen)
+            hybrid = self.hybrid.rows(free, budget)
             sources = self.spectra.sources
             rows = {x.name: hybrid.get(x.name) or plan_row(x, None, 0.0, sources[x.name]) for x in self.parts.linears}
             return Plan(recipe=self.recipe.name, retain=retain, linears=rows)
@@ -118,7 +97,7 @@ class Compression:
             x.name: choice(part, x, wanted(x.name), spectra.losses(x.name), spectra.heads(x.name), **options)
             for x in free
         }
-        counts = spend(choices, budget - frozen)
+        counts = spend(choices, budget)
         rows = {}
         for linear in self.parts.linears:
             count, s, losses = counts.get(linear.name), spectra.values(linear.name), spectra.losses(linear.name)
@@ -136,7 +115,7 @@ class Compression:
         """The plans that a job asks for, one for each of its targets."""
         if job.plan is None:
             return [self.plan(retain) for retain in job.retains]
-        return [job.plan.fitted(self.parts) if isinstance(job.plan, Plan) else Plan.read(job.plan, self.parts)]
+        return [job.fitted_plan(self.parts)]
 
     @cached_property
     def unreached(self) -> frozenset[str]:
@@ -174,11 +153,6 @@ class Compression:
             return lambda name: self.spectra.values(name) * summed(metric, name, sources[name], self.statistics)
         if self.recipe.allocation.rule != "sensitivity":
             return self.spectra.values
-        if any(x.place != "backbone" and x.place in self.recipe.allocation.places for x in self.parts.linears):
-            raise RecipeError(
-                "allocation 'sensitivity' measures text loss, to which tower and connector are nothing; "
-                "set allocation.places=[backbone]"
-            )
         if self._losses is None:
             if self.statistics is None or self.statistics.manifest.data.text is None or self.processor is None:
                 raise RecipeError("allocation 'sensitivity' needs text statistics and the model's processor; give both")
@@ -340,12 +314,14 @@ def compression(
     changes: dict[str, Any] | None = None,
     progress: Progress | None = None,
     keep: str | Path | None = None,
+    check: Callable[[Anatomy], None] | None = None,
     **calibration: Any,
 ) -> Iterator[Compression]:
     """Prepare a dense model for compression: statistics (opened, or gathered if the recipe needs them) and spectra.
 
     Statistics that are gathered now, and spectra beside them, stay in the directory `keep`, from where a run that was
-    killed goes on; without one they are in a temporary directory while the block runs. `calibration` are arguments of
+    killed goes on; without one they are in a temporary directory while the block runs. `check` gets the model's parts
+    before samples run through it, and raises where they do not fit what is to come. `calibration` are arguments of
     :func:`spectrim.calibrate`, such as text, images, samples and seed.
 
     Raises:
@@ -359,6 +335,8 @@ def compression(
         raise RecipeError("the model is compressed already; start from the dense model, or dequantize it first")
     check_dense(model)
     parts = anatomy(model)
+    if check is not None:
+        check(parts)
 
     def report(stage: str) -> Callable[[int, int], None] | None:
         return None if progress is None else lambda done, total: progress(stage, done, total)
@@ -389,6 +367,7 @@ def job_compression(
         processor=processor,
         progress=progress,
         keep=job.kept,
+        check=job.check_parts,
         **(calibration if job.statistics is None else {}),
     )
 

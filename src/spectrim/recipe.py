@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from spectrim.anatomy import PLACES, Place
 from spectrim.errors import RecipeError
-from spectrim.files import parse_yaml
+from spectrim.files import parse_yaml, user_path
 
 
 class _Part(BaseModel):
@@ -206,15 +206,17 @@ class Recipe(_Part):
             return cls.model_validate(content)
         except ValidationError as error:
             first = error.errors()[0]
-            at = f"key '{'.'.join(map(str, first['loc']))}': " if first["loc"] else ""
             said = first["msg"].removeprefix("Value error, ")
-            raise RecipeError(f"{where}: {at}{said}; docs/recipes.md lists the keys") from error
+            if not first["loc"]:  # keys that contradict each other; the message has the remedy
+                raise RecipeError(f"{where}: {said}") from error
+            at = ".".join(map(str, first["loc"]))
+            raise RecipeError(f"{where}: key '{at}': {said}; docs/recipes.md lists the keys") from error
 
 
 def _path(source: str | Path) -> Path:
     """A YAML file as it is named, or the file of a built-in recipe."""
-    if Path(source).suffix in (".yaml", ".yml"):
-        return Path(source)
+    if Path(source).suffix.lower() in (".yaml", ".yml"):
+        return user_path(source)
     if str(source) not in builtin_names():
         raise RecipeError(
             f"there is no recipe '{source}'; choose from {', '.join(builtin_names())} or name a .yaml file"

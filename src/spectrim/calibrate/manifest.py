@@ -204,14 +204,19 @@ class Manifest(_Part):
         differences = []
         if (difference := self.model.difference(wanted.model)) is not None:
             differences.append(f"of another model ({difference})")
-        if self.data.fingerprint != wanted.data.fingerprint:
+        settings = [
+            f"with {name} {value!r} (now {now!r})"
+            for name, value in self.settings
+            if value != (now := getattr(wanted.settings, name))
+        ]
+        data, now = self.data, wanted.data
+        if (data.text, data.images) != (now.text, now.images):
             differences.append(
-                f"of other samples (text {self.data.text}, images {self.data.images}; "
-                f"now text {wanted.data.text}, images {wanted.data.images})"
+                f"of other samples (text {data.text}, images {data.images}; now text {now.text}, images {now.images})"
             )
-        for name, value in self.settings:
-            if value != (now := getattr(wanted.settings, name)):
-                differences.append(f"with {name} {value!r} (now {now!r})")
+        elif data.fingerprint != now.fingerprint and not settings:  # which may have chosen other samples
+            differences.append(f"of other samples than text {now.text} and images {now.images} give now")
+        differences += settings
         if differences:
             raise StatisticsError(
                 f"{directory} holds statistics {' and '.join(differences)}; "

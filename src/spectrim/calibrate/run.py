@@ -27,6 +27,7 @@ from spectrim.calibrate.snapshot import Store, check_home
 from spectrim.calibrate.statistics import Statistics
 from spectrim.dense import check_dense
 from spectrim.errors import SampleError, StatisticsError
+from spectrim.files import user_path
 from spectrim.lock import LOCK, writing
 from spectrim.samples.sources import local_path
 from spectrim.settings import CALIBRATION, CalibrationOptions, CalibrationSettings
@@ -118,7 +119,7 @@ def calibrate(
     )
     options.check_together()
     check_dense(model)
-    out, parts = Path(out), anatomy(model)
+    out, parts = user_path(out), anatomy(model)
     check_home(out)
     if share()[1] == 1 and (out / LOCK).exists() and not ((out / MANIFEST).exists() and Manifest.read(out).complete):
         with writing(out, alone=True):

@@ -41,12 +41,14 @@ _PROCESSOR = (
     "tokenizer.model", "tokenizer.model.v*", "spiece.model", "sentencepiece*.model", "spm.model", "spm_char.model",
     "source.spm", "target.spm", "bpe.codes", "dict.txt", "emoji.json", "entity_vocab.json", "word_shape.json",
     "word_pronunciation.json", "vocab-src.json", "vocab-tgt.json", "target_vocab.json", "prophetnet.tokenizer",
-    "normalizer.json", "byte_maps.json", "tekken.json", "*.tiktoken",
+    "normalizer.json", "byte_maps.json", "tekken.json", "SYSTEM_PROMPT.txt", "*.tiktoken", "tiktoken.model",
 )  # fmt: skip
 _WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, "model-[0-9]*-of-[0-9]*.safetensors")
 _MODEL = (CONFIG_NAME, GENERATION_CONFIG_NAME, CARD, PROVENANCE, "plan.json", *_WEIGHTS)
 _TERMS = re.compile(
-    r"(licen[cs]e|notice|copying|use[-_]policy|third[-_]party[-_]notices?)([-_][\w-]+)?(\.\d+)*(\.(txt|md|rst|pdf|html))?",
+    r"((model[-_])?licen[cs]e([-_](?![\w-]*(key|secret|token|password))[\w-]+)?|notices?|copying|copyright|authors|patents"
+    r"|(acceptable[-_])?use[-_]policy|terms[-_]of[-_](use|service)|third[-_]?party[-_]?notices?)"
+    r"(\.\d+)*(\.(txt|md|rst|pdf|html))?",
     re.IGNORECASE,
 )
 

@@ -16,7 +16,7 @@ from spectrim.checkpoint.quantizer import METHOD
 from spectrim.checkpoint.sources import NO_MODEL, WHERE, failure, loader, read_config, read_object, sees, split_source
 from spectrim.checkpoint.weights import check_weights, weight_files
 from spectrim.dense import quantization
-from spectrim.errors import CheckpointError, ModelError, SpectrimError
+from spectrim.errors import CheckpointError, ModelError, SpectrimError, printable
 from spectrim.files import parse_json
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ def load(
             dtype = torch.bfloat16
             logger.warning(
                 "%s: weights are unpacked to bfloat16, and bytes are counted against that; --dtype chooses another",
-                gguf.encode("unicode_escape").decode(),
+                printable(gguf),
             )
     local = gguf is None and Path(source).is_dir()
     quantized = gguf is not None or "quantization_config" in kwargs

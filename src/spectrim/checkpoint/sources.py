@@ -30,7 +30,7 @@ def split_source(source: str | Path) -> tuple[str, str | None]:
         directory, _, name = text.partition("::")
         return directory, name
     path = Path(text)
-    if path.suffix == ".gguf" and not path.is_dir():
+    if path.suffix.lower() == ".gguf" and not path.is_dir():
         return str(path.parent), path.name
     return text, None
 

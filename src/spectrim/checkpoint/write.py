@@ -30,6 +30,7 @@ from spectrim.checkpoint.quantizer import attach, release
 from spectrim.checkpoint.read import load_processor, read_provenance
 from spectrim.checkpoint.sources import local_files, split_source
 from spectrim.errors import CheckpointError
+from spectrim.files import user_path
 
 # Names of the model's own files, which no other file of a checkpoint may have.
 _RESERVED = (
@@ -119,7 +120,7 @@ def check_target(target: str | Path, *, overwrite: bool, protected: Collection[s
         if path.is_symlink():
             raise CheckpointError(f"{path} is a link to {full}; name the directory itself")
         for kept in protected:
-            _check_apart(full, Path(kept).expanduser().resolve())
+            _check_apart(full, user_path(kept).resolve())
         if Path.cwd().is_relative_to(full):
             raise CheckpointError(f"{full} is or holds the current directory; name another directory")
         recover(full)

@@ -8,6 +8,7 @@ from enum import StrEnum
 from functools import reduce, wraps
 from inspect import Parameter, signature
 from operator import or_
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import typer
@@ -15,7 +16,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from spectrim.errors import UsageError
-from spectrim.files import parse_yaml
+from spectrim.files import parse_yaml, user_path
 from spectrim.settings import Options
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def verb(name: str, *, after_stop: str, record: type[Options] | None = None) -> 
                 read = {field: _value(record, field, values.pop(field)) for field in record.model_fields}
                 values["options"] = record.checked(**read)
                 values["given"] = {field: read[field] for field in read if is_given(context, field)}
+            values = {name: user_path(value) if isinstance(value, Path) else value for name, value in values.items()}
             if "context" in signature(function).parameters:
                 values["context"] = context
             try:

@@ -3,7 +3,11 @@
 from importlib.resources import files
 from pathlib import Path
 
+from spectrim.files import user_path
+
 
 def resolve(model: str | Path) -> str:
-    """A model name for the loaders: the packaged directory for "demo", anything else as it is."""
-    return str(files(__package__).joinpath("dense")) if str(model) == "demo" else str(model)
+    """A model name for the loaders: the packaged directory for "demo"; of anything else a ``~`` is read as home."""
+    if str(model) == "demo":
+        return str(files(__package__).joinpath("dense"))
+    return str(user_path(model)) if str(model).startswith("~") else str(model)

@@ -4,13 +4,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import groupby
-from pathlib import Path
 from random import Random
 from typing import Any, Protocol
 
 from PIL import Image
 
 from spectrim.errors import SampleError
+from spectrim.files import user_path
 from spectrim.samples.pixels import opener
 from spectrim.samples.sources import check_positive, read_jsonl
 
@@ -60,7 +60,7 @@ def load_questions(source: str, samples: int, seed: int) -> Sequence[Question]:
         from spectrim.demo.tasks import TASKS, questions  # the built-in suite is drawn only when asked for
 
         return [question for task in TASKS for question in questions(task, "test", samples, seed)]
-    path = Path(source).expanduser()
+    path = user_path(source)
     if path.suffix.lower() != ".jsonl" or not path.is_file():
         raise SampleError(f"'{source[:200]}' is no source of questions; give 'builtin' or an existing .jsonl file.")
     tasks: dict[str, list[tuple[Callable[[], Image.Image], dict[str, Any]]]] = {}

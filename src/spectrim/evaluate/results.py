@@ -15,7 +15,7 @@ from spectrim.evaluate.answering import Answer
 from spectrim.evaluate.footprint import Memory
 from spectrim.evaluate.intervals import PairedDifference, paired_difference, wilson
 from spectrim.evaluate.language import Perplexity
-from spectrim.files import parse_json, write_whole
+from spectrim.files import parse_json, user_path, write_whole
 from spectrim.settings import EvaluationSettings
 
 SCHEMA = 1
@@ -123,7 +123,7 @@ class EvaluationReport:
 
     def write(self, path: str | Path) -> None:
         """Writes the JSON; the file appears whole or not at all."""
-        path = Path(path)
+        path = user_path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, self.to_json().encode())
 

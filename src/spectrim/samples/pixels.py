@@ -42,7 +42,8 @@ def opener(named: Any, base: Path | None, where: str) -> Callable[[], Image.Imag
         raise SampleError(f"{where} names an image by the address {named[:80]}; download it and write its path")
     if base is None:
         raise SampleError(f"{where} holds no images but names such as {named[:80]!r}; give a data set of images")
-    path = base / Path(unquote(urlsplit(named).path) if named.startswith("file:") else named).expanduser()
+    path = Path(unquote(urlsplit(named).path) if named.startswith("file:") else named)
+    path = base / (path.expanduser() if path.parts[:1] == ("~",) else path)  # ~a.png is a name like any other
     try:
         if path.is_dir():
             raise SampleError(f"{where} names the image '{named}', which is a folder; name an image in it")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from spectrim.errors import SampleError
-from spectrim.files import parse_json
+from spectrim.files import parse_json, user_path
 
 # Names that a data set's author gives to the splits that this project calls by another name.
 _HUB_SPLITS = {"calibration": "train", "heldout": "test"}
@@ -28,7 +28,7 @@ def local_path(source: str) -> Path | None:
     Raises:
         SampleError: ``source`` is written like a path and nothing is there.
     """
-    path = Path(source).expanduser()
+    path = user_path(source)
     try:
         if path.exists():
             return path

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.table import Table
 
 from spectrim.errors import SampleError
-from spectrim.files import parse_yaml, write_whole
+from spectrim.files import parse_yaml, user_path, write_whole
 
 
 class Suite(BaseModel):
@@ -40,7 +40,7 @@ class Suite(BaseModel):
             SampleError: there is no such suite, or the file is none.
         """
         path = Path(source)
-        if path.suffix not in (".yaml", ".yml"):
+        if path.suffix.lower() not in (".yaml", ".yml"):
             if str(source) not in suite_names():
                 raise SampleError(
                     f"there is no suite '{source}'; choose from {', '.join(suite_names())} or name a .yaml file"
@@ -90,8 +90,9 @@ class SuiteReport:
     def write(self, path: str | Path) -> None:
         """Write JSON; the file appears whole or not at all."""
         tree = {**asdict(self), "suite": self.suite.model_dump(mode="json")}
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_whole(Path(path), (json.dumps(tree, indent=2) + "\n").encode())
+        path = user_path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, (json.dumps(tree, indent=2) + "\n").encode())
 
 
 def read_scores(found: Mapping[str, Any], tasks: Sequence[str]) -> tuple[Score, ...]:
