@@ -40,9 +40,9 @@ def gather(model, *inputs, modality="image", **options) -> Sums:
 
 def assert_moment(moment, rows: np.ndarray, tolerance: float = 1e-10) -> None:
     assert moment.count == len(rows)
-    scale = max(1.0, np.abs(rows.T @ rows).max())
-    assert np.abs(moment.second.numpy() - rows.T @ rows).max() <= tolerance * scale
-    assert np.abs(moment.abs_sum.numpy() - np.abs(rows).sum(0)).max() <= tolerance * scale
+    second, abs_sum = rows.T @ rows, np.abs(rows).sum(0)
+    assert np.abs(moment.second.numpy() - second).max() <= tolerance * second.max()
+    assert np.abs(moment.abs_sum.numpy() - abs_sum).max() <= tolerance * abs_sum.max()
 
 
 @pytest.mark.parametrize("family", [family for family in families.FAMILIES if family != "mllama"])
@@ -332,8 +332,8 @@ def test_same_seed_same_moments(words, tmp_path):
     calibrate(model, tmp_path / "b", **llama_options(words))
     calibrate(model, tmp_path / "c", **llama_options(words), seed=1)
     assert_same_bits(tmp_path / "a", tmp_path / "b")
-    with pytest.raises(AssertionError):
-        assert_same_bits(tmp_path / "a", tmp_path / "c")
+    first, other = tensors(tmp_path / "a"), tensors(tmp_path / "c")
+    assert not any(torch.equal(first[name], other[name]) for name in first)
 
 
 def test_a_finished_directory_is_opened_and_not_gathered_again(words, tmp_path, monkeypatch):
