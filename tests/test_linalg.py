@@ -1,4 +1,4 @@
-"""The projection of METHODS.md, section 1: its identities, and the textbook route as an independent computation."""
+"""The projection of docs/methods.md, section 1: identities, and the textbook route as an independent computation."""
 
 import pytest
 import torch

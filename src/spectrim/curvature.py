@@ -1,4 +1,4 @@
-"""From the moments of output gradients to the output metric G of each linear, and to nats (METHODS, section 4).
+"""From the moments of output gradients to the output metric G of each linear, and to nats (docs/methods.md, section 3).
 
 The loss of a labelled token rises by ``δL ≈ ½ η (positions/labels) tr(G ΔW C ΔWᵀ)`` when a weight changes by ΔW, with
 means ``G = E[g gᵀ]`` and ``C = E[x xᵀ]`` over positions (K-FAC, Martens and Grosse 2015, with all positions of a shared

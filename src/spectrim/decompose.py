@@ -1,4 +1,4 @@
-"""From a weight and its metrics to a spectrum, and from directions to two factors (METHODS, section 1)."""
+"""From a weight and its metrics to a spectrum, and from directions to two factors (docs/methods.md, section 1)."""
 
 from dataclasses import dataclass
 

@@ -33,14 +33,14 @@ class LowRankLinear(nn.Module):
     ``bias`` [out] is a parameter or None. Factors and bias start as NaN, so that a layer that nobody filled shows in
     the first logits. ``weight`` is no parameter: it is there for code that asks for its dtype or device.
 
-    With a tuple of H ranks, the rows of each head h are factored by themselves (LASER; METHODS, sections 4 and 6):
+    With a tuple of H ranks, the rows of each head h are factored by themselves (LASER; docs/methods.md, section 5):
     ``A`` is an ``nn.ModuleList`` of H linears, ``A[h].weight`` [out / H, rank[h]], and ``B`` stays one linear,
     ``B.weight`` [sum(rank), in], which holds the heads' rows one after another. Its output is all that a key/value
     cache has to keep.
 
-    Pivoted (METHODS, section 6), the rank is that of the whole layer: ``B.weight`` [rank, in] are rows of the weight
-    itself, those at ``pivots`` (a buffer, int32 [rank]), and ``A.weight`` [out - rank, rank] has the coefficients of
-    the other rows, ascending. The outputs of B and of A are written to their places, ``order``.
+    Pivoted (docs/methods.md, section 5), the rank is that of the whole layer: ``B.weight`` [rank, in] are rows of the
+    weight itself, those at ``pivots`` (a buffer, int32 [rank]), and ``A.weight`` [out - rank, rank] has the
+    coefficients of the other rows, ascending. The outputs of B and of A are written to their places, ``order``.
 
     Factors may be PackedLinear layers, and a whole layer may have a third child ``R``, a PackedLinear [out, in] that
     holds the rest of the weight: ``y = A (B x) + R x + bias``; `pack_linears` makes both.

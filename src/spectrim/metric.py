@@ -1,4 +1,4 @@
-"""From calibration moments to the pair of metrics (L, R) of each linear, as the recipe says (METHODS, section 1)."""
+"""From calibration moments to the metrics (L, R) of each linear, as the recipe says (docs/methods.md, section 2)."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""Pivoted factors: a matrix of rank k from k rows of its own and the coefficients of all others (METHODS, section 6).
+"""Pivoted factors: a matrix of rank k from k of its rows and coefficients of the others (docs/methods.md, section 5).
 
 ``Ŵ = A B`` with A [out, k] and B [k, in] has freedom to spare: every invertible T gives ``(A T)(T⁻¹ B)``. With
 ``T⁻¹ = A[p]`` for k independent rows p of A, the rows p of the first factor are the identity, which needs no storage:

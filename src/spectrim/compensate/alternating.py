@@ -1,4 +1,4 @@
-"""adaComp: the two factors fitted in turn to what the dense layer gives (METHODS, section 3); pure tensors."""
+"""adaComp: the two factors fitted in turn to what the dense layer gives (docs/methods.md, section 7); pure tensors."""
 
 import torch
 

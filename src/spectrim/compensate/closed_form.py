@@ -1,4 +1,4 @@
-"""The anchored closed form from moments (METHODS, section 3): pure tensors, no modules."""
+"""The anchored closed form from moments (docs/methods.md, section 7): pure tensors, no modules."""
 
 from dataclasses import dataclass, field
 
@@ -66,7 +66,7 @@ def anchored_weight(W: torch.Tensor, second: torch.Tensor, cross: torch.Tensor, 
 
     With ``C' = E[x' x'ᵀ]`` and ``T = E[t x'ᵀ]`` this is the ridge regression of t on x', drawn towards W instead of
     towards zero, so that directions that no sample shows keep the dense weight. For t = W x and δ → 0 it is
-    ``W E[x x'ᵀ] E[x' x'ᵀ]⁺`` (METHODS, section 3); for x' = x it is W, whatever δ.
+    ``W E[x x'ᵀ] E[x' x'ᵀ]⁺`` (docs/methods.md, section 7); for x' = x it is W, whatever δ.
 
     Args:
         W: [out, in], any floating dtype.

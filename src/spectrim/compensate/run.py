@@ -44,7 +44,7 @@ class _Pair:
 
 
 class Compensation:
-    """Compensation of one model under one recipe, anchored or by adaComp (METHODS, section 3).
+    """Compensation of one model under one recipe, anchored or by adaComp (docs/methods.md, section 7).
 
     `alone` gives a linear without compensation, from its name and its row of the plan.
     """
