@@ -86,6 +86,17 @@ def test_no_bytes_are_left_that_would_save_cost(menu, share, even):
         assert left < min(steps, default=budget + 1)
 
 
+def test_one_retention_for_all_looks_at_no_cost_of_others():
+    """The second linear has next to nothing to lose, and gets the bytes of the first all the same."""
+    menu = {
+        f"l{n}": [Option(None, None, size, scale / size) for size in range(2, 21, 2)]
+        for n, scale in enumerate((1.0, 1e-6))
+    }
+    for budget in (8, 16, 24, 36):
+        chosen = alike(menu, {"l0": 20, "l1": 20}, budget)
+        assert [option.bytes for option in chosen.values()] == [budget // 2] * 2
+
+
 def test_what_the_hull_leaves_buys_what_lies_off_it():
     """The next vertex costs 9 bytes; of the 5 that are left, 4 buy a point above the hull."""
     sizes = [(10, 8.0), (14, 7.0), (19, 0.0)]
