@@ -99,6 +99,7 @@ def test_roles_heads_and_shapes_fit_together(family: str) -> None:
     for x in parts.linears:
         if x.block is not None:
             by_block[x.block][x.role].append(x)
+    assert by_block.keys() == set(parts.blocks())
     for roles in by_block.values():
         assert roles.keys() <= BLOCK_ROLES
         assert all(len(found) == 1 for found in roles.values())

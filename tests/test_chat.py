@@ -214,7 +214,7 @@ def test_a_template_gets_the_form_that_it_takes(template, form):
         (None, "no chat template"),
     ],
 )
-def test_a_template_that_does_not_take_the_conversation_is_named(folder, template, message):
+def test_a_template_that_does_not_take_the_conversation_is_named(template, message):
     processor = llava_processor(template or PARTS)
     processor.chat_template = template
     with pytest.raises(SampleError, match=message) as error:

@@ -216,7 +216,7 @@ def test_both_modalities_decide(words, tmp_path):
         assert same == ([False, False] if parts.linear(name).place == "backbone" else [True, True]), name
 
 
-def test_fewer_samples_are_the_first_ones(words, calibrated):
+def test_fewer_samples_are_the_first_ones(calibrated):
     model, statistics = calibrated["llama"]
     results = []
     for samples in (4, 12, None):

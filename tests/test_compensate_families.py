@@ -116,7 +116,7 @@ def test_a_pass_stops_at_every_unit_and_gives_errors_and_ends():
         one.close()
         two = Pass(lambda: toy(x), "cpu")
         two.start()
-        with pytest.raises(TypeError):
+        with pytest.raises(TypeError, match="must be Tensor, not str"):
             two.answer("no tensor")
         two.close()
         three = Pass(lambda: toy(x), "cpu")

@@ -60,7 +60,7 @@ def test_integers_answer_to_what_the_layers_before_them_became(recipe, words, ca
     assert found["anchored"] < 0.9 * found["none"]
 
 
-def test_linears_before_any_change_have_the_integers_that_they_have_alone(words, calibrated):
+def test_linears_before_any_change_have_the_integers_that_they_have_alone(calibrated):
     model, statistics = calibrated["llama"]
     changes = {"quantize.bits": 4, "compensate.kind": "anchored", "compensate.samples": 12}
     with compression(model, "svd-llm", stats=statistics, processor=processor("llama"), changes=changes) as prepared:
@@ -71,7 +71,7 @@ def test_linears_before_any_change_have_the_integers_that_they_have_alone(words,
         assert float((found[name].weight() - alone).norm() / alone.norm()) < 0.02
 
 
-def test_refinement_leaves_integers_alone(words, calibrated):
+def test_refinement_leaves_integers_alone(calibrated):
     model, statistics = calibrated["llama"]
     given = {"stats": statistics, "processor": processor("llama")}
     parts = anatomy(model)
@@ -108,7 +108,7 @@ def test_what_is_stored_comes_back_from_tensors():
     torch.testing.assert_close(Stored({"": quantize(W, grid)}).weight(), quantize(W, grid).dense())
 
 
-def test_adacomp_refuses_integers(words, calibrated):
+def test_adacomp_refuses_integers(calibrated):
     with pytest.raises(RecipeError, match="adaComp fits factors that are no integers"):
         Recipe.read("adasvd", {"quantize.bits": 4})
     model, statistics = calibrated["llama"]

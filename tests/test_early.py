@@ -188,16 +188,16 @@ def test_a_device_that_is_not_there_is_said(capsys, no_models):
 
 def test_the_library_says_it_as_early(no_models, places, tmp_path):
     stats = places["STATS"]
-    for error, options in (
-        (BudgetError, {"retain": 5}),
-        (BudgetError, {"plan": tmp_path / "none.json"}),
-        (SpectrimError, {"retain": 0.5, "out": places["FILE"]}),
-        (SpectrimError, {"retain": 0.5, "out": places["HELD"], "overwrite": True}),
-        (SampleError, {"retain": 0.5, "samples": 0}),
-        (SampleError, {"retain": 0.5, "text": str(tmp_path / "none.txt")}),
-        (UsageError, {"retain": 0.5, "recipe": "jw-svd", "stats": stats, "samples": 8}),
+    for error, message, options in (
+        (BudgetError, "a retention of 5 is impossible", {"retain": 5}),
+        (BudgetError, "none.json", {"plan": tmp_path / "none.json"}),
+        (SpectrimError, "FILE", {"retain": 0.5, "out": places["FILE"]}),
+        (SpectrimError, "HELD", {"retain": 0.5, "out": places["HELD"], "overwrite": True}),
+        (SampleError, "samples", {"retain": 0.5, "samples": 0}),
+        (SampleError, "none.txt", {"retain": 0.5, "text": str(tmp_path / "none.txt")}),
+        (UsageError, "samples", {"retain": 0.5, "recipe": "jw-svd", "stats": stats, "samples": 8}),
     ):
-        with pytest.raises(error):
+        with pytest.raises(error, match=message):
             spectrim.compress("demo", **options)
     with pytest.raises(TypeError, match="no argument 'sample'"):
         spectrim.compress("demo", retain=0.5, sample=8)

@@ -226,7 +226,7 @@ def test_a_sample_that_the_processor_refuses_is_named():
         vqa(make_llava(), strict, asked)
 
 
-def test_the_smallest_images_are_read(tmp_path):
+def test_the_smallest_images_are_read():
     for width, height in ((1, 1), (1, 3), (3, 1), (3, 40)):
         grey = Image.new("RGB", (width, height), (9, 99, 199))
         small = type(sample(0, "w3"))((grey,), sample(0, "w3").turns)
@@ -318,7 +318,7 @@ def test_settings_that_cannot_be_are_named_before_anything_loads(seeing, setting
     said(error)
 
 
-def test_numbers_below_one_are_refused_by_every_function(seeing, tmp_path):
+def test_numbers_below_one_are_refused_by_every_function():
     text, llama = TEXT[:90], make_llama()
     calls = [
         ("batch_size", lambda: perplexity(llama, TOKENIZER, text, batch_size=0)),

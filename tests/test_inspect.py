@@ -57,7 +57,9 @@ def test_image_loss_is_that_measured_on_images(llava, inspection):
         # The text-only directions anew: eigenvectors of W C_T Wᵀ.
         U = torch.from_numpy(np.linalg.eigh(W.numpy() @ C_T @ W.numpy().T)[1][:, ::-1].copy())
         assert row.alpha == pytest.approx(alpha)
-        for k, share in list(zip(row.ranks, row.image, strict=True))[: min(W.shape) // 2 : 5]:
+        compared = list(zip(row.ranks, row.image, strict=True))[: min(W.shape) // 2 : 5]
+        assert len(compared) > 2
+        for k, share in compared:
             lost = (W - U[:, :k] @ (U[:, :k].T @ W)) @ X.T
             assert row.image_total * share == pytest.approx(alpha * lost.square().sum().item() / len(X), rel=1e-6)
 
@@ -72,6 +74,7 @@ def test_rho_compares_relative_losses_at_the_rank_of_the_retention(llava, inspec
         D = W - ranked(found, W, row.rank)
         lost = {n: (D @ m.second @ D.T).trace() / (W @ m.second @ W.T).trace() for n, m in moments.items()}
         assert row.rho == pytest.approx((lost["image"] / lost["text"]).item(), rel=1e-8)
+    assert {module.role for module in inspection.modules} == {row.role for row in inspection.linears} > {"q"}
     for module in inspection.modules:
         rhos = [row.rho for row in inspection.linears if row.role == module.role]
         assert (module.count, module.least, module.most) == (2, min(rhos), max(rhos))
@@ -116,6 +119,9 @@ class Same(Statistics):
 def test_images_that_are_text_have_rho_one(llava):
     model, statistics = llava
     same = inspect(model, Same(statistics.path, statistics.manifest), retain=0.6)
+    assert same.linears
+    assert same.modules
+    assert same.effective_ranks
     for row in same.linears:
         assert row.alpha == pytest.approx(2 / 7)
         assert row.rho == pytest.approx(1)
@@ -165,6 +171,7 @@ def test_a_language_model_has_effective_ranks_only(words, tmp_path):
     found = inspect(model, calibrate(model, tmp_path / "stats", **options))
     assert found.linears == found.modules == ()
     assert "no image moments" in found.notes[0]
+    assert len(found.effective_ranks) > 10
     assert all(row.text > 0 and row.image is None for row in found.effective_ranks)
     assert [path.name for path in write(found, tmp_path / "out")[1:]] == ["effective_rank.html", "effective_rank.png"]
 

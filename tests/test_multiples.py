@@ -65,7 +65,7 @@ def prepared(family: str, rule: str, multiple: int, bits: int | str, pivoted: bo
         return found
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     st.sampled_from(["llama", "llava"]),
     st.sampled_from(["uniform", "global-energy"]),

@@ -99,7 +99,7 @@ def test_a_dense_model_has_no_targets() -> None:
         lora_targets(FAMILIES["llama"]())
 
 
-def test_an_unmerged_adapter_is_not_saved_as_factors(tmp_path: Path) -> None:
+def test_an_unmerged_adapter_is_not_saved_as_factors() -> None:
     model = adapted(factored("llama"))
     train(model, steps=1)
     with pytest.raises(ModelError, match="merge its adapter"):

@@ -252,7 +252,7 @@ def test_a_model_is_compressed_from_its_directory(words, tmp_path):
         path.name: path.read_bytes() for path in (tmp_path / "b").iterdir()
     }
     assert torch.equal(logits(load(tmp_path / "b")), logits(small))
-    with pytest.raises(SpectrimError):
+    with pytest.raises(SpectrimError, match="compressed already"):
         compress(tmp_path / "a", tmp_path / "c", **options)
 
 
@@ -334,7 +334,7 @@ def test_what_cannot_be_done_is_said(calibrated, tmp_path):
 
 
 @pytest.mark.parametrize("retain", [0.5, 0.05])
-def test_a_compressed_model_is_refused(retain, calibrated):
+def test_a_compressed_model_is_refused(retain):
     small = compress(model("llama"), recipe="svd", retain=0.5)
     with pytest.raises((RecipeError, ModelError), match="compressed already"):
         compress(small, recipe="svd", retain=retain)

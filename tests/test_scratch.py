@@ -40,9 +40,9 @@ def test_the_folder_is_removed_at_the_end_whatever_happens(temporary):
         with scratch() as folder:
             assert folder.parent == temporary
             (folder / "file").write_text("x")
-            raise KeyError
+            raise KeyError("own")
 
-    with pytest.raises(KeyError):
+    with pytest.raises(KeyError, match="own"):
         work()
     assert list(temporary.iterdir()) == []
 

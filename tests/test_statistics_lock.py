@@ -205,7 +205,7 @@ def test_a_full_disk_while_spectra_and_compensated_blocks_are_written_is_a_sente
     assert not [path for path in out.rglob("*") if path.name.endswith(".part")]
 
 
-def test_a_directory_that_may_not_be_written_is_named(words, tmp_path):
+def test_a_directory_that_may_not_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StatisticsError, match="cannot be written"), writing(tmp_path / "file" / "s", alone=True):
         pass

@@ -72,6 +72,7 @@ def test_rounding_to_nearest_looks_at_no_metric():
         stored = make_stored(W, LINEAR, row, C, output, damping=None)
         spectrum = decompose(W, C, output)
         wanted = {"": W, "A": spectrum.P[:, :8], "B": spectrum.Q[:, :8].T @ W}
+        assert stored.parts.keys() == ({""} if row.rank is None else {"A", "B"})
         for part, found in stored.parts.items():
             assert isinstance(found, Quantized)
             assert torch.equal(found.codes, quantize(wanted[part], found.grid, dtype=torch.float32).codes)

@@ -3,6 +3,7 @@
     nice python tools/mutations.py            # all of them, an hour or so on one core
     nice python tools/mutations.py quantize.py "no re-fit"  # those of a file, or by a part of their names
     python tools/mutations.py --check         # only whether every text of the table is still there, once
+    python tools/mutations.py --report docs/mutations.md LOG ...  # what such runs printed, in one table; later logs win
 
 A change is made in a temporary copy of the tree, never here. Prints every change with `killed` or `SURVIVED`; exits
 with 1 if one survived that is not marked as equivalent, with 2 if the table is out of date or the tests fail as they
@@ -10,6 +11,8 @@ are. A change whose tests run out of time counts as killed: none of them is slow
 """
 
 import os
+import platform
+import re
 import shutil
 import signal
 import sys
@@ -17,6 +20,8 @@ import tempfile
 import time
 import traceback
 from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,7 +37,7 @@ TESTS = {  # files of tests that should notice a change of a file of the source,
     "allocate.py": "allocate loss_aware pivoted_plans multiples adacr",
     "plan.py": "plan pivoted_plans hybrid",
     "metric.py": "metric global_sigma",
-    "curvature.py": "curvature",
+    "curvature.py": "curvature curvature_plans",
     "spectra.py": "per_head global_sigma cache_keys pipeline",
     "sensitivity.py": "sensitivity",
     "importance.py": "adacr",
@@ -273,12 +278,45 @@ def run(tree: Path, tests: list[str]) -> tuple[bool, float]:
     return os.waitpid(child, 0)[1] == 0, time.monotonic() - began
 
 
+def report(logs: list[Path]) -> str:
+    """A page of Markdown: by file of the source, what became of its changes in the runs that wrote the logs."""
+    found: dict[tuple[str, str], tuple[str, str]] = {}
+    equivalent = {(m.file, m.name): m.equivalent for m in MUTATIONS if m.equivalent is not None}
+    for log in logs:
+        day = f"{datetime.fromtimestamp(log.stat().st_mtime):%Y-%m-%d %H:%M}"
+        lines = re.findall(
+            r"^ *\d+ s  (killed|SURVIVED|equivalent .*?)  (\S+\.py): (.*)$", log.read_text(), re.MULTILINE
+        )
+        for verdict, *key in lines:
+            passed = "equivalent" if tuple(key) in equivalent else "survived"
+            found[tuple(key)] = ("killed" if verdict == "killed" else passed, day)
+    rows, total = [], [0] * 5
+    for file in TESTS:
+        names = [m.name for m in MUTATIONS if m.file == file]
+        run = [found[file, name] for name in names if (file, name) in found]
+        verdicts = [verdict for verdict, _ in run]
+        counts = [len(names), len(run), *map(verdicts.count, ("killed", "equivalent", "survived"))]
+        total = [a + b for a, b in zip(total, counts, strict=True)]
+        rows.append([file, *counts, max((day for _, day in run), default="")])
+    head = ["file", "changes", "run", "killed", "equivalent", "survived", "last run"]
+    table = [f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * 7, *rows, ["all", *total, ""])]
+    survived = [f"{m.file}: {m.name}" for m in MUTATIONS if found.get((m.file, m.name), ("",))[0] == "survived"]
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "hypothesis"))
+    made = f"Written by `tools/mutations.py --report` with Python {platform.python_version()}, {versions}."
+    reasons = [f"- {file}: {name}: {why}" for (file, name), why in equivalent.items()]
+    parts = ["# Do the tests bite?", made, "\n".join(table), f"Survived: {'; '.join(survived) or 'none'}."]
+    return "\n\n".join([*parts, "Equivalent, which no test can notice:", "\n".join(reasons)]) + "\n"
+
+
 def main(words: list[str]) -> int:
     """Run the changes whose files or names hold one of the words, all without words; returns the exit code."""
     if problems := wrong():
         print("\n".join(problems))
         return 2
     if words == ["--check"]:
+        return 0
+    if words[:1] == ["--report"]:
+        Path(words[1]).write_text(report([Path(log) for log in words[2:]]), encoding="utf-8")
         return 0
     chosen = [m for m in MUTATIONS if not words or any(word in f"{m.file}: {m.name}" for word in words)]
     survived = []
@@ -312,7 +350,7 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] != ["--check"]:
+    if sys.argv[1:2] not in (["--check"], ["--report"]):
         import compressed_tensors  # noqa: F401
         import hypothesis  # noqa: F401
         import pytest
