@@ -56,7 +56,7 @@ def test_compress_has_the_same_options_of_its_own():
     there = command_line("compress", CalibrationOptions)
     for name, default in found.items():
         assert there[name] == default or (not there[name] and not default), name
-    shared = library(compression, "model", "processor", "progress", "calibration", "keep")
+    shared = library(compression, "model", "processor", "progress", "calibration", "keep", "check")
     assert shared.items() <= found.items()
 
 

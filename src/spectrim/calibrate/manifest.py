@@ -210,12 +210,12 @@ class Manifest(_Part):
             if value != (now := getattr(wanted.settings, name))
         ]
         data, now = self.data, wanted.data
-        if (data.text, data.images) != (now.text, now.images):
-            differences.append(
-                f"of other samples (text {data.text}, images {data.images}; now text {now.text}, images {now.images})"
-            )
-        elif data.fingerprint != now.fingerprint and not settings:  # which may have chosen other samples
-            differences.append(f"of other samples than text {now.text} and images {now.images} give now")
+        if data.fingerprint != now.fingerprint:
+            if (data.text, data.images) != (now.text, now.images):
+                sources = f"text {data.text}, images {data.images}; now text {now.text}, images {now.images}"
+                differences.append(f"of other samples ({sources})")
+            elif not settings:  # which may have chosen other samples
+                differences.append(f"of other samples than text {now.text} and images {now.images} give now")
         differences += settings
         if differences:
             raise StatisticsError(

@@ -41,7 +41,7 @@ class Store:
         if (directory / MANIFEST).exists():
             manifest = Manifest.read(directory)
             manifest.check_fits(fresh, directory)
-            self.manifest = manifest.model_copy(update={"versions": fresh.versions})
+            self.manifest = manifest.model_copy(update={"versions": fresh.versions, "data": fresh.data})
             return
         check_home(directory)
         self.manifest = fresh
