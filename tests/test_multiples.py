@@ -11,8 +11,9 @@ from compressed import logits, low_rank
 from helpers.plans import PIVOTED_RULES, PivotedModel, pivoted_models, pivoted_price, price
 from spectrim.allocate import choice, spend
 from spectrim.errors import BudgetError
-from spectrim.pipeline import Compression, compress, compression
+from spectrim.pipeline import compress, compression
 from spectrim.recipe import AllocationPart
+from spectrim.stages import Compression
 
 
 def bought(model: PivotedModel, rule: str, budget: int, **options) -> dict[str, int | None]:

@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from spectrim.evaluate import evaluate
     from spectrim.inspect_ import inspect
     from spectrim.lora import lora_targets
-    from spectrim.pipeline import Compression, compress, compression
+    from spectrim.pipeline import compress, compression
     from spectrim.plan import Plan
     from spectrim.recipe import Recipe
+    from spectrim.stages import Compression
 
 _HOMES = {
     "anatomy": "anatomy",
@@ -34,7 +35,7 @@ _HOMES = {
     "evaluate": "evaluate",
     "inspect": "inspect_",
     "lora_targets": "lora",
-    "Compression": "pipeline",
+    "Compression": "stages",
     "compress": "pipeline",
     "compression": "pipeline",
     "Plan": "plan",
