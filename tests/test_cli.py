@@ -1,6 +1,7 @@
 """The command line on the built-in model: every verb once, and one sentence and exit code 2 for the user's mistakes."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,7 @@ def test_compress_evaluate_and_load(capsys: pytest.CaptureFixture[str], statisti
     assert "small" in out
     assert "blind floor" in out
     assert "questions/s" in out
+    assert re.search(r"(?<!\\)\[[-+]\d+\.\d, [-+]\d+\.\d\]", out)  # an interval, not taken for markup nor escaped
     assert len(json.loads(results.read_text())["results"]) == 2
 
 

@@ -58,7 +58,7 @@ def _difference(result: DirectoryResult) -> str:
     if overall is None:
         return _NONE
     mean, low, high = (100 * value for value in (overall.mean, overall.low, overall.high))
-    return f"{mean:+.1f} p={overall.p_value:.2g}\n\\[{low:+.1f}, {high:+.1f}]"  # the backslash: [ opens no markup
+    return f"{mean:+.1f} p={overall.p_value:.2g}\n[{low:+.1f}, {high:+.1f}]"
 
 
 def _perplexity(result: DirectoryResult, reference: DirectoryResult | None) -> str:
