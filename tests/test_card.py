@@ -47,6 +47,17 @@ def test_the_card_says_what_the_plan_did(tmp_path: Path) -> None:
     assert "AutoModelForImageTextToText" in card
 
 
+def test_the_card_names_what_no_sample_reaches(tmp_path: Path) -> None:
+    model = FAMILIES["llava"]()
+    names = [f"model.vision_tower.layers.{number}" for number in range(7)]
+    save(factored("llava", model), tmp_path / "a", provenance={"unreached": names})
+    card = (tmp_path / "a" / "README.md").read_text()
+    assert f"7 linears are dense because no calibration sample reaches them: `{names[0]}`, " in card
+    assert "and 2 more." in card
+    save(factored("llava"), tmp_path / "b", provenance={"unreached": []})
+    assert "no calibration sample" not in (tmp_path / "b" / "README.md").read_text()
+
+
 def test_licence_and_language_come_from_the_card_of_the_base_model(tmp_path: Path) -> None:
     dense = dense_copy(tmp_path / "dense")
     small = compress(load(dense), tmp_path / "small", recipe="svd", retain=0.5)

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from spectrim.checkpoint.model_files import CARD, PROVENANCE
+from spectrim.checkpoint.names import shortened
 from spectrim.checkpoint.quantizer import SpectrimConfig, release
 from spectrim.checkpoint.sources import sees, split_source
 from spectrim.errors import CheckpointError, printable
@@ -175,6 +176,10 @@ def _kept(record: Mapping[str, Any]) -> list[str]:
         ]
         head = "| place | linears | dense | factored | by pivots | by head | ranks: least / median / most | bytes |"
         texts.append("\n".join([head, "|---|---|---|---|---|---|---|---|", *lines]))
+    unreached = record.get("unreached")
+    if isinstance(unreached, list) and unreached:
+        names = shortened([code(name) for name in unreached])
+        texts.append(f"{len(unreached)} linears are dense because no calibration sample reaches them: {names}.")
     return texts
 
 
