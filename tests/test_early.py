@@ -292,3 +292,9 @@ def test_results_replace_results_empty_files_and_no_devices(tmp_path):
         check_file(path, "--json")
     with pytest.raises(UsageError, match="holds no results"):
         check_file(Path("/dev/null"), "--json")
+
+
+def test_samples_for_a_recipe_that_reads_none_are_refused_by_the_library_too(no_models, tmp_path):
+    with pytest.raises(UsageError, match="--seqlen has no effect with recipe 'svd', which reads no samples"):
+        spectrim.compress("demo", tmp_path / "out", recipe="svd", retain=0.5, seqlen=64)
+    assert not list(tmp_path.iterdir())

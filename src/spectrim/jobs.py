@@ -101,7 +101,7 @@ def check_samples(recipe: Recipe, statistics: Statistics | None, samples: Mappin
     Raises:
         RecipeError: they are not.
         SampleError: an option is out of its limits, or a source of samples is none or is gone and needed again.
-        UsageError: there are statistics and samples were asked for all the same.
+        UsageError: samples were asked for beside statistics, or for a recipe that reads none.
     """
     if statistics is not None and samples:
         raise UsageError(
@@ -116,6 +116,11 @@ def check_samples(recipe: Recipe, statistics: Statistics | None, samples: Mappin
             raise RecipeError(f"recipe '{recipe.name}' needs {name} and {what} none; calibrate with --{name}")
     if statistics is not None and recipe.needs_samples:
         check_there(statistics)
+    if statistics is None and samples and not recipe.needs_statistics:
+        raise UsageError(
+            f"{CalibrationOptions.flag(next(iter(samples)))} has no effect with recipe '{recipe.name}', which reads no "
+            "samples; leave it out"
+        )
     if statistics is None and recipe.needs_statistics:
         options.check_together()
         for form in options.curvature_forms.values():

@@ -7,7 +7,6 @@ from typing import Annotated, Any
 import typer
 
 from spectrim.cli.verbs import Device, Dtype, Model, Trust, dtype_of, pairs, progress, quiet, show, verb
-from spectrim.errors import UsageError
 from spectrim.settings import CalibrationOptions
 
 
@@ -113,9 +112,6 @@ def _compress(
         samples=given,
         trust_remote_code=trust_remote_code,
     )
-    if given and job.kept is None:
-        flag = CalibrationOptions.flag(next(iter(given)))
-        raise UsageError(f"{flag} has no effect with recipe '{job.recipe.name}', which reads no samples; leave it out")
     CalibrationOptions.checked(**gathered(job.recipe, given)).check_effect(given)
     if job.kept is not None:
         show(f"statistics: {job.kept}")
