@@ -14,6 +14,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
+def first_line(error: BaseException) -> str:
+    """What an exception of another library says first, else what it is; advice often follows in further lines."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 class SpectrimError(Exception):
     """Base of every error that comes from the user's input or environment rather than from a defect."""
 

@@ -267,6 +267,11 @@ class Compression:
             "versions": None if data is None else data.versions,
         }
 
+    @cached_property
+    def _compared(self) -> list[Mapping[str, torch.Tensor]]:
+        """The inputs on which written checkpoints are compared with the model in memory; one set for all budgets."""
+        return runnable(self.model, self._short_samples())
+
     def _short_samples(self) -> list[dict[str, torch.Tensor]]:
         """Inputs of one short sample of each modality; tokens alone where no samples are at hand."""
         if self.statistics is not None and self.processor is not None:
@@ -284,7 +289,7 @@ class Compression:
 
     def save(self, plan: Plan, out: str | Path, *, processor: Any = None, overwrite: bool = False) -> Path:
         """Write the checkpoint of one plan; the model is dense again afterwards."""
-        record, samples = self.provenance(plan), runnable(self.model, self._short_samples())
+        record, samples = self.provenance(plan), self._compared
         record["retention"] = {key: value for key, value in record["retention"].items() if value is not None}
         with self.applied(plan) as model:
             return save(

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
+from spectrim.errors import first_line
 from spectrim.lazy import DESCRIBING
 
 logger = logging.getLogger("spectrim")
@@ -45,8 +46,7 @@ def used_outside(model: PreTrainedModel, names: Collection[str]) -> set[str]:
                 model(**inputs)
             _known[model] = watch.found
         except Exception as error:  # whatever the code of a model may raise
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            logger.info("%s was not traced for uses of its weights: %s", type(model).__name__, reason)
+            logger.info("%s was not traced for uses of its weights: %s", type(model).__name__, first_line(error))
     return watch.found
 
 

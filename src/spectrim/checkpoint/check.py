@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from spectrim.errors import CheckpointError
+from spectrim.errors import CheckpointError, first_line
 from spectrim.trace import quiet
 
 logger = logging.getLogger("spectrim")
@@ -33,7 +33,7 @@ def runnable(model: PreTrainedModel, samples: Sequence[Inputs]) -> list[Inputs]:
         try:
             _output(model, inputs)
         except Exception as error:  # whatever the code of a model may raise
-            logger.warning(_SKIPPED, _reason(error))
+            logger.warning(_SKIPPED, first_line(error))
         else:
             found.append(inputs)
     return found
@@ -75,10 +75,11 @@ def check_written(model: PreTrainedModel, directory: Path, samples: Sequence[Inp
     except CheckpointError:
         raise
     except (torch.OutOfMemoryError, MemoryError) as error:
-        logger.warning(_SKIPPED, _reason(error))
+        logger.warning(_SKIPPED, first_line(error))
     except Exception as error:  # whatever the code of a model may raise
         raise CheckpointError(
-            f"{doing} ({_reason(error)}); nothing was written: keep the layers dense that the model's own code handles"
+            f"{doing} ({first_line(error)}); nothing was written: "
+            "keep the layers dense that the model's own code handles"
         ) from error
 
 
@@ -122,10 +123,6 @@ def _compare(model: PreTrainedModel, again: PreTrainedModel, inputs: Inputs) -> 
         _difference(output, other),
         first,
     )
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _output(model: PreTrainedModel, inputs: Inputs) -> torch.Tensor:
