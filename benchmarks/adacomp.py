@@ -15,9 +15,9 @@ import torch
 from spectrim.anatomy import anatomy
 from spectrim.calibrate import Statistics, calibrate
 from spectrim.checkpoint import load, load_processor
-from spectrim.compensate.alternating import alternate
-from spectrim.decompose import decompose, factors
 from spectrim.demo import resolve
+from spectrim.maths.alternating import alternate
+from spectrim.maths.decompose import decompose, factors
 
 ROUNDS = (1, 3, 15)
 BITS = (4, 3)

@@ -25,9 +25,9 @@ from spectrim.checkpoint import load, load_processor
 from spectrim.demo import resolve
 from spectrim.errors import BudgetError
 from spectrim.evaluate import perplexity
-from spectrim.hybrid import Option, cheapest
 from spectrim.pipeline import compression
-from spectrim.plan import Plan
+from spectrim.plan.hybrid import Option, cheapest
+from spectrim.plan.plan import Plan
 from spectrim.recipe import Recipe
 from spectrim.samples import load_text
 

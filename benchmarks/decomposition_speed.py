@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from spectrim.decompose import decompose, factors
+from spectrim.maths.decompose import decompose, factors
 
 RETAIN = 0.6
 REPEAT_BELOW = 5.0  # seconds: shorter runs are taken three times, and the fastest counts

@@ -49,7 +49,7 @@ from spectrim.calibrate import calibrate
 from spectrim.checkpoint.names import compressed_layers
 from spectrim.cli import app
 from spectrim.pipeline import compression
-from spectrim.plan import Plan, PlanRow
+from spectrim.plan.plan import Plan, PlanRow
 
 BUILDERS = FAMILIES | FURTHER
 # Recipe, retention and changes, by column.

@@ -32,10 +32,10 @@ from spectrim.demo import resolve
 from spectrim.evaluate import ImageQuestion, blind_questions, load_questions, perplexity, vqa
 from spectrim.evaluate.results import score
 from spectrim.files import parse_yaml
-from spectrim.layers import LowRankLinear
 from spectrim.pipeline import compression
 from spectrim.recipe import Recipe
 from spectrim.samples import load_text
+from spectrim.storage.layers import LowRankLinear
 
 RECIPES = "spectrim,laser,curvature,jw-svd,adasvd,svd-llm,asvd,fwsvd,svd"
 

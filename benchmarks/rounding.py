@@ -15,13 +15,12 @@ import torch
 from spectrim.anatomy import anatomy
 from spectrim.calibrate import Statistics
 from spectrim.checkpoint import load
-from spectrim.decompose import decompose, sides
 from spectrim.demo import resolve
-from spectrim.metric import layer_metric
-from spectrim.quantize import Grid, conditional, error, expected, fitting_group, quantize
+from spectrim.maths.decompose import decompose, directions, sides
+from spectrim.maths.rounding import Grid, conditional, error, expected, fitting_group, quantize
+from spectrim.metrics.metric import layer_metric
 from spectrim.recipe import Recipe
-from spectrim.spectra import directions
-from spectrim.stored import gram, refit
+from spectrim.storage.make import gram, refit
 
 
 def main() -> None:

@@ -13,8 +13,9 @@ from torch import nn
 
 from families import FAMILIES, example_inputs
 from spectrim.anatomy import anatomy
-from spectrim.layers import LowRankLinear, Rank, head_ranks, pack_linears, replace_linears
-from spectrim.quantize import Grid, fitting_group, quantize
+from spectrim.maths.decompose import Rank, head_ranks
+from spectrim.maths.rounding import Grid, fitting_group, quantize
+from spectrim.storage.layers import LowRankLinear, pack_linears, replace_linears
 
 MAIN = ("qwen2_5_vl", "llava", "idefics3", "llama")
 

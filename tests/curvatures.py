@@ -14,7 +14,7 @@ from spectrim.calibrate.gradients import run_gradients
 from spectrim.calibrate.labels import Labelled
 from spectrim.calibrate.moments import OutputSum, Sums
 from spectrim.calibrate.passes import prepared
-from spectrim.linalg import OutputRoot
+from spectrim.maths.roots import OutputRoot
 from spectrim.recipe import MetricPart
 
 CPU = torch.device("cpu")

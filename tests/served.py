@@ -12,8 +12,8 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from compressed import cut_linears, factored, pack_nearest
 from families import IMAGE, MROPE, PATCH, QWEN_TOKENS, TEXT, VIDEO, VISION_END, VISION_START, VOCAB, _seeded
-from spectrim.layers import Rank
-from spectrim.quantize import Grid
+from spectrim.maths.decompose import Rank
+from spectrim.maths.rounding import Grid
 
 WIDE = {**TEXT, "hidden_size": 128, "initializer_range": 0.1}  # the usual 0.02 gives one token again and again
 SPECIAL = {

@@ -29,4 +29,4 @@ file.write_text(re.sub(pattern, define, file.read_text(), flags=re.MULTILINE))
 PY
     "$folder/bin/python" -c 'import torchvision'
 fi
-"$folder/bin/python" -m pytest -m "slow or not slow" tests/test_serve_*.py
+"$folder/bin/python" -m pytest -m "slow or not slow" tests/serve

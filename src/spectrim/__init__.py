@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from spectrim.checkpoint import load, load_processor, push, read_provenance, save
     from spectrim.errors import SpectrimError
     from spectrim.evaluate import evaluate
-    from spectrim.inspect_ import inspect
-    from spectrim.lora import lora_targets
+    from spectrim.mismatch.analysis import inspect
     from spectrim.pipeline import compress, compression
-    from spectrim.plan import Plan
+    from spectrim.pipeline.stages import Compression
+    from spectrim.plan.plan import Plan
     from spectrim.recipe import Recipe
-    from spectrim.stages import Compression
+    from spectrim.storage.lora import lora_targets
 
 _HOMES = {
     "anatomy": "anatomy",
@@ -33,9 +33,9 @@ _HOMES = {
     "save": "checkpoint",
     "SpectrimError": "errors",
     "evaluate": "evaluate",
-    "inspect": "inspect_",
-    "lora_targets": "lora",
-    "Compression": "stages",
+    "inspect": "mismatch.analysis",
+    "lora_targets": "storage.lora",
+    "Compression": "pipeline.stages",
     "compress": "pipeline",
     "compression": "pipeline",
     "Plan": "plan",

@@ -12,7 +12,7 @@ import families
 from spectrim.anatomy import anatomy
 from spectrim.calibrate import Statistics
 from spectrim.calibrate.manifest import MANIFEST
-from spectrim.lock import LOCK
+from spectrim.disk.lock import LOCK
 
 
 def tiny(family: str, dtype: torch.dtype = torch.float64):

@@ -2,7 +2,7 @@
 
 import torch
 
-from spectrim.decompose import Spectrum, factors
+from spectrim.maths.decompose import Spectrum, factors
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:

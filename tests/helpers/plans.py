@@ -3,8 +3,8 @@
 import torch
 from hypothesis import strategies as st
 
-from spectrim.allocate import Choice, choice
 from spectrim.anatomy import Linear
+from spectrim.plan.allocate import Choice, choice
 from spectrim.recipe import AllocationPart
 
 

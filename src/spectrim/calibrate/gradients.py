@@ -15,9 +15,10 @@ from spectrim.anatomy import Linear
 from spectrim.calibrate.forms import Form
 from spectrim.calibrate.hooks import Hooked, given
 from spectrim.calibrate.labels import Labelled
-from spectrim.calibrate.moments import Sums, wide
+from spectrim.calibrate.moments import Sums
 from spectrim.calibrate.positions import Positions, positions
 from spectrim.errors import ModelError
+from spectrim.maths.roots import wide
 
 
 class GradientWatch(Hooked):

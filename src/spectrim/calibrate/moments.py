@@ -7,6 +7,7 @@ import torch
 
 from spectrim.anatomy import Linear
 from spectrim.calibrate.forms import Form
+from spectrim.maths.roots import wide
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,6 @@ class OutputMoment:
     traces: torch.Tensor
     count: int  # positions
     labels: int  # labelled tokens
-
-
-def wide(x: torch.Tensor) -> torch.Tensor:
-    """``x`` in at least float32, the precision in which products are formed."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 @dataclass

@@ -26,9 +26,9 @@ from spectrim.calibrate.positions import image_token
 from spectrim.calibrate.snapshot import Store, check_home
 from spectrim.calibrate.statistics import Statistics
 from spectrim.dense import check_dense
+from spectrim.disk.lock import LOCK, writing
 from spectrim.errors import SampleError, StatisticsError
 from spectrim.files import user_path
-from spectrim.lock import LOCK, writing
 from spectrim.samples.sources import local_path
 from spectrim.settings import CALIBRATION, CalibrationOptions, CalibrationSettings
 

@@ -17,9 +17,9 @@ from spectrim.calibrate.forms import Form
 from spectrim.calibrate.manifest import MANIFEST, Gathered, Manifest, TensorFile
 from spectrim.calibrate.moments import MomentSum, OutputSum, Sums
 from spectrim.calibrate.statistics import check_files, file_digest, read_tensor
+from spectrim.disk.lock import LOCK
 from spectrim.errors import StatisticsError
 from spectrim.files import PART, replacing, write_whole
-from spectrim.lock import LOCK
 
 _MOMENTS = re.compile(r".+\.g\d{6}\.safetensors")
 _OURS = re.compile(rf"{_MOMENTS.pattern}|\..+{re.escape(PART)}|{re.escape(LOCK)}")

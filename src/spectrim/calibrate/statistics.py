@@ -15,7 +15,7 @@ from spectrim.calibrate.forms import Form
 from spectrim.calibrate.manifest import Gathered, Manifest, TensorFile
 from spectrim.calibrate.moments import GradMoment, Moment, OutputMoment
 from spectrim.errors import StatisticsError
-from spectrim.linalg import check_finite
+from spectrim.maths.roots import check_finite
 from spectrim.samples import Modality
 
 

@@ -19,8 +19,8 @@ from transformers.core_model_loading import (
 )
 
 from spectrim.errors import CheckpointError
-from spectrim.layers import LowRankLinear
-from spectrim.packed import PackedLinear
+from spectrim.storage.layers import LowRankLinear
+from spectrim.storage.packed import PackedLinear
 
 FACTOR = ".B.weight"  # the tensor that stands for a factored linear; A is several tensors where ranks are by head
 _PACKED = (".B.weight_packed", ".weight_packed")  # the same where B, or the whole weight, is packed integers

@@ -44,9 +44,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from spectrim.checkpoint.names import compressed_layers, runtime_names, shortened, stored_layers
 from spectrim.errors import CheckpointError, ModelError
-from spectrim.layers import LowRankLinear, Rank, pack_linears, replace_linears
-from spectrim.packed import PackedLinear, inner_config, inner_grids
-from spectrim.quantize import Grid
+from spectrim.maths.decompose import Rank
+from spectrim.maths.rounding import Grid
+from spectrim.storage.layers import LowRankLinear, pack_linears, replace_linears
+from spectrim.storage.packed import PackedLinear, inner_config, inner_grids
 
 METHOD = "spectrim"
 VERSION = 1

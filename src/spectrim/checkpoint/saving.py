@@ -27,8 +27,8 @@ from spectrim.checkpoint.quantizer import (
     without_guard,
 )
 from spectrim.errors import CheckpointError
-from spectrim.layers import LowRankLinear
-from spectrim.packed import PackedLinear
+from spectrim.storage.layers import LowRankLinear
+from spectrim.storage.packed import PackedLinear
 
 # What a config carries for a compressed model; and what transformers notes in it on saving, of a part as of the whole.
 _MARKS = ("quantization_config", "fusion_config", "architectures")

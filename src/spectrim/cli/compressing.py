@@ -92,8 +92,8 @@ def _compress(
     from spectrim.checkpoint import load, load_processor
     from spectrim.checks import check_device
     from spectrim.demo import resolve
-    from spectrim.jobs import check_job, gathered
     from spectrim.pipeline import job_compression
+    from spectrim.pipeline.jobs import check_job, gathered
 
     quiet()
     check_device(device)

@@ -62,7 +62,8 @@ def _inspect(
     from spectrim.checks import check_directory, check_retain
     from spectrim.demo import resolve
     from spectrim.dense import check_dense
-    from spectrim.inspect_ import check_plots, check_text, inspect, write
+    from spectrim.mismatch.analysis import check_text, inspect
+    from spectrim.mismatch.writing import check_plots, write
 
     quiet()
     check_retain(retain)

@@ -85,7 +85,7 @@ def _demo(
     samples: Annotated[int, typer.Option(help="Questions of each task.")] = 40,
 ) -> None:
     """Compress the built-in model by LASER, JW-SVD and text-only baselines, and show what each kept."""
-    from spectrim.demo.show import show as run
+    from spectrim.demonstration import show as run
     from spectrim.evaluate import losses, table
 
     quiet()

@@ -5,13 +5,12 @@ from typing import Any
 
 import torch
 
-from spectrim.calibrate.moments import wide
 from spectrim.calibrate.positions import Positions
 from spectrim.compensate.streams import Call
 from spectrim.compensate.units import Unit
 from spectrim.errors import NumericalError
-from spectrim.layers import LowRankLinear
-from spectrim.linalg import OutputRoot
+from spectrim.maths.roots import OutputRoot, wide
+from spectrim.storage.layers import LowRankLinear
 
 RATE = 1e-3  # of Adam, as a share of the root mean square of each factor; falls to zero by half a cosine
 

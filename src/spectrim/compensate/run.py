@@ -12,25 +12,24 @@ from transformers import PreTrainedModel
 from spectrim.anatomy import Anatomy
 from spectrim.calibrate import Statistics
 from spectrim.calibrate.data import reload_data
-from spectrim.calibrate.moments import wide
 from spectrim.calibrate.passes import forward_options, model_inputs, prepared
 from spectrim.calibrate.positions import Positions, positions
-from spectrim.compensate.alternating import alternate
-from spectrim.compensate.closed_form import ShiftedSum, anchored_weight, blended
 from spectrim.compensate.refine import refine, refined
 from spectrim.compensate.store import Store
 from spectrim.compensate.streams import Pass, stopping_at
 from spectrim.compensate.tap import Tap
 from spectrim.compensate.units import Group, Unit
-from spectrim.curvature import OutputMetric
+from spectrim.disk.lock import writing
 from spectrim.errors import ModelError, NumericalError, RecipeError
-from spectrim.layers import Rank, head_ranks
-from spectrim.lock import writing
-from spectrim.metric import chosen, joint_weights, layer_metric
-from spectrim.plan import Plan, PlanRow
+from spectrim.maths.alternating import alternate
+from spectrim.maths.closed_form import ShiftedSum, anchored_weight, blended
+from spectrim.maths.decompose import OutputMetric, Rank, head_ranks
+from spectrim.maths.roots import wide
+from spectrim.metrics.metric import chosen, joint_weights, layer_metric
+from spectrim.plan.plan import Plan, PlanRow
 from spectrim.recipe import Recipe
 from spectrim.samples import Modality
-from spectrim.stored import Factors, Stored, make_stored, plain
+from spectrim.storage.make import Factors, Stored, make_stored, plain
 
 
 @dataclass(frozen=True)

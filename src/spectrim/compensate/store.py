@@ -9,11 +9,11 @@ import torch
 
 from spectrim.anatomy import Anatomy
 from spectrim.calibrate import Statistics
-from spectrim.plan import Plan
+from spectrim.disk.sealed import open_sealed, write_sealed
+from spectrim.metrics.spectra import cache_key
+from spectrim.plan.plan import Plan
 from spectrim.recipe import Recipe
-from spectrim.sealed import open_sealed, write_sealed
-from spectrim.spectra import cache_key
-from spectrim.stored import Stored
+from spectrim.storage.make import Stored
 
 VERSION = 4  # of what the tensors mean; a change makes earlier files unused
 

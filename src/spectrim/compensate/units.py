@@ -12,8 +12,8 @@ from spectrim.anatomy import Linear
 from spectrim.calibrate.hooks import given
 from spectrim.compensate.streams import Call
 from spectrim.compensate.tap import Tap
-from spectrim.plan import Plan
-from spectrim.stored import Stored
+from spectrim.plan.plan import Plan
+from spectrim.storage.make import Stored
 
 
 @dataclass(frozen=True)

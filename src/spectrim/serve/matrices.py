@@ -10,9 +10,9 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.utils import set_weight_attrs
 from vllm.scalar_type import ScalarType
 
-from spectrim.packed import PackedLinear, pack, unpack
-from spectrim.quantize import Grid
+from spectrim.maths.rounding import Grid
 from spectrim.serve.shards import take
+from spectrim.storage.packed import PackedLinear, pack, unpack
 
 
 class Matrix(nn.Module):

@@ -30,11 +30,11 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from spectrim.checkpoint.names import shortened
 from spectrim.checkpoint.quantizer import METHOD, SpectrimConfig
 from spectrim.errors import CheckpointError
-from spectrim.layers import Rank
-from spectrim.packed import PackedLinear
-from spectrim.quantize import Grid
+from spectrim.maths.decompose import Rank
+from spectrim.maths.rounding import Grid
 from spectrim.serve.matrices import Matrix, PackedMatrix, has_kernel
 from spectrim.serve.shards import Piece, fused, members, row_shards
+from spectrim.storage.packed import PackedLinear
 
 _KINDS = (ReplicatedLinear, RowParallelLinear, ColumnParallelLinear, MergedColumnParallelLinear, QKVParallelLinear)
 _SHARDS = {"q": 0, "k": 1, "v": 2}

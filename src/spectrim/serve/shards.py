@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from spectrim.errors import CheckpointError, ModelError
-from spectrim.layers import Rank, head_ranks
-from spectrim.packed import PackedLinear
-from spectrim.pivots import row_order
-from spectrim.quantize import Grid
+from spectrim.maths.decompose import Rank, head_ranks
+from spectrim.maths.pivots import row_order
+from spectrim.maths.rounding import Grid
+from spectrim.storage.packed import PackedLinear
 
 
 @dataclass(frozen=True)

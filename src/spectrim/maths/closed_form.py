@@ -1,0 +1,89 @@
+"""The anchored closed form from moments (docs/methods.md, section 7): pure tensors, no modules."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from spectrim.errors import NumericalError
+from spectrim.maths.roots import check_finite, wide
+
+
+@dataclass
+class ShiftedSum:
+    """Sums over positions for linears that read one input x' in the compressed model; ``t`` are their targets.
+
+    Like calibration moments, they are float32 products per batch into float64 sums.
+    """
+
+    second: torch.Tensor  # Σ x' x'ᵀ  [in, in]
+    cross: dict[str, torch.Tensor] = field(default_factory=dict)  # by linear: Σ t x'ᵀ  [out, in]
+    count: int = 0  # positions
+
+    @classmethod
+    def zero(cls, width: int, home: torch.device) -> "ShiftedSum":
+        """Sums of nothing, on the device ``home``."""
+        return cls(torch.zeros(width, width, dtype=torch.float64, device=home))
+
+    def add(self, x: torch.Tensor, targets: dict[str, torch.Tensor]) -> None:
+        """Add inputs x' [positions, in] and, by linear, their targets [positions, out].
+
+        Raises:
+            NumericalError: NaN or infinity; names the linear.
+        """
+        x = wide(x)
+        self.second += check_finite(f"the compressed input of {next(iter(targets))}", x.T @ x)
+        for name, target in targets.items():
+            product = check_finite(f"the target of {name}", wide(target).T @ x)
+            if name not in self.cross:
+                self.cross[name] = torch.zeros_like(product, dtype=torch.float64)
+            self.cross[name] += product
+        self.count += len(x)
+
+
+def blended(
+    W: torch.Tensor, second: torch.Tensor, cross: torch.Tensor, dense: torch.Tensor, weight: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The moments of inputs of the compressed and of the dense model together, by one share each.
+
+    With a share ω of targets t on inputs x' and a share 1 − ω of targets W x on inputs x, the error of a matrix Ŵ,
+    ``ω E‖t − Ŵ x'‖² + (1 − ω) E‖W x − Ŵ x‖²``, is that of one regression with the moments ``H = ω C' + (1 − ω) C`` and
+    ``ω T + (1 − ω) W C``. ω = 0 is the layer by itself, ω = 1 the compressed prefix alone.
+
+    Args:
+        W: [out, in], any floating dtype.
+        second: C' = E[x' x'ᵀ], [in, in] float64.
+        cross: T = E[t x'ᵀ], [out, in] float64.
+        dense: C = E[x xᵀ], [in, in] float64.
+        weight: ω in [0, 1].
+    """
+    kept = 1 - weight
+    return weight * second + kept * dense, weight * cross + kept * (W.double() @ dense)
+
+
+def anchored_weight(W: torch.Tensor, second: torch.Tensor, cross: torch.Tensor, damping: float) -> torch.Tensor:
+    """The weight that maps the inputs x' to the targets t: ``W + (T − W C')(C' + δ tr(C')/in I)⁻¹``.
+
+    With ``C' = E[x' x'ᵀ]`` and ``T = E[t x'ᵀ]`` this is the ridge regression of t on x', drawn towards W instead of
+    towards zero, so that directions that no sample shows keep the dense weight. For t = W x and δ → 0 it is
+    ``W E[x x'ᵀ] E[x' x'ᵀ]⁺`` (docs/methods.md, section 7); for x' = x it is W, whatever δ.
+
+    Args:
+        W: [out, in], any floating dtype.
+        second: C' [in, in] float64.
+        cross: T [out, in] float64.
+        damping: δ > 0.
+
+    Returns:
+        [out, in] float64.
+
+    Raises:
+        NumericalError: C' is too ill-conditioned for δ.
+    """
+    W, size = W.double(), len(second)
+    ridge = damping * float(second.trace()) / size
+    if ridge == 0:  # no input at all
+        return W
+    factor, failed = torch.linalg.cholesky_ex(second + ridge * torch.eye(size, dtype=W.dtype, device=W.device))
+    if int(failed):
+        raise NumericalError("the inputs are too ill-conditioned; raise compensate.damping")
+    return W + torch.cholesky_solve((cross - W @ second).T, factor).T

@@ -1,0 +1,292 @@
+"""Integer weights whose error is small in the metric of a recipe; pure tensors, no modules, no files.
+
+The error of a weight W that is stored as Q is ``tr(G E C Eᵀ)``, E = W − Q, with metrics C of its inputs and G of its
+outputs. With ``C = T Tᵀ`` and ``G = S Sᵀ``, both factors upper triangular, it is ``‖Sᵀ E T‖²``, and entry (i, j) of
+that matrix depends on the entries (i', j') of E with i' ≤ i and j' ≤ j alone. Rounding in that order, each entry to the
+grid point nearest to the value that would make its own entry of ``Sᵀ E T`` vanish, gives ``Σ S_ii² r_ij² T_jj²`` with
+rounding residuals r. With G the identity this is GPTQ (Frantar et al., ICLR 2023), which is Babai's nearest plane; the
+second factor carries the error on across the rows as well. Rounding to nearest is the case of two diagonal metrics.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from spectrim.errors import NumericalError
+from spectrim.maths.roots import times_metric
+
+DAMPING = 0.1  # of the metrics, as a share of the mean of their diagonals
+_SHAPE = 16  # bytes of the shape that compressed-tensors stores with every weight
+_TILE = 32  # rows and columns that one wave runs over
+_BLOCK = 128  # columns between two matrix products
+_SHRINKS = 16  # ranges that are tried for every group, from whole down to a half
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Integers of `bits`, with one scale for every `group` of inputs of an output; None for one scale by output.
+
+    A symmetric grid has its zero at code 0, an asymmetric one has a zero point for every scale. Codes are signed, from
+    −2^(bits−1) to 2^(bits−1) − 1, as compressed-tensors has them.
+    """
+
+    bits: int
+    group: int | None
+    symmetric: bool = True
+
+    @property
+    def low(self) -> int:
+        """The smallest code."""
+        return -(1 << self.bits - 1)
+
+    @property
+    def high(self) -> int:
+        """The largest code."""
+        return (1 << self.bits - 1) - 1
+
+    def nearest(self, x: torch.Tensor, step: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+        """The codes nearest to x in steps of `step` from the zero point `offset`, in the dtype of x."""
+        return ((x / step).round() + offset).clamp(self.low, self.high)
+
+    def nbytes(self, out: int, size: int, itemsize: int) -> int:
+        """Stored bytes of a weight [out, size] with scales of `itemsize` bytes; words are whole, the shape counts."""
+        groups = 1 if self.group is None else size // self.group
+        words = -(-size * self.bits // 32) * out
+        zeros = 0 if self.symmetric else -(-out * self.bits // 32) * groups
+        return 4 * (words + zeros) + out * groups * itemsize + _SHAPE
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Codes int8 [out, in], scales [out, groups] in the dtype that they are stored in, and zero points int8 or None."""
+
+    grid: Grid
+    codes: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor | None = None
+
+    def dense(self) -> torch.Tensor:
+        """The weight [out, in] that the codes stand for, float64."""
+        step, zero = _spread(self.scale, self.zero, self.codes.shape[1])
+        return (self.codes.double() - zero) * step
+
+
+def fitting_group(size: int, group: int | None) -> int | None:
+    """`group` where it divides `size` inputs, else None: one scale by output beats smaller groups by the byte."""
+    return group if group is not None and size % group == 0 else None
+
+
+def quantize(
+    W: torch.Tensor,
+    grid: Grid,
+    C: torch.Tensor | None = None,
+    G: torch.Tensor | None = None,
+    *,
+    dtype: torch.dtype = torch.float64,
+    damping: float = DAMPING,
+) -> Quantized:
+    """W on `grid`, its error fed on along the inputs, the outputs, or both.
+
+    Args:
+        W: [out, in], any floating dtype.
+        grid: its group divides `in`.
+        C: metric of the inputs: None for the identity, [in] for a diagonal, or [in, in].
+        G: metric of the outputs, the same by `out`. With neither metric a matrix, entries are rounded to nearest.
+        dtype: of the scales, which are rounded to it before any code is chosen.
+        damping: share of the mean of a metric's diagonal that is added to it.
+
+    Raises:
+        NumericalError: a metric is not positive semidefinite, or holds NaN or infinity, or a scale is too large for
+            `dtype`.
+    """
+    W = W.double()
+    rows, _, S = _triangular(G, len(W), damping, W)
+    columns, weights, T = _triangular(C, W.shape[1], damping, W)
+    scale, zero = scales(W, grid, weights, dtype)
+    if not bool(scale.isfinite().all()):
+        raise NumericalError(f"integers of it need scales beyond {dtype}; load the model in bfloat16 or float32")
+    step, offset = (part[rows][:, columns] for part in _spread(scale, zero, W.shape[1]))
+
+    X = W[rows][:, columns]
+    if S is None and T is None:
+        codes = grid.nearest(X, step, offset)
+    elif S is None:
+        assert T is not None
+        codes = _by_columns(X, step, offset, T, grid)
+    elif T is None:
+        codes = _by_columns(X.T, step.T, offset.T, S, grid).T
+    else:
+        codes = _by_waves(X, step, offset, S, T, grid)
+    placed = torch.empty_like(codes, dtype=torch.int8)
+    placed[rows[:, None], columns] = codes.to(torch.int8)
+    return Quantized(grid, placed, scale, zero)
+
+
+def conditional(M: torch.Tensor | None, size: int, like: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
+    """How much a squared rounding residual counts under a metric of one side, [size]: its triangular factor's diagonal
+    squared, or the metric itself where it is diagonal; float64 on the device of `like`.
+    """
+    return _triangular(M, size, damping, like.double())[1]
+
+
+def expected(
+    W: torch.Tensor, grid: Grid, inputs: torch.Tensor, outputs: torch.Tensor, dtype: torch.dtype = torch.float64
+) -> torch.Tensor:
+    """What the rounding of each entry of W adds to the error of :func:`quantize`, [out, in], as if each were nearest.
+
+    `inputs` [in] and `outputs` [out] weigh squared residuals (see :func:`conditional`).
+    """
+    scale, zero = scales(W, grid, inputs, dtype)
+    step, offset = _spread(scale.nan_to_num(), zero, W.shape[1])
+    codes = grid.nearest(W.double(), step, offset)
+    return ((codes - offset) * step - W).square() * inputs * outputs[:, None]
+
+
+def error(E: torch.Tensor, C: torch.Tensor | None = None, G: torch.Tensor | None = None) -> float:
+    """``tr(G E C Eᵀ)`` of E [out, in] for metrics as :func:`quantize` takes them."""
+    E = E.double()
+    return float((times_metric(E.T, G).T * times_metric(E, C)).sum())
+
+
+def scales(
+    W: torch.Tensor, grid: Grid, weights: torch.Tensor, dtype: torch.dtype = torch.float64
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scales [out, groups] in `dtype`, and zero points int8 of an asymmetric grid, of least squared rounding error.
+
+    Ranges from that of all values of a group down to half of it are tried; `weights` [in] weigh the inputs. A group of
+    zeros has scale one, and one whose scale is too large for `dtype` an infinite one.
+    """
+    out, size = W.shape
+    X = W.reshape(out, -1, grid.group or size)  # [out, groups, group]
+    weights = weights.reshape(1, X.shape[1], -1)
+    weights = (weights / weights.amax(-1, keepdim=True).clamp_min(1e-300)).float()
+    levels = grid.high - grid.low
+    low, high = (end.double() for end in (X.amin(-1, keepdim=True).clamp_max(0), X.amax(-1, keepdim=True).clamp_min(0)))
+    if grid.symmetric:
+        high = torch.maximum(-low, high)
+        low = -high
+    unit = torch.where(high > low, high - low, torch.ones_like(low))
+    X = (X / unit).float()  # only costs are computed in it, and only within a group
+    best = torch.full_like(low, torch.inf, dtype=torch.float32)
+    found, zeros = torch.full_like(low, torch.inf), torch.zeros_like(low)
+    for shrink in torch.linspace(1, 0.5, _SHRINKS).tolist():
+        step = ((high - low) * shrink / levels).to(dtype).double()
+        step = torch.where(step > 0, step, torch.ones_like(step))
+        zero = zeros if grid.symmetric else (grid.low - low * shrink / step).round().clamp(grid.low, grid.high)
+        narrow, origin = (step / unit).clamp_max(1e30).float(), zero.float()  # the step of nothing is one
+        rest = (X / narrow).round_().add_(origin).clamp_(grid.low, grid.high).sub_(origin).mul_(narrow).sub_(X)
+        cost = (rest.square_() * weights).sum(-1, keepdim=True)
+        better = (cost < best) & step.isfinite()
+        best = torch.where(better, cost, best)
+        found, zeros = torch.where(better, step, found), torch.where(better, zero, zeros)
+    return found[..., 0].to(dtype), None if grid.symmetric else zeros[..., 0].to(torch.int8)
+
+
+def _spread(scale: torch.Tensor, zero: torch.Tensor | None, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales and zero points of every entry, [out, in] float64."""
+    each = size // scale.shape[1]
+    step = scale.double().repeat_interleave(each, dim=1)
+    return step, torch.zeros_like(step) if zero is None else zero.double().repeat_interleave(each, dim=1)
+
+
+def _triangular(
+    M: torch.Tensor | None, size: int, damping: float, like: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The order in which one side is rounded, the squared weights of its residuals, and the way errors are fed on.
+
+    The order [size] begins where the metric is largest; what comes last can pass nothing on. Weights [size] are in the
+    order of the weight, the unit upper triangular factor [size, size] is in the new one, without its diagonal. It is
+    None for a diagonal metric.
+    """
+    if M is None or M.ndim == 1:
+        weights = like.new_ones(size) if M is None else M.double()
+        return torch.arange(size, device=like.device), weights, None
+    M = (M.double() + M.double().T) / 2
+    order = M.diagonal().argsort(descending=True)
+    M = M[order][:, order]
+    M = M + damping * M.diagonal().mean().clamp_min(1e-300) * torch.eye(size, dtype=M.dtype, device=M.device)
+    lower, failed = torch.linalg.cholesky_ex(M.flip(0, 1))
+    if int(failed) or not bool(lower.isfinite().all()):
+        raise NumericalError("a metric of quantisation is not positive definite; check the moments")
+    upper = lower.flip(0, 1)  # M = upper upperᵀ
+    weights = torch.empty_like(upper.diagonal())
+    weights[order] = upper.diagonal().square()
+    return order, weights, (upper / upper.diagonal()).triu(1)
+
+
+def _by_columns(W: torch.Tensor, step: torch.Tensor, offset: torch.Tensor, T: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """Codes [out, in] column by column: what one leaves goes to the later ones by T [in, in]; rows are independent."""
+    W, step, offset = (part.T.contiguous() for part in (W, step, offset))
+    codes, E = torch.empty_like(W), torch.empty_like(W)  # [in, out]
+    for start in range(0, len(W), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        carried = T[:start, block].T @ E[:start]
+        errors, inside = E[block], T[block, block].T.contiguous()
+        for j in range(len(errors)):
+            at = start + j
+            target = W[at] + carried[j]
+            if j:
+                target += inside[j, :j] @ errors[:j]
+            codes[at] = grid.nearest(target, step[at], offset[at])
+            errors[j] = W[at] - (codes[at] - offset[at]) * step[at]
+    return codes.T
+
+
+def _by_waves(
+    W: torch.Tensor, step: torch.Tensor, offset: torch.Tensor, S: torch.Tensor, T: torch.Tensor, grid: Grid
+) -> torch.Tensor:
+    """Codes [out, in] with errors fed on along the inputs by T [in, in] and along the outputs by S [out, out].
+
+    Entry (i, j) rounds ``W_ij + c_ij + h_ij`` with ``c = E T`` of the entries to the left and ``h = Sᵀ (E + c)`` of
+    those above. All entries of one anti-diagonal are independent, and so are all tiles of one.
+    """
+    out, size = W.shape
+    tall, wide = -(-out // _TILE), -(-size // _TILE)
+    room = (0, wide * _TILE - size, 0, tall * _TILE - out)
+    W, offset = (torch.nn.functional.pad(part, room) for part in (W, offset))
+    step = torch.nn.functional.pad(step, room, value=1.0)
+    S = torch.nn.functional.pad(S, (0, room[3], 0, room[3]))  # [i', i]
+    T = torch.nn.functional.pad(T, (0, room[1], 0, room[1])).T.contiguous()  # [j, j'] from here on
+    E, F, codes = (torch.zeros_like(W) for _ in range(3))  # F = E + c
+    for diagonal in range(tall + wide - 1):
+        tiles = [(a, diagonal - a) for a in range(max(0, diagonal - wide + 1), min(tall, diagonal + 1))]
+        spans = [(slice(a * _TILE, (a + 1) * _TILE), slice(b * _TILE, (b + 1) * _TILE)) for a, b in tiles]
+
+        def stacked(M: torch.Tensor, spans: list[tuple[slice, slice]] = spans) -> torch.Tensor:
+            return torch.stack([M[i, j].flip(1) for i, j in spans])  # columns from right to left
+
+        left = torch.stack([(E[i, : j.start] @ T[j, : j.start].T).flip(1) for i, j in spans])
+        above = torch.stack([(S[: i.start, i].T @ F[: i.start, j]).flip(1) for i, j in spans])
+        found = _wave(
+            (stacked(W), left, above, stacked(step), stacked(offset)),
+            torch.stack([S[i, i] for i, _ in spans]),
+            torch.stack([T[j, j].flip(0, 1) for _, j in spans]),
+            grid,
+        )
+        for (i, j), *parts in zip(spans, *found, strict=True):
+            for whole, part in zip((codes, E, F), parts, strict=True):
+                whole[i, j] = part.flip(1)
+    return codes[:out, :size]
+
+
+def _wave(
+    given: tuple[torch.Tensor, ...], S: torch.Tensor, T: torch.Tensor, grid: Grid
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes, E and F of independent tiles [tiles, n, n]; all columns, those of `given` too, run from right to left.
+
+    `given` are W, what came from the left, what came from above, steps and offsets. S [tiles, i', i] and
+    T [tiles, j, j'] are the parts of the factors inside the tiles.
+    """
+    n = S.shape[1]
+    codes, E, F = (torch.zeros_like(given[0]) for _ in range(3))
+    for t in range(2 * n - 1):
+        at = n - 1 - t  # an anti-diagonal of the tile is a diagonal here
+        i = slice(max(0, -at), min(n, t + 1))
+        j = slice(i.start + at, i.stop + at)
+        x, left, above, step, offset = (part.diagonal(at, 1, 2) for part in given)
+        left = left + (E[:, i] * T[:, j]).sum(2)
+        code = grid.nearest(x + left + above + (F[:, :, j] * S[:, :, i]).sum(1), step, offset)
+        rest = x - (code - offset) * step
+        for whole, part in zip((codes, E, F), (code, rest, rest + left), strict=True):
+            whole.diagonal(at, 1, 2).copy_(part)
+    return codes, E, F

@@ -1,0 +1,1 @@
+"""From moments to what an error of each linear costs; spectra on disk."""

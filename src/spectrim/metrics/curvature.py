@@ -1,0 +1,151 @@
+"""From the moments of output gradients to the output metric G of each linear, and to nats (docs/methods.md, section 3).
+
+The loss of a labelled token rises by ``δL ≈ ½ η (positions/labels) tr(G ΔW C ΔWᵀ)`` when a weight changes by ΔW, with
+means ``G = E[g gᵀ]`` and ``C = E[x xᵀ]`` over positions (K-FAC, Martens and Grosse 2015, with all positions of a shared
+weight independent; LASER, section 3). Losses are nats per labelled token, and add up over linears.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from spectrim.anatomy import Linear
+from spectrim.calibrate import Moment, OutputMoment, Statistics
+from spectrim.calibrate.moments import sketch_test
+from spectrim.errors import RecipeError
+from spectrim.maths.decompose import OutputMetric
+from spectrim.maths.roots import BlockRoot, LowRankRoot, OutputRoot, check_finite, nystrom
+from spectrim.recipe import MetricPart
+from spectrim.samples import Modality
+
+
+def output_metric(
+    part: MetricPart,
+    linear: Linear,
+    statistics: Statistics,
+    inputs: Sequence[tuple[Modality, Moment]],
+    input_trace: float,
+    device: torch.device | str = "cpu",
+) -> OutputMetric:
+    """The output metric of one linear, of the modalities whose input moments are given.
+
+    With both, ``G = G_T + β (tr G_T / tr G_I) G_I``. Its unit of error costs as much as the traces of both modalities
+    cost together: text losses and image losses, times their price, are added, whatever the balance inside the metric.
+
+    Args:
+        inputs: input moments by modality.
+        input_trace: of the input metric that is made of them.
+        device: where the roots are taken and kept.
+
+    Raises:
+        RecipeError: the statistics have no curvature.
+        NumericalError: the moments hold NaN or infinity; names the linear.
+    """
+    if not statistics.manifest.settings.curvature:
+        raise RecipeError(
+            f"metric 'curvature' needs output gradients and {statistics.path} has none; "
+            "calibrate again without --no-curvature"
+        )
+    parts = (linear.per_head or 1) if part.per_head else 1
+    prices = {"text": 1.0, "image": part.image_price}
+    gathered = [(prices[modality], moment, statistics.output(linear.name, modality)) for modality, moment in inputs]
+    found = [(price, moment, output) for price, moment, output in gathered if output is not None and _trace(output)]
+    if not found:
+        return OutputMetric((None,) * parts, torch.zeros(parts, dtype=torch.float64))
+    outputs = [output for _, _, output in found]
+    for output in outputs:
+        check_finite(f"the output moment of {linear.name}", output.traces)
+    first = outputs[0]
+    weights = [1.0, *(part.beta * _trace(first) / _trace(output) for output in outputs[1:])]
+    shares = [weight / output.count for weight, output in zip(weights, outputs, strict=True)]
+    sums = {name: _weighted(shares, [output.sums[name] for output in outputs]).to(device) for name in first.form.parts}
+    damping = part.damping * sum(w * _trace(o) for w, o in zip(weights, outputs, strict=True)) / linear.out_features
+    roots = _roots(first, sums, damping, linear.out_features, parts)
+    joint = _weighted(shares, [_by_part(output, parts) for output in outputs])
+    losses = [price * predicted_trace(part.eta, moment, output, parts) for price, moment, output in found]
+    costs = torch.stack(losses).sum(0)
+    return OutputMetric(roots, torch.where(joint > 0, costs / (joint * input_trace).clamp_min(1e-300), 0.0))
+
+
+def predicted_trace(eta: str, moment: Moment, output: OutputMoment, parts: int = 1) -> torch.Tensor:
+    """``½ η (positions/labels) tr G tr C`` of one modality, [parts] float64: nats per labelled token.
+
+    The trace-ratio correction is ``η = tr F / (tr G tr C)``. By token, ``tr F`` is the mean of ‖g‖²‖x‖² over positions:
+    η corrects for the dependence of g and x. By sequence it comes from ‖Σ g xᵀ‖² over the positions of a sample, and η
+    corrects for the dependence of positions as well. Both numerators are divided by the same number of labels, so that
+    lengths of samples cancel.
+    """
+    token, sequence, gradients, inputs = output.traces
+    if parts == 1:
+        token, sequence, gradients, inputs = token.sum(), sequence.sum(), gradients.sum(), inputs[0]
+    correction = {"none": torch.ones_like(token), "token": token, "sequence": sequence}[eta]
+    if eta != "none":
+        correction = correction * output.count / (gradients * inputs).clamp_min(1e-300)
+    energy = float(moment.second.trace()) / moment.count
+    return (0.5 * correction * gradients / output.labels * energy).reshape(-1)
+
+
+def predicted_loss(eta: str, change: torch.Tensor, moment: Moment, output: OutputMoment) -> float:
+    """Predicted increase of one modality's loss when a weight changes by `change` [out, in]; nats per labelled token.
+
+    Undamped, and of the modality alone: what a plan that was made in a joint metric costs each.
+    """
+    D = change.double().cpu()
+    CD, sums = D @ moment.second / moment.count, output.sums
+    if output.form.kind in ("full", "blocks"):
+        G = sums["output"] if output.form.kind == "blocks" else sums["output"][None]
+        GD = (G @ D.reshape(len(G), G.shape[1], -1)).reshape(D.shape)
+    else:
+        rest, V = _low_rank(output, sums)
+        GD = rest[:, None] * D + V @ (V.T @ D)
+    traces = float(output.traces[2].sum()) * float(moment.second.trace()) / moment.count
+    share = float((GD * CD).sum()) / traces if traces > 0 else 0.0
+    return share * float(predicted_trace(eta, moment, output))
+
+
+def _weighted(shares: Sequence[float], tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.stack([share * tensor for share, tensor in zip(shares, tensors, strict=True)]).sum(0)
+
+
+def _trace(output: OutputMoment) -> float:
+    """tr of the mean G."""
+    return float(output.traces[2].sum()) / output.count
+
+
+def _by_part(output: OutputMoment, parts: int) -> torch.Tensor:
+    """Traces of the summed G, of the whole or by head, [parts]."""
+    return output.traces[2] if parts > 1 else output.traces[2].sum()[None]
+
+
+def _roots(
+    moment: OutputMoment, sums: dict[str, torch.Tensor], damping: float, out: int, parts: int
+) -> tuple[OutputRoot, ...]:
+    form, size = moment.form, out // parts
+    if form.kind in ("full", "blocks"):
+        blocks = sums["output"] if form.kind == "blocks" else sums["output"][None]
+        blocks = (blocks + blocks.mT) / 2
+        if parts > 1:
+            blocks = _diagonal_blocks(blocks, size)
+        blocks = blocks + damping * torch.eye(blocks.shape[1], dtype=blocks.dtype, device=blocks.device)
+        return (BlockRoot(blocks),) if parts == 1 else tuple(BlockRoot(block[None]) for block in blocks)
+    diagonal, V = _low_rank(moment, sums)
+    pairs = zip((diagonal + damping).split(size), V.split(size), strict=True)
+    return tuple(LowRankRoot(d, rows) for d, rows in pairs)
+
+
+def _low_rank(moment: OutputMoment, sums: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """d [out] and V [out, r] of ``G ≈ diag(d) + V Vᵀ`` in the forms sketch and diagonal; r is 0 for the latter."""
+    diagonal = sums["output_diagonal"]
+    if moment.form.kind == "diagonal":
+        return diagonal, diagonal.new_zeros(len(diagonal), 0)
+    V = nystrom(sums["output"], sketch_test(len(diagonal), moment.form.size).to(diagonal))
+    return (diagonal - V.square().sum(1)).clamp_min(0), V
+
+
+def _diagonal_blocks(blocks: torch.Tensor, size: int) -> torch.Tensor:
+    """Diagonal blocks of `size` of a block-diagonal matrix [n, b, b]; [n b / size, size, size]."""
+    count, width, _ = blocks.shape
+    if width % size:
+        raise RecipeError(f"blocks of {width} outputs do not hold whole heads of {size}; choose another curvature form")
+    split = blocks.reshape(count, width // size, size, width // size, size)
+    return split.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).reshape(-1, size, size)

@@ -1,0 +1,154 @@
+"""From calibration moments to the metrics (L, R) of each linear, as the recipe says (docs/methods.md, section 2)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, TypeVar
+
+import torch
+
+from spectrim.anatomy import Linear
+from spectrim.calibrate import Moment, Statistics
+from spectrim.calibrate.experts import expert_mean
+from spectrim.errors import RecipeError
+from spectrim.maths.decompose import OutputMetric
+from spectrim.maths.roots import check_finite
+from spectrim.metrics.curvature import output_metric
+from spectrim.recipe import MetricPart
+from spectrim.samples import Modality
+
+_T = TypeVar("_T")
+Source = Literal["text", "image", "joint", "identity", "experts", "unreached"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The metrics of one linear, and the modalities that they came from.
+
+    ``value``, the input metric ``R Rᵀ``, is None for the identity, [in] for a diagonal, [in, in] for a matrix; float64.
+    ``source`` is "identity" where the recipe asks for samples that never reached the linear and others did,
+    "unreached" where no sample at all did, and "experts" where those that reached other experts of its layer stand for
+    them. ``output`` is None where the recipe has no output metric.
+    """
+
+    value: torch.Tensor | None
+    source: Source
+    output: OutputMetric | None = None
+
+
+def layer_metric(
+    part: MetricPart, linear: Linear, statistics: Statistics | None, device: torch.device | str = "cpu"
+) -> Metric:
+    """The metrics of one linear, on `device`, where the roots of its output metric are taken, too.
+
+    Raises:
+        RecipeError: the recipe needs statistics that were not gathered; says how to gather them.
+        NumericalError: the moments hold NaN or infinity; names the linear.
+    """
+    if part.kind == "identity":
+        return Metric(None, "identity")
+    if statistics is None:
+        raise RecipeError(f"metric '{part.kind}' needs calibration statistics; give a statistics directory or samples")
+    _check_gathered(part, statistics)
+    if (metric := _gathered(part, linear, statistics, device)) is not None:
+        return metric
+    others = expert_mean(statistics, linear)
+    if others is not None and (metric := _gathered(part, linear, others, device)) is not None:
+        return replace(metric, source="experts")
+    reached = any(statistics.moment(linear.name, m) is not None for m in statistics.manifest.data.modalities)
+    return Metric(None, "identity" if reached else "unreached")
+
+
+def _gathered(part: MetricPart, linear: Linear, statistics: Statistics, device: torch.device | str) -> Metric | None:
+    """The metric that was gathered of a linear; None where no sample of the modality reached it."""
+    if part.kind == "fisher-rows":
+        return _fisher_rows(linear, statistics, device)
+    found = _moments(part, linear, statistics)
+    if not found:
+        return None
+    source: Source = "joint" if len(found) == 2 else found[0][0]
+    moments = [moment for _, moment in found]
+    if part.kind == "activation-diagonal":
+        # ASVD (Yuan et al., arXiv 2312.05821), section 3.2: S = diag(mean |x|)^α, so R Rᵀ = S².
+        means = torch.stack([m.abs_sum for m in moments]).sum(0) / sum(m.count for m in moments)
+        check_finite(f"the mean input of {linear.name}", means)
+        floor = means.max() * 1e-6  # a channel that was never on still keeps its columns
+        return Metric((means.clamp_min(floor) ** (2 * part.alpha)).to(device), source)
+    value = check_finite(f"the second moment of {linear.name}", joint_second_moment(moments, part.gamma))
+    output = None
+    if part.kind == "curvature":
+        output = output_metric(part, linear, statistics, found, float(value.trace()), device)
+    return Metric(value.to(device), source, output)
+
+
+def joint_second_moment(moments: Sequence[Moment], gamma: float) -> torch.Tensor:
+    """``C_T + γ α C_I`` with ``α = tr C_T / tr C_I``, of means over positions; [in, in] float64.
+
+    JW-SVD (Li et al., ACL 2026), section 4.1: the trace ratio gives both modalities one scale, γ weighs them. One
+    moment alone is returned as its mean.
+    """
+    means = [moment.second / moment.count for moment in moments]
+    weights = joint_weights([float(mean.trace()) for mean in means], gamma)
+    return means[0] if len(means) == 1 else means[0] + weights[1] * means[1]
+
+
+def summed(part: MetricPart, linear: str, source: str, statistics: Statistics | None) -> int:
+    """What takes the input metric of a linear, which is made of means, to the one that is made of sums.
+
+    Of a joint metric too, whose trace is that of the text moment: the positions of text. A metric that its paper
+    defines by means (ASVD), or that no sample made, is what it is.
+    """
+    if statistics is None or source == "identity" or part.kind not in ("whitening", "curvature"):
+        return 1
+    return statistics.positions(linear, "image" if source == "image" else "text")
+
+
+def joint_weights(traces: Sequence[float], gamma: float) -> list[float]:
+    """Weights of the means of one modality, or of text and image, in a joint moment, from the traces of their means."""
+    if len(traces) == 1 or 0 in traces:  # a layer that one modality leaves silent has the other's metric
+        return [1.0] * len(traces)
+    return [1.0, gamma * (traces[0] / traces[1])]
+
+
+def chosen(part: MetricPart, found: Mapping[Modality, _T]) -> list[_T]:
+    """Of what was gathered by modality, that which the metric takes; text before image, empty where neither came."""
+    order: tuple[Modality, ...] = ("text", "image")
+    taken = [found[modality] for modality in order if modality in found and part.modality in (modality, "joint")]
+    return taken or ([found["image"]] if part.unreached == "image" and "image" in found else [])
+
+
+def _check_gathered(part: MetricPart, statistics: Statistics) -> None:
+    """Raises RecipeError where samples or gradients are missing that the metric is made of."""
+    if part.kind == "fisher-rows":
+        if not statistics.manifest.settings.gradients:
+            raise RecipeError(
+                f"metric 'fisher-rows' needs gradients and {statistics.path} has none; calibrate with --gradients"
+            )
+        return
+    # Joint is what there is: a language model has no images, and a vision model may be given text alone.
+    if part.modality != "joint" and part.modality not in statistics.manifest.data.modalities:
+        raise RecipeError(
+            f"the recipe needs {part.modality} moments and {statistics.path} has none; "
+            f"calibrate with a source of {part.modality} samples"
+        )
+
+
+def _moments(part: MetricPart, linear: Linear, statistics: Statistics) -> list[tuple[Modality, Moment]]:
+    """Moments of the wanted modalities that reached the linear; text before image."""
+    gathered = statistics.manifest.data.modalities
+    order: tuple[Modality, ...] = ("text", "image")
+    wanted = [m for m in order if part.modality in (m, "joint") and m in gathered]
+    found = [(m, x) for m in wanted if (x := statistics.moment(linear.name, m)) is not None]
+    if not found and part.unreached == "image" and "image" in gathered:
+        found = [("image", x)] if (x := statistics.moment(linear.name, "image")) is not None else []
+    return found
+
+
+def _fisher_rows(linear: Linear, statistics: Statistics, device: torch.device | str) -> Metric | None:
+    """FWSVD (Hsu et al., ICLR 2022), section 3: input i weighs Σ_out (∂L/∂W_oi)², averaged over samples."""
+    found = statistics.gradient(linear.name, "text")
+    if found is None:
+        return None
+    value = check_finite(f"the Fisher diagonal of {linear.name}", found.fisher_cols / found.count)
+    if float(value.max()) == 0:
+        return Metric(None, "identity")
+    return Metric(value.clamp_min(value.max() * 1e-12).to(device), "text")

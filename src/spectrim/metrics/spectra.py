@@ -1,0 +1,151 @@
+"""Spectra on disk: written once per model, metric and statistics; every budget afterwards is a slice."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from spectrim.anatomy import Anatomy, Linear
+from spectrim.calibrate import Statistics
+from spectrim.disk.lock import writing
+from spectrim.disk.sealed import Sealed, open_sealed, write_sealed
+from spectrim.errors import NumericalError
+from spectrim.maths.decompose import Rank, by_head, decompose
+from spectrim.maths.roots import check_finite
+from spectrim.metrics.metric import layer_metric
+from spectrim.recipe import MetricPart
+
+logger = logging.getLogger(__name__)
+
+VERSION = 4  # of what a spectrum means; a change makes earlier files unused
+
+
+class Spectra:
+    """The spectra of all linears of one model, one file each; directions are kept in float32."""
+
+    def __init__(self, directory: Path, sources: dict[str, str]) -> None:
+        self.directory = directory
+        self.sources = sources  # by linear: where its metric came from (see Metric.source)
+        self._summaries: dict[str, dict[str, torch.Tensor]] = {}
+        self._checked: set[str] = set()  # linears whose directions were compared with their digests
+
+    def values(self, name: str) -> torch.Tensor:
+        """Squared singular values of one linear, [m] float64."""
+        return self._summary(name)["s"]
+
+    def losses(self, name: str) -> torch.Tensor | None:
+        """Predicted increase of the loss by each direction of one linear, [m] float64 nats; None without curvature."""
+        return self._summary(name).get("loss")
+
+    def heads(self, name: str) -> int:
+        """Parts of one linear that are factored apart, 1 for the whole matrix."""
+        head = self._summary(name).get("head")
+        return 1 if head is None else int(head.max()) + 1
+
+    def rank(self, name: str, count: int) -> Rank:
+        """The rank of one linear's first `count` directions: as it is, or by head."""
+        head = self._summary(name).get("head")
+        return count if head is None else tuple(head[:count].bincount(minlength=self.heads(name)).tolist())
+
+    def directions(
+        self, name: str, rank: Rank, device: torch.device | str = "cpu"
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Values [k] float64 and directions P, Q of one linear, as ``decompose.factors`` takes them.
+
+        With a rank by head, the columns are those of one head after another, and P's are zero outside its rows.
+        """
+        summary, file = self._summary(name), self._open(name)
+        checked = name in self._checked
+        stored = [file.tensor(key, checked=checked) for key in ("P", "Q") if key in file.digests]
+        self._checked.add(name)
+        if isinstance(rank, int):
+            s, found = summary["s"][:rank], [part[:, :rank] for part in stored]
+        else:
+            s, found = by_head(summary["s"], summary["head"], stored, rank)
+        P, *rest = (columns.to(device).contiguous() for columns in found)
+        return s.to(device), P, rest[0] if rest else None
+
+    def _summary(self, name: str) -> dict[str, torch.Tensor]:
+        """The vectors of one linear; read once, for every budget asks for them."""
+        if name not in self._summaries:
+            file = self._open(name)
+            self._summaries[name] = {key: file.tensor(key) for key in file.digests.keys() - {"P", "Q"}}
+        return self._summaries[name]
+
+    def _open(self, name: str) -> Sealed:
+        return open_sealed(self.directory / f"{name}.safetensors", of=_of(self.directory, name))
+
+
+def cache_key(metric: MetricPart, statistics: Statistics | None, parts: Anatomy) -> str:
+    """Names the spectra that a metric and statistics give; the statistics are of one model, so they stand for it."""
+    state = None if statistics is None else statistics.manifest.model_dump(mode="json")
+    linears = [asdict(linear) | {"dtype": str(linear.dtype)} for linear in parts.linears]
+    content = [VERSION, metric.model_dump(mode="json"), state, linears]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def make_spectra(
+    model: nn.Module,
+    parts: Anatomy,
+    metric: MetricPart,
+    statistics: Statistics | None,
+    directory: Path,
+    progress: Callable[[int, int], None] | None = None,
+) -> Spectra:
+    """Decompose every linear of `model`, or open what an earlier call left complete in `directory`.
+
+    One linear at a time is in memory; files appear whole, so a killed run goes on where it stopped, and several may run
+    side by side.
+
+    Raises:
+        NumericalError: a weight or a moment holds NaN or infinity; names the linear.
+        RecipeError: the statistics lack what the metric needs.
+        StatisticsError: a file cannot be written, or not be read.
+    """
+    paths = {linear.name: directory / f"{linear.name}.safetensors" for linear in parts.linears}
+    sources: dict[str, str] = {}
+    with ExitStack() as stack:
+        if not all(path.exists() for path in paths.values()):
+            stack.enter_context(writing(directory if statistics is None else statistics.path, alone=False))
+        for done, linear in enumerate(parts.linears):
+            path, of = paths[linear.name], _of(directory, linear.name)
+            if not path.exists():
+                tensors, source = _make(model, linear, metric, statistics)
+                write_sealed(path, tensors, of=of, note=source)
+            sources[linear.name] = open_sealed(path, of=of).note
+            if progress is not None:
+                progress(done + 1, len(parts.linears))
+    return Spectra(directory, sources)
+
+
+def _of(directory: Path, name: str) -> str:
+    """What a file is of: the linear, and by the key all that its spectrum depends on."""
+    return f"{directory.name}/{name}"
+
+
+def _make(
+    model: nn.Module, linear: Linear, part: MetricPart, statistics: Statistics | None
+) -> tuple[dict[str, torch.Tensor], str]:
+    """The tensors of one spectrum, and where its metric came from."""
+    weight = model.get_submodule(linear.name).weight
+    assert isinstance(weight, torch.Tensor)
+    W = check_finite(f"the weight of {linear.name}", weight.detach())
+    if not W.any():
+        logger.warning("%s: all weights are zero; was it ever trained?", linear.name)
+    metric = layer_metric(part, linear, statistics, W.device)
+    try:
+        spectrum = decompose(W, metric.value, metric.output, linear.per_head or 1 if part.per_head else 1)
+    except NumericalError as error:
+        raise NumericalError(f"{linear.name}: {error}") from error
+    check_finite(f"the spectrum of {linear.name}", spectrum.s)
+    # A projection on the inputs holds roots of the input metric, whose columns differ in size: it keeps its precision.
+    kept = torch.float64 if len(spectrum.P) < len(W) and spectrum.head is None else torch.float32
+    found = {"s": spectrum.s, "loss": spectrum.loss, "head": spectrum.head, "P": spectrum.P.to(kept)}
+    found["Q"] = None if spectrum.Q is None else spectrum.Q.to(kept)
+    return {name: tensor for name, tensor in found.items() if tensor is not None}, metric.source

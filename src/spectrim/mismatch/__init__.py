@@ -1,0 +1,1 @@
+"""What text-only whitening misses (JW-SVD, section 3)."""

@@ -1,0 +1,178 @@
+"""One compression as it was asked for, with all of it checked that can be checked before a model is loaded."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from spectrim.anatomy import Anatomy, Linear
+from spectrim.calibrate import Statistics
+from spectrim.calibrate.data import check_there
+from spectrim.calibrate.forms import Form
+from spectrim.calibrate.snapshot import check_home
+from spectrim.checkpoint import check_target, read_config
+from spectrim.checks import check_directory, check_once, check_retain, check_sources
+from spectrim.dense import check_dense
+from spectrim.errors import BudgetError, RecipeError, UsageError
+from spectrim.files import user_path
+from spectrim.plan.plan import Plan, factor_bytes
+from spectrim.recipe import Recipe
+from spectrim.settings import CalibrationOptions
+
+
+@dataclass(frozen=True)
+class Job:
+    """A recipe, and what is written where.
+
+    `statistics` are the opened ones, None where samples are to be gathered, which then stay in `kept` (None: nowhere).
+    `plan` is the plan to obey in place of the budgets `retains`. There is one of `targets` for each checkpoint.
+    """
+
+    recipe: Recipe
+    statistics: Statistics | None
+    kept: Path | None
+    plan: str | Path | Plan | None
+    retains: tuple[float, ...]
+    targets: tuple[Path, ...]
+
+    def fitted_plan(self, parts: Anatomy) -> Plan:
+        """The plan to obey, checked against the model. Raises BudgetError."""
+        assert self.plan is not None
+        return self.plan.fitted(parts) if isinstance(self.plan, Plan) else Plan.read(self.plan, parts)
+
+    def check_parts(self, parts: Anatomy) -> None:
+        """What of the plan or the budgets the model's parts rule out, before samples run. Raises SpectrimError."""
+        if self.plan is not None:
+            self.fitted_plan(parts)
+        for retain in self.retains:
+            shared(self.recipe, parts, retain)
+
+
+def check_job(
+    model: str | PreTrainedModel,
+    out: str | Path | None,
+    *,
+    recipe: str | Path | Recipe,
+    changes: dict[str, Any] | None,
+    retains: Sequence[float],
+    plan: str | Path | Plan | None,
+    stats: str | Path | Statistics | None,
+    overwrite: bool,
+    samples: Mapping[str, Any],
+    trust_remote_code: bool = False,
+) -> Job:
+    """The job, where all of it can be done as far as is known; `samples` are the options of a calibration.
+
+    With several budgets, `out` is the parent of the checkpoints. Raises SpectrimError of the kind that says what cannot
+    be.
+    """
+    if bool(retains) == (plan is not None):
+        raise BudgetError("give either a retention, such as --retain 0.6, or a plan")
+    for retain in retains:
+        check_retain(retain)
+    check_once(retains, "--retain")
+    chosen = Recipe.read(recipe, changes)
+    if isinstance(plan, str | Path):
+        Plan.read(plan)
+    statistics = stats if stats is None or isinstance(stats, Statistics) else Statistics.open(stats)
+    check_samples(chosen, statistics, samples)
+    kept: Path | None = None
+    targets: tuple[Path, ...] = ()
+    if out is not None:
+        check_directory(out := user_path(out).absolute(), "-o")
+        targets = tuple(out / f"retain-{retain}" for retain in retains) if len(retains) > 1 else (out,)
+        home = str(model if isinstance(model, str) else model.name_or_path).partition("::")[0]
+        read = [home, None if statistics is None else statistics.path, plan, recipe]
+        protected = [Path(path) for path in read if path and isinstance(path, str | Path)]
+        targets = tuple(check_target(target, overwrite=overwrite, protected=protected) for target in targets)
+        if statistics is None and chosen.needs_statistics:
+            kept = out.with_name(f"{out.name}.stats")
+            check_home(kept)
+    where = {"trust_remote_code": trust_remote_code}
+    check_dense(read_config(model, where) if isinstance(model, str) else model)
+    return Job(chosen, statistics, kept, plan, tuple(retains), targets)
+
+
+def check_samples(recipe: Recipe, statistics: Statistics | None, samples: Mapping[str, Any]) -> None:
+    """Whether the statistics, or those that these options of a calibration would give, are what a recipe needs.
+
+    Raises:
+        RecipeError: they are not.
+        SampleError: an option is out of its limits, or a source of samples is none or is gone and needed again.
+        UsageError: samples were asked for beside statistics, or for a recipe that reads none.
+    """
+    if statistics is not None and samples:
+        raise UsageError(
+            f"{CalibrationOptions.flag(next(iter(samples)))} has no effect beside statistics, which have their own "
+            "samples; leave it out, or leave the statistics out"
+        )
+    options = CalibrationOptions.checked(**gathered(recipe, samples))
+    has = options if statistics is None else statistics.manifest.settings
+    for name, needed in (("gradients", recipe.needs_gradients), ("curvature", recipe.needs_curvature)):
+        if needed and not getattr(has, name):
+            what = "the statistics have" if statistics is not None else "the calibration is to gather"
+            raise RecipeError(f"recipe '{recipe.name}' needs {name} and {what} none; calibrate with --{name}")
+    if statistics is not None and recipe.needs_samples:
+        check_there(statistics)
+    if statistics is None and samples and not recipe.needs_statistics:
+        raise UsageError(
+            f"{CalibrationOptions.flag(next(iter(samples)))} has no effect with recipe '{recipe.name}', which reads no "
+            "samples; leave it out"
+        )
+    if statistics is None and recipe.needs_statistics:
+        options.check_together()
+        for form in options.curvature_forms.values():
+            Form.read(form)
+        check_sources(options.text, options.images)
+
+
+def shared(
+    recipe: Recipe, parts: Anatomy, retain: float, unreached: Collection[str] = (), samples: str = ""
+) -> tuple[list[Linear], int]:
+    """The linears that a recipe may change, and the bytes that they share at a retention.
+
+    `unreached` are the names of linears that none of the `samples` (their modality) reaches, which stay dense.
+
+    Raises:
+        BudgetError: the retention is none, there are no such linears, or there is no room for them.
+        RecipeError: the allocation cannot compare them, or no sample reaches any of them.
+    """
+    check_retain(retain)
+    part = recipe.allocation
+    wished = [linear for linear in parts.linears if linear.place in part.places]
+    if not wished:
+        raise BudgetError(f"the model has no linear in {' or '.join(part.places)}; name other allocation.places")
+    if part.rule == "sensitivity" and any(linear.place != "backbone" for linear in wished):
+        raise RecipeError(
+            "allocation 'sensitivity' measures text loss, to which tower and connector are nothing; "
+            "set allocation.places=[backbone]"
+        )
+    free = [linear for linear in wished if linear.name not in unreached]
+    if not free:
+        raise RecipeError(
+            f"no {samples} sample reaches any linear that the recipe may change; give samples that do, or "
+            "choose a recipe that needs none, such as svd"
+        )
+    whole = sum(linear.nbytes for linear in parts.linears)
+    budget, frozen = int(retain * whole), whole - sum(linear.nbytes for linear in free)
+    if frozen > budget:
+        kept = [f"outside {', '.join(part.places)}"] if len(wished) < len(parts.linears) else []
+        kept += [f"that no {samples} sample reaches"] if len(free) < len(wished) else []
+        remedy = "give samples that reach them" if len(free) < len(wished) else "name more allocation.places"
+        raise BudgetError(
+            f"the linears {' or '.join(kept)} stay dense and take {frozen} of the {budget} bytes; "
+            f"raise the retention or {remedy}"
+        )
+    least = sum(min(linear.nbytes, factor_bytes(linear, 1)) for linear in free)
+    if recipe.quantize.bits is None and least > budget - frozen:
+        raise BudgetError(
+            f"the budget of {budget - frozen} bytes is less than the {least} bytes of rank 1 everywhere; raise --retain"
+        )
+    return free, budget - frozen
+
+
+def gathered(recipe: Recipe, samples: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a calibration for a recipe: gradients and curvature as it needs them, if nothing else is said."""
+    return {"gradients": recipe.needs_gradients, "curvature": recipe.needs_curvature, **samples}

@@ -1,0 +1,157 @@
+"""The entry points: from a model and a recipe to statistics, spectra, plans and checkpoints."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from spectrim.anatomy import Anatomy, anatomy
+from spectrim.calibrate import Statistics, calibrate
+from spectrim.checkpoint import load, load_processor
+from spectrim.demo import resolve
+from spectrim.dense import check_dense
+from spectrim.disk.scratch import scratch
+from spectrim.errors import RecipeError
+from spectrim.metrics.spectra import cache_key, make_spectra
+from spectrim.pipeline.jobs import Job, check_job, check_samples, gathered
+from spectrim.pipeline.stages import Compression, Progress
+from spectrim.plan.plan import Plan
+from spectrim.recipe import Recipe
+from spectrim.settings import CalibrationOptions
+from spectrim.storage.layers import LowRankLinear
+from spectrim.storage.packed import PackedLinear
+
+
+@contextmanager
+def compression(
+    model: PreTrainedModel,
+    recipe: str | Path | Recipe = "spectrim",
+    *,
+    stats: str | Path | Statistics | None = None,
+    processor: Any = None,
+    changes: dict[str, Any] | None = None,
+    progress: Progress | None = None,
+    keep: str | Path | None = None,
+    check: Callable[[Anatomy], None] | None = None,
+    **calibration: Any,
+) -> Iterator[Compression]:
+    """Prepare a dense model for compression: statistics (opened, or gathered if the recipe needs them) and spectra.
+
+    Statistics that are gathered now, and spectra beside them, stay in the directory `keep`, from where a run that was
+    killed goes on; without one they are in a temporary directory while the block runs. `check` gets the model's parts
+    before samples run through it, and raises where they do not fit what is to come. `calibration` are arguments of
+    :func:`spectrim.calibrate`, such as text, images, samples and seed.
+
+    Raises:
+        SpectrimError: of the kind that says which input is at fault.
+    """
+    _check_names(calibration)
+    chosen = Recipe.read(recipe, changes)
+    statistics = stats if stats is None or isinstance(stats, Statistics) else Statistics.open(stats)
+    check_samples(chosen, statistics, calibration)
+    if any(isinstance(module, LowRankLinear | PackedLinear) for module in model.modules()):
+        raise RecipeError("the model is compressed already; start from the dense model, or dequantize it first")
+    check_dense(model)
+    parts = anatomy(model)
+    if check is not None:
+        check(parts)
+
+    def report(stage: str) -> Callable[[int, int], None] | None:
+        return None if progress is None else lambda done, total: progress(stage, done, total)
+
+    with nullcontext(Path(keep)) if keep is not None else scratch() as folder:
+        if statistics is not None:
+            statistics.check_model(model)
+        elif chosen.needs_statistics:
+            if processor is None:
+                raise RecipeError(f"recipe '{chosen.name}' needs samples; give statistics, or the model's processor")
+            options = gathered(chosen, calibration)
+            home = folder if keep is not None else folder / "statistics"
+            statistics = calibrate(model, home, processor=processor, progress=report("calibrate"), **options)
+        home = (folder if statistics is None else statistics.path) / "spectra"
+        home = home / cache_key(chosen.metric, statistics, parts)
+        spectra = make_spectra(model, parts, chosen.metric, statistics, home, report("decompose"))
+        yield Compression(model, chosen, statistics, spectra, parts, processor, progress)
+
+
+def job_compression(
+    job: Job, model: PreTrainedModel, processor: Any, progress: Progress | None, calibration: Mapping[str, Any]
+) -> AbstractContextManager[Compression]:
+    """:func:`compression` of what was asked for."""
+    return compression(
+        model,
+        job.recipe,
+        stats=job.statistics,
+        processor=processor,
+        progress=progress,
+        keep=job.kept,
+        check=job.check_parts,
+        **(calibration if job.statistics is None else {}),
+    )
+
+
+def _check_names(calibration: Mapping[str, Any]) -> None:
+    if unknown := sorted(calibration.keys() - CalibrationOptions.model_fields.keys()):
+        raise TypeError(f"calibrate() has no argument '{unknown[0]}'")
+
+
+def compress(
+    model: str | Path | PreTrainedModel,
+    out: str | Path | None = None,
+    *,
+    recipe: str | Path | Recipe = "spectrim",
+    retain: float | None = None,
+    plan: str | Path | Plan | None = None,
+    stats: str | Path | Statistics | None = None,
+    processor: Any = None,
+    changes: dict[str, Any] | None = None,
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+    **calibration: Any,
+) -> PreTrainedModel:
+    """Compress a model to a byte budget, or as a plan says; returns the factored model, written to `out` if given.
+
+    Args:
+        model: a directory, a hub id, "demo", or a loaded dense model, which is then factored in place.
+        out: the checkpoint directory; None writes none. Statistics that are gathered stay beside it in ``OUT.stats``,
+            from where the same call goes on after it was killed.
+        recipe: a built-in name, a YAML file or a Recipe; `changes` sets single values by dotted key.
+        retain: share of the linears' bytes to keep, in (0, 1].
+        plan: ranks to obey in place of an allocation; a plan.json or a Plan.
+        stats: a statistics directory; without one, samples are gathered now if the recipe needs them.
+        processor: the processor or tokenizer of a loaded model, or the directory that has it; needed to gather samples
+            and to make `out` complete. Found by itself where `model` is a name.
+        trust_remote_code: run code that the model brings; it is written into `out`, too.
+        calibration: arguments of :func:`spectrim.calibrate`, such as text, images, samples and seed.
+
+    Raises:
+        SpectrimError: of the kind that says which input is at fault.
+    """
+    _check_names(calibration)
+    source = None if isinstance(model, PreTrainedModel) else resolve(model)
+    job = check_job(
+        model if isinstance(model, PreTrainedModel) else str(source),
+        out,
+        recipe=recipe,
+        changes=changes,
+        retains=[] if retain is None else [retain],
+        plan=plan,
+        stats=stats,
+        overwrite=overwrite,
+        samples=calibration,
+        trust_remote_code=trust_remote_code,
+    )
+    loaded = model if isinstance(model, PreTrainedModel) else load(str(source), trust_remote_code=trust_remote_code)
+    files = source or processor  # what a checkpoint copies: the directory where there is one
+    if isinstance(found := processor or source, str | Path):
+        processor = load_processor(found, trust_remote_code=trust_remote_code)
+    if trust_remote_code:
+        files = processor  # which, saved by transformers, brings its code
+    with job_compression(job, loaded, processor, progress, calibration) as prepared:
+        (chosen,) = prepared.plans(job)
+        if job.targets:
+            prepared.save(chosen, job.targets[0], processor=files, overwrite=overwrite)
+        return prepared.apply(chosen)

@@ -1,0 +1,285 @@
+"""Layers that a compressed model is made of, and the exchange of dense linears for them.
+
+The factors of a layer are plain ``nn.Linear`` modules: LoRA, GPTQ, vLLM and ``torch.compile`` see what they know.
+"""
+
+from collections.abc import Collection, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import skip_init
+
+from spectrim.errors import ModelError
+from spectrim.lazy import LazyWeight
+from spectrim.maths.decompose import Rank, head_ranks
+from spectrim.maths.pivots import pivoted as pivoted_factors
+from spectrim.maths.pivots import row_order
+from spectrim.maths.rounding import Grid
+from spectrim.storage.packed import PackedLinear, check_values
+
+
+class LowRankLinear(nn.Module):
+    """A linear layer whose weight is the product of two factors: ``y = A (B x) + bias``.
+
+    Children ``A`` (``A.weight`` [out, rank]) and ``B`` (``B.weight`` [rank, in]) are bias-free ``nn.Linear`` modules;
+    ``bias`` [out] is a parameter or None. Factors and bias start as NaN, so that a layer that nobody filled shows in
+    the first logits. ``weight`` is no parameter: it is there for code that asks for its dtype or device.
+
+    With a tuple of H ranks, the rows of each head h are factored by themselves (LASER; docs/methods.md, section 5):
+    ``A`` is an ``nn.ModuleList`` of H linears, ``A[h].weight`` [out / H, rank[h]], and ``B`` stays one linear,
+    ``B.weight`` [sum(rank), in], which holds the heads' rows one after another. Its output is all that a key/value
+    cache has to keep.
+
+    Pivoted (docs/methods.md, section 5), the rank is that of the whole layer: ``B.weight`` [rank, in] are rows of the
+    weight itself, those at ``pivots`` (a buffer, int32 [rank]), and ``A.weight`` [out - rank, rank] has the
+    coefficients of the other rows, ascending. The outputs of B and of A are written to their places, ``order``.
+
+    Factors may be PackedLinear layers, and a whole layer may have a third child ``R``, a PackedLinear [out, in] that
+    holds the rest of the weight: ``y = A (B x) + R x + bias``; `pack_linears` makes both.
+
+    Raises ModelError for a rank below 1, for outputs that are no H equal heads, and for pivots with ranks by head or
+    with a rank of all outputs.
+    """
+
+    pivots: torch.Tensor | None
+    order: torch.Tensor | None  # int64 [out], follows from the pivots and is not stored
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: Rank,
+        bias: bool = True,
+        *,
+        pivoted: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        ranks = head_ranks(rank)
+        if min(ranks, default=0) < 1:
+            raise ModelError(f"a low-rank layer needs a rank of at least 1, not {rank}; keep the layer dense instead")
+        if out_features % len(ranks):
+            raise ModelError(f"{out_features} outputs are not {len(ranks)} equal heads; give one rank to each head")
+        if pivoted and not isinstance(rank, int):
+            raise ModelError("pivots are rows of a whole layer; a layer that is factored head by head has none")
+        if pivoted and ranks[0] >= out_features:
+            raise ModelError(f"{ranks[0]} pivots of {out_features} rows are the dense weight; keep the layer dense")
+        device = torch.get_default_device() if device is None else torch.device(device)
+        factor = partial(skip_init, nn.Linear, bias=False, device=device, dtype=dtype)
+        self.in_features = in_features
+        self.out_features = out_features
+        self.rank = rank
+        self.B = factor(in_features, sum(ranks))
+        heads = [factor(k, out_features // len(ranks) - pivoted * k) for k in ranks]
+        self.A: Any = heads[0] if isinstance(rank, int) else nn.ModuleList(heads)
+        self.R: PackedLinear | None = None
+        self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.fill_(torch.nan)
+        if pivoted:
+            self.register_buffer("pivots", torch.arange(sum(ranks), dtype=torch.int32, device=device))
+            self.register_buffer("order", torch.arange(out_features, device=device), persistent=False)
+        else:  # no buffers without values: accelerate moves all that there are
+            self.pivots = self.order = None
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # as nn.Linear calls it
+        """Map inputs [..., in] to [..., out] in the dtype of the factors."""
+        latent: torch.Tensor = self.B(input)  # [..., sum of the ranks]
+        if isinstance(self.rank, int):
+            y: torch.Tensor = self.A(latent)
+            if self.order is not None:  # one copy of each output, where joining and sorting would take two
+                p, others = self.order.split((latent.shape[-1], y.shape[-1]))
+                whole = y.new_empty(*y.shape[:-1], self.out_features)
+                y = whole.index_copy_(-1, p, latent).index_copy_(-1, others, y)
+        else:
+            parts = latent.split(self.rank, dim=-1)
+            y = torch.cat([A(part) for A, part in zip(self.A, parts, strict=True)], dim=-1)
+        if self.R is not None:
+            y = y + self.R(input)
+        return y if self.bias is None else y + self.bias
+
+    @torch.no_grad()
+    def load_factors(self, A: torch.Tensor, B: torch.Tensor) -> None:
+        """Copy A [out, k] and B [k, in], of any floating dtype and device, into the factors; k is the sum of the ranks.
+
+        With ranks by head, the columns of A and the rows of B are ordered head by head, and a column of A is zero
+        outside the rows of its head. A pivoted layer finds its pivots itself. Raises ModelError for other shapes, for
+        an A that is not zero there, and for factors that `to_dense` refuses, too; NumericalError for factors that are
+        not finite, of which no pivots can be found.
+        """
+        heads, ranks = self._heads(), head_ranks(self.rank)
+        if any(isinstance(factor, PackedLinear) for factor in (*heads, self.B)):
+            raise ModelError("packed factors take codes, not numbers; load factors before pack_linears")
+        k = sum(ranks)
+        if A.shape != (self.out_features, k) or B.shape != (k, self.in_features):
+            raise ModelError(
+                f"factors of shapes {list(A.shape)} and {list(B.shape)} do not fit a layer that takes "
+                f"{[self.out_features, k]} and {[k, self.in_features]}"
+            )
+        check_values(self)
+        if self.pivots is not None:
+            pivots, A, B = pivoted_factors(A, B)
+            self.pivots.copy_(pivots)
+            self.find_order()
+        blocks = [columns.chunk(len(ranks))[h] for h, columns in enumerate(A.split(ranks, dim=1))]  # [out / H, k_h]
+        if A.count_nonzero() != sum(block.count_nonzero() for block in blocks):
+            raise ModelError("a column of A is not zero outside the rows of its head; factor every head by itself")
+        for head, block in zip(heads, blocks, strict=True):
+            head.weight.copy_(block)
+        self.B.weight.copy_(B)
+
+    @torch.no_grad()
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies of A [out, k] and B [k, in] as `load_factors` takes them; of a layer without pivots."""
+        return torch.block_diag(*(head.weight for head in self._heads())), self.B.weight.clone()
+
+    @torch.no_grad()
+    def find_order(self) -> None:
+        """Bring the order of the outputs up to date with the pivots; needed after `pivots` was written to.
+
+        Raises ModelError for pivots that are not different rows of the layer, or that are on the meta device.
+        """
+        if self.pivots is None or self.order is None:
+            return
+        if self.pivots.is_meta or self.order.is_meta:
+            raise ModelError("pivots on the meta device have no values; load the model without offloading its buffers")
+        try:
+            self.order.copy_(row_order(self.pivots, self.out_features))
+        except ValueError as error:
+            raise ModelError(str(error)) from None
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        if self.pivots is not None and not self.pivots.is_meta:
+            self.find_order()
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight [out, in]; its values are computed, as by `product`, whenever they are read."""
+        trained = any(parameter.requires_grad for parameter in self.parameters())
+        B = self.B.weight_scale if isinstance(self.B, PackedLinear) else self.B.weight
+        return LazyWeight.of(self.product, (self.out_features, self.in_features), B, trained)
+
+    def product(self) -> torch.Tensor:
+        """The weight [out, in] in the dtype of the factors; gradients flow to them.
+
+        It is formed in float32 (float64 for float64 factors) and rounded once. Raises ModelError for factors that are
+        offloaded (on the meta device) or carry an adapter: both would be lost.
+        """
+        heads = self._heads()
+        check_values(self)
+        B = _values(self.B)  # [k, in]
+        wide = torch.promote_types(B.dtype, torch.float32)
+        parts = B.split(head_ranks(self.rank))  # [k_h, in]
+        found = torch.cat([_values(A).to(wide) @ part.to(wide) for A, part in zip(heads, parts, strict=True)])
+        if self.R is not None:
+            found = found + self.R.unpacked().to(wide)
+        found = found.to(B.dtype)
+        return found if self.order is None else torch.cat([B, found])[self.order.argsort()]
+
+    @torch.no_grad()
+    def to_dense(self) -> nn.Linear:
+        """The dense layer of the same map, in the same dtype and on the same device.
+
+        Raises ModelError for factors that are offloaded (on the meta device) or carry an adapter: both would be lost.
+        """
+        W = self.product()
+        like: dict[str, Any] = {"device": W.device, "dtype": W.dtype}
+        dense = skip_init(nn.Linear, self.in_features, self.out_features, self.bias is not None, **like)
+        dense.weight.copy_(W)
+        if self.bias is not None:
+            dense.bias.copy_(self.bias)
+        return dense.train(self.training)
+
+    def _heads(self) -> list[nn.Linear]:
+        """The linears of A, one by one; ModelError unless all factors are plain or packed linears."""
+        heads: dict[str, Any] = (
+            {"A": self.A} if isinstance(self.rank, int) else {f"A.{h}": A for h, A in enumerate(self.A)}
+        )
+        for name, factor in {**heads, "B": self.B}.items():
+            if not isinstance(factor, nn.Linear | PackedLinear):
+                raise ModelError(
+                    f"factor {name} is a {type(factor).__name__}, not a plain linear; merge its adapter first"
+                )
+        return list(heads.values())
+
+    def extra_repr(self) -> str:
+        """Shape of the layer, as ``nn.Linear`` shows its own."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
+            f"bias={self.bias is not None}" + ", pivoted=True" * (self.pivots is not None)
+        )
+
+
+def _values(factor: nn.Linear | PackedLinear) -> torch.Tensor:
+    return factor.unpacked() if isinstance(factor, PackedLinear) else factor.weight
+
+
+def replace_linears(model: nn.Module, ranks: Mapping[str, Rank], pivoted: Collection[str] = ()) -> None:
+    """Exchange dense linears of `model`, in place, for LowRankLinear layers of the same shape, dtype and device.
+
+    `ranks` maps runtime names (``model.get_submodule(name)``) to ranks, of whole layers or by head; `pivoted` names
+    those of them that are stored by pivots. The bias parameter is handed over; the factors are NaN, or meta tensors
+    where the dense weight is one. Raises ModelError, before anything is changed, for a name that is not exactly an
+    ``nn.Linear`` and for ranks that its layer cannot have.
+    """
+    if strange := sorted(set(pivoted) - ranks.keys()):
+        raise ModelError(f"{strange[0]!r} has pivots and no rank; give it one")
+    layers: dict[str, LowRankLinear] = {}
+    for name, rank in ranks.items():
+        try:
+            linear = model.get_submodule(name)
+        except AttributeError:
+            raise ModelError(f"the model has no module {name!r}; ranks are keyed by the names of its linears") from None
+        if type(linear) is not nn.Linear:  # a subclass may compute something else
+            raise ModelError(f"{name!r} is a {type(linear).__name__}, not an nn.Linear; leave it out of the ranks")
+        like: dict[str, Any] = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+        shape = linear.in_features, linear.out_features
+        if (largest := max(head_ranks(rank), default=0)) > min(shape):
+            raise ModelError(f"{name!r} has rank {largest}, and {min(shape)} is full rank; give a smaller one")
+        try:
+            layer = LowRankLinear(*shape, rank, bias=False, pivoted=name in pivoted, **like)
+        except ModelError as error:
+            raise ModelError(f"{name!r}: {error}") from None
+        layer.bias = linear.bias
+        layers[name] = layer.requires_grad_(linear.weight.requires_grad).train(linear.training)
+    for name, layer in layers.items():
+        model.set_submodule(name, layer)
+
+
+def pack_linears(model: nn.Module, grids: Mapping[str, Grid]) -> None:
+    """Exchange linears of `model`, in place, for empty PackedLinear layers of the same shape, dtype and device.
+
+    `grids` is keyed by runtime names: of dense linears, of factors (``X.A``, ``X.A.0``, ``X.B``), and of the rest of a
+    weight (``X.R``), which a LowRankLinear gets by it. The bias parameter is handed over. Raises ModelError, before
+    anything is changed, for a name that is none of these, and for a grid that does not fit.
+    """
+    packed: dict[str, PackedLinear] = {}
+    for name, grid in grids.items():
+        parent, _, child = name.rpartition(".")
+        try:
+            owner = model.get_submodule(parent)
+            linear: Any = owner.B if child == "R" and isinstance(owner, LowRankLinear) else model.get_submodule(name)
+        except AttributeError:
+            raise ModelError(f"the model has no module {name!r}; grids are keyed by the names of linears") from None
+        if type(linear) is not nn.Linear:
+            raise ModelError(f"{name!r} is a {type(linear).__name__}, not an nn.Linear; leave it out of the grids")
+        shape = linear.in_features, linear.out_features
+        if isinstance(owner, LowRankLinear):
+            if owner.pivots is not None:
+                raise ModelError(f"{name!r} is a factor of a layer that is stored by pivots; pack whole factors only")
+            shape = (owner.in_features, owner.out_features) if child == "R" else shape
+        like: dict[str, Any] = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+        try:
+            layer = PackedLinear(*shape, grid, bias=False, **like)
+        except ModelError as error:
+            raise ModelError(f"{name!r}: {error}") from None
+        layer.bias = linear.bias
+        packed[name] = layer.train(linear.training)
+    for name, layer in packed.items():
+        owner = model.get_submodule(name.rpartition(".")[0])
+        setattr(owner, name.rpartition(".")[2], layer)
