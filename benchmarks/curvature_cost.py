@@ -21,11 +21,11 @@ from pathlib import Path
 
 import torch
 
-from spectrim.anatomy import Linear, Place
 from spectrim.calibrate import calibrate
 from spectrim.calibrate.forms import Form, choose_forms
 from spectrim.checkpoint import load, load_processor
 from spectrim.demo import resolve
+from spectrim.linear import Linear, Place
 
 # (place, role, out, in, heads, count): heads of q, k and v; the towers' fused qkv and mergers have none.
 _TOWER: list[tuple[Place, str, int, int, int | None, int]] = [

@@ -44,10 +44,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import spectrim
 from families import FAMILIES, FURTHER, example_inputs
 from random_samples import Samples
-from spectrim.anatomy import PLACES, anatomy
+from spectrim.anatomy import anatomy
 from spectrim.calibrate import calibrate
 from spectrim.checkpoint.names import compressed_layers
 from spectrim.cli import app
+from spectrim.linear import PLACES
 from spectrim.pipeline import compression
 from spectrim.plan.plan import Plan, PlanRow
 

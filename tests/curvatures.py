@@ -7,13 +7,14 @@ from types import SimpleNamespace
 import torch
 from torch.nn import functional
 
-from spectrim.anatomy import Linear, anatomy
+from spectrim.anatomy import anatomy
 from spectrim.calibrate import Moment, OutputMoment
 from spectrim.calibrate.forms import Form
 from spectrim.calibrate.gradients import run_gradients
 from spectrim.calibrate.labels import Labelled
 from spectrim.calibrate.moments import OutputSum, Sums
 from spectrim.calibrate.passes import prepared
+from spectrim.linear import Linear
 from spectrim.maths.roots import OutputRoot
 from spectrim.recipe import MetricPart
 

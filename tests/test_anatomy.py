@@ -9,8 +9,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from families import FAMILIES, MOE, TEXT, VISION, VLMS, example_inputs, text_inputs
-from spectrim.anatomy import PLACES, Anatomy, anatomy
+from spectrim.anatomy import Anatomy, anatomy
 from spectrim.errors import ModelError
+from spectrim.linear import PLACES
 
 LLAVA_LIKE = ("model.vision_tower", ("model.multi_modal_projector",), "model.language_model")
 IDEFICS = ("model.vision_model", ("model.connector",), "model.text_model")

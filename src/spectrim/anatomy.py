@@ -16,17 +16,14 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from spectrim.errors import ModelError
+from spectrim.linear import PLACES, Linear, Place
 from spectrim.trace import used_outside
-
-Place = Literal["tower", "connector", "backbone"]
-PLACES: tuple[Place, ...] = ("tower", "connector", "backbone")
 
 # Last component of a linear's name → role; every other name is "proj", except the output projection of an attention
 # module, which `_role` also finds by its neighbours.
@@ -45,40 +42,6 @@ ROLES = {
 }
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-
-
-@dataclass(frozen=True)
-class Linear:
-    """One compressible ``nn.Linear``: ``model.get_submodule(name)``.
-
-    ``block`` is the transformer block that holds it (None outside blocks and in the connector). ``heads`` counts query
-    heads for roles q, qkv and o (its input side) and key/value heads for k and v; None elsewhere, and where the model
-    does not tell.
-    """
-
-    name: str
-    place: Place
-    block: str | None
-    role: str
-    out_features: int
-    in_features: int
-    heads: int | None
-    dtype: torch.dtype
-
-    @property
-    def per_head(self) -> int | None:
-        """Number of heads that the outputs are made of (q, k and v with known heads); None for other linears."""
-        return self.heads if self.role in ("q", "k", "v") else None
-
-    @property
-    def params(self) -> int:
-        """Number of weights, bias not counted."""
-        return self.out_features * self.in_features
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the weights in the model's dtype, bias not counted."""
-        return self.params * self.dtype.itemsize
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from spectrim.anatomy import PLACES, Place
 from spectrim.errors import RecipeError
 from spectrim.files import parse_yaml, user_path
+from spectrim.linear import PLACES, Place
 
 
 class _Part(BaseModel):

@@ -11,11 +11,12 @@ import families
 from curvatures import CPU, output_moment
 from helpers.matrices import normal
 from helpers.samples import word_tokenizer
-from spectrim.anatomy import Linear, anatomy
+from spectrim.anatomy import anatomy
 from spectrim.calibrate import Statistics, calibrate
 from spectrim.calibrate.forms import SKETCH, Form, choose_forms
 from spectrim.calibrate.moments import OutputSum
 from spectrim.errors import ModelError, RecipeError
+from spectrim.linear import Linear
 from spectrim.maths.roots import nystrom
 
 

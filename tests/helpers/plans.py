@@ -2,9 +2,9 @@
 
 import torch
 from hypothesis import strategies as st
-
-from spectrim.anatomy import Linear
 from spectrim.plan.allocate import Choice, choice
+
+from spectrim.linear import Linear
 from spectrim.recipe import AllocationPart
 
 

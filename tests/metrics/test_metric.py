@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from spectrim.anatomy import Linear
 from spectrim.calibrate import Moment, Statistics
 from spectrim.calibrate.moments import GradMoment
 from spectrim.errors import NumericalError, RecipeError
+from spectrim.linear import Linear
 from spectrim.metrics.metric import joint_second_moment, layer_metric
 from spectrim.recipe import MetricPart, Recipe
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from spectrim.anatomy import Linear
-from spectrim.errors import BudgetError
 from spectrim.plan.allocate import choice, spend
+
+from spectrim.errors import BudgetError
+from spectrim.linear import Linear
 from spectrim.recipe import AllocationPart
 
 PART = AllocationPart(rule="loss-aware")

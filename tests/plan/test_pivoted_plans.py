@@ -9,15 +9,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from spectrim.plan.allocate import choice, spend
 
 import families
 from compressed import config_of, logits, low_rank
 from helpers.plans import PIVOTED_RULES, PivotedModel, linear, pivoted_models, pivoted_price, spectrum
-from spectrim.anatomy import Linear, anatomy
+from spectrim.anatomy import anatomy
 from spectrim.checkpoint import load, read_provenance
 from spectrim.errors import BudgetError
+from spectrim.linear import Linear
 from spectrim.pipeline import compress, compression
-from spectrim.plan.allocate import choice, spend
 from spectrim.plan.plan import Plan, pays_by_pivots, plan_row
 from spectrim.recipe import AllocationPart, Recipe, builtin_names
 

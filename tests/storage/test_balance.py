@@ -4,16 +4,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from spectrim.storage.make import _balanced, make_stored
 
 import families
 from compressed import logits
 from helpers.matrices import normal
-from spectrim.anatomy import Linear, anatomy
+from spectrim.anatomy import anatomy
 from spectrim.checkpoint import load, save
+from spectrim.linear import Linear
 from spectrim.maths.decompose import decompose, directions
 from spectrim.maths.rounding import Grid, Quantized, fitting_group, quantize
 from spectrim.plan.plan import Integers, plan_row
-from spectrim.storage.make import _balanced, make_stored
 from spectrim.storage.packed import PackedLinear
 
 NORMAL = torch.finfo(torch.float16).smallest_normal

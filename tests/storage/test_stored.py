@@ -4,15 +4,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from spectrim.storage.make import Stored, make_stored
 
 from helpers.matrices import metric, normal
-from spectrim.anatomy import Linear
 from spectrim.errors import NumericalError
+from spectrim.linear import Linear
 from spectrim.maths.decompose import OutputMetric, decompose, factors
 from spectrim.maths.roots import BlockRoot
 from spectrim.maths.rounding import Grid, Quantized, error, quantize
 from spectrim.plan.plan import Integers, plan_row
-from spectrim.storage.make import Stored, make_stored
 
 LINEAR = Linear("a", "backbone", None, "up", 24, 32, None, torch.float32)
 

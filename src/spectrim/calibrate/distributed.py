@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import distributed
 
-from spectrim.anatomy import Linear
 from spectrim.calibrate.forms import Form
 from spectrim.calibrate.moments import Sums
 from spectrim.errors import ModelError
+from spectrim.linear import Linear
 
 
 def share() -> tuple[int, int]:

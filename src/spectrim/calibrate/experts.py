@@ -4,9 +4,9 @@ import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from spectrim.anatomy import Linear
 from spectrim.calibrate.moments import GradMoment, Moment, OutputMoment
 from spectrim.calibrate.statistics import Statistics
+from spectrim.linear import Linear
 from spectrim.samples import Modality
 
 _T = TypeVar("_T", Moment, GradMoment, OutputMoment)

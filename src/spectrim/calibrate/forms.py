@@ -11,8 +11,8 @@ from typing import Literal
 
 import torch
 
-from spectrim.anatomy import Linear
 from spectrim.errors import ModelError, RecipeError
+from spectrim.linear import Linear
 
 SKETCH = 256  # rank of the sketch that the ladder uses
 

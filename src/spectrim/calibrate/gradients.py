@@ -11,13 +11,13 @@ from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from spectrim.anatomy import Linear
 from spectrim.calibrate.forms import Form
 from spectrim.calibrate.hooks import Hooked, given
 from spectrim.calibrate.labels import Labelled
 from spectrim.calibrate.moments import Sums
 from spectrim.calibrate.positions import Positions, positions
 from spectrim.errors import ModelError
+from spectrim.linear import Linear
 from spectrim.maths.roots import wide
 
 

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from spectrim.anatomy import Linear
 from spectrim.calibrate.moments import Sums
 from spectrim.calibrate.positions import Positions
 from spectrim.errors import ModelError, NumericalError
+from spectrim.linear import Linear
 
 
 def given(args: tuple[torch.Tensor, ...], kwargs: Mapping[str, Any]) -> torch.Tensor:

@@ -5,8 +5,8 @@ from functools import cache
 
 import torch
 
-from spectrim.anatomy import Linear
 from spectrim.calibrate.forms import Form
+from spectrim.linear import Linear
 from spectrim.maths.roots import wide
 
 

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from spectrim.anatomy import Linear
 from spectrim.calibrate.hooks import Watch
 from spectrim.calibrate.moments import Sums
 from spectrim.calibrate.positions import positions
+from spectrim.linear import Linear
 from spectrim.samples import Batch
 
 

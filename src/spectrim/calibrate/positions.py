@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from spectrim.anatomy import Place
 from spectrim.errors import ModelError, SampleError
+from spectrim.linear import Place
 
 
 @dataclass(frozen=True)

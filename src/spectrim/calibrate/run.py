@@ -12,7 +12,7 @@ import torch
 from torch import distributed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from spectrim.anatomy import Anatomy, Linear, anatomy
+from spectrim.anatomy import Anatomy, anatomy
 from spectrim.calibrate.data import Data, load_data
 from spectrim.calibrate.distributed import reduce_sums, share
 from spectrim.calibrate.fingerprint import model_print
@@ -29,6 +29,7 @@ from spectrim.dense import check_dense
 from spectrim.disk.lock import LOCK, writing
 from spectrim.errors import SampleError, StatisticsError
 from spectrim.files import user_path
+from spectrim.linear import Linear
 from spectrim.samples.sources import local_path
 from spectrim.settings import CALIBRATION, CalibrationOptions, CalibrationSettings
 

@@ -10,9 +10,10 @@ from spectrim.public import import_when_asked as _import_when_asked
 
 if TYPE_CHECKING:
     from spectrim.checkpoint.card import add_results
+    from spectrim.checkpoint.config import SpectrimConfig
     from spectrim.checkpoint.names import checkpoint_names, runtime_names
     from spectrim.checkpoint.push import push
-    from spectrim.checkpoint.quantizer import SpectrimConfig, SpectrimQuantizer, attach
+    from spectrim.checkpoint.quantizer import SpectrimQuantizer, attach
     from spectrim.checkpoint.read import load, load_processor, read_provenance
     from spectrim.checkpoint.sources import read_config
     from spectrim.checkpoint.write import check_target, save
@@ -22,7 +23,7 @@ _HOMES = {
     "checkpoint_names": "names",
     "runtime_names": "names",
     "push": "push",
-    "SpectrimConfig": "quantizer",
+    "SpectrimConfig": "config",
     "SpectrimQuantizer": "quantizer",
     "attach": "quantizer",
     "load": "read",

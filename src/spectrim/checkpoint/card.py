@@ -10,9 +10,9 @@ from huggingface_hub.repocard import metadata_load
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
+from spectrim.checkpoint.config import SpectrimConfig, release
 from spectrim.checkpoint.model_files import CARD, PROVENANCE
 from spectrim.checkpoint.names import shortened
-from spectrim.checkpoint.quantizer import SpectrimConfig, release
 from spectrim.checkpoint.sources import sees, split_source
 from spectrim.errors import CheckpointError, printable
 from spectrim.files import write_whole
@@ -151,7 +151,7 @@ def _summary(base: str, config: SpectrimConfig, record: Mapping[str, Any]) -> st
     method = f" by the recipe {code(recipe['name'])}" if isinstance(recipe, dict) and "name" in recipe else ""
     link = f"[{base}](https://huggingface.co/{base})" if "/" in base and _ID.fullmatch(base) else f"*{plain(base)}*"
     return (
-        f"{link} with {len(config.ranks)} of its linear layers replaced by products of thin matrices{method}. Made by "
+        f"{link} with {len(config.layers())} of its linear layers stored as factors or integers{method}. Made by "
         f"spectrim{_release()} after training, without labels; `spectrim.json` has the whole record."
     )
 
@@ -168,14 +168,14 @@ def _kept(record: Mapping[str, Any]) -> list[str]:
         texts.append("\n".join(["## What was kept", "", "| of the dense model's | kept |", "|---|---|", *kept]))
     places = record.get("places")
     if isinstance(places, dict):
-        counts = ("linears", "dense", "factored", "pivoted", "by_head")
         lines = [
-            f"| {plain(place)} | {' | '.join(str(row[key]) for key in counts)} | "
+            f"| {plain(place)} | {row['linears']} | "
+            f"{plain(', '.join(f'{count} {kind}' for kind, count in row.get('forms', {}).items()) or '–')} | "
             f"{' / '.join(map(str, row['ranks'])) or '–'} | {row['bytes'] / row['dense_bytes']:.1%} |"
             for place, row in places.items()
         ]
-        head = "| place | linears | dense | factored | by pivots | by head | ranks: least / median / most | bytes |"
-        texts.append("\n".join([head, "|---|---|---|---|---|---|---|---|", *lines]))
+        head = "| place | linears | stored as | ranks: least / median / most | bytes |"
+        texts.append("\n".join([head, "|---|---|---|---|---|", *lines]))
     unreached = record.get("unreached")
     if isinstance(unreached, list) and unreached:
         names = shortened([code(name) for name in unreached])
@@ -192,7 +192,14 @@ def _predicted(record: Mapping[str, Any]) -> list[str]:
     if not losses:
         return []
     listed = ", ".join(f"{plain(modality)} {loss:.4f}" for modality, loss in losses.items())
-    return [f"## Predicted loss\n\nAbove the dense model, in nats per token, before any measurement: {listed}."]
+    when = "measurement and any compensation" if _compensates(record) else "measurement"
+    return [f"## Predicted loss\n\nAbove the dense model, in nats per token, before any {when}: {listed}."]
+
+
+def _compensates(record: Mapping[str, Any]) -> bool:
+    recipe = record.get("recipe")
+    how = recipe.get("compensate") if isinstance(recipe, dict) else None
+    return isinstance(how, dict) and how.get("kind", "none") != "none"
 
 
 def _recipe(record: Mapping[str, Any]) -> list[str]:

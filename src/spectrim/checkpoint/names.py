@@ -19,34 +19,33 @@ from transformers.core_model_loading import (
 )
 
 from spectrim.errors import CheckpointError
-from spectrim.storage.layers import LowRankLinear
-from spectrim.storage.packed import PackedLinear
+from spectrim.storage import DENSE, StoredLayer, forms
+from spectrim.storage import stored_layers as layers_in
 
-FACTOR = ".B.weight"  # the tensor that stands for a factored linear; A is several tensors where ranks are by head
-_PACKED = (".B.weight_packed", ".weight_packed")  # the same where B, or the whole weight, is packed integers
+_PLACE = ".B.weight"  # a tensor that no dense model has: what happens to its name happens to all tensors of a linear
 
 _WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
 
 
 def checkpoint_names(model: PreTrainedModel, keys: Iterable[str] | None = None) -> dict[str, str]:
-    """Run-time name → checkpoint name, without ``.weight``, of every linear that may be stored in factored form.
+    """Run-time name → checkpoint name, without ``.weight``, of every linear that may be stored in another form.
 
-    Covers dense linears, LowRankLinear and PackedLinear layers. Left out are linears that the model's checkpoint format
-    stores merged with other tensors, so that factors have no place in it. `keys` are the names of the model's tensors,
+    Covers dense linears and stored layers. Left out are linears that the model's checkpoint format stores merged with
+    other tensors, so that tensors of another form have no place in it. `keys` are the names of the model's tensors,
     where they are not in the model itself (as with FSDP, which flattens them).
     """
     linears = _linears(model)
-    saved = saved_names(model, {*(tensor_names(model) if keys is None else keys), *(name + FACTOR for name in linears)})
+    saved = saved_names(model, {*(tensor_names(model) if keys is None else keys), *(name + _PLACE for name in linears)})
     return {
-        name: saved[name + FACTOR].removesuffix(FACTOR)
+        name: saved[name + _PLACE].removesuffix(_PLACE)
         for name in linears
-        if saved.get(name + FACTOR, "").endswith(FACTOR)
+        if saved.get(name + _PLACE, "").endswith(_PLACE)
     }
 
 
-def compressed_layers(model: nn.Module) -> dict[str, LowRankLinear | PackedLinear]:
-    """Every LowRankLinear of `model`, and every PackedLinear that is no part of one, by runtime name."""
-    return {name: x for name, x in _linears(model).items() if isinstance(x, LowRankLinear | PackedLinear)}
+def compressed_layers(model: nn.Module) -> dict[str, StoredLayer]:
+    """Every layer of `model` in a stored form, by runtime name without the wrappers around modules."""
+    return {_unwrapped(name): layer for name, layer in layers_in(model).items()}
 
 
 def tensor_names(model: nn.Module) -> set[str]:
@@ -58,9 +57,7 @@ def tensor_names(model: nn.Module) -> set[str]:
     return {_unwrapped(name.removeprefix(".")) for name in names}
 
 
-def stored_layers(
-    model: PreTrainedModel, keys: Collection[str] | None = None
-) -> dict[str, LowRankLinear | PackedLinear]:
+def stored_layers(model: PreTrainedModel, keys: Collection[str] | None = None) -> dict[str, StoredLayer]:
     """Every compressed layer of `model` by its checkpoint name; `keys` as for `checkpoint_names`.
 
     Raises CheckpointError for a layer that has no name in the checkpoint format or whose name does not lead back to it.
@@ -87,14 +84,14 @@ def runtime_names(model: PreTrainedModel, names: Iterable[str], tensors: Iterabl
     """Checkpoint name → run-time name of the linears called `names`; the inverse of `checkpoint_names`.
 
     `tensors` are the names of all tensors of the checkpoint: some renamings of transformers depend on which other
-    tensors there are. Raises CheckpointError for a name whose factors are not among them, or that maps to no linear of
-    `model`.
+    tensors there are. Raises CheckpointError for a name of which the marker of no form is among them, or that maps to
+    no linear of `model`.
     """
     linears = _linears(model)
     held = None if tensors is None else set(tensors)
-    suffixes = (FACTOR, *_PACKED)
+    suffixes = [f".{form.marker}" for form in forms() if form.name != DENSE]
     wanted = {
-        f"{name}{next((end for end in suffixes if held is not None and name + end in held), FACTOR)}": name
+        f"{name}{next((end for end in suffixes if held is not None and name + end in held), suffixes[0])}": name
         for name in names
     }
     keys = wanted.keys() if held is None else held
@@ -145,17 +142,11 @@ def shortened(names: Sequence[str], limit: int = 5) -> str:
 
 
 def _linears(model: nn.Module) -> dict[str, nn.Module]:
-    """Dense, factored and packed linears by run-time name, without the factors themselves."""
-    linears: dict[str, nn.Module] = {}
-    inside = None
-    for name, module in model.named_modules():  # parents come before their children
-        if inside is not None and name.startswith(inside):
-            continue
-        if isinstance(module, LowRankLinear):
-            inside = f"{name}."
-        if isinstance(module, nn.Linear | LowRankLinear | PackedLinear):
-            linears[_unwrapped(name)] = module
-    return linears
+    """Dense linears and stored layers by run-time name, without the linears inside stored layers."""
+    layers: dict[str, nn.Module] = dict(layers_in(model))
+    inside = tuple(f"{name}." for name in layers)
+    dense = {name: x for name, x in model.named_modules() if isinstance(x, nn.Linear) and not name.startswith(inside)}
+    return {_unwrapped(name): module for name, module in (layers | dense).items()}
 
 
 def _unwrapped(name: str) -> str:

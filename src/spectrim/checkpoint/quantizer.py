@@ -1,21 +1,4 @@
-"""How transformers learns to load, save and merge a checkpoint with factored linears.
-
-``config.json`` of such a checkpoint carries::
-
-    "quantization_config": {"quant_method": "spectrim", "version": 1, "spectrim_version": "…", "ranks": {name: rank},
-                            "pivoted": [name, …]}
-
-with the checkpoint names of the factored linears; their tensors are ``name.A.weight`` [out, rank], ``name.B.weight``
-[rank, in] and, if the layer has one, ``name.bias`` [out]. A linear whose H heads are factored one by one has a list of
-H ranks; its tensors are ``name.A.0.weight`` [out / H, rank[0]], ``name.A.1.weight``, …, and one ``name.B.weight``
-[sum(rank), in]. A linear in the list ``pivoted`` has ``name.B.weight`` [rank, in], ``name.A.weight`` [out - rank, rank]
-and ``name.pivots``, int32 [rank]: B holds those rows of the weight, A the coefficients of all other rows, ascending.
-
-Where weights are integers, ``quantization_config`` also has ``inner``: a compressed-tensors config of the format
-``pack-quantized`` whose targets are the checkpoint names of all integer linears, one by one: dense ones (``name``),
-factors (``name.A``, ``name.B``, ``name.A.0``) and what is added to a product of factors (``name.R``, [out, in]). In
-place of ``weight`` these have ``weight_packed``, ``weight_scale``, ``weight_shape`` and, where asymmetric,
-``weight_zero_point``.
+"""How transformers learns to load, save and merge a checkpoint with compressed linears (see ``config``).
 
 Opened without this module, transformers only logs a warning about an unknown quantization method, and fills every
 factored layer with random weights. Two guards in the checkpoint make that an error:
@@ -26,122 +9,34 @@ factored layer with random weights. Two guards in the checkpoint make that an er
   does not fit; this stops transformers 4, too, which knows nothing of fusions. A loader of factors skips them.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from packaging.version import InvalidVersion, Version
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, fusion_mapping
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from spectrim.checkpoint.config import METHOD, SpectrimConfig
 from spectrim.checkpoint.names import compressed_layers, runtime_names, shortened, stored_layers
 from spectrim.errors import CheckpointError, ModelError
-from spectrim.maths.decompose import Rank
-from spectrim.maths.rounding import Grid
-from spectrim.storage.layers import LowRankLinear, pack_linears, replace_linears
-from spectrim.storage.packed import PackedLinear, inner_config, inner_grids
+from spectrim.storage import StoredLayer, exchange, form
 
-METHOD = "spectrim"
-VERSION = 1
 GUARD = (
     "the layers of this checkpoint are factored: `pip install spectrim` and `import spectrim` before from_pretrained"
 )
 # The same in the config of a part inside that of the whole. It is no fusion here either: no part loads from the whole.
 WHOLE = "this is a part of a compressed checkpoint: load the whole by its own class, and take the part out of it"
 
-_WORDS = (".weight_packed", ".weight_zero_point", ".pivots")  # transformers would round floats to them
-
 # The method by which transformers, after loading, shows a model the report of missing, unexpected and misshapen keys.
 _REPORT = "_adjust_missing_and_unexpected_keys"
 
 # A fusion spec that fuses nothing: it makes the guard's name known.
 fusion_mapping._FUSION_REGISTRY[GUARD] = fusion_mapping.ModuleFusionSpec()
-
-
-def release() -> str | None:
-    """Version of the installed spectrim; None in a source tree that was never installed."""
-    try:
-        return version("spectrim")
-    except PackageNotFoundError:
-        return None
-
-
-@register_quantization_config(METHOD)
-class SpectrimConfig(QuantizationConfigMixin):
-    """``quantization_config`` of a checkpoint with factored linears.
-
-    `ranks` maps checkpoint names of linears, without ``.weight``, to ranks, or lists of ranks by head; `pivoted` names
-    those of them that are stored by pivots; `inner` is the compressed-tensors config of the integer weights, None where
-    there are none; `spectrim_version` is the release that wrote the checkpoint. Raises CheckpointError for another
-    format version, unknown entries, impossible ranks, pivots without a rank and an inner config of another kind.
-    """
-
-    def __init__(
-        self,
-        ranks: Mapping[str, int | Sequence[int]] | None = None,
-        pivoted: Sequence[str] = (),
-        version: int = VERSION,
-        spectrim_version: str | None = None,
-        quant_method: str = METHOD,
-        inner: Mapping[str, Any] | None = None,
-        **unknown: Any,
-    ) -> None:
-        if version != VERSION:
-            wrote = "--upgrade spectrim"
-            with suppress(InvalidVersion, TypeError):  # somebody's file, of which nothing else gets into a shell line
-                wrote = f"'spectrim>={Version(spectrim_version or '')}'"
-            raise CheckpointError(
-                f"the checkpoint has format version {version!r} and this spectrim reads version {VERSION}; install the "
-                f"release that wrote it: pip install {wrote}"
-            )
-        if unknown:
-            raise CheckpointError(f"quantization_config has unknown entries: {shortened(sorted(unknown))}; remove them")
-        if not isinstance(ranks, Mapping) or not (ranks or inner):
-            raise CheckpointError("quantization_config has no ranks; copy the checkpoint's config.json again")
-        checked: dict[str, Rank] = {}
-        for name, rank in ranks.items():
-            each = tuple(rank) if isinstance(rank, list | tuple) else (rank,)
-            if not each or any(type(k) is not int or k < 1 for k in each):
-                raise CheckpointError(f"quantization_config gives {name!r} the rank {rank!r}; ranks are whole and ≥ 1")
-            checked[name] = rank if isinstance(rank, int) else each
-        if not isinstance(pivoted, list | tuple) or not all(isinstance(name, str) for name in pivoted):
-            raise CheckpointError("quantization_config has pivots that are no list of names; copy config.json again")
-        if repeated := sorted({name for name in pivoted if pivoted.count(name) > 1}):
-            raise CheckpointError(f"quantization_config names {shortened(repeated)} as pivoted twice; copy it again")
-        if strange := sorted(name for name in pivoted if not isinstance(checked.get(name), int)):
-            raise CheckpointError(
-                f"quantization_config names {shortened(strange)} as pivoted, without one rank for the whole layer; "
-                "copy the checkpoint's config.json again"
-            )
-        if inner is not None and not isinstance(inner, Mapping):
-            raise CheckpointError("quantization_config has an inner config that is no object; copy config.json again")
-        self.quant_method: Any = quant_method
-        self.version = version
-        self.spectrim_version = spectrim_version or release()
-        self.ranks = checked
-        self.pivoted = sorted(pivoted)
-        self.inner = None if inner is None else dict(inner)
-
-    def grids(self) -> dict[str, dict[str, Grid]]:
-        """Grids of the integers by linear and part: ``""`` for a dense weight, ``A``, ``A.0``, ``B`` or ``R``.
-
-        Raises CheckpointError for an inner config that holds anything else than packed integer weights.
-        """
-        found: dict[str, dict[str, Grid]] = {}
-        for target, grid in ({} if self.inner is None else inner_grids(self.inner)).items():
-            path = target.split(".")
-            owners = (".".join(path[:-1]), ".".join(path[:-2]))
-            owner = next((name for name in owners if name in self.ranks), target)
-            found.setdefault(owner, {})[target.removeprefix(owner).removeprefix(".")] = grid
-        return found
 
 
 @register_quantizer(METHOD)
@@ -163,27 +58,23 @@ class SpectrimQuantizer(HfQuantizer):
         """Swap the linears on the meta device, and have every missing tensor reported as an error."""
         if checkpoint_files:
             self._source = str(Path(checkpoint_files[0]).parent)
-        ranks, grids = self.quantization_config.ranks, self.quantization_config.grids()
+        layers = self.quantization_config.layers()
         tensors = None if checkpoint_files is None else _stored_tensors(checkpoint_files)
-        names = runtime_names(model, {**ranks, **dict.fromkeys(grids)}, tensors)
-        if dense := sorted(name for name in names if (tensors or {}).get(f"{name}.weight")):
-            raise CheckpointError(
-                f"{self._source} holds dense weights of {shortened(dense)}, which its config says to be factored or "
-                "packed; copy or compress it again"
-            )
-        places = {
-            f"{names[name]}.{part}".removesuffix("."): grid
-            for name, parts in grids.items()
-            for part, grid in parts.items()
-        }
         try:
-            pivoted = {names[name] for name in self.quantization_config.pivoted}
-            replace_linears(model, {names[name]: rank for name, rank in ranks.items()}, pivoted)
-            pack_linears(model, places)
+            for kind, _ in layers.values():
+                form(kind)  # a form that nobody registered is said first
+            names = runtime_names(model, layers, tensors)
+            if dense := sorted(name for name in names if (tensors or {}).get(f"{name}.weight", (0, ""))[0]):
+                raise CheckpointError(
+                    f"{self._source} holds dense weights of {shortened(dense)}, which its config says to be factored "
+                    "or packed; copy or compress it again"
+                )
+            exchange(model, {names[name]: layer for name, layer in layers.items()})
         except ModelError as error:
             raise CheckpointError(
                 f"quantization_config does not fit the model: {error}; copy config.json of {self._source} again"
             ) from error
+        self._check_words(model, names, tensors or {})
         self._kinds = {name: _kind(tensor) for name, tensor in model.state_dict().items()}
         sentinels = {f"{name}.weight" for name in names.values()}
         inside = tuple(f"{name}." for name in names.values())
@@ -226,9 +117,6 @@ class SpectrimQuantizer(HfQuantizer):
         # transformers before 5.23 takes tensors of any shape for a model with a quantizer.
         held = model.state_dict()
         misfits = {name for name, kind in self._kinds.items() if name in held and _kind(held[name]) != kind}
-        for name, module in model.named_modules():
-            if isinstance(module, PackedLinear) and (wrong := module.misfit()):
-                misfits.add(f"{name}.{wrong}")
         if misfits:
             raise CheckpointError(
                 f"{self._source} holds {shortened(sorted(misfits))} in another shape or kind than its config says; "
@@ -244,11 +132,11 @@ class SpectrimQuantizer(HfQuantizer):
                 f"{self._source} holds NaN or infinity in {shortened(broken)}; copy or compress it again"
             )
         for name, module in model.named_modules():
-            if isinstance(module, LowRankLinear):
+            if isinstance(module, StoredLayer):
                 try:
-                    module.find_order()
+                    module.loaded()
                 except ModelError as error:
-                    raise CheckpointError(f"{name}.pivots: {error}") from error
+                    raise CheckpointError(f"{name}.{error}; copy or compress {self._source} again") from error
         # On CPU the parameters are views of the mapped file, aligned to 8 bytes only, where some kernels sum in another
         # order. Copies aligned like any new tensor give the logits from before saving, to the last bit.
         for parameter in model.parameters():
@@ -256,6 +144,18 @@ class SpectrimQuantizer(HfQuantizer):
                 parameter.data = parameter.data.clone()
         vars(model)["is_quantized"] = False  # the factors are ordinary floats; half(), float() and fine-tuning are fine
         return model
+
+    def _check_words(
+        self, model: PreTrainedModel, names: Mapping[str, str], tensors: Mapping[str, tuple[int, str]]
+    ) -> None:
+        """Raises CheckpointError for integers that the file stores as floats: transformers would round them."""
+        for stored, name in names.items():
+            for key, tensor in model.get_submodule(name).state_dict().items():
+                kind = tensors.get(f"{stored}.{key}", (0, "I"))[1]
+                if not tensor.is_floating_point() and kind[0] not in "IUB":
+                    raise CheckpointError(
+                        f"{self._source} holds {stored}.{key} as {kind}, which should be integers; copy it again"
+                    )
 
     def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """Merge factors and unpack integers into dense linears, in place, and make `model` a plain one."""
@@ -295,9 +195,9 @@ class SpectrimQuantizer(HfQuantizer):
 
 
 def attach(model: PreTrainedModel) -> PreTrainedModel:
-    """Make a model that holds LowRankLinear or PackedLinear layers one that transformers saves, merges and re-loads.
+    """Make a model that holds stored layers one that transformers saves, merges and re-loads.
 
-    Sets ``model.config.quantization_config`` (ranks, pivots and grids by checkpoint name), the guard and
+    Sets ``model.config.quantization_config`` (forms by checkpoint name), the guard and
     ``model.hf_quantizer``; returns `model`. Afterwards ``model.save_pretrained`` and ``model.dequantize`` work. Raises
     ModelError if there is no such layer, CheckpointError if one cannot be stored or if the model is quantised in
     another way.
@@ -324,18 +224,7 @@ def describe(model: PreTrainedModel, keys: Collection[str] | None = None) -> Spe
     if shared := [name for name in layers if f"{name}.weight" in tied]:
         raise CheckpointError(f"{shortened(shared)} shares its weight with another layer; keep it dense")
     stored = stored_layers(model, keys)
-    factored = {name: layer for name, layer in stored.items() if isinstance(layer, LowRankLinear)}
-    grids = {
-        f"{name}.{part}".removesuffix("."): module.grid
-        for name, layer in stored.items()
-        for part, module in layer.named_modules()
-        if isinstance(module, PackedLinear)
-    }
-    return SpectrimConfig(
-        {name: layer.rank for name, layer in factored.items()},
-        [name for name, layer in factored.items() if layer.pivots is not None],
-        inner=inner_config(grids) if grids else None,
-    )
+    return SpectrimConfig.of({name: (layer.form, layer.spec) for name, layer in stored.items()})
 
 
 def without_guard(config: PreTrainedConfig) -> None:
@@ -368,20 +257,18 @@ def _finite(tensor: torch.Tensor) -> bool:
     return not tensor.numel() or bool(torch.stack(tensor.aminmax()).isfinite().all())  # both ends are NaN where one is
 
 
-def _stored_tensors(files: Iterable[str]) -> dict[str, int]:
-    """Names of all tensors in safetensors files, with the numbers of their elements.
+def _stored_tensors(files: Iterable[str]) -> dict[str, tuple[int, str]]:
+    """Names of all tensors in safetensors files, with the numbers of their elements and their dtypes (I32, F16, …).
 
-    Raises CheckpointError for a truncated or foreign file, or wrong integers.
+    Raises CheckpointError for a truncated or foreign file.
     """
-    stored: dict[str, int] = {}
+    stored: dict[str, tuple[int, str]] = {}
     for file in files:
         try:
             with safe_open(file, framework="pt") as tensors:
-                found = tensors.keys()
-                wrong = [x for x in found if x.endswith(_WORDS) and tensors.get_slice(x).get_dtype() != "I32"]
-                stored |= {name: prod(tensors.get_slice(name).get_shape()) for name in found}
+                for name in tensors.keys():  # noqa: SIM118 - no mapping
+                    part = tensors.get_slice(name)
+                    stored[name] = prod(part.get_shape()), part.get_dtype()
         except SafetensorError as error:
             raise CheckpointError(f"{file} is truncated or not a safetensors file ({error}); copy it again") from error
-        if wrong:
-            raise CheckpointError(f"{file} holds {shortened(wrong)} as something else than int32; copy it again")
     return stored

@@ -10,9 +10,9 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils import quantization_config as hf_quantization
 from transformers.utils.hub import cached_file
 
+from spectrim.checkpoint.config import METHOD
 from spectrim.checkpoint.model_files import CONFIGS, PROVENANCE, processor_files
 from spectrim.checkpoint.names import shortened
-from spectrim.checkpoint.quantizer import METHOD
 from spectrim.checkpoint.sources import NO_MODEL, WHERE, failure, loader, read_config, read_object, sees, split_source
 from spectrim.checkpoint.weights import check_weights, weight_files
 from spectrim.dense import quantization

@@ -12,14 +12,13 @@ from functools import wraps
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
+from spectrim.checkpoint.config import SpectrimConfig
 from spectrim.checkpoint.names import compressed_layers, saved_names, shortened
 from spectrim.checkpoint.quantizer import (
     GUARD,
     WHOLE,
-    SpectrimConfig,
     SpectrimQuantizer,
     all_configs,
     describe,
@@ -27,8 +26,7 @@ from spectrim.checkpoint.quantizer import (
     without_guard,
 )
 from spectrim.errors import CheckpointError
-from spectrim.storage.layers import LowRankLinear
-from spectrim.storage.packed import PackedLinear
+from spectrim.storage import StoredLayer
 
 # What a config carries for a compressed model; and what transformers notes in it on saving, of a part as of the whole.
 _MARKS = ("quantization_config", "fusion_config", "architectures")
@@ -99,7 +97,7 @@ def _described(model: PreTrainedModel, found: SpectrimConfig | None) -> Iterator
 
 
 def _guarded(
-    model: PreTrainedModel, layers: Mapping[str, LowRankLinear | PackedLinear], given: Mapping[str, Any] | None
+    model: PreTrainedModel, layers: Mapping[str, StoredLayer], given: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """The tensors to write: those given, or the model's own, and an empty one in place of every compressed weight.
 
@@ -107,7 +105,8 @@ def _guarded(
     """
     tensors: dict[str, Any] = dict(model.state_dict() if given is None else given)
     for name, layer in layers.items():
-        wanted: dict[str, tuple[int, ...]] = {f"{name}.{tensor}": size for tensor, size in _sizes(layer).items()}
+        # From the layer's sizes: its tensors may be shards, or elsewhere.
+        wanted = {f"{name}.{key}": tuple(tensor.shape) for key, tensor in layer.expected().items()}
         if missing := sorted(wanted.keys() - tensors.keys()):
             raise CheckpointError(f"the state_dict lacks {shortened(missing)}; give all tensors of the model")
         wanted.setdefault(f"{name}.weight", (0,))
@@ -120,18 +119,6 @@ def _guarded(
     for name in saved_names(model, [f"{name}.weight" for name in layers]):
         tensors[name] = torch.empty(0, dtype=dtype)  # those that the format merges with others stand without the guard
     return tensors
-
-
-def _sizes(layer: LowRankLinear | PackedLinear) -> dict[str, tuple[int, ...]]:
-    """Shapes of the weights of a layer by tensor name, from its sizes: its tensors may be shards, or elsewhere."""
-    sizes: dict[str, tuple[int, ...]] = {}
-    for name, part in layer.named_modules():
-        prefix = f"{name}." if name else ""
-        if isinstance(part, PackedLinear):
-            sizes |= {prefix + tensor: size for tensor, size in part.sizes().items()}
-        elif isinstance(part, nn.Linear):
-            sizes[f"{prefix}weight"] = (part.out_features, part.in_features)
-    return sizes
 
 
 PreTrainedModel.save_pretrained = save_pretrained  # type: ignore[method-assign]

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from spectrim.checkpoint.card import model_card
+from spectrim.checkpoint.config import release
 from spectrim.checkpoint.exchange import recover, replacing
 from spectrim.checkpoint.model_files import (
     CARD,
@@ -26,7 +27,7 @@ from spectrim.checkpoint.model_files import (
     without_paths,
 )
 from spectrim.checkpoint.names import compressed_layers
-from spectrim.checkpoint.quantizer import attach, release
+from spectrim.checkpoint.quantizer import attach
 from spectrim.checkpoint.read import load_processor, read_provenance
 from spectrim.checkpoint.sources import local_files, split_source
 from spectrim.errors import CheckpointError

@@ -12,9 +12,10 @@ from spectrim.cli.verbs import Model, Trust, progress, quiet, show, verb
 @verb("anatomy", after_stop="nothing was written")
 def _anatomy(model: Model, trust_remote_code: Trust = False) -> None:
     """Print what a model is made of: tower, connector, backbone, linears by role, and what is kept dense."""
-    from spectrim.anatomy import PLACES, anatomy
+    from spectrim.anatomy import anatomy
     from spectrim.checkpoint import load
     from spectrim.demo import resolve
+    from spectrim.linear import PLACES
 
     quiet()
     parts = anatomy(load(resolve(model), trust_remote_code=trust_remote_code))

@@ -10,7 +10,7 @@ from spectrim.compensate.streams import Call
 from spectrim.compensate.units import Unit
 from spectrim.errors import NumericalError
 from spectrim.maths.roots import OutputRoot, wide
-from spectrim.storage.layers import LowRankLinear
+from spectrim.storage import StoredLayer
 
 RATE = 1e-3  # of Adam, as a share of the root mean square of each factor; falls to zero by half a cosine
 
@@ -38,7 +38,7 @@ def refine(
         NumericalError: the error is not finite; names the block.
     """
     place = next(iter(unit.linears.values())).place
-    parameters = [p for layer in refined(unit).values() for p in (*layer.A.parameters(), *layer.B.parameters())]
+    parameters = [p for layer in refined(unit).values() for p in _trained(layer)]
     if not parameters:
         return
     masters = [parameter.detach().float().clone() for parameter in parameters]
@@ -73,10 +73,13 @@ def refine(
             parameter.requires_grad_(state)
 
 
-def refined(unit: Unit) -> dict[str, LowRankLinear]:
-    """Those of its compressed linears whose factors are floats; integers stay what they are."""
-    layers = {name: layer for name, layer in unit.small.items() if isinstance(layer, LowRankLinear)}
-    return {name: layer for name, layer in layers.items() if isinstance(layer.B, torch.nn.Linear)}
+def refined(unit: Unit) -> dict[str, StoredLayer]:
+    """Those of its compressed linears that store parameters; integers stay what they are."""
+    return {name: layer for name, layer in unit.small.items() if _trained(layer)}
+
+
+def _trained(layer: StoredLayer) -> list[torch.nn.Parameter]:
+    return [parameter for name, parameter in layer.named_parameters() if name != "bias"]
 
 
 def _rows(output: Any, counted: Positions, place: Any) -> torch.Tensor:

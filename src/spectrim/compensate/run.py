@@ -21,15 +21,14 @@ from spectrim.compensate.tap import Tap
 from spectrim.compensate.units import Group, Unit
 from spectrim.disk.lock import writing
 from spectrim.errors import ModelError, NumericalError, RecipeError
-from spectrim.maths.alternating import alternate
 from spectrim.maths.closed_form import ShiftedSum, anchored_weight, blended
-from spectrim.maths.decompose import OutputMetric, Rank, head_ranks
 from spectrim.maths.roots import wide
 from spectrim.metrics.metric import chosen, joint_weights, layer_metric
-from spectrim.plan.plan import Plan, PlanRow
+from spectrim.plan.maker import Maker
+from spectrim.plan.plan import Plan
 from spectrim.recipe import Recipe
 from spectrim.samples import Modality
-from spectrim.storage.make import Factors, Stored, make_stored, plain
+from spectrim.storage import Problem, Tensors, form, made
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class _Pair:
 class Compensation:
     """Compensation of one model under one recipe, anchored or by adaComp (docs/methods.md, section 7).
 
-    `alone` gives a linear without compensation, from its name and its row of the plan.
+    `maker` makes linears without compensation.
     """
 
     def __init__(
@@ -54,14 +53,17 @@ class Compensation:
         parts: Anatomy,
         recipe: Recipe,
         plan: Plan,
-        alone: Callable[[str, PlanRow], Stored],
+        maker: Maker,
         statistics: Statistics,
         processor: Any,
     ) -> None:
         self._model, self._parts, self._recipe, self._plan = model, parts, recipe, plan
-        self._alone, self._statistics, self._processor = alone, statistics, processor
-        if recipe.compensate.kind == "adacomp" and any(row.integers is not None for row in plan.linears.values()):
-            raise RecipeError("adaComp fits factors that are no integers; set compensate.kind=anchored or none")
+        self._maker, self._statistics, self._processor = maker, statistics, processor
+        kinds = {plan.linears[name].form for name in plan.changed}
+        if recipe.compensate.kind == "adacomp" and (others := sorted(x for x in kinds if not form(x).alternates)):
+            raise RecipeError(
+                f"adaComp fits float factors, and the form '{others[0]}' has none; set compensate.kind=anchored or none"
+            )
         self._store = Store(statistics, parts, recipe, plan)
         names: dict[str, list[Any]] = {}
         for linear in parts.linears:
@@ -70,7 +72,7 @@ class Compensation:
         self._units = {name: Unit(model, name, linears) for name, linears in names.items()}
 
     @torch.no_grad()
-    def solve(self, progress: Callable[[int, int], None] | None = None) -> dict[str, Stored]:
+    def solve(self, progress: Callable[[int, int], None] | None = None) -> dict[str, Tensors]:
         """All linears of the plan that samples reach, by name; the model is dense before and after.
 
         The calibration samples run through both models at once and stop before every unit. Linears of a unit that read
@@ -84,7 +86,7 @@ class Compensation:
             ModelError: the compressed model takes another path than the dense one.
             NumericalError: NaN or infinity; names the linear.
         """
-        found: dict[str, Stored] = {}
+        found: dict[str, Tensors] = {}
         missing = dict(self._units)
         for name, unit in self._units.items():
             if self._store.has(name):
@@ -105,7 +107,7 @@ class Compensation:
                 self._store.write(name, {})
         return found
 
-    def _walk(self, pairs: list[_Pair]) -> Iterator[tuple[str, dict[str, Stored]]]:
+    def _walk(self, pairs: list[_Pair]) -> Iterator[tuple[str, dict[str, Tensors]]]:
         """Solve unit after unit; yields each with its linears, and ends after the last that any sample reaches."""
         while going := [pair for pair in pairs if pair.dense.unit is not None or pair.small.unit is not None]:
             # Images come first and pass through all that text passes through: text waits where it is.
@@ -129,11 +131,11 @@ class Compensation:
                 pair.dense.answer(outputs[i] if outputs else unit.run(pair.dense.call, small=False))
                 pair.small.answer(unit.run(pair.small.call, small=True))
 
-    def _solve(self, unit: Unit, here: list[_Pair]) -> tuple[dict[str, Stored], list[Any]]:
+    def _solve(self, unit: Unit, here: list[_Pair]) -> tuple[dict[str, Tensors], list[Any]]:
         """The unit's linears, and what the dense unit gives for each batch."""
         firsts = {pair.modality: pair.dense.call for pair in reversed(here)}
         calls = [call for call in firsts.values() if call is not None]
-        found: dict[str, Stored] = {}
+        found: dict[str, Tensors] = {}
         last: str | None = None  # of those whose output is added to the residual stream
         groups = unit.groups(calls, residual=self._recipe.compensate.residual)
         writers = frozenset[str]().union(*(group.writers for group in groups))
@@ -147,7 +149,7 @@ class Compensation:
             solved = {name: self._linear(unit, name, sums) for name in group.members}
             unit.compress(self._plan, solved)
             found |= solved
-        rest = {name: self._alone(name, self._plan.linears[name]) for name in unit.dense if name not in found}
+        rest = {name: self._alone(name) for name in unit.dense if name not in found}
         unit.compress(self._plan, rest)
         found |= rest
         if (steps := self._recipe.compensate.refine) and unit.name not in unit.dense:
@@ -159,9 +161,7 @@ class Compensation:
                 ).output
             samples = [(p.dense.call, p.small.call, p.counted) for p in here if p.dense.call and p.small.call]
             refine(unit, samples, steps, None if output is None else output.roots[0])
-            for name, layer in refined(unit).items():
-                A, B = layer.factors()
-                found[name] = Stored({**found[name].parts, "A": A, "B": B})
+            found |= {name: layer.tensors() for name, layer in refined(unit).items()}
         return found, [seen.output for seen in dense]
 
     def _add(self, unit: Unit, group: Group, pair: _Pair, dense: Tap, sums: dict[Modality, ShiftedSum]) -> None:
@@ -194,39 +194,41 @@ class Compensation:
                 sums[pair.modality] = ShiftedSum.zero(size, x.device)
             sums[pair.modality].add(rows(place, x), targets)
 
-    def _linear(self, unit: Unit, name: str, sums: dict[Modality, ShiftedSum]) -> Stored:
+    def _alone(self, name: str) -> Tensors:
+        """A linear without compensation."""
+        return self._maker.make(self._parts.linear(name), self._plan.linears[name])
+
+    def _linear(self, unit: Unit, name: str, sums: dict[Modality, ShiftedSum]) -> Tensors:
         linear, row, W = unit.linears[name], self._plan.linears[name], unit.dense[name].weight
         part, how = self._recipe.metric, self._recipe.compensate
         if not (taken := chosen(part, sums)):
-            return self._alone(name, row)
+            return self._alone(name)
         means = [(s.second + s.second.T) / (2 * s.count) for s in taken]
         weights = joint_weights([float(mean.trace()) for mean in means], part.gamma)
         second = torch.stack([w * mean for w, mean in zip(weights, means, strict=True)]).sum(0)
         cross = torch.stack([w * s.cross[name] / s.count for w, s in zip(weights, taken, strict=True)]).sum(0)
         # Input moments of the dense model stay in sight: they are of all samples, and hold what few samples say.
-        own = part.model_copy(
-            update={
-                "kind": "curvature" if part.kind == "curvature" else "whitening",
-                "per_head": isinstance(row.rank, tuple),
-            }
-        )
+        heads = form(row.form).heads(row.spec) or 1
+        kind = "curvature" if part.kind == "curvature" else "whitening"
+        own = part.model_copy(update={"kind": kind, "per_head": heads > 1})
         metric = layer_metric(own, linear, self._statistics, W.device)
         assert metric.value is not None
         second, cross = blended(W, second, cross, metric.value, how.weight)
         value: torch.Tensor | None = second
-        if part.kind != own.kind:  # not made of these moments, and stays what it is
+        if part.kind != kind:  # not made of these moments, and stays what it is
             value = layer_metric(part, linear, self._statistics, W.device).value
         try:
             if how.kind == "adacomp":
-                alone = self._alone(name, row).factors
-                assert row.rank is not None
-                assert alone is not None
-                found = _alternated(*alone, row.rank, second, cross, metric.output, how.rounds, wide(W).dtype)
-                return plain(name, *found)
+                alone = self._maker.problem(linear, heads)
+                return form(row.form).alternate(alone, row.spec, second, cross, how.rounds, wide(W).dtype)
             target = anchored_weight(W, second, cross, how.damping)
         except NumericalError as error:
             raise NumericalError(f"{name}: {error}") from error
-        return make_stored(target, linear, row, value, metric.output, damping=self._recipe.quantize.feedback)
+        recipe = self._recipe
+        problem = Problem(
+            linear, lambda: target, lambda: (value, metric.output), recipe.storage, recipe.quantize, heads=heads
+        )
+        return made(problem, row.form, row.spec)
 
     @contextmanager
     def _passes(self) -> Iterator[list[_Pair]]:
@@ -263,22 +265,3 @@ class Compensation:
             finally:
                 for one in passes:
                     one.close()
-
-
-def _alternated(
-    A: torch.Tensor,
-    B: torch.Tensor,
-    rank: Rank,
-    second: torch.Tensor,
-    cross: torch.Tensor,
-    output: OutputMetric | None,
-    rounds: int,
-    formed: torch.dtype,
-) -> Factors:
-    """adaComp of a linear from A [out, k] and B [k, in], head by head where its rank is."""
-    ranks = head_ranks(rank)
-    blocks = [rows.split(ranks, dim=1)[head] for head, rows in enumerate(A.chunk(len(ranks)))]
-    roots = (None,) * len(ranks) if output is None else output.roots
-    given = zip(blocks, B.split(ranks), cross.chunk(len(ranks)), roots, strict=True)
-    found = [alternate(a, b, second, t, rounds=rounds, formed=formed, output=root) for a, b, t, root in given]
-    return torch.block_diag(*(a for a, _ in found)), torch.cat([b for _, b in found])

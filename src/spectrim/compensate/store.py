@@ -13,9 +13,9 @@ from spectrim.disk.sealed import open_sealed, write_sealed
 from spectrim.metrics.spectra import cache_key
 from spectrim.plan.plan import Plan
 from spectrim.recipe import Recipe
-from spectrim.storage.make import Stored
+from spectrim.storage import Tensors
 
-VERSION = 4  # of what the tensors mean; a change makes earlier files unused
+VERSION = 5  # of what the tensors mean; a change makes earlier files unused
 
 
 class Store:
@@ -24,7 +24,7 @@ class Store:
     def __init__(self, statistics: Statistics, parts: Anatomy, recipe: Recipe, plan: Plan) -> None:
         # All of a recipe counts but what says who it is, and the allocation, of which the plan is what came out.
         content = recipe.model_dump(mode="json", exclude={"version", "name", "summary", "paper", "allocation"})
-        rows = {name: row.model_dump(mode="json", include={"rank", "integers"}) for name, row in plan.linears.items()}
+        rows = {name: [row.form, row.spec] for name, row in plan.linears.items()}
         key = json.dumps([VERSION, cache_key(recipe.metric, statistics, parts), content, rows], sort_keys=True)
         self.home = statistics.path
         self.directory = self.home / "compensated" / hashlib.sha256(key.encode()).hexdigest()[:16]
@@ -33,19 +33,19 @@ class Store:
         """Is this unit done?"""
         return self._path(unit).exists()
 
-    def write(self, unit: str, found: Mapping[str, Stored]) -> None:
+    def write(self, unit: str, found: Mapping[str, Tensors]) -> None:
         """Keep the linears of one unit, by name. Raises StatisticsError where they cannot be written."""
-        tensors = {f"{name}:{key}": tensor for name, one in found.items() for key, tensor in one.tensors().items()}
+        tensors = {f"{name}:{key}": tensor for name, one in found.items() for key, tensor in one.items()}
         write_sealed(self._path(unit), tensors, of=self._of(unit))
 
-    def read(self, unit: str) -> dict[str, Stored]:
+    def read(self, unit: str) -> dict[str, Tensors]:
         """The linears of one unit, by name. Raises StatisticsError where they cannot be read."""
         file = open_sealed(self._path(unit), of=self._of(unit))
         found: dict[str, dict[str, torch.Tensor]] = {}
         for key in file.digests:
             name, _, rest = key.partition(":")
             found.setdefault(name, {})[rest] = file.tensor(key)
-        return {name: Stored.from_tensors(parts) for name, parts in found.items()}
+        return dict(found)
 
     def _path(self, unit: str) -> Path:
         return self.directory / f"{unit}.safetensors"

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from spectrim.anatomy import Linear
 from spectrim.calibrate.hooks import given
 from spectrim.compensate.streams import Call
 from spectrim.compensate.tap import Tap
+from spectrim.linear import Linear
 from spectrim.plan.plan import Plan
-from spectrim.storage.make import Stored
+from spectrim.storage import Tensors, filled
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,11 @@ class Unit:
         self._model = model
         self._forward: Callable[..., Any] = self.module.forward
 
-    def compress(self, plan: Plan, found: Mapping[str, Stored]) -> None:
-        """Add compressed linears."""
-        for name, stored in found.items():
-            stored.put(self._model, name, plan.linears[name].rank)
-            self.small[name] = self._model.get_submodule(name)
-            self._model.set_submodule(name, self.dense[name])
+    def compress(self, plan: Plan, solved: Mapping[str, Tensors]) -> None:
+        """Add compressed linears, by name and with their stored tensors."""
+        for name, tensors in solved.items():
+            row = plan.linears[name]
+            self.small[name] = filled(self.dense[name], row.form, row.spec, tensors)
 
     def run(self, call: Call, *, small: bool) -> Any:
         """The output of the unit, dense or with its compressed linears in place."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from spectrim.checkpoint.quantizer import release
+from spectrim.checkpoint.config import release
 from spectrim.errors import SampleError
 from spectrim.evaluate.answering import Answer
 from spectrim.evaluate.footprint import Memory

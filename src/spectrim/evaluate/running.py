@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from spectrim.checkpoint import load, load_processor, read_provenance
+from spectrim.checkpoint.config import METHOD
 from spectrim.checkpoint.model_files import PROVENANCE
-from spectrim.checkpoint.quantizer import METHOD
 from spectrim.checkpoint.sources import read_config
 from spectrim.checks import check_device
 from spectrim.errors import CheckpointError, SampleError, SpectrimError

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 
 from spectrim.errors import NumericalError
-from spectrim.maths.roots import check_finite, wide
+from spectrim.maths.roots import check_finite, times_metric, wide
 
 
 @dataclass
@@ -87,3 +87,16 @@ def anchored_weight(W: torch.Tensor, second: torch.Tensor, cross: torch.Tensor, 
     if int(failed):
         raise NumericalError("the inputs are too ill-conditioned; raise compensate.damping")
     return W + torch.cholesky_solve((cross - W @ second).T, factor).T
+
+
+def gram(B: torch.Tensor, C: torch.Tensor | None) -> torch.Tensor:
+    """``B C Bᵀ`` [k, k] of B [k, in]: the metric of the inputs of the other factor."""
+    return times_metric(B, C) @ B.T
+
+
+def refit(W: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor | None = None) -> torch.Tensor:
+    """The A [out, k] of least ``‖L (W − A B) R‖`` for a given B [k, in], whatever L is (adaComp, AdaSVD, section 3.2).
+
+    ``A + (W − A B) C Bᵀ (B C Bᵀ)⁺``: in directions that the metric C of the inputs does not see, A stays what it is.
+    """
+    return A + times_metric(W - A @ B, C) @ B.T @ torch.linalg.pinv(gram(B, C), hermitian=True, rtol=1e-9)

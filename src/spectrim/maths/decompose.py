@@ -33,19 +33,58 @@ class OutputMetric:
         return torch.block_diag(*(nats * (eye if root is None else root.metric_times(eye)) for root, nats in parts))
 
 
+class Directions:
+    """The slices of a spectrum, wherever its directions are: in memory (:class:`Spectrum`) or in a file.
+
+    ``s`` [m] float64: squared singular values of ``L W R``; dropping direction i costs s_i. ``loss`` [m] float64: the
+    predicted increase of the loss by dropping it, in nats; None without an output metric. ``head`` [m]: whose direction
+    it is where heads are factored apart, each head's first before all others; None for a whole matrix, whose m is
+    min(out, in).
+    """
+
+    s: torch.Tensor
+    loss: torch.Tensor | None
+    head: torch.Tensor | None
+
+    def sides(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """P and Q (see :class:`Spectrum`), all columns of them."""
+        raise NotImplementedError
+
+    @property
+    def heads(self) -> int:
+        """Parts of the outputs that are factored apart, 1 for the whole matrix."""
+        return 1 if self.head is None else int(self.head.max()) + 1
+
+    def rank(self, count: int) -> Rank:
+        """The rank of the first `count` directions: as it is, or by head."""
+        return count if self.head is None else tuple(self.head[:count].bincount(minlength=self.heads).tolist())
+
+    def directions(
+        self, rank: Rank, device: torch.device | str = "cpu"
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Values [k] float64 and columns of P and Q, as `factors` takes them.
+
+        With a rank by head, the columns are those of one head after another, and P's are zero outside its rows.
+        """
+        P, Q = self.sides()
+        columns = [P] if Q is None else [P, Q]
+        if isinstance(rank, int):
+            s, columns = self.s[:rank], [part[:, :rank] for part in columns]
+        else:
+            assert self.head is not None
+            s, columns = by_head(self.s, self.head, columns, rank)
+        P, *rest = (part.to(device) for part in columns)
+        return s.to(device), P, rest[0] if rest else None
+
+
 @dataclass(frozen=True)
-class Spectrum:
+class Spectrum(Directions):
     """All that any budget needs of one linear; m directions, those that cost most first.
 
-    ``s`` [m] float64: squared singular values of ``L W R``; dropping direction i costs s_i. ``P`` and ``Q`` make the
-    approximation of rank k by a projection on the smaller side of W, with ``QᵀP = I``: ``Ŵ = P_k Q_kᵀ W`` where
-    out ≤ in ([out, m], ``P = L⁻¹ U``, ``Q = Lᵀ U``; ``Q`` is None where it equals ``P``), and ``Ŵ = W P_k Q_kᵀ`` where
-    out > in ([in, m], see `right_basis`). ``loss`` [m] float64: predicted increase of the loss by dropping
-    direction i, in nats; None without an output metric.
-
-    Head by head, ``head`` [m] says whose direction it is, ``P`` and ``Q`` [out/heads, m] have the rows of that head and
-    project the outputs, and each head's first direction comes before all others. ``head`` is None for a whole matrix,
-    whose m is min(out, in).
+    ``P`` and ``Q`` make the approximation of rank k by a projection on the smaller side of W, with ``QᵀP = I``:
+    ``Ŵ = P_k Q_kᵀ W`` where out ≤ in ([out, m], ``P = L⁻¹ U``, ``Q = Lᵀ U``; ``Q`` is None where it equals ``P``), and
+    ``Ŵ = W P_k Q_kᵀ`` where out > in ([in, m], see `right_basis`). Head by head, they are [out/heads, m], have the rows
+    of the head and project the outputs.
     """
 
     s: torch.Tensor
@@ -53,6 +92,10 @@ class Spectrum:
     Q: torch.Tensor | None = None
     loss: torch.Tensor | None = None
     head: torch.Tensor | None = None
+
+    def sides(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """P and Q."""
+        return self.P, self.Q
 
 
 def decompose(
@@ -127,17 +170,6 @@ def factors(
     split = torch.where(s > 0, s.sqrt(), norms).sqrt()
     split = torch.where(split > 0, split, torch.ones_like(split)).to(A.dtype)
     return A * split, B / split[:, None]
-
-
-def directions(spectrum: Spectrum, rank: Rank) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Values [k] and directions P, Q of a spectrum in memory; as :meth:`Spectra.directions`."""
-    found = [spectrum.P] if spectrum.Q is None else [spectrum.P, spectrum.Q]
-    if isinstance(rank, int):
-        s, found = spectrum.s[:rank], [part[:, :rank] for part in found]
-    else:
-        assert spectrum.head is not None
-        s, found = by_head(spectrum.s, spectrum.head, found, rank)
-    return s, found[0], found[1] if len(found) > 1 else None
 
 
 def by_head(

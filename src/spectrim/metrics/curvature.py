@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 import torch
 
-from spectrim.anatomy import Linear
 from spectrim.calibrate import Moment, OutputMoment, Statistics
 from spectrim.calibrate.moments import sketch_test
 from spectrim.errors import RecipeError
+from spectrim.linear import Linear
 from spectrim.maths.decompose import OutputMetric
 from spectrim.maths.roots import BlockRoot, LowRankRoot, OutputRoot, check_finite, nystrom
 from spectrim.recipe import MetricPart

@@ -6,10 +6,10 @@ from typing import Literal, TypeVar
 
 import torch
 
-from spectrim.anatomy import Linear
 from spectrim.calibrate import Moment, Statistics
 from spectrim.calibrate.experts import expert_mean
 from spectrim.errors import RecipeError
+from spectrim.linear import Linear
 from spectrim.maths.decompose import OutputMetric
 from spectrim.maths.roots import check_finite
 from spectrim.metrics.curvature import output_metric

@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from spectrim.anatomy import Anatomy, Linear
+from spectrim.anatomy import Anatomy
 from spectrim.calibrate import Statistics
 from spectrim.disk.lock import writing
 from spectrim.disk.sealed import Sealed, open_sealed, write_sealed
 from spectrim.errors import NumericalError
-from spectrim.maths.decompose import Rank, by_head, decompose
+from spectrim.linear import Linear
+from spectrim.maths.decompose import Directions, Rank, decompose
 from spectrim.maths.roots import check_finite
 from spectrim.metrics.metric import layer_metric
 from spectrim.recipe import MetricPart
@@ -32,54 +33,41 @@ class Spectra:
     def __init__(self, directory: Path, sources: dict[str, str]) -> None:
         self.directory = directory
         self.sources = sources  # by linear: where its metric came from (see Metric.source)
-        self._summaries: dict[str, dict[str, torch.Tensor]] = {}
-        self._checked: set[str] = set()  # linears whose directions were compared with their digests
+        self._spectra: dict[str, KeptSpectrum] = {}
 
-    def values(self, name: str) -> torch.Tensor:
-        """Squared singular values of one linear, [m] float64."""
-        return self._summary(name)["s"]
-
-    def losses(self, name: str) -> torch.Tensor | None:
-        """Predicted increase of the loss by each direction of one linear, [m] float64 nats; None without curvature."""
-        return self._summary(name).get("loss")
-
-    def heads(self, name: str) -> int:
-        """Parts of one linear that are factored apart, 1 for the whole matrix."""
-        head = self._summary(name).get("head")
-        return 1 if head is None else int(head.max()) + 1
-
-    def rank(self, name: str, count: int) -> Rank:
-        """The rank of one linear's first `count` directions: as it is, or by head."""
-        head = self._summary(name).get("head")
-        return count if head is None else tuple(head[:count].bincount(minlength=self.heads(name)).tolist())
-
-    def directions(
-        self, name: str, rank: Rank, device: torch.device | str = "cpu"
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Values [k] float64 and directions P, Q of one linear, as ``decompose.factors`` takes them.
-
-        With a rank by head, the columns are those of one head after another, and P's are zero outside its rows.
-        """
-        summary, file = self._summary(name), self._open(name)
-        checked = name in self._checked
-        stored = [file.tensor(key, checked=checked) for key in ("P", "Q") if key in file.digests]
-        self._checked.add(name)
-        if isinstance(rank, int):
-            s, found = summary["s"][:rank], [part[:, :rank] for part in stored]
-        else:
-            s, found = by_head(summary["s"], summary["head"], stored, rank)
-        P, *rest = (columns.to(device).contiguous() for columns in found)
-        return s.to(device), P, rest[0] if rest else None
-
-    def _summary(self, name: str) -> dict[str, torch.Tensor]:
-        """The vectors of one linear; read once, for every budget asks for them."""
-        if name not in self._summaries:
-            file = self._open(name)
-            self._summaries[name] = {key: file.tensor(key) for key in file.digests.keys() - {"P", "Q"}}
-        return self._summaries[name]
+    def spectrum(self, name: str) -> "KeptSpectrum":
+        """The spectrum of one linear; its vectors are read once, for every budget asks for them."""
+        if name not in self._spectra:
+            self._spectra[name] = KeptSpectrum(lambda: self._open(name))
+        return self._spectra[name]
 
     def _open(self, name: str) -> Sealed:
         return open_sealed(self.directory / f"{name}.safetensors", of=_of(self.directory, name))
+
+
+class KeptSpectrum(Directions):
+    """A spectrum whose directions are read from its file whenever they are asked for."""
+
+    def __init__(self, open_file: Callable[[], Sealed]) -> None:
+        self._open = open_file
+        self._checked = False  # whether the directions were compared with their digests
+        file = open_file()
+        vectors = {key: file.tensor(key) for key in file.digests.keys() - {"P", "Q"}}
+        self.s, self.loss, self.head = vectors["s"], vectors.get("loss"), vectors.get("head")
+
+    def sides(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """P and Q as they were stored. Raises StatisticsError where they cannot be read."""
+        file = self._open()
+        P, *rest = (file.tensor(key, checked=self._checked) for key in ("P", "Q") if key in file.digests)
+        self._checked = True
+        return P, rest[0] if rest else None
+
+    def directions(
+        self, rank: Rank, device: torch.device | str = "cpu"
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """As those of a spectrum in memory, contiguous."""
+        s, P, Q = super().directions(rank, device)
+        return s, P.contiguous(), None if Q is None else Q.contiguous()
 
 
 def cache_key(metric: MetricPart, statistics: Statistics | None, parts: Anatomy) -> str:

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from spectrim.anatomy import Anatomy, Linear, Place, anatomy
+from spectrim.anatomy import Anatomy, anatomy
 from spectrim.calibrate import Statistics
 from spectrim.checks import check_retain
 from spectrim.errors import StatisticsError
+from spectrim.linear import Linear, Place
 from spectrim.maths.decompose import decompose, sides
 from spectrim.maths.roots import check_finite
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from spectrim.anatomy import Anatomy, Linear
+from spectrim.anatomy import Anatomy
 from spectrim.calibrate import Statistics
 from spectrim.calibrate.data import check_there
 from spectrim.calibrate.forms import Form
@@ -17,9 +17,11 @@ from spectrim.checks import check_directory, check_once, check_retain, check_sou
 from spectrim.dense import check_dense
 from spectrim.errors import BudgetError, RecipeError, UsageError
 from spectrim.files import user_path
-from spectrim.plan.plan import Plan, factor_bytes
+from spectrim.linear import Linear
+from spectrim.plan.plan import Plan
 from spectrim.recipe import Recipe
 from spectrim.settings import CalibrationOptions
+from spectrim.storage import forms
 
 
 @dataclass(frozen=True)
@@ -165,10 +167,10 @@ def shared(
             f"the linears {' or '.join(kept)} stay dense and take {frozen} of the {budget} bytes; "
             f"raise the retention or {remedy}"
         )
-    least = sum(min(linear.nbytes, factor_bytes(linear, 1)) for linear in free)
-    if recipe.quantize.bits is None and least > budget - frozen:
+    least = sum(min(form.least(linear, recipe.quantize) for form in forms()) for linear in free)
+    if least > budget - frozen:
         raise BudgetError(
-            f"the budget of {budget - frozen} bytes is less than the {least} bytes of rank 1 everywhere; raise --retain"
+            f"the budget of {budget - frozen} bytes is less than the {least} of the smallest options; raise --retain"
         )
     return free, budget - frozen
 

@@ -20,8 +20,7 @@ from spectrim.pipeline.stages import Compression, Progress
 from spectrim.plan.plan import Plan
 from spectrim.recipe import Recipe
 from spectrim.settings import CalibrationOptions
-from spectrim.storage.layers import LowRankLinear
-from spectrim.storage.packed import PackedLinear
+from spectrim.storage import stored_layers
 
 
 @contextmanager
@@ -51,7 +50,7 @@ def compression(
     chosen = Recipe.read(recipe, changes)
     statistics = stats if stats is None or isinstance(stats, Statistics) else Statistics.open(stats)
     check_samples(chosen, statistics, calibration)
-    if any(isinstance(module, LowRankLinear | PackedLinear) for module in model.modules()):
+    if stored_layers(model):
         raise RecipeError("the model is compressed already; start from the dense model, or dequantize it first")
     check_dense(model)
     parts = anatomy(model)
@@ -152,6 +151,7 @@ def compress(
         files = processor  # which, saved by transformers, brings its code
     with job_compression(job, loaded, processor, progress, calibration) as prepared:
         (chosen,) = prepared.plans(job)
-        if job.targets:
-            prepared.save(chosen, job.targets[0], processor=files, overwrite=overwrite)
-        return prepared.apply(chosen)
+        if not job.targets:
+            return prepared.apply(chosen)
+        prepared.save(chosen, job.targets[0], processor=files, overwrite=overwrite, keep=True)
+        return loaded

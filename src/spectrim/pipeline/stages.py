@@ -2,7 +2,8 @@
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -19,19 +20,20 @@ from spectrim.checkpoint import attach, save
 from spectrim.checkpoint.check import check_written, runnable
 from spectrim.compensate import Compensation
 from spectrim.errors import RecipeError, SpectrimError
-from spectrim.maths.decompose import factors
 from spectrim.metrics.curvature import predicted_loss
 from spectrim.metrics.metric import summed
 from spectrim.metrics.spectra import Spectra
 from spectrim.pipeline.jobs import Job, shared
-from spectrim.plan.allocate import choice, spend
-from spectrim.plan.hybrid import Hybrid
 from spectrim.plan.importance import SAMPLES, block_cosines, importance
-from spectrim.plan.plan import Plan, PlanRow, counted, factor_params, pays_by_pivots, plan_row
+from spectrim.plan.maker import Maker
+from spectrim.plan.plan import Plan, plan_row
+from spectrim.plan.rules import curve
 from spectrim.plan.sensitivity import WINDOWS, probe
+from spectrim.plan.spend import spend
 from spectrim.recipe import Recipe
 from spectrim.samples import load_text, text_windows
-from spectrim.storage.make import Stored, plain
+from spectrim.storage import DENSE, Spec, Tensors, filled, form
+from spectrim.storage.base import checked_linear
 from spectrim.trace import few_tokens
 
 _log = logging.getLogger("spectrim")
@@ -60,49 +62,34 @@ class Compression:
         self.spectra = spectra
         self.parts = parts
         self._progress = progress
+        self.maker = Maker(model, recipe, statistics, spectra)
         self._losses: Mapping[str, torch.Tensor] | None = None
         self._cosines: Mapping[str, float] | None = None
-        self._hybrid: Hybrid | None = None
-
-    @property
-    def hybrid(self) -> Hybrid:
-        """The options of integer weights, and those weights."""
-        if self._hybrid is None:
-            self._hybrid = Hybrid(self.model, self.recipe, self.statistics, self.spectra)
-        return self._hybrid
 
     def plan(self, retain: float) -> Plan:
-        """The plan that keeps at most `retain` of the linears' dense bytes, and less than one rank step below it.
+        """The plan that keeps at most `retain` of the linears' dense bytes, and less than one step of any below it.
 
         Raises:
             BudgetError: `retain` is not in (0, 1], or cannot be met.
         """
         part = self.recipe.allocation
         free, budget = shared(self.recipe, self.parts, retain, self.unreached, self._samples)
-        if self.recipe.quantize.bits is not None:
-            hybrid = self.hybrid.rows(free, budget)
-            sources = self.spectra.sources
-            rows = {x.name: hybrid.get(x.name) or plan_row(x, None, 0.0, sources[x.name]) for x in self.parts.linears}
-            return Plan(recipe=self.recipe.name, retain=retain, linears=rows)
-        wanted, spectra, storage = self._wanted(), self.spectra, self.recipe.storage
-        by_pivots = storage.pivoted
-        options: dict[str, Any] = {"pivoted": by_pivots, "multiple": storage.multiple}
-        choices = {
-            x.name: choice(part, x, wanted(x.name), spectra.losses(x.name), spectra.heads(x.name), **options)
-            for x in free
-        }
-        counts = spend(choices, budget)
+        wanted = self._wanted()
+        searching = None if self._progress is None else partial(self._progress, "options")
+        menus = self.maker.menus(free, searching)
+        numbers = spend([curve(part, menus[x.name], wanted(x.name)) for x in free], budget)
+        chosen = {linear.name: number for linear, number in zip(free, numbers, strict=True)}
         rows = {}
         for linear in self.parts.linears:
-            count, s, losses = counts.get(linear.name), spectra.values(linear.name), spectra.losses(linear.name)
-            error, loss = 0.0, None if losses is None else 0.0
-            if count is not None:
-                error = float(s[count:].sum() / s.sum().clamp_min(1e-300))
-                loss = None if losses is None else float(losses[count:].sum())
-            rank = None if count is None else spectra.rank(linear.name, count)
-            pivoted = by_pivots and pays_by_pivots(linear, rank)
-            source = spectra.sources[linear.name]
-            rows[linear.name] = plan_row(linear, rank, error, source, loss=loss, pivoted=pivoted)
+            source, priced = self.spectra.sources[linear.name], self.spectra.spectrum(linear.name).loss is not None
+            spec: Spec
+            kind, spec, lost, error = DENSE, {}, 0.0, 0.0
+            if (number := chosen.get(linear.name)) is not None:
+                menu = menus[linear.name]
+                (kind, spec), lost = menu.option(number), float(menu.error[number])
+                error = lost / max(float(menu.left[0]), 1e-300)
+            loss = lost if priced else None
+            rows[linear.name] = plan_row(linear, kind, spec, error=error, metric=source, loss=loss)
         return Plan(recipe=self.recipe.name, retain=retain, linears=rows)
 
     def plans(self, job: Job) -> list[Plan]:
@@ -118,7 +105,7 @@ class Compression:
         Where predicted losses are compared, that is all that none of the recipe's modality reaches.
         """
         found, rule = self.spectra.sources, self.recipe.allocation.rule
-        blind = {name for name in found if rule == "loss-aware" and self.spectra.losses(name) is None}
+        blind = {name for name in found if rule == "loss-aware" and self.spectra.spectrum(name).loss is None}
         names = [name for name, source in found.items() if name in blind or source == "unreached"]
         if names:
             some = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
@@ -137,16 +124,18 @@ class Compression:
         wanted: tuple[str, ...] = () if self.statistics is None else self.statistics.manifest.data.modalities
         return " or ".join(m for m in wanted if self.recipe.metric.modality in (m, "joint"))
 
-    def _wanted(self) -> Callable[[str], torch.Tensor]:
-        """What the allocation rule compares: spectra, measured losses (`sensitivity`) or importance (`adacr`)."""
-        if self.recipe.allocation.rule == "adacr":
-            found = importance(self.parts, self._measured_cosines(), self.recipe.allocation.importance)
-            return lambda name: torch.full_like(self.spectra.values(name), found[name])
-        if self.recipe.allocation.rule == "global-sigma":
-            metric, sources = self.recipe.metric, self.spectra.sources
-            return lambda name: self.spectra.values(name) * summed(metric, name, sources[name], self.statistics)
-        if self.recipe.allocation.rule != "sensitivity":
-            return self.spectra.values
+    def _wanted(self) -> Callable[[str], torch.Tensor | float | None]:
+        """What the allocation rule compares beside errors (see :func:`spectrim.plan.rules.curve`), by linear."""
+        rule, spectra = self.recipe.allocation.rule, self.spectra
+        if rule == "adacr":
+            return importance(self.parts, self._measured_cosines(), self.recipe.allocation.importance).__getitem__
+        if rule == "global-sigma":
+            metric, sources = self.recipe.metric, spectra.sources
+            return lambda name: (spectra.spectrum(name).s * summed(metric, name, sources[name], self.statistics)).sqrt()
+        if rule == "global-sigma-mean":
+            return lambda name: spectra.spectrum(name).s.sqrt()
+        if rule != "sensitivity":
+            return lambda name: None
         if self._losses is None:
             if self.statistics is None or self.statistics.manifest.data.text is None or self.processor is None:
                 raise RecipeError("allocation 'sensitivity' needs text statistics and the model's processor; give both")
@@ -178,45 +167,66 @@ class Compression:
     def predicted(self, plan: Plan) -> dict[str, float] | None:
         """Predicted increase of the loss of each modality, nats per labelled token; None without curvature.
 
-        The plan's own losses are in the recipe's metric, where modalities may be joined.
+        The plan's own losses are in the recipe's metric, where modalities may be joined. Linears are made for it,
+        without compensation.
         """
+        total = self._no_losses()
+        for name in plan.changed:
+            self._add_losses(total, name, self._layer(plan, name, {}))
+        return total
+
+    def _no_losses(self) -> dict[str, float] | None:
         if self.statistics is None or not self.recipe.needs_curvature:
             return None
-        found = dict.fromkeys(self.statistics.manifest.data.modalities, 0.0)
-        for name in plan.changed:
-            W: Any = self.model.get_submodule(name).weight
-            small = self._stored(name, plan.linears[name]).weight()
-            for modality in found:
-                moment, output = self.statistics.moment(name, modality), self.statistics.output(name, modality)
-                if moment is not None and output is not None:
-                    found[modality] += predicted_loss(self.recipe.metric.eta, small - W.double(), moment, output)
-        return {str(modality): loss for modality, loss in found.items()}
+        return dict.fromkeys(map(str, self.statistics.manifest.data.modalities), 0.0)
 
-    def _stored(self, name: str, row: PlanRow) -> Stored:
-        """A linear as a row says, without compensation."""
-        linear = self.parts.linear(name)
-        if row.integers is not None:
-            return self.hybrid.stored(linear, row)
-        assert row.rank is not None
+    def _add_losses(self, total: dict[str, float] | None, name: str, layer: nn.Module) -> None:
+        """Add what the layer that takes the place of a dense linear costs each modality."""
+        if total is None:
+            return
+        assert self.statistics is not None
         W: Any = self.model.get_submodule(name).weight
-        return plain(name, *factors(W, *self.spectra.directions(name, row.rank, W.device)))
+        exact: Any = deepcopy(layer).double()
+        change = exact.product() - W.double()
+        for modality in self.statistics.manifest.data.modalities:
+            moment, output = self.statistics.moment(name, modality), self.statistics.output(name, modality)
+            if moment is not None and output is not None:
+                total[modality] += predicted_loss(self.recipe.metric.eta, change, moment, output)
+
+    def _layer(self, plan: Plan, name: str, solved: Mapping[str, Tensors]) -> nn.Module:
+        """The layer that takes the place of a dense linear; made here unless it is among the `solved`."""
+        row, linear = plan.linears[name], checked_linear(self.model, name)
+        tensors = solved[name] if name in solved else self.maker.make(self.parts.linear(name), row)
+        return filled(linear, row.form, row.spec, tensors)
 
     @torch.no_grad()
+    def _put(self, plan: Plan) -> dict[str, float] | None:
+        """Exchange the linears of the model, each made once; returns the predicted losses by modality.
+
+        With compensation nothing predicts by modality what is left: the plan's own prediction stands, which is of the
+        linears by themselves, in the recipe's metric.
+        """
+        compensates = self.recipe.compensate.kind != "none"
+        solved, losses = self._compensated(plan), None if compensates else self._no_losses()
+        for name in plan.changed:
+            layer = self._layer(plan, name, solved)
+            self._add_losses(losses, name, layer)
+            self.model.set_submodule(name, layer)
+        if plan.changed:
+            attach(self.model)
+        return {str(self.recipe.metric.modality): plan.loss} if compensates and plan.loss is not None else losses
+
     def apply(self, plan: Plan) -> PreTrainedModel:
-        """Factor the model in place, as the plan says; it then saves, loads and dequantizes like any other.
+        """Compress the model in place, as the plan says; it then saves, loads and dequantizes like any other.
 
         Raises:
             SpectrimError: the recipe compensates, and its samples are missing (see ``compensate.Compensation``).
         """
-        compensated = self._compensated(plan)
-        for name in plan.changed:
-            row = plan.linears[name]
-            found = compensated.get(name) or self._stored(name, row)
-            found.put(self.model, name, row.rank, pivoted=row.pivoted)
-        return attach(self.model) if plan.changed else self.model
+        self._put(plan)
+        return self.model
 
-    def _compensated(self, plan: Plan) -> Mapping[str, Stored]:
-        """Compensated linears by name; none where the recipe wants none."""
+    def _compensated(self, plan: Plan) -> Mapping[str, Tensors]:
+        """Compensated linears by name; none where the recipe does not compensate."""
         if self.recipe.compensate.kind == "none":
             return {}
         if self.statistics is None or self.processor is None:
@@ -226,26 +236,37 @@ class Compression:
             )
         progress = None if self._progress is None else partial(self._progress, "compensate")
         return Compensation(
-            self.model, self.parts, self.recipe, plan, self._stored, self.statistics, self.processor
+            self.model, self.parts, self.recipe, plan, self.maker, self.statistics, self.processor
         ).solve(progress)
 
     @contextmanager
     def applied(self, plan: Plan) -> Iterator[PreTrainedModel]:
-        """The factored model inside the block, the dense one again after it."""
-        dense: dict[str, nn.Module] = {name: self.model.get_submodule(name) for name in plan.changed}
-        try:
+        """The compressed model inside the block, the dense one again after it."""
+        with self._dense_after(plan):
             yield self.apply(plan)
-        finally:
+
+    @contextmanager
+    def _dense_after(self, plan: Plan, *, failure: bool = False) -> Iterator[None]:
+        """Put the dense linears back after the block; with `failure`, only if it fails."""
+        dense: dict[str, nn.Module] = {name: self.model.get_submodule(name) for name in plan.changed}
+
+        def restore() -> None:
             for name, linear in dense.items():
                 self.model.set_submodule(name, linear)
             if quantizer := getattr(self.model, "hf_quantizer", None):
                 quantizer.remove_quantization_config(self.model)
 
+        with ExitStack() as stack:
+            stack.callback(restore)
+            yield
+            if failure:
+                stack.pop_all()
+
     def provenance(self, plan: Plan) -> dict[str, Any]:
-        """What spectrim.json records: recipe, what was kept in all and by place, data, versions."""
+        """What spectrim.json records of a plan: recipe, what is kept in all and by place, data, versions."""
         params = sum(linear.params for linear in self.parts.linears)
         kept = sum(
-            linear.params if row.rank is None else factor_params(linear, *counted(row.rank), row.pivoted)
+            form(row.form).params(linear, row.spec)
             for linear, row in zip(self.parts.linears, plan.linears.values(), strict=True)
         )
         whole = sum(p.numel() * p.dtype.itemsize for p in self.model.parameters())
@@ -260,7 +281,6 @@ class Compression:
             },
             "bytes": {"linears": plan.bytes, "linears_dense": plan.dense_bytes},
             "places": plan.by_place(self.parts),
-            "predicted_loss": self.predicted(plan),
             "unreached": sorted(self.unreached - set(plan.changed)),
             "data": None if data is None else data.data.model_dump(mode="json"),
             "calibration": None if data is None else data.settings.model_dump(mode="json"),
@@ -287,17 +307,22 @@ class Compression:
                 return [model_inputs(self.model, batch) for batch in batches]
         return [few_tokens(self.model, 5)]
 
-    def save(self, plan: Plan, out: str | Path, *, processor: Any = None, overwrite: bool = False) -> Path:
-        """Write the checkpoint of one plan; the model is dense again afterwards."""
+    def save(
+        self, plan: Plan, out: str | Path, *, processor: Any = None, overwrite: bool = False, keep: bool = False
+    ) -> Path:
+        """Write the checkpoint of one plan; the model is dense again afterwards, unless asked to `keep` it compressed.
+
+        Each linear is made once; what the checkpoint records of them comes from what was made.
+        """
         record, samples = self.provenance(plan), self._compared
-        record["retention"] = {key: value for key, value in record["retention"].items() if value is not None}
-        with self.applied(plan) as model:
+        with self._dense_after(plan, failure=keep):
+            record["predicted_loss"] = self._put(plan)
             return save(
-                model,
+                self.model,
                 out,
                 processor=processor,
                 provenance=record,
                 files={"plan.json": plan.json()},
                 overwrite=overwrite,
-                verify=lambda directory: check_written(model, directory, samples),
+                verify=lambda directory: check_written(self.model, directory, samples),
             )

@@ -1,91 +1,79 @@
-"""The plan: rank by linear, its bytes and its error; a JSON file that a person can read and edit."""
+"""The plan: the form of every linear, its bytes and its error; a JSON file that a person can read and edit."""
 
 import json
 import logging
 import re
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-import numpy as np
-import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-from pydantic_core import PydanticKnownError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
 
-from spectrim.anatomy import PLACES, Anatomy, Linear
-from spectrim.errors import BudgetError
+from spectrim.anatomy import Anatomy
+from spectrim.errors import BudgetError, ModelError
 from spectrim.files import parse_json
-from spectrim.maths.decompose import Rank, head_ranks
-from spectrim.maths.rounding import Grid, fitting_group
+from spectrim.linear import PLACES, Linear
+from spectrim.storage import DENSE, Spec, form
 
 _log = logging.getLogger("spectrim")
-N = TypeVar("N", int, np.ndarray)
-PIVOT = torch.int32.itemsize  # bytes of one pivot
 
 
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Integers(_Part):
-    """Which weights of a row are integers.
-
-    ``bits`` are those of the dense weight, or of both factors where the row has a rank. ``residual`` are those of a
-    whole weight [out, in] that is added to the product of the factors, which may then stay as they are (``bits`` None).
-    ``group`` inputs share a scale, all inputs of an output where it is None or does not divide them. An asymmetric grid
-    has a zero point for each scale.
-    """
-
-    bits: int | None = Field(default=None, ge=2, le=8)
-    residual: int | None = Field(default=None, ge=2, le=8)
-    group: Literal[32, 64, 128] | None = 128
-    symmetric: bool = True
-
-    def grids(self, linear: Linear, rank: Rank | None) -> dict[str, tuple[int, int, Grid]]:
-        """Outputs, inputs and grid of each integer weight of a linear; by part: A, B, R, or "" for the dense one."""
-        out, size = linear.out_features, linear.in_features
-        shapes = {"": (out, size, self.bits)} if rank is None else {"R": (out, size, self.residual)}
-        if rank is not None:
-            k = counted(rank)[0]
-            shapes |= {"A": (out, k, self.bits), "B": (k, size, self.bits)}
-        return {
-            part: (rows, columns, Grid(bits, fitting_group(columns, self.group), self.symmetric))
-            for part, (rows, columns, bits) in shapes.items()
-            if bits is not None
-        }
-
-
 class PlanRow(_Part):
-    """One linear: its rank (None: dense; a list: one for each head of a q, k or v), and what follows from it.
+    """One linear: the form in which it is stored, what the form says of it (`spec`), and what follows from both.
 
-    ``error`` is the relative error in the recipe's metric, Σ_{i>k} s_i / Σ s_i (None where no spectrum was made);
-    ``metric`` says which samples the metric came from; ``loss`` is the increase of the model's loss, in nats, that is
-    predicted of this row alone (None where nothing predicts it). ``pivoted`` says that the factors are stored by
-    pivots, for which a row needs one rank below its number of outputs; of a dense row it says nothing. ``integers``
-    says which weights are quantised, None for none. Only ``rank``, ``pivoted`` and ``integers`` are obeyed, all else
-    are notes.
+    In the file, the entries of the spec stand beside the others: ``{"form": "low-rank", "rank": 8, "pivoted": false,
+    "bytes": …}``. ``error`` is the relative error in the recipe's metric (None where no spectrum was made); ``metric``
+    says which samples the metric came from; ``loss`` is the increase of the model's loss, in nats, that is predicted of
+    this row alone (None where nothing predicts it). Only the form and its spec are obeyed, all else are notes. Without
+    a form, a row with a rank is low-rank, and one without is dense.
     """
 
-    rank: Rank | None
-    pivoted: bool = False
+    form: str
+    spec: dict[str, Any] = {}
     bytes: int = Field(ge=0)
     dense_bytes: int = Field(ge=0)
     error: float | None = Field(default=None, allow_inf_nan=False)
     metric: str | None = None
     loss: float | None = Field(default=None, allow_inf_nan=False)
-    integers: Integers | None = None
 
-    @field_validator("rank")
+    @model_validator(mode="before")
     @classmethod
-    def _at_least_one(cls, rank: Rank | None) -> Rank | None:
-        if rank is not None and min(head_ranks(rank), default=0) < 1:
-            raise PydanticKnownError("greater_than_equal", {"ge": 1})
-        return rank
+    def _apart(cls, row: Any) -> Any:
+        """The entries of the spec, apart from the others."""
+        if not isinstance(row, dict) or "spec" in row:
+            return row
+        notes = {key: value for key, value in row.items() if key in cls.model_fields}
+        spec = {key: value for key, value in row.items() if key not in notes}
+        if spec.get("integers", 0) is None:  # releases before 0.2 wrote them so
+            del spec["integers"]
+        if "form" not in notes:
+            notes["form"] = DENSE if spec.get("rank") is None else "low-rank"
+        if notes["form"] == DENSE and spec.get("rank", 0) is None:
+            spec = {key: value for key, value in spec.items() if key not in ("rank", "pivoted")}
+        return notes | {"spec": spec}
+
+    @model_serializer
+    def _together(self) -> dict[str, Any]:
+        notes = {name: getattr(self, name) for name in type(self).model_fields if name not in ("form", "spec")}
+        return {"form": self.form, **self.spec, **notes}
+
+    @property
+    def rank(self) -> int | None:
+        """Directions of all heads together; None where the form has no rank."""
+        rank = self.spec.get("rank")
+        return sum(rank) if isinstance(rank, list) else rank
 
 
 class Plan(_Part):
     """A whole plan; rows by runtime name, as `spectrim anatomy` prints them."""
 
-    version: Literal[1] = 1
+    version: Literal[1, 2] = 2
     recipe: str
     retain: float | None = Field(default=None, gt=0, le=1)
     linears: dict[str, PlanRow]
@@ -107,37 +95,24 @@ class Plan(_Part):
         return sum(losses) if losses else None
 
     @property
-    def ranks(self) -> dict[str, Rank]:
-        """Ranks of the linears that are factored."""
-        return {name: row.rank for name, row in self.linears.items() if row.rank is not None}
-
-    @property
     def changed(self) -> tuple[str, ...]:
-        """Names of the linears that are factored or hold integers, in the order of the plan."""
-        return tuple(name for name, row in self.linears.items() if row.rank is not None or row.integers is not None)
-
-    @property
-    def pivoted(self) -> set[str]:
-        """Names of the linears that are stored by pivots."""
-        return {name for name, row in self.linears.items() if row.pivoted}
+        """Names of the linears that do not stay dense, in the order of the plan."""
+        return tuple(name for name, row in self.linears.items() if row.form != DENSE)
 
     def by_place(self, parts: Anatomy) -> dict[str, dict[str, Any]]:
-        """What the plan does to the linears of each place that has some: counts, ranks and bytes.
+        """What the plan does to the linears of each place that has some: counts by form, ranks and bytes.
 
-        ``ranks`` are the least, the median and the most of the factored ones, those of heads added up; none of none.
+        ``ranks`` are the least, the median and the most of those that have one, those of heads added up; none of none.
         """
         summary = {}
         for place in PLACES:
             rows = [self.linears[linear.name] for linear in parts.linears if linear.place == place]
             if not rows:
                 continue
-            ranks = sorted(counted(row.rank)[0] for row in rows if row.rank is not None)
+            ranks = sorted(row.rank for row in rows if row.rank is not None)
             summary[str(place)] = {
                 "linears": len(rows),
-                "dense": len(rows) - len(ranks),
-                "factored": len(ranks),
-                "pivoted": sum(row.pivoted for row in rows),
-                "by_head": sum(isinstance(row.rank, tuple) for row in rows),
+                "forms": dict(sorted(Counter(row.form for row in rows).items())),
                 "ranks": [ranks[0], ranks[len(ranks) // 2], ranks[-1]] if ranks else [],
                 "bytes": sum(row.bytes for row in rows),
                 "dense_bytes": sum(row.dense_bytes for row in rows),
@@ -151,7 +126,7 @@ class Plan(_Part):
 
     @classmethod
     def read(cls, path: str | Path, parts: Anatomy | None = None) -> "Plan":
-        """A plan from its file, checked against the model that it is for; bytes are counted anew from the ranks.
+        """A plan from its file, checked against the model that it is for; bytes are counted anew.
 
         Without `parts` it is as it stands in the file, and no model has been asked.
 
@@ -161,6 +136,9 @@ class Plan(_Part):
         try:
             content = parse_json(Path(path).read_bytes())
             plan = cls.model_validate_json(json.dumps(content), strict=True)
+            for name, row in plan.linears.items():
+                with _named(str(path), name, row):
+                    form(row.form).heads(row.spec)
         except (OSError, ValueError) as error:  # a ValidationError is a ValueError
             detail: object = error
             if isinstance(error, ValidationError):
@@ -182,109 +160,37 @@ class Plan(_Part):
             raise BudgetError(f"{where} plans for {strange[0]!r}, which the model lacks; use a plan of this model")
         rows = {}
         for name, linear in known.items():
-            row = self.linears.get(name)
-            rank = None if row is None else row.rank
-            pivoted = row is not None and row.pivoted and rank is not None
-            if rank is not None:
-                _check_rank(linear, rank, where)
-                if pivoted and (not isinstance(rank, int) or rank >= linear.out_features):
-                    raise BudgetError(
-                        f"{where} stores '{name}' by pivots, which needs one rank below its {linear.out_features} "
-                        "outputs; set pivoted to false"
-                    )
-            integers = None if row is None else row.integers
-            if integers is not None:
-                _check_integers(linear, rank, pivoted, integers, where)
-            # The notes of a row may be those of another rank.
-            rows[name] = plan_row(linear, rank, pivoted=pivoted, integers=integers)
+            row = self.linears.get(name, PlanRow(form=DENSE, bytes=0, dense_bytes=0))
+            with _named(where, name, row):
+                form(row.form).check(linear, row.spec)
+                # The notes of a row may be those of another spec.
+                rows[name] = plan_row(linear, row.form, row.spec)
             if rows[name].bytes > linear.nbytes:
                 _log.warning("%s stores '%s' in more bytes than its dense weight has", where, name)
         return Plan(recipe=self.recipe, retain=self.retain, linears=rows)
 
 
+@contextmanager
+def _named(where: str, name: str, row: PlanRow) -> Iterator[None]:
+    """What a form says of a row, as an error of the plan that names the linear."""
+    try:
+        yield
+    except ModelError as error:
+        raise BudgetError(
+            f"{where} stores '{name}' in the form '{row.form}', but {error}; correct it, or make it {DENSE}"
+        ) from error
+
+
 def plan_row(
     linear: Linear,
-    rank: Rank | None,
+    kind: str = DENSE,
+    spec: Spec | None = None,
+    *,
     error: float | None = None,
     metric: str | None = None,
-    *,
     loss: float | None = None,
-    pivoted: bool = False,
-    integers: Integers | None = None,
 ) -> PlanRow:
-    """The row of one linear, with its bytes."""
-    return PlanRow(
-        rank=rank,
-        pivoted=pivoted,
-        bytes=row_bytes(linear, rank, integers, pivoted),
-        dense_bytes=linear.nbytes,
-        error=error,
-        metric=metric,
-        loss=loss,
-        integers=integers,
-    )
-
-
-def row_bytes(linear: Linear, rank: Rank | None, integers: Integers | None = None, pivoted: bool = False) -> int:
-    """Stored bytes of one linear, bias not counted; of integers with scales, zero points and shapes."""
-    grids = {} if integers is None else integers.grids(linear, rank)
-    packed = sum(grid.nbytes(out, size, linear.dtype.itemsize) for out, size, grid in grids.values())
-    if rank is None:
-        return packed if grids else linear.nbytes
-    return packed if "A" in grids else packed + factor_bytes(linear, *counted(rank), pivoted)
-
-
-def counted(rank: Rank) -> tuple[int, int]:
-    """Directions of all heads together, and the number of heads."""
-    ranks = head_ranks(rank)
-    return sum(ranks), len(ranks)
-
-
-def factor_params(linear: Linear, count: N, heads: int = 1, pivoted: bool = False) -> N:
-    """Numbers in the factors of one linear with `count` directions in all, one count or an array of them.
-
-    A direction pays for all inputs and for the outputs of its own head. Pivots spare a square of `count` numbers.
-    """
-    return count * (linear.in_features + linear.out_features // heads - pivoted * count)
-
-
-def factor_bytes(linear: Linear, count: N, heads: int = 1, pivoted: bool = False) -> N:
-    """Bytes of the same, with those of the pivots."""
-    return factor_params(linear, count, heads, pivoted) * linear.dtype.itemsize + pivoted * PIVOT * count
-
-
-def pays_by_pivots(linear: Linear, rank: Rank | None) -> bool:
-    """Whether pivots save bytes at this rank: their indices outweigh what they spare of one or two directions."""
-    if not isinstance(rank, int) or rank >= linear.out_features:
-        return False
-    return factor_bytes(linear, rank, pivoted=True) < factor_bytes(linear, rank)
-
-
-def _check_integers(linear: Linear, rank: Rank | None, pivoted: bool, integers: Integers, where: str) -> None:
-    wrong = None
-    if rank is None and (integers.bits is None or integers.residual is not None):
-        wrong = "a dense row has bits and no residual"
-    elif rank is not None and (pivoted or not isinstance(rank, int)):
-        wrong = "only rows of one rank and without pivots can have integers"
-    elif integers.bits is None and integers.residual is None:
-        wrong = "bits or a residual are needed"
-    if wrong is not None:
-        raise BudgetError(f"{where} gives '{linear.name}' integers, but {wrong}; set integers to null, or correct them")
-
-
-def _check_rank(linear: Linear, rank: Rank, where: str) -> None:
-    ranks, width, whose = head_ranks(rank), linear.out_features, f"'{linear.name}'"
-    if not isinstance(rank, int):
-        if linear.role not in ("q", "k", "v") or not linear.heads:
-            raise BudgetError(
-                f"{where} gives '{linear.name}' ranks by head, which only a q, k or v projection of known heads can "
-                "have; give it one rank, or null for dense"
-            )
-        if len(ranks) != linear.heads:
-            raise BudgetError(
-                f"{where} gives '{linear.name}' ranks for {len(ranks)} heads; it has {linear.heads}, each needs one"
-            )
-        width, whose = width // linear.heads, f"a head of {whose}"
-    most = min(width, linear.in_features)
-    if max(ranks) > most:
-        raise BudgetError(f"{where} gives {whose} rank {max(ranks)}; it can have {most} at most, or null for dense")
+    """The row of one linear in a form, with its bytes; the others are notes."""
+    spec = dict(spec or {})
+    size = form(kind).nbytes(linear, spec)
+    return PlanRow(form=kind, spec=spec, bytes=size, dense_bytes=linear.nbytes, error=error, metric=metric, loss=loss)

@@ -36,12 +36,12 @@ def probe(
         module: Any = model.get_submodule(linear.name)
         original = module.weight.detach().clone()
         full = linear.params / (linear.out_features + linear.in_features)
-        size = len(spectra.values(linear.name))
+        spectrum = spectra.spectrum(linear.name)
+        size = len(spectrum.s)
         ranks = [max(1, int(share * full)) for share in RETENTIONS]
         losses = []
         for rank in ranks:
-            found = spectra.directions(linear.name, spectra.rank(linear.name, rank), original.device)
-            A, B = factors(original, *found)
+            A, B = factors(original, *spectrum.directions(spectrum.rank(rank), original.device))
             module.weight.copy_(A @ B)
             try:
                 losses.append(_loss(model, windows) - dense)

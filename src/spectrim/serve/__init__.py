@@ -5,7 +5,7 @@ def register() -> None:
     """Tell vLLM how to load and run checkpoints of spectrim; vLLM calls this in every one of its processes."""
     from vllm.model_executor.layers.quantization import register_quantization_config
 
-    from spectrim.checkpoint.quantizer import METHOD
+    from spectrim.checkpoint.config import METHOD
     from spectrim.serve.plugin import FactoredConfig
 
     register_quantization_config(METHOD)(FactoredConfig)

@@ -27,9 +27,9 @@ from vllm.model_executor.layers.linear import (
 )
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
+from spectrim.checkpoint.config import METHOD, SpectrimConfig
 from spectrim.checkpoint.names import shortened
-from spectrim.checkpoint.quantizer import METHOD, SpectrimConfig
-from spectrim.errors import CheckpointError
+from spectrim.errors import CheckpointError, ModelError
 from spectrim.maths.decompose import Rank
 from spectrim.maths.rounding import Grid
 from spectrim.serve.matrices import Matrix, PackedMatrix, has_kernel
@@ -264,11 +264,13 @@ class FactoredLinearMethod(LinearMethodBase):
             getattr(found, kind).copy_(tensor)
             if any((i, f"{part}.{kind}".removeprefix(".")) in self.missing for kind in found.state_dict()):
                 return
-            if wrong := self.held.pop((i, part)).misfit():
+            try:
+                self.held.pop((i, part)).loaded()
+            except ModelError as error:
                 raise CheckpointError(
-                    f"the checkpoint's {f'{piece.name}.{part}'.removesuffix('.')}.{wrong} contradicts the shape of the "
-                    "linear; copy or compress it again"
-                )
+                    f"the checkpoint's {f'{piece.name}.{part}'.removesuffix('.')} does not fit the linear ({error}); "
+                    "copy or compress it again"
+                ) from error
         for target in self.targets.get((i, part), ()):  # none where this process needs nothing of a head
             target.matrix.put(target.start, found, target.rows, target.columns)
 

@@ -1,9 +1,9 @@
-"""Layers that a compressed model is made of, and the exchange of dense linears for them.
+"""The layer of two factors, of floats or integers.
 
 The factors of a layer are plain ``nn.Linear`` modules: LoRA, GPTQ, vLLM and ``torch.compile`` see what they know.
 """
 
-from collections.abc import Collection, Mapping
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -12,15 +12,15 @@ from torch import nn
 from torch.nn.utils import skip_init
 
 from spectrim.errors import ModelError
-from spectrim.lazy import LazyWeight
 from spectrim.maths.decompose import Rank, head_ranks
 from spectrim.maths.pivots import pivoted as pivoted_factors
 from spectrim.maths.pivots import row_order
 from spectrim.maths.rounding import Grid
-from spectrim.storage.packed import PackedLinear, check_values
+from spectrim.storage.base import StoredLayer
+from spectrim.storage.packed import PackedLinear
 
 
-class LowRankLinear(nn.Module):
+class LowRankLinear(StoredLayer):
     """A linear layer whose weight is the product of two factors: ``y = A (B x) + bias``.
 
     Children ``A`` (``A.weight`` [out, rank]) and ``B`` (``B.weight`` [rank, in]) are bias-free ``nn.Linear`` modules;
@@ -37,7 +37,7 @@ class LowRankLinear(nn.Module):
     coefficients of the other rows, ascending. The outputs of B and of A are written to their places, ``order``.
 
     Factors may be PackedLinear layers, and a whole layer may have a third child ``R``, a PackedLinear [out, in] that
-    holds the rest of the weight: ``y = A (B x) + R x + bias``; `pack_linears` makes both.
+    holds the rest of the weight: ``y = A (B x) + R x + bias``; `pack` makes both.
 
     Raises ModelError for a rank below 1, for outputs that are no H equal heads, and for pivots with ranks by head or
     with a rank of all outputs.
@@ -86,6 +86,38 @@ class LowRankLinear(nn.Module):
         else:  # no buffers without values: accelerate moves all that there are
             self.pivots = self.order = None
 
+    @property
+    def form(self) -> str:
+        """By the parts that are integers."""
+        if self.R is not None:
+            return "integers+factors"
+        return "low-rank" if isinstance(self.B, nn.Linear) else "integer-factors"
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """Rank, and pivots or grids."""
+        rank = self.rank if isinstance(self.rank, int) else list(self.rank)
+        grids = {name: asdict(part.grid) for name, part in self.named_modules() if isinstance(part, PackedLinear)}
+        return {"rank": rank, "grids": grids} if grids else {"rank": rank, "pivoted": self.pivots is not None}
+
+    def pack(self, part: str, grid: Grid) -> None:
+        """Put an empty PackedLinear in the place of a factor (A, A.0, …, B), or add one for the rest of the weight (R).
+
+        Raises ModelError for another name, for pivots, and for a grid that does not fit.
+        """
+        if self.pivots is not None:
+            raise ModelError(
+                "it is stored by pivots, whose factors cannot be integers; take the pivots or the grids out"
+            )
+        parts = {name: (m.in_features, m.out_features) for name, m in self.named_modules() if isinstance(m, nn.Linear)}
+        shape = (self.in_features, self.out_features) if part == "R" else parts.get(part)
+        if shape is None:
+            raise ModelError(f"a layer of factors has no part {part!r}; its parts are {', '.join(parts)} and R")
+        like = self.some_float()
+        packed = PackedLinear(*shape, grid, bias=False, device=like.device, dtype=like.dtype)
+        parent, _, child = part.rpartition(".")
+        setattr(self.get_submodule(parent), child, packed.train(self.training))
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # as nn.Linear calls it
         """Map inputs [..., in] to [..., out] in the dtype of the factors."""
         latent: torch.Tensor = self.B(input)  # [..., sum of the ranks]
@@ -113,18 +145,18 @@ class LowRankLinear(nn.Module):
         """
         heads, ranks = self._heads(), head_ranks(self.rank)
         if any(isinstance(factor, PackedLinear) for factor in (*heads, self.B)):
-            raise ModelError("packed factors take codes, not numbers; load factors before pack_linears")
+            raise ModelError("packed factors take codes, not numbers; load factors before they are packed")
         k = sum(ranks)
         if A.shape != (self.out_features, k) or B.shape != (k, self.in_features):
             raise ModelError(
                 f"factors of shapes {list(A.shape)} and {list(B.shape)} do not fit a layer that takes "
                 f"{[self.out_features, k]} and {[k, self.in_features]}"
             )
-        check_values(self)
+        self.check_values()
         if self.pivots is not None:
             pivots, A, B = pivoted_factors(A, B)
             self.pivots.copy_(pivots)
-            self.find_order()
+            self.loaded()
         blocks = [columns.chunk(len(ranks))[h] for h, columns in enumerate(A.split(ranks, dim=1))]  # [out / H, k_h]
         if A.count_nonzero() != sum(block.count_nonzero() for block in blocks):
             raise ModelError("a column of A is not zero outside the rows of its head; factor every head by itself")
@@ -138,7 +170,7 @@ class LowRankLinear(nn.Module):
         return torch.block_diag(*(head.weight for head in self._heads())), self.B.weight.clone()
 
     @torch.no_grad()
-    def find_order(self) -> None:
+    def loaded(self) -> None:
         """Bring the order of the outputs up to date with the pivots; needed after `pivots` was written to.
 
         Raises ModelError for pivots that are not different rows of the layer, or that are on the meta device.
@@ -150,19 +182,12 @@ class LowRankLinear(nn.Module):
         try:
             self.order.copy_(row_order(self.pivots, self.out_features))
         except ValueError as error:
-            raise ModelError(str(error)) from None
+            raise ModelError(f"pivots: {error}") from None
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
         if self.pivots is not None and not self.pivots.is_meta:
-            self.find_order()
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """The weight [out, in]; its values are computed, as by `product`, whenever they are read."""
-        trained = any(parameter.requires_grad for parameter in self.parameters())
-        B = self.B.weight_scale if isinstance(self.B, PackedLinear) else self.B.weight
-        return LazyWeight.of(self.product, (self.out_features, self.in_features), B, trained)
+            self.loaded()
 
     def product(self) -> torch.Tensor:
         """The weight [out, in] in the dtype of the factors; gradients flow to them.
@@ -171,7 +196,7 @@ class LowRankLinear(nn.Module):
         offloaded (on the meta device) or carry an adapter: both would be lost.
         """
         heads = self._heads()
-        check_values(self)
+        self.check_values()
         B = _values(self.B)  # [k, in]
         wide = torch.promote_types(B.dtype, torch.float32)
         parts = B.split(head_ranks(self.rank))  # [k_h, in]
@@ -180,20 +205,6 @@ class LowRankLinear(nn.Module):
             found = found + self.R.unpacked().to(wide)
         found = found.to(B.dtype)
         return found if self.order is None else torch.cat([B, found])[self.order.argsort()]
-
-    @torch.no_grad()
-    def to_dense(self) -> nn.Linear:
-        """The dense layer of the same map, in the same dtype and on the same device.
-
-        Raises ModelError for factors that are offloaded (on the meta device) or carry an adapter: both would be lost.
-        """
-        W = self.product()
-        like: dict[str, Any] = {"device": W.device, "dtype": W.dtype}
-        dense = skip_init(nn.Linear, self.in_features, self.out_features, self.bias is not None, **like)
-        dense.weight.copy_(W)
-        if self.bias is not None:
-            dense.bias.copy_(self.bias)
-        return dense.train(self.training)
 
     def _heads(self) -> list[nn.Linear]:
         """The linears of A, one by one; ModelError unless all factors are plain or packed linears."""
@@ -217,69 +228,3 @@ class LowRankLinear(nn.Module):
 
 def _values(factor: nn.Linear | PackedLinear) -> torch.Tensor:
     return factor.unpacked() if isinstance(factor, PackedLinear) else factor.weight
-
-
-def replace_linears(model: nn.Module, ranks: Mapping[str, Rank], pivoted: Collection[str] = ()) -> None:
-    """Exchange dense linears of `model`, in place, for LowRankLinear layers of the same shape, dtype and device.
-
-    `ranks` maps runtime names (``model.get_submodule(name)``) to ranks, of whole layers or by head; `pivoted` names
-    those of them that are stored by pivots. The bias parameter is handed over; the factors are NaN, or meta tensors
-    where the dense weight is one. Raises ModelError, before anything is changed, for a name that is not exactly an
-    ``nn.Linear`` and for ranks that its layer cannot have.
-    """
-    if strange := sorted(set(pivoted) - ranks.keys()):
-        raise ModelError(f"{strange[0]!r} has pivots and no rank; give it one")
-    layers: dict[str, LowRankLinear] = {}
-    for name, rank in ranks.items():
-        try:
-            linear = model.get_submodule(name)
-        except AttributeError:
-            raise ModelError(f"the model has no module {name!r}; ranks are keyed by the names of its linears") from None
-        if type(linear) is not nn.Linear:  # a subclass may compute something else
-            raise ModelError(f"{name!r} is a {type(linear).__name__}, not an nn.Linear; leave it out of the ranks")
-        like: dict[str, Any] = {"device": linear.weight.device, "dtype": linear.weight.dtype}
-        shape = linear.in_features, linear.out_features
-        if (largest := max(head_ranks(rank), default=0)) > min(shape):
-            raise ModelError(f"{name!r} has rank {largest}, and {min(shape)} is full rank; give a smaller one")
-        try:
-            layer = LowRankLinear(*shape, rank, bias=False, pivoted=name in pivoted, **like)
-        except ModelError as error:
-            raise ModelError(f"{name!r}: {error}") from None
-        layer.bias = linear.bias
-        layers[name] = layer.requires_grad_(linear.weight.requires_grad).train(linear.training)
-    for name, layer in layers.items():
-        model.set_submodule(name, layer)
-
-
-def pack_linears(model: nn.Module, grids: Mapping[str, Grid]) -> None:
-    """Exchange linears of `model`, in place, for empty PackedLinear layers of the same shape, dtype and device.
-
-    `grids` is keyed by runtime names: of dense linears, of factors (``X.A``, ``X.A.0``, ``X.B``), and of the rest of a
-    weight (``X.R``), which a LowRankLinear gets by it. The bias parameter is handed over. Raises ModelError, before
-    anything is changed, for a name that is none of these, and for a grid that does not fit.
-    """
-    packed: dict[str, PackedLinear] = {}
-    for name, grid in grids.items():
-        parent, _, child = name.rpartition(".")
-        try:
-            owner = model.get_submodule(parent)
-            linear: Any = owner.B if child == "R" and isinstance(owner, LowRankLinear) else model.get_submodule(name)
-        except AttributeError:
-            raise ModelError(f"the model has no module {name!r}; grids are keyed by the names of linears") from None
-        if type(linear) is not nn.Linear:
-            raise ModelError(f"{name!r} is a {type(linear).__name__}, not an nn.Linear; leave it out of the grids")
-        shape = linear.in_features, linear.out_features
-        if isinstance(owner, LowRankLinear):
-            if owner.pivots is not None:
-                raise ModelError(f"{name!r} is a factor of a layer that is stored by pivots; pack whole factors only")
-            shape = (owner.in_features, owner.out_features) if child == "R" else shape
-        like: dict[str, Any] = {"device": linear.weight.device, "dtype": linear.weight.dtype}
-        try:
-            layer = PackedLinear(*shape, grid, bias=False, **like)
-        except ModelError as error:
-            raise ModelError(f"{name!r}: {error}") from None
-        layer.bias = linear.bias
-        packed[name] = layer.train(linear.training)
-    for name, layer in packed.items():
-        owner = model.get_submodule(name.rpartition(".")[0])
-        setattr(owner, name.rpartition(".")[2], layer)

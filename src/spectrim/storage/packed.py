@@ -9,22 +9,22 @@ register the format (see ``spectrim.registration``).
 """
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import ValidationError
 from torch import nn
-from torch.nn.utils import skip_init
 
 from spectrim.errors import CheckpointError, ModelError
-from spectrim.lazy import LazyWeight
 from spectrim.maths.rounding import Grid, Quantized
+from spectrim.storage.base import StoredLayer
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationScheme
 
 
-class PackedLinear(nn.Module):
+class PackedLinear(StoredLayer):
     """A linear layer whose weight is integers: ``y = W x + bias`` with W unpacked whenever it is used.
 
     Buffers: ``weight_packed`` int32 [out, ⌈in · bits / 32⌉], ``weight_scale`` [out, groups], ``weight_shape`` int64 [2]
@@ -62,9 +62,19 @@ class PackedLinear(nn.Module):
         self.bias = nn.Parameter(torch.full((out_features,), torch.nan, **like)) if bias else None
 
     @property
-    def weight(self) -> torch.Tensor:
-        """The weight [out, in] in the dtype of the scales; unpacked anew whenever its values are read."""
-        return LazyWeight.of(self.unpacked, (self.out_features, self.in_features), self.weight_scale, False)
+    def form(self) -> str:
+        """Integers."""
+        return "integers"
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """The grid."""
+        return asdict(self.grid)
+
+    def product(self) -> torch.Tensor:
+        """As `unpacked`; raises ModelError where the layer is offloaded."""
+        self.check_values()
+        return self.unpacked()
 
     def unpacked(self) -> torch.Tensor:
         """The weight [out, in] in the dtype of the scales."""
@@ -94,32 +104,11 @@ class PackedLinear(nn.Module):
             assert found.zero is not None
             self.weight_zero_point.copy_(pack(found.zero.T, self.grid.bits).T)
 
-    @torch.no_grad()
-    def to_dense(self) -> nn.Linear:
-        """The dense layer of the same map, in the dtype of the scales; ModelError where it is offloaded."""
-        check_values(self)
-        W = self.unpacked()
-        like: dict[str, Any] = {"device": W.device, "dtype": W.dtype}
-        dense = skip_init(nn.Linear, self.in_features, self.out_features, self.bias is not None, **like)
-        dense.weight.copy_(W)
-        if self.bias is not None:
-            dense.bias.copy_(self.bias)
-        return dense.train(self.training)
-
-    def sizes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the tensors that stand for the weight, as the grid and the size of the layer say."""
-        like = PackedLinear(self.in_features, self.out_features, self.grid, bias=False, device="meta")
-        return {name: tuple(tensor.shape) for name, tensor in like.named_buffers()}
-
-    def misfit(self) -> str | None:
-        """Name of the first buffer whose shape or dtype is not what the grid and the size of the layer say."""
-        wanted, held = self.sizes(), dict(self.named_buffers())
-        for name, size in sorted(wanted.items()):
-            tensor, floats = held.get(name), name == "weight_scale"
-            if tensor is None or tensor.shape != size or tensor.is_floating_point() != floats:
-                return name
+    def loaded(self) -> None:
+        """Raise ModelError where the stored shape is another one than the layer's."""
         shape = self.weight_shape
-        return "weight_shape" if not shape.is_meta and shape.tolist() != [self.out_features, self.in_features] else None
+        if not shape.is_meta and shape.tolist() != [self.out_features, self.in_features]:
+            raise ModelError(f"weight_shape: it is {shape.tolist()}, not {[self.out_features, self.in_features]}")
 
     def extra_repr(self) -> str:
         """Shape of the layer, as ``nn.Linear`` shows its own, and its grid."""
@@ -127,12 +116,6 @@ class PackedLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"bits={self.grid.bits}, group={self.grid.group}" + ", symmetric=False" * (not self.grid.symmetric)
         )
-
-
-def check_values(layer: nn.Module) -> None:
-    """Raise ModelError for a layer that is offloaded, in whole or in part."""
-    if any(tensor.is_meta for tensor in (*layer.parameters(), *layer.buffers())):
-        raise ModelError("tensors on the meta device have no values; load the model without offloading")
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:

@@ -1,0 +1,43 @@
+"""What one linear of a model is, apart from the model."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+Place = Literal["tower", "connector", "backbone"]
+PLACES: tuple[Place, ...] = ("tower", "connector", "backbone")
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One compressible ``nn.Linear``: ``model.get_submodule(name)``.
+
+    ``block`` is the transformer block that holds it (None outside blocks and in the connector). ``heads`` counts query
+    heads for roles q, qkv and o (its input side) and key/value heads for k and v; None elsewhere, and where the model
+    does not tell.
+    """
+
+    name: str
+    place: Place
+    block: str | None
+    role: str
+    out_features: int
+    in_features: int
+    heads: int | None
+    dtype: torch.dtype
+
+    @property
+    def per_head(self) -> int | None:
+        """Number of heads that the outputs are made of (q, k and v with known heads); None for other linears."""
+        return self.heads if self.role in ("q", "k", "v") else None
+
+    @property
+    def params(self) -> int:
+        """Number of weights, bias not counted."""
+        return self.out_features * self.in_features
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights in the model's dtype, bias not counted."""
+        return self.params * self.dtype.itemsize

@@ -1,0 +1,93 @@
+"""Makes the linears of one model under one recipe: the options of each, and the stored tensors of the one chosen."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from spectrim.calibrate import Statistics
+from spectrim.disk.lock import writing
+from spectrim.errors import NumericalError
+from spectrim.linear import Linear
+from spectrim.maths.decompose import OutputMetric
+from spectrim.maths.roots import check_finite
+from spectrim.metrics.metric import layer_metric
+from spectrim.metrics.spectra import Spectra
+from spectrim.plan.options import Menu, menu
+from spectrim.plan.plan import PlanRow
+from spectrim.recipe import Recipe
+from spectrim.storage import Problem, Tensors, form, forms, made
+
+VERSION = 1  # of what options on disk mean; a change makes earlier files unused
+
+
+class Maker:
+    """Of one dense model, its spectra, and the statistics that they were made of (None where the recipe needs none)."""
+
+    def __init__(self, model: nn.Module, recipe: Recipe, statistics: Statistics | None, spectra: Spectra) -> None:
+        self._model, self._recipe, self._statistics, self._spectra = model, recipe, statistics, spectra
+        self._menus: dict[str, Menu] = {}
+
+    def problem(self, linear: Linear, heads: int | None = None) -> Problem:
+        """A linear in the recipe's metrics; with `heads` parts of its outputs apart, or as the recipe factors it."""
+        part, spectrum = self._recipe.metric, self._spectra.spectrum(linear.name)
+        as_kept = heads is None or heads == spectrum.heads
+        if not as_kept:
+            part = part.model_copy(update={"per_head": heads != 1})
+        parameter = self._model.get_submodule(linear.name).weight
+        assert isinstance(parameter, torch.Tensor)
+        weight = parameter.detach()
+
+        def metrics() -> tuple[torch.Tensor | None, OutputMetric | None]:
+            metric = layer_metric(part, linear, self._statistics, weight.device)
+            return metric.value, metric.output
+
+        return Problem(
+            linear,
+            lambda: check_finite(f"the weight of {linear.name}", weight),
+            metrics,
+            self._recipe.storage,
+            self._recipe.quantize,
+            heads=spectrum.heads if heads is None else heads,
+            kept=spectrum if as_kept else None,
+        )
+
+    def menus(self, linears: Sequence[Linear], progress: Callable[[int, int], None] | None = None) -> dict[str, Menu]:
+        """All options of linears, by name. What took long to find is kept beside the spectra for other budgets.
+
+        Raises:
+            NumericalError: a weight or a metric holds NaN or infinity; names the linear.
+            StatisticsError: options cannot be read or written.
+        """
+        paths = {linear.name: self._home / f"{linear.name}.safetensors" for linear in linears}
+        with ExitStack() as stack:
+            if self._recipe.quantize.bits is not None and not all(path.exists() for path in paths.values()):
+                home = self._home if self._statistics is None else self._statistics.path
+                stack.enter_context(writing(home, alone=False))
+            for done, linear in enumerate(linears):
+                if linear.name not in self._menus:
+                    try:
+                        self._menus[linear.name] = menu(self.problem(linear), paths[linear.name])
+                    except NumericalError as error:
+                        raise NumericalError(f"{linear.name}: {error}") from error
+                if progress is not None:
+                    progress(done + 1, len(linears))
+        return {linear.name: self._menus[linear.name] for linear in linears}
+
+    def make(self, linear: Linear, row: PlanRow) -> Tensors:
+        """The stored tensors of a linear as its row of the plan says. Raises NumericalError; names the linear."""
+        heads = form(row.form).heads(row.spec)
+        return made(self.problem(linear, heads), row.form, row.spec)
+
+    @property
+    def _home(self) -> Path:
+        """Where options are kept; named by all that they depend on."""
+        recipe, directory = self._recipe, self._spectra.directory
+        parts = [part.model_dump(mode="json") for part in (recipe.storage, recipe.quantize)]
+        content = [VERSION, directory.name, *parts, [x.name for x in forms() if x.searches]]
+        key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+        return directory.parent.parent / "options" / key

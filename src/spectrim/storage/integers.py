@@ -1,0 +1,127 @@
+"""A dense weight in integers, in the tensors of compressed-tensors' format ``pack-quantized`` (docs/methods.md, 8)."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import nn
+
+from spectrim.errors import ModelError
+from spectrim.linear import Linear
+from spectrim.maths.rounding import Grid, Quantized, expected, fitting_group, quantize
+from spectrim.recipe import QuantizePart
+from spectrim.storage.base import Form, Options, Problem, Spec, Tensors, register
+from spectrim.storage.packed import PackedLinear
+
+BITS = (2, 3, 4, 8)  # where the recipe leaves them to the allocation
+
+
+class Integers(Form):
+    """``bits``, ``group`` (inputs that share a scale; None for all inputs of an output) and ``symmetric``."""
+
+    name = "integers"
+    marker = "weight_packed"
+    searches = True
+
+    def options(self, problem: Problem) -> Options:
+        """One option for each number of bits that the recipe allows.
+
+        The predicted error needs no integers: after error feedback the rounding residuals r are as large as those of
+        rounding to nearest on the same grid, and the error is ``Σ S_ii² r_ij² T_jj²`` (see
+        :mod:`spectrim.maths.rounding`), so that one rounding prices an option.
+        """
+        linear, rows = problem.linear, list[tuple[int, float, Spec]]()
+        for bits in allowed_bits(problem):
+            grid = grid_of(problem, bits, linear.in_features)
+            size = grid.nbytes(linear.out_features, linear.in_features, linear.dtype.itemsize)
+            rows.append((size, float(noise(problem, problem.W, grid).sum()), asdict(grid)))
+        return Options.listed(self.name, rows)
+
+    def make(self, problem: Problem, spec: Spec) -> Tensors:
+        """The weight rounded, with errors fed on in the metrics of the problem."""
+        layer = self.build(problem.empty(), spec)
+        layer.load(rounded(problem, problem.W, layer.grid, problem.C, problem.G, problem.linear.dtype))
+        return layer.state_dict()
+
+    def build(self, linear: nn.Linear, spec: Spec) -> PackedLinear:
+        """An empty PackedLinear."""
+        like: dict[str, Any] = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+        layer = PackedLinear(linear.in_features, linear.out_features, checked_grid(spec), bias=False, **like)
+        layer.bias = linear.bias
+        return layer.train(linear.training)
+
+    def heads(self, spec: Spec) -> None:
+        """None; ModelError for a spec that is no grid."""
+        checked_grid(spec)
+
+    def least(self, linear: Linear, quantize: QuantizePart) -> int:
+        """Bytes of the weight where the recipe has no integers."""
+        return linear.nbytes if quantize.bits is None else 0
+
+    def nbytes(self, linear: Linear, spec: Spec) -> int:
+        """Bytes of codes, scales, zero points and the shape."""
+        return checked_grid(spec).nbytes(linear.out_features, linear.in_features, linear.dtype.itemsize)
+
+    def params(self, linear: Linear, spec: Spec) -> int:
+        """As many numbers as the weight has."""
+        return linear.params
+
+
+def checked_grid(spec: Any) -> Grid:
+    """The grid of a spec. Raises ModelError for what is none."""
+    values = dict(spec) if isinstance(spec, Mapping) else {}
+    bits, group, symmetric = values.pop("bits", None), values.pop("group", None), values.pop("symmetric", True)
+    whole = all(type(value) is int for value in (bits, group or 1))
+    if values or not whole or not 2 <= bits <= 8 or (group or 1) < 1 or type(symmetric) is not bool:
+        raise ModelError(
+            f"{spec} is no grid of integers; give bits (2 to 8), group (a size, or null for one scale by output) and "
+            "symmetric (true or false)"
+        )
+    return Grid(bits, group, symmetric)
+
+
+def allowed_bits(problem: Problem) -> tuple[int, ...]:
+    """Numbers of bits that are options."""
+    bits = problem.quantize.bits
+    if bits is None or not problem.may_be_integers:
+        return ()
+    return BITS if bits == "auto" else (bits,)
+
+
+def grid_of(problem: Problem, bits: int, size: int) -> Grid:
+    """The recipe's grid of so many bits for a weight of `size` inputs."""
+    return Grid(bits, fitting_group(size, problem.quantize.group), problem.quantize.symmetric)
+
+
+def rounded(
+    problem: Problem,
+    W: torch.Tensor,
+    grid: Grid,
+    C: torch.Tensor | None,
+    G: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> Quantized:
+    """W on a grid with scales in `dtype`, errors fed on in C and G as the recipe says (see `quantize`)."""
+    damping = problem.quantize.feedback
+    metrics = (None, None) if damping is None else (C, G)
+    return quantize(W, grid, *metrics, dtype=dtype, damping=damping or 0.0)
+
+
+def noise(
+    problem: Problem,
+    W: torch.Tensor,
+    grid: Grid,
+    inputs: torch.Tensor | None = None,
+    outputs: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What the rounding of each entry of W [out, in] adds to the error, predicted without feedback; [out, in] float64.
+
+    `inputs` [in] and `outputs` [out] weigh squared residuals; those of the problem's metrics where they are None.
+    """
+    by_input, by_output = problem.residual_weights
+    inputs, outputs = by_input if inputs is None else inputs, by_output if outputs is None else outputs
+    return expected(W.double(), grid, inputs, outputs, problem.linear.dtype)
+
+
+register(Integers())
