@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from families import FAMILIES, example_inputs
+from helpers.exchanged import pack_linears, replace_linears
 from spectrim.anatomy import anatomy
 from spectrim.maths.decompose import Rank, head_ranks
 from spectrim.maths.rounding import Grid, fitting_group, quantize
-from spectrim.storage.layers import LowRankLinear, pack_linears, replace_linears
+from spectrim.storage.layers import LowRankLinear
 
 MAIN = ("qwen2_5_vl", "llava", "idefics3", "llama")
 
@@ -72,7 +73,7 @@ def randomised(layer: LowRankLinear) -> LowRankLinear:
         parameter.normal_()
     if layer.pivots is not None:
         layer.pivots.copy_(torch.randperm(layer.out_features)[: len(layer.pivots)].sort().values)
-        layer.find_order()
+        layer.loaded()
     return layer
 
 

@@ -140,14 +140,14 @@ class SpectrimConfig(QuantizationConfigMixin):
 
         Raises CheckpointError for an inner config that holds anything else than packed integer weights.
         """
-        grids, found = self.grids(), dict[str, tuple[str, Spec]]()
+        grids, pivoted, found = self.grids(), set(self.pivoted), dict[str, tuple[str, Spec]]()
         for name, rank in self.ranks.items():
             spec: dict[str, Any] = {"rank": rank}
             if parts := grids.pop(name, {}):
                 spec["grids"] = {part: asdict(grid) for part, grid in parts.items()}
-            if not parts or name in self.pivoted:
-                spec["pivoted"] = name in self.pivoted
-            form = "integers+factors" if "R" in parts else "integer-factors" if parts else "low-rank"
+            if not parts or name in pivoted:
+                spec["pivoted"] = name in pivoted
+            form = "integers+factors" if "R" in parts else "integer-factors" if "B" in parts else "low-rank"
             found[name] = (form, spec)
         found |= {name: (_INTEGERS, asdict(parts[""])) for name, parts in grids.items()}
         for name, entry in self.forms.items():

@@ -43,11 +43,17 @@ _SHARDS = {"q": 0, "k": 1, "v": 2}
 class FactoredConfig(QuantizationConfig):
     """vLLM's view of ``quantization_config`` of a checkpoint, keyed by vLLM's names of linears.
 
-    Raises CheckpointError where `SpectrimConfig.grids` does.
+    Raises CheckpointError for forms that the plugin does not run, and where `SpectrimConfig.grids` does.
     """
 
     def __init__(self, config: SpectrimConfig) -> None:
         super().__init__()
+        if config.forms:
+            name, entry = next(iter(config.forms.items()))
+            raise CheckpointError(
+                f"spectrim's vLLM plugin does not run the form '{entry['form']}', which {name!r} is stored in; serve the "
+                "dequantized model (model.dequantize() and save_pretrained)"
+            )
         self.ranks: dict[str, Rank] = dict(config.ranks)
         self.pivoted = set(config.pivoted)
         self.grids = config.grids()  # of the parts of each linear
