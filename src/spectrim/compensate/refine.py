@@ -38,7 +38,7 @@ def refine(
         NumericalError: the error is not finite; names the block.
     """
     place = next(iter(unit.linears.values())).place
-    parameters = [p for layer in refined(unit).values() for p in _trained(layer)]
+    parameters = [p for layer in refined(unit).values() for p in layer.trained()]
     if not parameters:
         return
     masters = [parameter.detach().float().clone() for parameter in parameters]
@@ -75,11 +75,7 @@ def refine(
 
 def refined(unit: Unit) -> dict[str, StoredLayer]:
     """Those of its compressed linears that store parameters; integers stay what they are."""
-    return {name: layer for name, layer in unit.small.items() if _trained(layer)}
-
-
-def _trained(layer: StoredLayer) -> list[torch.nn.Parameter]:
-    return [parameter for name, parameter in layer.named_parameters() if name != "bias"]
+    return {name: layer for name, layer in unit.small.items() if layer.trained()}
 
 
 def _rows(output: Any, counted: Positions, place: Any) -> torch.Tensor:

@@ -172,8 +172,12 @@ class StoredLayer(nn.Module, ABC):
     @property
     def weight(self) -> torch.Tensor:
         """The weight [out, in] for code that asks for it; its values are computed whenever they are read."""
-        trained = any(p.requires_grad for name, p in self.named_parameters() if name != "bias")
+        trained = any(parameter.requires_grad for parameter in self.trained())
         return LazyWeight.of(self.product, (self.out_features, self.in_features), self.some_float(), trained)
+
+    def trained(self) -> list[nn.Parameter]:
+        """Its parameters but for the bias; none where all that is stored is integers."""
+        return [parameter for name, parameter in self.named_parameters() if name != "bias"]
 
     def some_float(self) -> torch.Tensor:
         """A tensor of the dtype and on the device of the layer."""

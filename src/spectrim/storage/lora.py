@@ -7,8 +7,7 @@ from torch import nn
 
 from spectrim.anatomy import anatomy
 from spectrim.errors import ModelError
-from spectrim.storage.layers import LowRankLinear
-from spectrim.storage.packed import PackedLinear
+from spectrim.storage.base import StoredLayer, stored_layers
 
 logger = logging.getLogger(__name__)
 
@@ -21,9 +20,10 @@ def lora_targets(model: nn.Module) -> list[str]:
     stayed dense are the targets. Integers that are left out are one line of logging. Raises ModelError if no layer is
     compressed, and if nothing but integers is.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
-    integers = sum(isinstance(module, PackedLinear) for module in model.modules())
-    if not layers and not integers:
+    layers = stored_layers(model)
+    stored = [module for module in model.modules() if isinstance(module, StoredLayer)]  # factors, too
+    integers = sum(not layer.trained() and len(_stored_in(layer)) == 1 for layer in stored)
+    if not layers:
         raise ModelError("the model has no factored layer to adapt; name its linears to PEFT as for any dense model")
     targets = [
         f"{name}.{factor}"
@@ -36,10 +36,15 @@ def lora_targets(model: nn.Module) -> list[str]:
         with suppress(ModelError):  # nothing that stayed dense can be adapted
             targets = [x.name for x in anatomy(model).linears if not x.name.startswith(inside)]
     if not targets:
+        what = f"all {integers} matrices are integers" if integers else "no factor is a plain linear"
         raise ModelError(
-            f"all {integers} matrices of the model's compressed layers are integers, to which LoRA cannot be added; "
-            "dequantize the model first, or compress it with float factors or with some linears left dense"
+            f"{what} in the model's compressed layers, to which LoRA cannot be added; dequantize the model first, or "
+            "compress it with float factors or with some linears left dense"
         )
     if integers:
         logger.info("LoRA leaves out %d matrices of integers; it adapts %d float matrices", integers, len(targets))
     return targets
+
+
+def _stored_in(layer: StoredLayer) -> list[nn.Module]:
+    return [module for module in layer.modules() if isinstance(module, StoredLayer)]
