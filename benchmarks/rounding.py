@@ -1,4 +1,4 @@
-"""What error feedback saves on single linears: to nearest, along the inputs, on both sides, and what was predicted.
+"""Rounding errors of single linears: to nearest, with feedback along the inputs or on both sides, and predicted.
 
     python benchmarks/rounding.py smollm2.gguf --stats STATS --linears layers.5.self_attn.q_proj,layers.5.mlp.down_proj
 

@@ -19,17 +19,17 @@ class Choice:
 
     With a `step` above 1, a direction below stands for so many directions of the spectrum, bought together.
 
-    Purchases are blocks of directions, wanted less from block to block, and the dense weight after `jump` of them. What
-    is left at the end may buy parts of blocks, and blocks beyond `jump`.
+    Purchases are blocks of directions with falling scores, and the dense weight after `jump` of them. Bytes that are
+    left at the end may buy parts of blocks, and blocks beyond `jump`.
     """
 
     sizes: np.ndarray  # int64 [n + 1], increasing: bytes with 0 … n directions, all below `dense`
     dense: int  # bytes of the dense weight
-    gains: np.ndarray  # [n]: what each direction takes away
+    gains: np.ndarray  # [n]: loss or energy that each direction saves
     ends: np.ndarray  # int64 [blocks]: number of directions after each block, the last n; the first is the least
-    scores: np.ndarray  # [blocks]: how much each block is wanted, the first infinitely
+    scores: np.ndarray  # [blocks]: score of each block, that of the first is infinite
     jump: int  # number of blocks before the dense weight
-    whole: float  # how much the dense weight is wanted, at most as much as the blocks before it
+    whole: float  # score of the dense weight, at most that of the blocks before it
     step: int = 1
 
     @property
@@ -86,8 +86,8 @@ def choice(
     then holds the measured losses. ``adacr``: minus the target retention at which the linear has the direction, along
     AdaSVD's line ``floor + I (target − floor)``; `s` then holds the linear's importance I. Below the floor all linears
     grow alike. ``loss-aware``: predicted loss per byte (LASER); since the dense weight costs less than all directions,
-    it is bought after the rank from which the way to it takes away more loss per byte than what follows: the lower hull
-    of loss over bytes.
+    it is bought after the rank from which the step to it saves more loss per byte than further directions do: the lower
+    hull of loss over bytes.
 
     Args:
         s: [m] what the rule compares, by direction.

@@ -2,7 +2,8 @@
 
 The predicted loss of an option that holds integers needs no integers: after error feedback the rounding residuals r are
 as large as those of rounding to nearest on the same grid, and the error is ``Σ S_ii² r_ij² T_jj²`` (see
-:mod:`spectrim.maths.rounding`), so one rounding prices an option. What the plan chooses is then quantised in earnest.
+:mod:`spectrim.maths.rounding`), so one rounding to nearest predicts the loss of an option. Only the options that the
+plan chooses are quantized with error feedback.
 """
 
 from bisect import bisect_right
@@ -118,7 +119,7 @@ class Hybrid:
         return metric, metric.value, metric.output.dense(len(W), W.device)
 
     def _unit(self, name: str) -> float:
-        """The cost of a linear without any direction."""
+        """The cost of a linear of rank 0."""
         losses = self._spectra.losses(name)
         return 1.0 if losses is None else float(losses.sum())
 
@@ -152,7 +153,8 @@ class Hybrid:
             total, alone = float(noise.sum()), make(bits=bits)
             found.append(Option(None, alone, row_bytes(linear, None, alone), total))
             if part.bits == "auto" and bits in RESIDUAL_BITS and heads == 1:
-                # Residuals are as if independent: k directions take away what they hold of a matrix of such entries.
+                # Predicted loss with k directions: rounding residuals are modelled as independent, by a matrix N with
+                # their predicted sizes and random signs; the k largest eigenvalues of N Nᵀ are subtracted.
                 N = noise.sqrt() if len(W) <= W.shape[1] else noise.sqrt().T
                 N = N * torch.randn(N.shape, generator=torch.Generator().manual_seed(0), dtype=N.dtype).sign().to(N)
                 taken = torch.linalg.eigvalsh(N @ N.T).flip(0).cumsum(0).tolist()
@@ -184,7 +186,7 @@ class Hybrid:
         return Grid(bits, fitting_group(size, part.group), part.symmetric)
 
     def _weights(self, M: torch.Tensor | None, size: int, like: torch.Tensor) -> torch.Tensor:
-        """How much a squared rounding residual counts on one side: less by far where errors are fed on."""
+        """Weights of squared rounding residuals on one side, which are far smaller with error feedback; [size]."""
         damping = self._recipe.quantize.feedback
         if M is None or M.ndim == 1 or damping is not None:
             return conditional(M, size, like, damping or 0.0)

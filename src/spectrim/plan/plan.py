@@ -61,7 +61,7 @@ class PlanRow(_Part):
     ``metric`` says which samples the metric came from; ``loss`` is the increase of the model's loss, in nats, that is
     predicted of this row alone (None where nothing predicts it). ``pivoted`` says that the factors are stored by
     pivots, for which a row needs one rank below its number of outputs; of a dense row it says nothing. ``integers``
-    says which weights are quantised, None for none. Only ``rank``, ``pivoted`` and ``integers`` are obeyed, all else
+    says which weights are quantized; None if none are. Only ``rank``, ``pivoted`` and ``integers`` are obeyed, all else
     are notes.
     """
 
@@ -124,7 +124,8 @@ class Plan(_Part):
     def by_place(self, parts: Anatomy) -> dict[str, dict[str, Any]]:
         """What the plan does to the linears of each place that has some: counts, ranks and bytes.
 
-        ``ranks`` are the least, the median and the most of the factored ones, those of heads added up; none of none.
+        ``ranks`` are the smallest, median and largest rank of the factored linears, with ranks of heads added up; the
+        list is empty if none is factored.
         """
         summary = {}
         for place in PLACES:
