@@ -94,7 +94,7 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Group:
+class LinearGroup:
     """Linears of equal place, role and shape, for display: how many, and their weights in all."""
 
     place: Place
@@ -142,10 +142,10 @@ class Anatomy:
         found = (x.block for x in self.linears if x.block is not None and place in (None, x.place))
         return tuple(dict.fromkeys(found))
 
-    def describe(self) -> tuple[Group, ...]:
+    def describe(self) -> tuple[LinearGroup, ...]:
         """Linears of equal place, role, shape and heads, counted, in order of first appearance."""
         counts = Counter((x.place, x.role, x.out_features, x.in_features, x.heads) for x in self.linears)
-        return tuple(Group(*key, count=n, params=n * key[2] * key[3]) for key, n in counts.items())
+        return tuple(LinearGroup(*key, count=n, params=n * key[2] * key[3]) for key, n in counts.items())
 
     def params(self, place: Place) -> int:
         """Weights of the compressible linears of one place."""

@@ -26,7 +26,7 @@ def _flag(name: str) -> dict[str, Any]:
     return {"flag": name}
 
 
-class Options(BaseModel):
+class OptionRecord(BaseModel):
     """A record of options; what the command line says of each is in its field."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -64,7 +64,7 @@ class Options(BaseModel):
         raise NotImplementedError
 
 
-class CalibrationSettings(Options):
+class CalibrationSettings(OptionRecord):
     """What the moments of a calibration depend on beside the model and its samples."""
 
     samples: _Count = Field(default=128, description="Samples of each modality.")
@@ -125,7 +125,7 @@ class CalibrationOptions(CalibrationSettings):
         yield ("curvature_gib", "curvature_passes", "curvature_forms"), self.curvature, "without curvature"
 
 
-class EvaluationSettings(Options):
+class EvaluationSettings(OptionRecord):
     """What the scores of an evaluation depend on beside the models and the samples."""
 
     tasks: tuple[str, ...] = Field(default=TASKS, description="perplexity, vqa, or both with a comma.")

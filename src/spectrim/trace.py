@@ -38,7 +38,7 @@ def used_outside(model: PreTrainedModel, names: Collection[str]) -> set[str]:
     if model in _known:
         return _known[model] & set(names)
     linears = {name: model.get_submodule(name) for name in names}
-    watch = _Watch({id(linear.weight): name for name, linear in linears.items()})
+    watch = _WeightUses({id(linear.weight): name for name, linear in linears.items()})
     with quiet(model), watch.running(linears):
         try:
             inputs = few_tokens(model, _TOKENS)
@@ -58,7 +58,7 @@ def few_tokens(model: PreTrainedModel, count: int) -> dict[str, torch.Tensor]:
     return found
 
 
-class _Watch(TorchFunctionMode):
+class _WeightUses(TorchFunctionMode):
     """Notes every function that gets the weight of a linear, by id, whose own forward is not running."""
 
     def __init__(self, weights: dict[int, str]) -> None:

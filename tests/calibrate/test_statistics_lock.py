@@ -85,7 +85,7 @@ def test_a_second_writer_is_told_at_once_and_a_dead_one_leaves_no_lock(words, tm
 
 COMPRESS = """
     from spectrim import compress
-    from spectrim import spectra
+    from spectrim.metrics import spectra
     real = spectra.write_sealed
     def slow(*given, **options):
         said("writes")

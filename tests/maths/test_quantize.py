@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.matrices import metric, normal
-from spectrim import quantize as room
 from spectrim.errors import NumericalError
+from spectrim.maths import rounding as room
 from spectrim.maths.rounding import Grid, conditional, error, expected, fitting_group, quantize, scales
 from spectrim.storage.packed import PackedLinear
 

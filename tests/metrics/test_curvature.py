@@ -25,7 +25,7 @@ from curvatures import (
 from helpers.matrices import normal
 from spectrim.anatomy import anatomy
 from spectrim.calibrate import OutputMoment
-from spectrim.calibrate.forms import Form
+from spectrim.calibrate.forms import CurvatureForm
 from spectrim.calibrate.labels import Labelled
 from spectrim.calibrate.moments import OutputSum
 from spectrim.errors import NumericalError, RecipeError
@@ -80,7 +80,7 @@ def test_sums_are_those_of_autograd(family):
 def test_trace_by_sequence_is_the_norm_of_the_gradient_of_the_weight(positions, heads):
     """Few positions go by the products of pairs of positions, many by the gradient of the weight."""
     g, x = normal(positions, 12), normal(positions, 10, seed=1)
-    total = OutputSum.zero(Form("diagonal"), 12, heads, CPU)
+    total = OutputSum.zero(CurvatureForm("diagonal"), 12, heads, CPU)
     total.add(g, x)
     gradient = torch.einsum("po,pi->oi", g, x)
     torch.testing.assert_close(total.traces[1], torch.stack([rows.square().sum() for rows in gradient.chunk(heads)]))

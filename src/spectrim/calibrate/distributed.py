@@ -7,7 +7,7 @@ import torch
 from torch import distributed
 
 from spectrim.anatomy import Linear
-from spectrim.calibrate.forms import Form
+from spectrim.calibrate.forms import CurvatureForm
 from spectrim.calibrate.moments import Sums
 from spectrim.errors import ModelError
 
@@ -19,7 +19,7 @@ def share() -> tuple[int, int]:
     return 0, 1
 
 
-def reduce_sums(sums: Sums, linears: Mapping[str, Linear], forms: Mapping[str, Form]) -> None:
+def reduce_sums(sums: Sums, linears: Mapping[str, Linear], forms: Mapping[str, CurvatureForm]) -> None:
     """Add up the sums of all processes, in place and in each of them.
 
     Args:

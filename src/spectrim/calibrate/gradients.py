@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from spectrim.anatomy import Linear
-from spectrim.calibrate.forms import Form
+from spectrim.calibrate.forms import CurvatureForm
 from spectrim.calibrate.hooks import Hooked, given
 from spectrim.calibrate.labels import Labelled
 from spectrim.calibrate.moments import Sums
@@ -42,7 +42,7 @@ class GradientWatch(Hooked):
         modules: Mapping[Linear, nn.Module],
         sums: Sums,
         counted: Positions,
-        forms: Mapping[str, Form],
+        forms: Mapping[str, CurvatureForm],
         fisher: float | None,
         copied: Collection[str] = (),
     ) -> None:
@@ -111,7 +111,7 @@ def run_gradients(
     modules: Mapping[Linear, nn.Module],
     sample: Labelled,
     sums: Sums,
-    forms: Mapping[str, Form],
+    forms: Mapping[str, CurvatureForm],
     *,
     fisher: bool,
 ) -> None:

@@ -23,7 +23,7 @@ def given(args: tuple[torch.Tensor, ...], kwargs: Mapping[str, Any]) -> torch.Te
 
 
 @dataclass(frozen=True)
-class _Reading:
+class _LastInput:
     """The input that the last linear read, held so that no other tensor can take its memory meanwhile."""
 
     owner: str
@@ -86,7 +86,7 @@ class Watch(Hooked):
     def __init__(self, modules: Mapping[Linear, nn.Module], sums: Sums, counted: Positions) -> None:
         super().__init__(modules)
         self._sums, self._counted = sums, counted
-        self._last: _Reading | None = None
+        self._last: _LastInput | None = None
 
     def _hook(self, linear: Linear, module: nn.Module) -> RemovableHandle:
         return module.register_forward_pre_hook(partial(self._before, linear), with_kwargs=True)
@@ -109,5 +109,5 @@ class Watch(Hooked):
                 f"{name} read the same input as {owner} in the first batch and another one now, so that they cannot "
                 "share a moment; report this model"
             )
-        self._last = _Reading(owner, x, x._version)
+        self._last = _LastInput(owner, x, x._version)
         return owner

@@ -15,7 +15,7 @@ from pydantic import (
     ValidationError,
 )
 
-from spectrim.calibrate.forms import Form
+from spectrim.calibrate.forms import CurvatureForm
 from spectrim.errors import RecipeError, StatisticsError
 from spectrim.files import parse_json
 from spectrim.samples import Modality
@@ -26,11 +26,11 @@ FORMAT: Literal["spectrim-statistics"] = "spectrim-statistics"
 VERSION: Literal[3] = 3
 
 
-class _Part(BaseModel):
+class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class ModelPrint(_Part):
+class ModelPrint(_Record):
     """What makes a model this model: a digest of its config, and shape, dtype and digest of each parameter."""
 
     config: str
@@ -50,7 +50,7 @@ class ModelPrint(_Part):
         return None if self.config == other.config else "their configs differ"
 
 
-class DataPrint(_Part):
+class DataPrint(_Record):
     """The samples: where they came from, and SHA-256 of what was used."""
 
     text: str | None
@@ -64,7 +64,7 @@ class DataPrint(_Part):
         return tuple(modality for modality, source in sources.items() if source is not None)
 
 
-class TensorFile(_Part):
+class TensorFile(_Record):
     """A safetensors file of one block, beside the manifest and nowhere else."""
 
     name: str = Field(pattern=r"^[^/\\.][^/\\]*\.safetensors$")
@@ -72,7 +72,7 @@ class TensorFile(_Part):
     sha256: str
 
 
-class Gathered(_Part):
+class Gathered(_Record):
     """One unit: how far, which linear has whose moment, and where the moments are."""
 
     batches: NonNegativeInt = 0  # gathered so far
@@ -85,7 +85,7 @@ class Gathered(_Part):
     files: dict[str, TensorFile] = {}  # by block; "other" outside blocks
 
 
-class Unit(_Part):
+class CalibrationUnit(_Record):
     """A part of a calibration that is gathered and kept by itself: one modality, forward only or a gradient pass."""
 
     modality: Modality
@@ -104,7 +104,7 @@ class Unit(_Part):
         return f"{self.modality} samples{' with gradients' if self.gradients else ''}"
 
 
-class Manifest(_Part):
+class Manifest(_Record):
     """The whole directory. A file that it does not name is no part of the statistics."""
 
     format: Literal["spectrim-statistics"] = FORMAT
@@ -134,20 +134,20 @@ class Manifest(_Part):
         return min(lost, default=None)
 
     @property
-    def output_forms(self) -> dict[str, Form]:
+    def output_forms(self) -> dict[str, CurvatureForm]:
         """``forms``, read."""
-        return {name: Form.read(form) for name, form in self.forms.items()}
+        return {name: CurvatureForm.read(form) for name, form in self.forms.items()}
 
     @property
-    def units(self) -> tuple[Unit, ...]:
+    def units(self) -> tuple[CalibrationUnit, ...]:
         """What is gathered, in order: forward passes, then gradient passes."""
         modalities = self.data.modalities
-        found = [Unit(modality=m, gradients=False) for m in modalities]
+        found = [CalibrationUnit(modality=m, gradients=False) for m in modalities]
         if self.settings.curvature:
             groups = [None] if len(self.groups) == 1 else list(range(len(self.groups)))
-            found += [Unit(modality=m, gradients=True, group=group) for m in modalities for group in groups]
+            found += [CalibrationUnit(modality=m, gradients=True, group=group) for m in modalities for group in groups]
         elif self.settings.gradients and "text" in modalities:
-            found.append(Unit(modality="text", gradients=True))
+            found.append(CalibrationUnit(modality="text", gradients=True))
         return tuple(found)
 
     def json(self) -> bytes:  # type: ignore[override]

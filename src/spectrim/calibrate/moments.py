@@ -6,7 +6,7 @@ from functools import cache
 import torch
 
 from spectrim.anatomy import Linear
-from spectrim.calibrate.forms import Form
+from spectrim.calibrate.forms import CurvatureForm
 from spectrim.maths.roots import wide
 
 
@@ -41,8 +41,8 @@ class OutputMoment:
     positions of one; Σ ‖g‖²; Σ ‖x‖². The first two, divided by the labels, are tr F by token and by sequence.
     """
 
-    form: Form
-    sums: dict[str, torch.Tensor]  # float64, by Form.shapes
+    form: CurvatureForm
+    sums: dict[str, torch.Tensor]  # float64, by CurvatureForm.shapes
     traces: torch.Tensor
     count: int  # positions
     labels: int  # labelled tokens
@@ -84,13 +84,13 @@ def sketch_test(out: int, size: int) -> torch.Tensor:
 class OutputSum:
     """The growing sums of one :class:`OutputMoment`."""
 
-    form: Form
+    form: CurvatureForm
     sums: dict[str, torch.Tensor]
     traces: torch.Tensor  # [4, heads]
     count: int = 0
 
     @classmethod
-    def zero(cls, form: Form, out: int, heads: int, home: torch.device) -> "OutputSum":
+    def zero(cls, form: CurvatureForm, out: int, heads: int, home: torch.device) -> "OutputSum":
         """Sums of nothing, on the device ``home``."""
         shapes = form.shapes(out) | {"traces": (4, heads)}
         sums = {name: torch.zeros(shape, dtype=torch.float64, device=home) for name, shape in shapes.items()}
@@ -166,7 +166,7 @@ class Sums:
         self.fisher_columns(linear, len(columns)).add_(columns.to(self.home))
         return columns.isfinite().all()
 
-    def output(self, linear: Linear, form: Form) -> OutputSum:
+    def output(self, linear: Linear, form: CurvatureForm) -> OutputSum:
         """The output sums of one linear; begun at zero."""
         if linear.name not in self.outputs:
             heads = linear.per_head or 1

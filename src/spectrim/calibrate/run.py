@@ -16,14 +16,14 @@ from spectrim.anatomy import Anatomy, Linear, anatomy
 from spectrim.calibrate.data import Data, load_data
 from spectrim.calibrate.distributed import reduce_sums, share
 from spectrim.calibrate.fingerprint import model_print
-from spectrim.calibrate.forms import Form, choose_forms
+from spectrim.calibrate.forms import CurvatureForm, choose_forms
 from spectrim.calibrate.gradients import run_gradients
 from spectrim.calibrate.labels import labelled_samples
-from spectrim.calibrate.manifest import MANIFEST, DataPrint, Gathered, Manifest, Unit
+from spectrim.calibrate.manifest import MANIFEST, CalibrationUnit, DataPrint, Gathered, Manifest
 from spectrim.calibrate.moments import Sums
 from spectrim.calibrate.passes import prepared, run_batch
 from spectrim.calibrate.positions import image_token
-from spectrim.calibrate.snapshot import Store, check_home
+from spectrim.calibrate.snapshot import SnapshotStore, check_home
 from spectrim.calibrate.statistics import Statistics
 from spectrim.dense import check_dense
 from spectrim.disk.lock import LOCK, writing
@@ -142,9 +142,9 @@ def calibrate(
     shown = images if data.images else None
     source = DataPrint(text=_lasting(text), images=_lasting(shown), fingerprint=data.fingerprint())
     fresh = _manifest(model, parts, data, source, options.settings)
-    if not Store(out, fresh).manifest.complete:
+    if not SnapshotStore(out, fresh).manifest.complete:
         with _sole_writer(out):
-            store = Store(out, fresh)  # as the writer before has left it
+            store = SnapshotStore(out, fresh)  # as the writer before has left it
             if not store.manifest.complete:
                 store.check()
                 _gather(model, parts, data, store, checkpoint_seconds, progress or (lambda done, total: None))
@@ -179,7 +179,7 @@ def _gather(
     model: PreTrainedModel,
     parts: Anatomy,
     data: Data,
-    store: Store,
+    store: SnapshotStore,
     checkpoint_seconds: float,
     progress: Callable[[int, int], None],
 ) -> None:
@@ -216,7 +216,12 @@ def _gather(
 
 
 def _steps(
-    model: PreTrainedModel, linears: dict[str, Linear], data: Data, manifest: Manifest, unit: Unit, sums: Sums
+    model: PreTrainedModel,
+    linears: dict[str, Linear],
+    data: Data,
+    manifest: Manifest,
+    unit: CalibrationUnit,
+    sums: Sums,
 ) -> Iterator[None]:
     """Run the batches of one unit that are this process's share and not in ``sums`` yet; yields after each."""
     settings, (rank, processes), resumed = manifest.settings, share(), sums.batches
@@ -250,7 +255,7 @@ def _manifest(
 ) -> Manifest:
     """The manifest of a calibration that has gathered nothing yet."""
     packages = {name: _version(name) for name in ("spectrim", "torch", "transformers")}
-    forms: dict[str, Form] = {}
+    forms: dict[str, CurvatureForm] = {}
     groups: list[list[Linear]] = []
     if settings.curvature:
         limit = int(settings.curvature_gib * 2**30)
@@ -276,7 +281,7 @@ def _version(package: str) -> str:
         return "unknown"
 
 
-def _home(device: torch.device, parts: Anatomy, manifest: Manifest, unit: Unit) -> torch.device:
+def _home(device: torch.device, parts: Anatomy, manifest: Manifest, unit: CalibrationUnit) -> torch.device:
     """Where a unit's sums are kept: on a CUDA device where they take at most half of its free memory, else the host."""
     if device.type != "cuda":
         return torch.device("cpu")

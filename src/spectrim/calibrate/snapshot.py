@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from spectrim.calibrate.forms import Form
+from spectrim.calibrate.forms import CurvatureForm
 from spectrim.calibrate.manifest import MANIFEST, Gathered, Manifest, TensorFile
 from spectrim.calibrate.moments import MomentSum, OutputSum, Sums
 from spectrim.calibrate.statistics import check_files, file_digest, read_tensor
@@ -25,7 +25,7 @@ _MOMENTS = re.compile(r".+\.g\d{6}\.safetensors")
 _OURS = re.compile(rf"{_MOMENTS.pattern}|\..+{re.escape(PART)}|{re.escape(LOCK)}")
 
 
-class Store:
+class SnapshotStore:
     """The statistics directory of a running calibration.
 
     Args:
@@ -97,7 +97,7 @@ class Store:
             sums.moments[owner] = MomentSum(read(owner, "second"), read(owner, "abs_sum"), count)
         sums.fisher = {linear: read(linear, "fisher_cols") for linear in gathered.fisher}
         for linear, count in gathered.outputs.items():
-            form = Form.read(self.manifest.forms[linear])
+            form = CurvatureForm.read(self.manifest.forms[linear])
             found = {part: read(linear, part) for part in form.parts}
             sums.outputs[linear] = OutputSum(form, found, read(linear, "traces"), count)
         return sums

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from spectrim.calibrate.fingerprint import model_print
-from spectrim.calibrate.forms import Form
+from spectrim.calibrate.forms import CurvatureForm
 from spectrim.calibrate.manifest import Gathered, Manifest, TensorFile
 from spectrim.calibrate.moments import GradMoment, Moment, OutputMoment
 from spectrim.errors import StatisticsError
@@ -156,7 +156,7 @@ class Statistics:
         """
         for gathered in self._units(linear, modality, gradients=True):
             if (count := gathered.outputs.get(linear)) is not None:
-                form = Form.read(self.manifest.forms[linear])
+                form = CurvatureForm.read(self.manifest.forms[linear])
                 sums = {part: self._read(gathered, linear, part) for part in form.parts}
                 return OutputMoment(form, sums, self._read(gathered, linear, "traces"), count, gathered.labels)
         return None

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from spectrim.errors import UsageError
 from spectrim.files import parse_yaml, user_path
-from spectrim.settings import Options
+from spectrim.settings import OptionRecord
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +38,9 @@ Trust = Annotated[
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
-def verb(name: str, *, after_stop: str, record: type[Options] | None = None) -> Callable[[Callable[..., None]], Any]:
+def verb(
+    name: str, *, after_stop: str, record: type[OptionRecord] | None = None
+) -> Callable[[Callable[..., None]], Any]:
     """Make a function a command.
 
     With a `record` of settings, the command has an option for each field, with its default and help, and the function
@@ -89,7 +91,7 @@ def refuse(context: typer.Context, names: Sequence[str], where: str) -> None:
             raise UsageError(f"{flags[0]} has no effect {where}; leave it out")
 
 
-def _options(record: type[Options]) -> list[Parameter]:
+def _options(record: type[OptionRecord]) -> list[Parameter]:
     """One option per field; those of the record's own class come before those that it inherits."""
     fields = record.model_fields
     own = [name for name in record.__annotations__ if name in fields]
@@ -118,7 +120,7 @@ def _plain(name: str, kind: Any, default: Any) -> tuple[Any, Any]:
     return kind, default
 
 
-def _value(record: type[Options], name: str, value: Any) -> Any:
+def _value(record: type[OptionRecord], name: str, value: Any) -> Any:
     """The value of an option in the type of its field."""
     kind = record.model_fields[name].annotation
     if get_origin(kind) is dict:

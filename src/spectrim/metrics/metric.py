@@ -17,7 +17,7 @@ from spectrim.recipe import MetricPart
 from spectrim.samples import Modality
 
 _T = TypeVar("_T")
-Source = Literal["text", "image", "joint", "identity", "experts", "unreached"]
+MetricSource = Literal["text", "image", "joint", "identity", "experts", "unreached"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Metric:
     """
 
     value: torch.Tensor | None
-    source: Source
+    source: MetricSource
     output: OutputMetric | None = None
 
 
@@ -65,7 +65,7 @@ def _gathered(part: MetricPart, linear: Linear, statistics: Statistics, device: 
     found = _moments(part, linear, statistics)
     if not found:
         return None
-    source: Source = "joint" if len(found) == 2 else found[0][0]
+    source: MetricSource = "joint" if len(found) == 2 else found[0][0]
     moments = [moment for _, moment in found]
     if part.kind == "activation-diagonal":
         # ASVD (Yuan et al., arXiv 2312.05821), section 3.2: S = diag(mean |x|)^α, so R Rᵀ = S².
