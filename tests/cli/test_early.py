@@ -24,7 +24,7 @@ def no_models(monkeypatch):
     def load(*arguments, **options):
         raise AssertionError("a model was loaded")
 
-    for place in ("checkpoint", "pipeline", "evaluate.running", "evaluate.harnesses", "demo.show"):
+    for place in ("checkpoint", "pipeline.run", "evaluate.running", "evaluate.harnesses", "demonstration"):
         __import__(f"spectrim.{place}")
         monkeypatch.setattr(sys.modules[f"spectrim.{place}"], "load", load)
 
