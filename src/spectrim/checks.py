@@ -7,10 +7,10 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from spectrim.errors import BudgetError, SampleError, UsageError
+from spectrim.errors import BudgetError, UsageError
 from spectrim.files import parse_json
 from spectrim.samples import load_images, load_text
-from spectrim.samples.sources import local_path
+from spectrim.samples.sources import local_path, no_datasets
 
 _MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # names of accelerate for several devices
 
@@ -57,10 +57,7 @@ def _reads_at_once(source: str) -> bool:
     if local_path(source) is not None:
         return True
     if find_spec("datasets") is None:
-        raise SampleError(
-            f"'{source}' is no local file, and reading it as a data set id needs the package datasets: "
-            "pip install 'spectrim[eval]'"
-        )
+        raise no_datasets(source)
     return False
 
 

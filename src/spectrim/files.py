@@ -30,11 +30,13 @@ def user_path(path: str | Path) -> Path:
 def replacing(path: Path) -> Iterator[Path]:
     """A new file beside `path` for the block to write, which then takes its place: whole, or not at all.
 
-    It is synced and can be read by everybody. Its name is its own, so that two processes may write one path.
+    It is synced and can be read by everybody. Its name is unique, so that two processes may write one path at a time.
+    Missing parent directories are made.
 
     Raises:
         OSError: the disk is full, or nothing may be written there.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PART)
     os.close(descriptor)
     temporary = Path(name)
@@ -82,6 +84,19 @@ def parse_json(content: str | bytes) -> Any:
     except RecursionError as error:
         raise ValueError("is nested too deeply to be read") from error
     return value
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ValueError, whose message names the file and what is wrong with it."""
+    try:
+        content = parse_json(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error})") from error
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not a JSON object")
+    return content
 
 
 def parse_yaml(content: str | bytes) -> Any:

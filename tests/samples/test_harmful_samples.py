@@ -22,7 +22,7 @@ from helpers.evaluated import TEXT, TOKENIZER, backbone, make_llama, make_llava,
 from helpers.samples import image_folder, llava_processor, noise, sample, word_tokenizer, write_jsonl
 from spectrim.calibrate.data import load_data
 from spectrim.errors import ModelError, SampleError, SpectrimError
-from spectrim.evaluate import ImageQuestion, evaluate, load_questions, perplexity, vqa
+from spectrim.evaluate import Question, evaluate, load_questions, perplexity, vqa
 from spectrim.evaluate.harnesses import run_suite
 from spectrim.evaluate.results import EvaluationReport
 from spectrim.evaluate.suites import Suite
@@ -178,7 +178,7 @@ def seeing(tmp_path_factory) -> Path:
 
 
 def test_an_image_token_in_a_question_is_named(seeing, tmp_path):
-    odd = ImageQuestion("colour", noise(0), "Is <image> red?", "one")
+    odd = Question("colour", noise(0), "Is <image> red?", "one")
     with pytest.raises(SampleError, match="the question 'Is <image> red\\?' holds '<image>' as text") as error:
         vqa(make_llava(), make_processor(), [*make_questions(), odd])
     said(error)
@@ -216,7 +216,7 @@ def test_a_sample_that_the_processor_refuses_is_named():
     strict = Strict(made.image_processor, made.tokenizer, 14, "default", num_additional_image_tokens=1)
     asked = [
         *make_questions()[:2],
-        ImageQuestion(
+        Question(
             "colour", Image.new("RGB", (1, 9)), "How narrow is this picture, which comes last by its length?", "one"
         ),
     ]

@@ -17,7 +17,7 @@ from spectrim.calibrate.hooks import Hooked, given
 from spectrim.calibrate.labels import Labelled
 from spectrim.calibrate.moments import Sums
 from spectrim.calibrate.positions import Positions, positions
-from spectrim.errors import ModelError
+from spectrim.errors import ModelError, first_line
 from spectrim.maths.roots import wide
 
 
@@ -148,7 +148,7 @@ def run_gradients(
             raise
         except RuntimeError as error:  # a part that knows no derivative, or that wrote into what its own needs
             raise ModelError(
-                f"{type(model).__name__} cannot be differentiated ({str(error).splitlines()[0]}); choose a recipe that "
+                f"{type(model).__name__} cannot be differentiated ({first_line(error)}); choose a recipe that "
                 "needs no gradients, such as jw-svd"
             ) from error
     watch.finish(f"{sample.modality} sample {sums.batches + 1} (gradients)")

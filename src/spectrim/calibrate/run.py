@@ -4,7 +4,6 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +30,7 @@ from spectrim.errors import SampleError, StatisticsError
 from spectrim.files import user_path
 from spectrim.samples.sources import local_path
 from spectrim.settings import CALIBRATION, CalibrationOptions, CalibrationSettings
+from spectrim.versions import release
 
 _SNAPSHOT_SHARE = 0.1  # of the time at most goes into snapshots
 
@@ -254,7 +254,7 @@ def _manifest(
     model: PreTrainedModel, parts: Anatomy, data: Data, source: DataPrint, settings: CalibrationSettings
 ) -> Manifest:
     """The manifest of a calibration that has gathered nothing yet."""
-    packages = {name: _version(name) for name in ("spectrim", "torch", "transformers")}
+    packages = {name: release(name) or "unknown" for name in ("spectrim", "torch", "transformers")}
     forms: dict[str, CurvatureForm] = {}
     groups: list[list[Linear]] = []
     if settings.curvature:
@@ -272,13 +272,6 @@ def _manifest(
         gathered={},
     )
     return fresh.model_copy(update={"gathered": {unit.name: Gathered() for unit in fresh.units}})
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # a source tree that is not installed
-        return "unknown"
 
 
 def _home(device: torch.device, parts: Anatomy, manifest: Manifest, unit: CalibrationUnit) -> torch.device:

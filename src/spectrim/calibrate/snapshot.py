@@ -61,7 +61,6 @@ class SnapshotStore:
             StatisticsError: the directory cannot be written.
         """
         try:
-            self._directory.mkdir(parents=True, exist_ok=True)
             self._save(sums, complete)
         except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
             with suppress(OSError):

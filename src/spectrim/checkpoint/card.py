@@ -12,10 +12,11 @@ from transformers.utils.hub import cached_file
 
 from spectrim.checkpoint.model_files import CARD, PROVENANCE
 from spectrim.checkpoint.names import shortened
-from spectrim.checkpoint.quantizer import SpectrimConfig, release
+from spectrim.checkpoint.quantizer import SpectrimConfig
 from spectrim.checkpoint.sources import sees, split_source
 from spectrim.errors import CheckpointError, printable
 from spectrim.files import write_whole
+from spectrim.versions import release
 
 _BEGIN, _END = "<!-- results by spectrim evaluate -->", "<!-- end of results -->"
 # What is taken from the card of a base model, which anybody may have written, and how it must look.

@@ -13,8 +13,8 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from spectrim import files
 from spectrim.errors import ModelError, SpectrimError
-from spectrim.files import parse_json
 
 # Arguments of from_pretrained that say where files come from; the config is found with the same ones.
 WHERE = ("cache_dir", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
@@ -102,14 +102,9 @@ def _check_config_file(directory: Path, *, trusted: bool) -> None:
 def read_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file of a model; ModelError, which names the file, for anything else."""
     try:
-        content = parse_json(path.read_bytes())
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read ({error}); copy it again") from error
+        return files.read_object(path)
     except ValueError as error:
-        raise ModelError(f"{path} {error}; copy it again") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path} is not a JSON object; copy it again")
-    return content
+        raise ModelError(f"{error}; copy it again") from error
 
 
 def loader(source: str | Path, config: PreTrainedConfig, *, trusted: bool) -> Any:
@@ -171,10 +166,10 @@ def failure(what: str, source: str | Path, error: Exception) -> ModelError:
         )
     if (local / "adapter_config.json").is_file():
         return ModelError(f"cannot load the {what} of {source} ({said}); move its adapter_config.json elsewhere")
-    files = {
+    copied = {
         "config": "config.json",
         "model": "config.json and the weights, of one and the same model,",
         "processor": "its preprocessor, processor and tokenizer files",
         "tokenizer": "its tokenizer.json and tokenizer_config.json",
     }[what]
-    return ModelError(f"cannot load the {what} of {source} ({said}); copy {files} again")
+    return ModelError(f"cannot load the {what} of {source} ({said}); copy {copied} again")

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from spectrim.checkpoint.card import model_card
-from spectrim.checkpoint.exchange import recover, replacing
+from spectrim.checkpoint.exchange import recover, replacing_directory
 from spectrim.checkpoint.model_files import (
     CARD,
     PROVENANCE,
@@ -26,11 +26,12 @@ from spectrim.checkpoint.model_files import (
     without_paths,
 )
 from spectrim.checkpoint.names import compressed_layers
-from spectrim.checkpoint.quantizer import attach, release
+from spectrim.checkpoint.quantizer import attach
 from spectrim.checkpoint.read import load_processor, read_provenance
 from spectrim.checkpoint.sources import local_files, split_source
 from spectrim.errors import CheckpointError
 from spectrim.files import user_path
+from spectrim.versions import release
 
 # Names of the model's own files, which no other file of a checkpoint may have.
 _RESERVED = (
@@ -80,7 +81,7 @@ def save(
     with _io_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         check = lambda: _check_replaceable(target, overwrite)  # noqa: E731
-        with replacing(target, check) as temporary:
+        with replacing_directory(target, check) as temporary:
             _write_processor(processor, temporary)
             for name, text in files.items():
                 if (temporary / name).exists():

@@ -24,7 +24,7 @@ WORDS = (
 
 @dataclass(frozen=True)
 class Question:
-    """An image (RGB, 112x112), a question about it and the one short answer that counts as right."""
+    """An RGB image (a built-in one is 112x112), a question about it and the short answer that counts as right."""
 
     task: str
     image: Image.Image

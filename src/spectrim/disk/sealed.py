@@ -40,7 +40,6 @@ def write_sealed(path: Path, tensors: Mapping[str, torch.Tensor], *, of: str, no
     held = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     content = json.dumps({"of": of, "note": note, "digests": {name: _digest(held[name]) for name in held}})
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
             save_file(held, temporary, metadata={"content": content, "digest": _sha256(content.encode())})
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
+from spectrim.demo.tasks import Question
 from spectrim.errors import ModelError, NumericalError, SampleError
 from spectrim.evaluate.language import Progress, inference
-from spectrim.evaluate.questions import Question, blind_questions
+from spectrim.evaluate.questions import blind_questions
 from spectrim.samples import check_tokens, media_tokens
 from spectrim.samples.batches import image_prompt, model_tensors
 from spectrim.samples.sources import check_positive

@@ -16,11 +16,12 @@ from spectrim.checkpoint.model_files import PROVENANCE
 from spectrim.checkpoint.quantizer import METHOD
 from spectrim.checkpoint.sources import read_config
 from spectrim.checks import check_device
+from spectrim.demo.tasks import Question
 from spectrim.errors import CheckpointError, SampleError, SpectrimError
 from spectrim.evaluate.answering import Answer, prompted, takes_images, vqa
 from spectrim.evaluate.footprint import PeakMemory, stored_bytes
 from spectrim.evaluate.language import Perplexity, Progress, perplexity, read_text
-from spectrim.evaluate.questions import Question, blind_questions, load_questions
+from spectrim.evaluate.questions import blind_questions, load_questions
 from spectrim.evaluate.results import (
     DirectoryResult,
     EvaluationReport,
@@ -30,7 +31,7 @@ from spectrim.evaluate.results import (
     score,
     versions,
 )
-from spectrim.files import parse_json
+from spectrim.files import read_object
 from spectrim.samples import load_text, media_tokens
 from spectrim.settings import EVALUATION, EvaluationOptions
 
@@ -102,7 +103,9 @@ def evaluate(
     chosen.check_together()
     check_device(device)
     paths = [Path(directory) for directory in directories]
-    _check(paths)
+    check_directories(paths)
+    for path in paths:
+        stored_bytes(path), _stated(path, "retention"), _stated(path, "predicted_loss")  # each names what is wrong
     asked = load_questions(chosen.questions, chosen.samples, chosen.seed) if "vqa" in tasks else ()
     processors = [load_processor(path, trust_remote_code=trust_remote_code) for path in paths]
     read = _text(processors, chosen) if "perplexity" in tasks else None
@@ -145,22 +148,20 @@ def evaluate(
 def is_compressed(directory: Path) -> bool:
     """Whether the directory's config.json names spectrim as its quantization method."""
     try:
-        config = parse_json((directory / "config.json").read_bytes())
-        return (config.get("quantization_config") or {}).get("quant_method") == METHOD
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(
-            f"{directory} is no model directory, its config.json cannot be read ({error}); give a directory of a model."
-        ) from error
+        quantization = read_object(directory / "config.json").get("quantization_config")
+    except ValueError as error:
+        raise CheckpointError(f"{directory} is no model directory: {error}; give a directory of a model.") from error
+    return isinstance(quantization, dict) and quantization.get("quant_method") == METHOD
 
 
-def _check(paths: Sequence[Path]) -> None:
+def check_directories(paths: Sequence[Path]) -> None:
+    """CheckpointError where no directory is named, one is named twice, or one holds no model."""
     if not paths:
         raise CheckpointError("No directory is named; give at least one model directory.")
     if len(set(paths)) < len(paths):
         raise CheckpointError("A directory is named twice; give each model once.")
     for path in paths:
-        is_compressed(path), stored_bytes(path)  # each names what it cannot read
-        _stated(path, "retention"), _stated(path, "predicted_loss")
+        is_compressed(path)  # names what it cannot read
 
 
 def _text(processors: Sequence[Any], settings: EvaluationOptions) -> str:

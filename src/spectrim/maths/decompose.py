@@ -130,26 +130,20 @@ def factors(
 
 
 def directions(spectrum: Spectrum, rank: Rank) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Values [k] and directions P, Q of a spectrum in memory; as :meth:`Spectra.directions`."""
-    found = [spectrum.P] if spectrum.Q is None else [spectrum.P, spectrum.Q]
+    """Values [k] and directions P, Q of a spectrum, as :func:`factors` takes them.
+
+    With a rank by head, the columns are those of one head after another, and P's are zero outside the head's rows.
+    """
+    s, P, Q, head = spectrum.s, spectrum.P, spectrum.Q, spectrum.head
     if isinstance(rank, int):
-        s, found = spectrum.s[:rank], [part[:, :rank] for part in found]
-    else:
-        assert spectrum.head is not None
-        s, found = by_head(spectrum.s, spectrum.head, found, rank)
-    return s, found[0], found[1] if len(found) > 1 else None
+        return s[:rank], P[:, :rank], None if Q is None else Q[:, :rank]
+    assert head is not None
+    chosen = torch.cat([(head == number).nonzero()[:count, 0] for number, count in enumerate(rank)])
+    owners = head[chosen]  # [k]
 
+    def placed(columns: torch.Tensor) -> torch.Tensor:  # [out / heads, k] to [out, k]
+        whole = columns.new_zeros(len(rank), *columns.shape)
+        whole[owners, :, torch.arange(len(owners), device=owners.device)] = columns.T
+        return whole.flatten(0, 1)
 
-def by_head(
-    s: torch.Tensor, head: torch.Tensor, parts: list[torch.Tensor], ranks: tuple[int, ...]
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The first directions of each head, one head after another, at their rows of the whole."""
-    chosen = torch.cat([(head == number).nonzero()[:count, 0] for number, count in enumerate(ranks)])
-    return s[chosen], [_placed(part[:, chosen], head[chosen], len(ranks)) for part in parts]
-
-
-def _placed(columns: torch.Tensor, head: torch.Tensor, heads: int) -> torch.Tensor:
-    """Columns [d, k] of the heads `head` [k] at their rows of the whole, [heads d, k]."""
-    placed = columns.new_zeros(heads, *columns.shape)
-    placed[head, :, torch.arange(len(head), device=head.device)] = columns.T
-    return placed.flatten(0, 1)
+    return s[chosen], placed(P[:, chosen]), None if Q is None else placed(Q[:, chosen])

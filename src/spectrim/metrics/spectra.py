@@ -16,7 +16,7 @@ from spectrim.calibrate import Statistics
 from spectrim.disk.lock import writing
 from spectrim.disk.sealed import Sealed, open_sealed, write_sealed
 from spectrim.errors import NumericalError
-from spectrim.maths.decompose import Rank, by_head, decompose
+from spectrim.maths.decompose import Rank, Spectrum, decompose, directions
 from spectrim.maths.roots import check_finite
 from spectrim.metrics.metric import layer_metric
 from spectrim.recipe import MetricPart
@@ -56,20 +56,13 @@ class Spectra:
     def directions(
         self, name: str, rank: Rank, device: torch.device | str = "cpu"
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Values [k] float64 and directions P, Q of one linear, as ``decompose.factors`` takes them.
-
-        With a rank by head, the columns are those of one head after another, and P's are zero outside its rows.
-        """
+        """Values [k] float64 and directions P, Q of one linear; see :func:`spectrim.maths.decompose.directions`."""
         summary, file = self._summary(name), self._open(name)
         checked = name in self._checked
-        stored = [file.tensor(key, checked=checked) for key in ("P", "Q") if key in file.digests]
+        stored = {key: file.tensor(key, checked=checked) for key in ("P", "Q") if key in file.digests}
         self._checked.add(name)
-        if isinstance(rank, int):
-            s, found = summary["s"][:rank], [part[:, :rank] for part in stored]
-        else:
-            s, found = by_head(summary["s"], summary["head"], stored, rank)
-        P, *rest = (columns.to(device).contiguous() for columns in found)
-        return s.to(device), P, rest[0] if rest else None
+        s, P, Q = directions(Spectrum(summary["s"], head=summary.get("head"), **stored), rank)
+        return s.to(device), P.to(device).contiguous(), None if Q is None else Q.to(device).contiguous()
 
     def _summary(self, name: str) -> dict[str, torch.Tensor]:
         """The vectors of one linear; read once, for every budget asks for them."""

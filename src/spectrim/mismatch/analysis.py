@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from spectrim.anatomy import Anatomy, Linear, Place, anatomy
+from spectrim.anatomy import PLACES, Anatomy, Linear, Place, anatomy
 from spectrim.calibrate import Statistics
 from spectrim.checks import check_retain
 from spectrim.errors import StatisticsError
@@ -229,8 +229,7 @@ def _mean(statistics: Statistics, linear: Linear, modality: Any, device: torch.d
 
 
 def _layers(parts: Anatomy) -> dict[str, int | None]:
-    places: tuple[Place, ...] = ("tower", "connector", "backbone")
-    numbers = {block: i for place in places for i, block in enumerate(parts.blocks(place))}
+    numbers = {block: i for place in PLACES for i, block in enumerate(parts.blocks(place))}
     return {linear.name: None if linear.block is None else numbers[linear.block] for linear in parts.linears}
 
 

@@ -31,6 +31,13 @@ def beginning(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     )
 
 
+def without_beginning(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """A text without the tokens that the tokenizer puts before one, where they are written out in it."""
+    for token in tokenizer.convert_ids_to_tokens(beginning(tokenizer, text)):
+        text = text.removeprefix(str(token))
+    return text
+
+
 def begun(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[str] | None:
     """Texts that each begin as the tokenizer begins one, written out, where one of them has its beginning already.
 

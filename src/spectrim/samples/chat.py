@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from spectrim.errors import SampleError
+from spectrim.errors import SampleError, first_line
 
 TURNS = ("messages", "conversations")  # keys of a row: the chat format of OpenAI, Hugging Face and TRL; of ShareGPT
 Message = dict[str, Any]  # {"role": ..., "content": a string, or a list of {"type": "text" or "image", ...}}
@@ -170,7 +170,7 @@ def render(processor: Any, turns: Sequence[Message], where: str, *, answer_next:
             if all(mark in _apply(processor, marked, answer_next) for mark in marks):
                 return _apply(processor, shaped, answer_next)
         except Exception as error:  # of whatever kind a template fails with
-            reasons.append((str(error).strip() or type(error).__name__).splitlines()[0])
+            reasons.append(first_line(error))
     reason = reasons[0] if reasons else "it leaves out a text"
     raise SampleError(
         f"{where} cannot be rendered by the chat template of {type(processor).__name__} ({reason}); change its turns "

@@ -104,17 +104,14 @@ def load_images(
     path = local_path(source)
     if path is None:
         rows = hub_rows(source, split, columns=("image", "images"), seed=seed)
-        entries = [
-            _entry(_plain(row), None, f"data set '{source}', row {number}", instruction)
-            for number, row in enumerate(itertools.islice(rows, samples), start=1)
-        ]
+        entries = [_entry(_plain(row), None, where, instruction) for where, row in itertools.islice(rows, samples)]
     elif path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGES and file.is_file())
         entries = [
             Entry((partial(open_image, file, str(file)),), question(instruction), None, str(file)) for file in files
         ]
     elif path.suffix.lower() == ".jsonl":
-        entries = [_entry(row, path.parent, f"{path}, line {number}", instruction) for number, row in read_jsonl(path)]
+        entries = [_entry(row, path.parent, where, instruction) for where, row in read_jsonl(path)]
     else:
         raise SampleError(f"image source '{source}' is neither a folder of images nor a .jsonl file; give one of these")
     if len(entries) < samples:

@@ -90,9 +90,7 @@ class SuiteReport:
     def write(self, path: str | Path) -> None:
         """Write JSON; the file appears whole or not at all."""
         tree = {**asdict(self), "suite": self.suite.model_dump(mode="json")}
-        path = user_path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, (json.dumps(tree, indent=2) + "\n").encode())
+        write_whole(user_path(path), (json.dumps(tree, indent=2) + "\n").encode())
 
 
 def read_scores(found: Mapping[str, Any], tasks: Sequence[str]) -> tuple[Score, ...]:
