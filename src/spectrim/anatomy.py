@@ -139,8 +139,8 @@ class Anatomy:
 
     def blocks(self, place: Place | None = None) -> tuple[str, ...]:
         """Names of the transformer blocks that hold compressible linears, in order; of one place if asked."""
-        found = (x.block for x in self.linears if x.block is not None and place in (None, x.place))
-        return tuple(dict.fromkeys(found))
+        names = (x.block for x in self.linears if x.block is not None and place in (None, x.place))
+        return tuple(dict.fromkeys(names))
 
     def describe(self) -> tuple[LinearGroup, ...]:
         """Linears of equal place, role, shape and heads, counted, in order of first appearance."""
@@ -238,18 +238,18 @@ def _linears(module: nn.Module) -> list[nn.Linear]:
 def _output_heads(tree: dict[str, nn.Module]) -> set[str]:
     """Names of the output embeddings of the model and of its submodels."""
     getters: list[Any] = [m.get_output_embeddings for m in tree.values() if isinstance(m, PreTrainedModel)]
-    found = [getter() for getter in getters]
-    return {name for name, module in tree.items() if any(module is head for head in found)}
+    heads = [getter() for getter in getters]
+    return {name for name, module in tree.items() if any(module is head for head in heads)}
 
 
 def _submodel(model: nn.Module, config: Any) -> str | None:
     """Name of the outermost submodel built from a config of this class (the model copies configs, so not identity)."""
     if config is None:
         return None
-    found = (
+    names = (
         n for n, m in model.named_modules() if n and isinstance(m, PreTrainedModel) and type(m.config) is type(config)
     )
-    return next(found, None)
+    return next(names, None)
 
 
 def _tower_exits(tree: dict[str, nn.Module], tower: str | None, backbone: str) -> list[str]:
@@ -293,15 +293,15 @@ def _bridges(tree: dict[str, nn.Module], tower: str | None, backbone: str, heads
     return list(walk("")) if backbone else []
 
 
-def _blocks(tree: dict[str, nn.Module], name: str, other: set[str]) -> Iterator[str]:
+def _blocks(tree: dict[str, nn.Module], name: str, parts: set[str]) -> Iterator[str]:
     """Items with linears of the outermost module lists below ``name``, outside the other parts."""
     for child_name, child in _children(tree, name):
-        if child_name in other:
+        if child_name in parts:
             continue
         if isinstance(child, nn.ModuleList):
             yield from (n for n, m in _children(tree, child_name) if not isinstance(m, nn.Linear) and _linears(m))
         else:
-            yield from _blocks(tree, child_name, other)
+            yield from _blocks(tree, child_name, parts)
 
 
 def _experts(module: nn.Module) -> int:

@@ -77,10 +77,10 @@ def _holds_results(path: Path) -> bool:
     if not path.is_file():  # a device, such as /dev/null
         return False
     try:
-        found = parse_json(path.read_bytes() or b"{}")
+        content = parse_json(path.read_bytes() or b"{}")
     except (OSError, ValueError):
         return False
-    return isinstance(found, dict) and (not found or found.keys() >= _RESULTS)
+    return isinstance(content, dict) and (not content or content.keys() >= _RESULTS)
 
 
 def check_directory(path: Path, flag: str) -> None:

@@ -113,11 +113,11 @@ def parse_yaml(content: str | bytes) -> Any:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
         keys = [key for key, _ in pairs]
         raise ValueError(f"gives the key {next(key for key in keys if keys.count(key) > 1)!r} twice")
-    return found
+    return entries
 
 
 def _integer(digits: str) -> int:

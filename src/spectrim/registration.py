@@ -22,7 +22,7 @@ class _AfterImport:
         if name not in (_MODELS, _QUANTIZERS):
             return None
         others = (finder for finder in sys.meta_path if finder is not self)
-        spec = next((found for finder in others if (found := finder.find_spec(name, path, target))), None)
+        spec = next((candidate for finder in others if (candidate := finder.find_spec(name, path, target))), None)
         if spec is None or spec.loader is None:
             return None
         loader, run = spec.loader, spec.loader.exec_module

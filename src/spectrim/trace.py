@@ -52,10 +52,10 @@ def used_outside(model: PreTrainedModel, names: Collection[str]) -> set[str]:
 
 def few_tokens(model: PreTrainedModel, count: int) -> dict[str, torch.Tensor]:
     """Inputs [1, count] of a forward pass that needs no sample: token ids, of a decoder beside its encoder, too."""
-    found = {name: value[:1, :count].to(model.device) for name, value in model.dummy_inputs.items()}
-    if getattr(model.config, "is_encoder_decoder", False) and "input_ids" in found:
-        found.setdefault("decoder_input_ids", found["input_ids"])
-    return found
+    inputs = {name: value[:1, :count].to(model.device) for name, value in model.dummy_inputs.items()}
+    if getattr(model.config, "is_encoder_decoder", False) and "input_ids" in inputs:
+        inputs.setdefault("decoder_input_ids", inputs["input_ids"])
+    return inputs
 
 
 class _WeightUses(TorchFunctionMode):

@@ -30,14 +30,14 @@ def reduce_sums(sums: Sums, linears: Mapping[str, Linear], forms: Mapping[str, C
     Raises:
         ModelError: the processes found different linears to share their input.
     """
-    found: list[Any] = [None] * distributed.get_world_size()
+    states: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(
-        found, (sums.owners, [*sums.fisher], [*sums.outputs], sums.batches, sums.samples, sums.labels)
+        states, (sums.owners, [*sums.fisher], [*sums.outputs], sums.batches, sums.samples, sums.labels)
     )
     fisher: set[str] = set()
     outputs: set[str] = set()
     sums.batches = sums.samples = sums.labels = 0
-    for owners, graded, curved, batches, samples, labels in found:
+    for owners, graded, curved, batches, samples, labels in states:
         for linear, owner in owners.items():
             if sums.owners.setdefault(linear, owner) != owner:
                 raise ModelError(f"{linear} shares its input with {owner} on one process only; report this model")

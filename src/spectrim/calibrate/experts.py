@@ -23,8 +23,8 @@ class ExpertMean(Statistics):
     def moment(self, linear: str, modality: Modality) -> Moment | None:
         """Mean moment of what the experts read; None where the modality reached none."""
 
-        def add(total: Moment, one: Moment) -> Moment:
-            return Moment(total.second + one.second, total.abs_sum + one.abs_sum, total.count + one.count)
+        def add(total: Moment, expert: Moment) -> Moment:
+            return Moment(total.second + expert.second, total.abs_sum + expert.abs_sum, total.count + expert.count)
 
         def divide(total: Moment, number: int) -> Moment:
             count, share = _share(total.count, number)
@@ -35,8 +35,8 @@ class ExpertMean(Statistics):
     def gradient(self, linear: str, modality: Modality) -> GradMoment | None:
         """Mean gradient statistic of the experts; None where none was gathered."""
 
-        def add(total: GradMoment, one: GradMoment) -> GradMoment:
-            return GradMoment(total.fisher_cols + one.fisher_cols, total.count)
+        def add(total: GradMoment, expert: GradMoment) -> GradMoment:
+            return GradMoment(total.fisher_cols + expert.fisher_cols, total.count)
 
         def divide(total: GradMoment, number: int) -> GradMoment:
             return GradMoment(total.fisher_cols / number, total.count)
@@ -46,9 +46,11 @@ class ExpertMean(Statistics):
     def output(self, linear: str, modality: Modality) -> OutputMoment | None:
         """Mean moment of the experts' output gradients; None where none was gathered."""
 
-        def add(total: OutputMoment, one: OutputMoment) -> OutputMoment:
-            sums = {part: value + one.sums[part] for part, value in total.sums.items()}
-            return OutputMoment(total.form, sums, total.traces + one.traces, total.count + one.count, total.labels)
+        def add(total: OutputMoment, expert: OutputMoment) -> OutputMoment:
+            sums = {part: value + expert.sums[part] for part, value in total.sums.items()}
+            return OutputMoment(
+                total.form, sums, total.traces + expert.traces, total.count + expert.count, total.labels
+            )
 
         def divide(total: OutputMoment, number: int) -> OutputMoment:
             count, share = _share(total.count, number)
@@ -70,11 +72,11 @@ class ExpertMean(Statistics):
             total: _T | None = None
             number = 0
             for name in self._names:
-                if (one := read(name, modality)) is not None:
-                    total, number = one if total is None else add(total, one), number + 1
+                if (moment := read(name, modality)) is not None:
+                    total, number = moment if total is None else add(total, moment), number + 1
             self._found[kind, modality] = None if total is None else divide(total, number)
-        found: _T | None = self._found[kind, modality]
-        return found
+        mean: _T | None = self._found[kind, modality]
+        return mean
 
 
 def expert_mean(statistics: Statistics, linear: Linear) -> ExpertMean | None:
@@ -83,10 +85,10 @@ def expert_mean(statistics: Statistics, linear: Linear) -> ExpertMean | None:
     They have its name but for the number of an item inside its block, its shape, and the form of its output moment.
     """
     block = linear.block or ""
-    found = re.match(r"(.*?\.(?:expert_?)?)\d+(\..+)", linear.name[len(block) :])
-    if not block or found is None:
+    match = re.match(r"(.*?\.(?:expert_?)?)\d+(\..+)", linear.name[len(block) :])
+    if not block or match is None:
         return None
-    before, after = block + found[1], found[2]
+    before, after = block + match[1], match[2]
     if not any(key.startswith(block + ".") for key in statistics.means):
         statistics.means.clear()  # one block at a time is in memory
     if (key := f"{before}*{after}") not in statistics.means:

@@ -57,17 +57,17 @@ class GradientWatch(Hooked):
     def _hook(self, linear: Linear, module: nn.Module) -> RemovableHandle:
         return module.register_forward_hook(partial(self._after, linear), with_kwargs=True)
 
-    def finish(self, what: str) -> None:
+    def finish(self, where: str) -> None:
         """Add the gradients of linears that ran several times; then as :meth:`Hooked.finish`."""
         for linear, parts in self._waiting.items():
             self._add(linear, torch.cat([g for g, _ in parts]), torch.cat([x for _, x in parts]))
-        super().finish(what)
+        super().finish(where)
 
     def written(self) -> set[str]:
         """Linears whose input or output the model has written into since; asked once, between the two passes."""
-        found = {name for name, seen, version in self._seen if seen._version != version}
+        written = {name for name, seen, version in self._seen if seen._version != version}
         self._seen.clear()
-        return found
+        return written
 
     def _after(
         self,

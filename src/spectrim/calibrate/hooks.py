@@ -58,16 +58,16 @@ class Hooked:
         for handle in self._handles:
             handle.remove()
 
-    def finish(self, what: str) -> None:
+    def finish(self, where: str) -> None:
         """Close a batch or a sample after its last pass.
 
         Raises:
-            NumericalError: something was NaN or infinite; names the first such linear and ``what``.
+            NumericalError: something was NaN or infinite; names the first such linear and ``where``.
         """
         for name, finite in self._finite:  # read only now, so that the host never waits for the device inside a pass
             if not finite:
                 raise NumericalError(
-                    f"NaN or infinity in {name} at {what}; check the weights, or load the model in bfloat16 or float32"
+                    f"NaN or infinity in {name} at {where}; check the weights, or load the model in bfloat16 or float32"
                 )
 
 

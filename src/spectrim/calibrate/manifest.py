@@ -142,13 +142,13 @@ class Manifest(_Record):
     def units(self) -> tuple[CalibrationUnit, ...]:
         """What is gathered, in order: forward passes, then gradient passes."""
         modalities = self.data.modalities
-        found = [CalibrationUnit(modality=m, gradients=False) for m in modalities]
+        units = [CalibrationUnit(modality=m, gradients=False) for m in modalities]
         if self.settings.curvature:
             groups = [None] if len(self.groups) == 1 else list(range(len(self.groups)))
-            found += [CalibrationUnit(modality=m, gradients=True, group=group) for m in modalities for group in groups]
+            units += [CalibrationUnit(modality=m, gradients=True, group=group) for m in modalities for group in groups]
         elif self.settings.gradients and "text" in modalities:
-            found.append(CalibrationUnit(modality="text", gradients=True))
-        return tuple(found)
+            units.append(CalibrationUnit(modality="text", gradients=True))
+        return tuple(units)
 
     def json(self) -> bytes:  # type: ignore[override]
         """The content of the file; its last entry is the digest of all others."""
@@ -182,18 +182,18 @@ class Manifest(_Record):
             )
         digest = content.pop("digest", None)
         try:
-            found = cls.model_validate(content)
-            _ = found.output_forms
+            manifest = cls.model_validate(content)
+            _ = manifest.output_forms
         except RecipeError as error:
             raise StatisticsError(f"{path} is damaged ({error}); {again}") from error
         except ValidationError as error:
             where = ".".join(map(str, error.errors()[0]["loc"]))
             raise StatisticsError(f"{path} is damaged at '{where}' ({error.errors()[0]['msg']}); {again}") from error
-        if (lost := found._lost()) is not None:
+        if (lost := manifest._lost()) is not None:
             raise StatisticsError(f"{path} is damaged ({lost} is in a part of it only); {again}")
         if digest != _digest(content):
             raise StatisticsError(f"{path} has changed since it was written; restore it, or {again}")
-        return found
+        return manifest
 
     def check_fits(self, wanted: "Manifest", directory: Path) -> None:
         """Refuse to continue with another model, other data or other settings.

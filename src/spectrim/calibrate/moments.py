@@ -103,18 +103,18 @@ class OutputSum:
         """
         g, x = wide(g), wide(x)
         out, heads = g.shape[1], self.traces.shape[1]
-        found: dict[str, torch.Tensor] = {}
+        products: dict[str, torch.Tensor] = {}
         if self.form.kind == "full":
-            found["output"] = g.T @ g
+            products["output"] = g.T @ g
         elif self.form.kind == "blocks":
             parts = g.view(len(g), -1, self.form.size).transpose(0, 1)  # [blocks, positions, size]
-            found["output"] = parts.transpose(1, 2) @ parts
+            products["output"] = parts.transpose(1, 2) @ parts
         else:
-            found["output_diagonal"] = g.square().sum(0)
+            products["output_diagonal"] = g.square().sum(0)
             if self.form.kind == "sketch":
-                found["output"] = g.T @ (g @ sketch_test(out, self.form.size).to(g))
-        for name, value in found.items():
-            self.sums[name] += value.to(self.sums[name].device)
+                products["output"] = g.T @ (g @ sketch_test(out, self.form.size).to(g))
+        for name, product in products.items():
+            self.sums[name] += product.to(self.sums[name].device)
         by_head = g.view(len(g), heads, -1)
         energy, size = by_head.square().sum(2), x.square().sum(1)  # [positions, heads], [positions]
         traces = torch.stack([size @ energy, _sequence(by_head, x), energy.sum(0), size.sum().expand(heads)])

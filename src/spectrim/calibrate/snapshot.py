@@ -97,8 +97,8 @@ class SnapshotStore:
         sums.fisher = {linear: read(linear, "fisher_cols") for linear in gathered.fisher}
         for linear, count in gathered.outputs.items():
             form = CurvatureForm.read(self.manifest.forms[linear])
-            found = {part: read(linear, part) for part in form.parts}
-            sums.outputs[linear] = OutputSum(form, found, read(linear, "traces"), count)
+            tensors = {part: read(linear, part) for part in form.parts}
+            sums.outputs[linear] = OutputSum(form, tensors, read(linear, "traces"), count)
         return sums
 
     def _write(self, unit: str, sums: Sums, generation: int) -> Gathered:
@@ -140,8 +140,8 @@ def check_home(directory: Path) -> None:
         raise StatisticsError(f"{directory} is a file; choose another output directory")
     if not directory.exists() or (directory / MANIFEST).exists():
         return
-    if (other := next(_foreign(directory), None)) is not None:
-        raise StatisticsError(f"{directory} holds other files ({other.name}); choose another output directory")
+    if (foreign := next(_foreign(directory), None)) is not None:
+        raise StatisticsError(f"{directory} holds other files ({foreign.name}); choose another output directory")
 
 
 def _foreign(directory: Path) -> Iterator[Path]:

@@ -86,8 +86,8 @@ def add_results(directory: str | Path, results: str) -> Path:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); name a checkpoint that spectrim wrote") from error
-    before, begun, rest = text.partition(_BEGIN)
-    _, ended, after = rest.partition(_END)
+    before, begun, following = text.partition(_BEGIN)
+    _, ended, after = following.partition(_END)
     if begun and not ended:
         raise CheckpointError(f"{path} has the mark {_BEGIN!r} and not {_END!r} after it; remove the first or add both")
     section = f"{_BEGIN}\n## Measured\n\n{results.strip()}\n{_END}"
@@ -116,8 +116,8 @@ def _base(source: str | None) -> tuple[str, str | None, dict[str, Any]]:
     else:
         base = place
         quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-        found = cached_file(place, CARD, **quiet)  # a model without a card, or no network: the card says less
-        card = None if found is None else Path(found)
+        cached = cached_file(place, CARD, **quiet)  # a model without a card, or no network: the card says less
+        card = None if cached is None else Path(cached)
     try:
         matter = (card and metadata_load(card)) or {}
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
@@ -165,7 +165,7 @@ def _kept(record: Mapping[str, Any]) -> list[str]:
         "params": "their parameters",
         "checkpoint": "bytes of the whole checkpoint",
     }
-    if kept := [f"| {what} | {rows[key]:.2%} |" for key, what in words.items() if key in rows]:
+    if kept := [f"| {label} | {rows[key]:.2%} |" for key, label in words.items() if key in rows]:
         texts.append("\n".join(["## What was kept", "", "| of the dense model's | kept |", "|---|---|", *kept]))
     places = record.get("places")
     if isinstance(places, dict):

@@ -87,8 +87,8 @@ def load(
     model: PreTrainedModel
     model, report = loaded
     if not local and gguf is None:  # a hub id, whose files are in the cache now
-        found = cached_file(source, "config.json", **{**where, "local_files_only": True})
-        _check_files(Path(str(found)).parent, config, {**kwargs, "subfolder": ""}, quantized=quantized)
+        cached = cached_file(source, "config.json", **{**where, "local_files_only": True})
+        _check_files(Path(str(cached)).parent, config, {**kwargs, "subfolder": ""}, quantized=quantized)
     if missing := sorted(report["missing_keys"]):
         named = next(iter(getattr(config, "architectures", None) or ()), type(model).__name__)
         if named != type(model).__name__:

@@ -135,18 +135,18 @@ def _value(record: type[OptionRecord], name: str, value: Any) -> Any:
 def pairs(values: Sequence[str], example: str) -> dict[str, Any]:
     """``key=value`` pairs; values are read as YAML, so numbers are numbers. `example` begins with the option's name."""
     option = example.split()[0]
-    found: dict[str, Any] = {}
+    entries: dict[str, Any] = {}
     for value in values:
         key, equals, text = value.partition("=")
         if not equals or not key.strip():
             raise UsageError(f"{option} {value} has no {'key' if equals else 'value'}; write it as {example}")
-        if key in found:
+        if key in entries:
             raise UsageError(f"{option} gives {key} twice; give it once")
         try:
-            found[key] = parse_yaml(text)
+            entries[key] = parse_yaml(text)
         except ValueError as error:
             raise UsageError(f"{option} {value} has a value that {error}; quote it") from error
-    return found
+    return entries
 
 
 def dtype_of(name: str | None) -> "torch.dtype | None":
@@ -162,17 +162,17 @@ def dtype_of(name: str | None) -> "torch.dtype | None":
     return dtype
 
 
-def show(what: RenderableType) -> None:
+def show(output: RenderableType) -> None:
     """Print a table, or lines of text as they are: of untrusted names, too.
 
     A terminal gets at least 120 columns, which tables need. In a pipe nothing is folded.
     """
-    if isinstance(what, str):
-        typer.echo(what)
+    if isinstance(output, str):
+        typer.echo(output)
         return
     console = Console(markup=False, highlight=False)
     width = max(console.width, 120) if console.is_terminal else 10_000
-    Console(markup=False, highlight=False, width=width).print(what)
+    Console(markup=False, highlight=False, width=width).print(output)
 
 
 @contextmanager

@@ -27,12 +27,12 @@ class Sealed:
     def tensor(self, name: str, *, checked: bool = False) -> torch.Tensor:
         """One tensor. Raises StatisticsError where it is not the one that was written, unless that was `checked`."""
         try:
-            found: torch.Tensor = self.file.get_tensor(name)
+            tensor: torch.Tensor = self.file.get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise _damaged(self.path, str(error)) from error
-        if not checked and _digest(found) != self.digests[name]:
+        if not checked and _digest(tensor) != self.digests[name]:
             raise _damaged(self.path, f"{name} has changed since it was written")
-        return found
+        return tensor
 
 
 def write_sealed(path: Path, tensors: Mapping[str, torch.Tensor], *, of: str, note: str = "") -> None:

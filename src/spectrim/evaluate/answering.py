@@ -72,15 +72,15 @@ def vqa(
     asked: Sequence[Question] = blind_questions(questions) if blind else questions
     prompts = prompted(processor, model.config, asked)
     order = sorted(range(len(asked)), key=lambda i: len(prompts[i]))
-    given: dict[int, str] = {}
+    answers: dict[int, str] = {}
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         with inference(model), _finite_logits(model, [asked[i].question for i in batch]):
             texts = _generate(model, processor, [prompts[i] for i in batch], [asked[i] for i in batch], max_new_tokens)
-        given.update(zip(batch, texts, strict=True))
+        answers.update(zip(batch, texts, strict=True))
         if progress is not None:
-            progress(len(given), len(asked))
-    return [Answer(q.task, q.question, q.answer, given[i]) for i, q in enumerate(questions)]
+            progress(len(answers), len(asked))
+    return [Answer(q.task, q.question, q.answer, answers[i]) for i, q in enumerate(questions)]
 
 
 def prompted(processor: ProcessorMixin, config: PreTrainedConfig, questions: Sequence[Question]) -> list[str]:

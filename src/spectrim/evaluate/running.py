@@ -197,9 +197,9 @@ def _evaluate_one(path: Path, work: _Work, *, floor: bool) -> tuple[DirectoryRes
     settings = work.settings
     batch: dict[str, Any] = {} if settings.batch_size is None else {"batch_size": settings.batch_size}
 
-    def stage(what: str) -> Progress | None:
+    def stage(name: str) -> Progress | None:
         report = work.progress
-        return None if report is None else lambda done, total: report(f"{path.name}: {what}", done, total)
+        return None if report is None else lambda done, total: report(f"{path.name}: {name}", done, total)
 
     def read(text: str) -> Perplexity:
         tokenizer = getattr(processor, "tokenizer", processor)
@@ -214,12 +214,12 @@ def _evaluate_one(path: Path, work: _Work, *, floor: bool) -> tuple[DirectoryRes
             **batch,
         )
 
-    def look(what: str, questions: Sequence[Question]) -> tuple[list[Answer], VqaScore | None]:
+    def look(name: str, questions: Sequence[Question]) -> tuple[list[Answer], VqaScore | None]:
         start = perf_counter()
         if not questions:
             return [], None
         answers = vqa(
-            model, processor, questions, max_new_tokens=settings.max_new_tokens, progress=stage(what), **batch
+            model, processor, questions, max_new_tokens=settings.max_new_tokens, progress=stage(name), **batch
         )
         return answers, score(answers, perf_counter() - start)
 

@@ -127,8 +127,8 @@ def markdown(report: EvaluationReport, result: DirectoryResult) -> str:
     lines = ["", *columns], ["---"] * (1 + len(columns)), *rows
     sources = {"questions": report.questions, "text": report.text}
     said = "; ".join(
-        f"{what} {code(Path(source.name).name)}, SHA-256 {source.sha256[:12]}…"
-        for what, source in sources.items()
+        f"{kind} {code(Path(source.name).name)}, SHA-256 {source.sha256[:12]}…"
+        for kind, source in sources.items()
         if source
     )
     versions = ", ".join(f"{name} {number}" for name, number in report.versions.items() if number)

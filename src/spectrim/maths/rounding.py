@@ -168,25 +168,25 @@ def scales(
     unit = torch.where(high > low, high - low, torch.ones_like(low))
     X = (X / unit).float()  # only costs are computed in it, and only within a group
     best = torch.full_like(low, torch.inf, dtype=torch.float32)
-    found, zeros = torch.full_like(low, torch.inf), torch.zeros_like(low)
+    steps, zeros = torch.full_like(low, torch.inf), torch.zeros_like(low)
     for shrink in torch.linspace(1, 0.5, _SHRINKS).tolist():
         step = ((high - low) * shrink / levels).to(dtype).double()
         step = torch.where(step > 0, step, torch.ones_like(step))
         zero = zeros if grid.symmetric else (grid.low - low * shrink / step).round().clamp(grid.low, grid.high)
         narrow, origin = (step / unit).clamp_max(1e30).float(), zero.float()  # the step of nothing is one
-        rest = (X / narrow).round_().add_(origin).clamp_(grid.low, grid.high).sub_(origin).mul_(narrow).sub_(X)
-        cost = (rest.square_() * weights).sum(-1, keepdim=True)
+        residual = (X / narrow).round_().add_(origin).clamp_(grid.low, grid.high).sub_(origin).mul_(narrow).sub_(X)
+        cost = (residual.square_() * weights).sum(-1, keepdim=True)
         better = (cost < best) & step.isfinite()
         best = torch.where(better, cost, best)
-        found, zeros = torch.where(better, step, found), torch.where(better, zero, zeros)
-    return found[..., 0].to(dtype), None if grid.symmetric else zeros[..., 0].to(torch.int8)
+        steps, zeros = torch.where(better, step, steps), torch.where(better, zero, zeros)
+    return steps[..., 0].to(dtype), None if grid.symmetric else zeros[..., 0].to(torch.int8)
 
 
 def _spread(scale: torch.Tensor, zero: torch.Tensor | None, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Scales and zero points of every entry, [out, in] float64."""
-    each = size // scale.shape[1]
-    step = scale.double().repeat_interleave(each, dim=1)
-    return step, torch.zeros_like(step) if zero is None else zero.double().repeat_interleave(each, dim=1)
+    group = size // scale.shape[1]
+    step = scale.double().repeat_interleave(group, dim=1)
+    return step, torch.zeros_like(step) if zero is None else zero.double().repeat_interleave(group, dim=1)
 
 
 def _triangular(
@@ -257,36 +257,36 @@ def _by_waves(
 
         left = torch.stack([(E[i, : j.start] @ T[j, : j.start].T).flip(1) for i, j in spans])
         above = torch.stack([(S[: i.start, i].T @ F[: i.start, j]).flip(1) for i, j in spans])
-        found = _wave(
+        waves = _wave(
             (stacked(W), left, above, stacked(step), stacked(offset)),
             torch.stack([S[i, i] for i, _ in spans]),
             torch.stack([T[j, j].flip(0, 1) for _, j in spans]),
             grid,
         )
-        for (i, j), *parts in zip(spans, *found, strict=True):
+        for (i, j), *parts in zip(spans, *waves, strict=True):
             for whole, part in zip((codes, E, F), parts, strict=True):
                 whole[i, j] = part.flip(1)
     return codes[:out, :size]
 
 
 def _wave(
-    given: tuple[torch.Tensor, ...], S: torch.Tensor, T: torch.Tensor, grid: Grid
+    parts: tuple[torch.Tensor, ...], S: torch.Tensor, T: torch.Tensor, grid: Grid
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes, E and F of independent tiles [tiles, n, n]; all columns, those of `given` too, run from right to left.
+    """Codes, E and F of independent tiles [tiles, n, n]; all columns, those of `parts` too, run from right to left.
 
-    `given` are W, what came from the left, what came from above, steps and offsets. S [tiles, i', i] and
+    `parts` are W, what came from the left, what came from above, steps and offsets. S [tiles, i', i] and
     T [tiles, j, j'] are the parts of the factors inside the tiles.
     """
     n = S.shape[1]
-    codes, E, F = (torch.zeros_like(given[0]) for _ in range(3))
+    codes, E, F = (torch.zeros_like(parts[0]) for _ in range(3))
     for t in range(2 * n - 1):
         at = n - 1 - t  # an anti-diagonal of the tile is a diagonal here
         i = slice(max(0, -at), min(n, t + 1))
         j = slice(i.start + at, i.stop + at)
-        x, left, above, step, offset = (part.diagonal(at, 1, 2) for part in given)
+        x, left, above, step, offset = (value.diagonal(at, 1, 2) for value in parts)
         left = left + (E[:, i] * T[:, j]).sum(2)
         code = grid.nearest(x + left + above + (F[:, :, j] * S[:, :, i]).sum(1), step, offset)
-        rest = x - (code - offset) * step
-        for whole, part in zip((codes, E, F), (code, rest, rest + left), strict=True):
-            whole.diagonal(at, 1, 2).copy_(part)
+        residual = x - (code - offset) * step
+        for whole, value in zip((codes, E, F), (code, residual, residual + left), strict=True):
+            whole.diagonal(at, 1, 2).copy_(value)
     return codes, E, F

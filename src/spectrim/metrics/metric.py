@@ -62,11 +62,11 @@ def _gathered(part: MetricPart, linear: Linear, statistics: Statistics, device: 
     """The metric that was gathered of a linear; None where no sample of the modality reached it."""
     if part.kind == "fisher-rows":
         return _fisher_rows(linear, statistics, device)
-    found = _moments(part, linear, statistics)
-    if not found:
+    by_modality = _moments(part, linear, statistics)
+    if not by_modality:
         return None
-    source: MetricSource = "joint" if len(found) == 2 else found[0][0]
-    moments = [moment for _, moment in found]
+    source: MetricSource = "joint" if len(by_modality) == 2 else by_modality[0][0]
+    moments = [moment for _, moment in by_modality]
     if part.kind == "activation-diagonal":
         # ASVD (Yuan et al., arXiv 2312.05821), section 3.2: S = diag(mean |x|)^α, so R Rᵀ = S².
         means = torch.stack([m.abs_sum for m in moments]).sum(0) / sum(m.count for m in moments)
@@ -76,7 +76,7 @@ def _gathered(part: MetricPart, linear: Linear, statistics: Statistics, device: 
     value = check_finite(f"the second moment of {linear.name}", joint_second_moment(moments, part.gamma))
     output = None
     if part.kind == "curvature":
-        output = output_metric(part, linear, statistics, found, float(value.trace()), device)
+        output = output_metric(part, linear, statistics, by_modality, float(value.trace()), device)
     return Metric(value.to(device), source, output)
 
 
@@ -109,11 +109,11 @@ def joint_weights(traces: Sequence[float], gamma: float) -> list[float]:
     return [1.0, gamma * (traces[0] / traces[1])]
 
 
-def chosen(part: MetricPart, found: Mapping[Modality, _T]) -> list[_T]:
+def chosen(part: MetricPart, gathered: Mapping[Modality, _T]) -> list[_T]:
     """Of what was gathered by modality, that which the metric takes; text before image, empty where neither came."""
     order: tuple[Modality, ...] = ("text", "image")
-    taken = [found[modality] for modality in order if modality in found and part.modality in (modality, "joint")]
-    return taken or ([found["image"]] if part.unreached == "image" and "image" in found else [])
+    taken = [gathered[modality] for modality in order if modality in gathered and part.modality in (modality, "joint")]
+    return taken or ([gathered["image"]] if part.unreached == "image" and "image" in gathered else [])
 
 
 def _check_gathered(part: MetricPart, statistics: Statistics) -> None:
@@ -137,18 +137,18 @@ def _moments(part: MetricPart, linear: Linear, statistics: Statistics) -> list[t
     gathered = statistics.manifest.data.modalities
     order: tuple[Modality, ...] = ("text", "image")
     wanted = [m for m in order if part.modality in (m, "joint") and m in gathered]
-    found = [(m, x) for m in wanted if (x := statistics.moment(linear.name, m)) is not None]
-    if not found and part.unreached == "image" and "image" in gathered:
-        found = [("image", x)] if (x := statistics.moment(linear.name, "image")) is not None else []
-    return found
+    moments = [(m, moment) for m in wanted if (moment := statistics.moment(linear.name, m)) is not None]
+    if not moments and part.unreached == "image" and "image" in gathered:
+        moments = [("image", moment)] if (moment := statistics.moment(linear.name, "image")) is not None else []
+    return moments
 
 
 def _fisher_rows(linear: Linear, statistics: Statistics, device: torch.device | str) -> Metric | None:
     """FWSVD (Hsu et al., ICLR 2022), section 3: input i weighs Σ_out (∂L/∂W_oi)², averaged over samples."""
-    found = statistics.gradient(linear.name, "text")
-    if found is None:
+    gradient = statistics.gradient(linear.name, "text")
+    if gradient is None:
         return None
-    value = check_finite(f"the Fisher diagonal of {linear.name}", found.fisher_cols / found.count)
+    value = check_finite(f"the Fisher diagonal of {linear.name}", gradient.fisher_cols / gradient.count)
     if float(value.max()) == 0:
         return Metric(None, "identity")
     return Metric(value.clamp_min(value.max() * 1e-12).to(device), "text")

@@ -139,6 +139,6 @@ def _make(
     check_finite(f"the spectrum of {linear.name}", spectrum.s)
     # A projection on the inputs holds roots of the input metric, whose columns differ in size: it keeps its precision.
     kept = torch.float64 if len(spectrum.P) < len(W) and spectrum.head is None else torch.float32
-    found = {"s": spectrum.s, "loss": spectrum.loss, "head": spectrum.head, "P": spectrum.P.to(kept)}
-    found["Q"] = None if spectrum.Q is None else spectrum.Q.to(kept)
-    return {name: tensor for name, tensor in found.items() if tensor is not None}, metric.source
+    tensors = {"s": spectrum.s, "loss": spectrum.loss, "head": spectrum.head, "P": spectrum.P.to(kept)}
+    tensors["Q"] = None if spectrum.Q is None else spectrum.Q.to(kept)
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}, metric.source

@@ -189,10 +189,10 @@ def inspect(
         weight: Any = model.get_submodule(linear.name).weight
         W = check_finite(f"the weight of {linear.name}", weight.detach())
         text, image = (_mean(statistics, linear, modality, W.device) for modality in ("text", "image"))
-        found = None if text is None or image is None else mismatch(W, text, image)
-        if found is not None:
-            mismatches.append(_row(linear, layers[linear.name], found, retain))
-        text_s = found.s if found is not None else None if text is None else decompose(W, text).s
+        gap = None if text is None or image is None else mismatch(W, text, image)
+        if gap is not None:
+            mismatches.append(_row(linear, layers[linear.name], gap, retain))
+        text_s = gap.s if gap is not None else None if text is None else decompose(W, text).s
         ranks.append(_ranks(linear, layers[linear.name], text_s, None if image is None else decompose(W, image).s))
         if progress is not None:
             progress(done + 1, len(parts.linears))
@@ -233,16 +233,16 @@ def _layers(parts: Anatomy) -> dict[str, int | None]:
     return {linear.name: None if linear.block is None else numbers[linear.block] for linear in parts.linears}
 
 
-def _row(linear: Linear, layer: int | None, found: Mismatch, retain: float) -> LinearMismatch:
-    text, image = found.text_loss().cpu(), found.image_loss().cpu()
+def _row(linear: Linear, layer: int | None, gap: Mismatch, retain: float) -> LinearMismatch:
+    text, image = gap.text_loss().cpu(), gap.image_loss().cpu()
     text_total, image_total = float(text[0]), float(image[0])
     text_share, image_share = text / (text_total or 1.0), image / (image_total or 1.0)
     rank = max(1, int(retain * linear.params / (linear.out_features + linear.in_features)))
     seen = float(text[rank]) > 0 and image_total > 0
-    full = len(found.s)
+    full = len(gap.s)
     marks = sorted({round(i * full / (POINTS - 1)) for i in range(POINTS)})
     spans = [slice(a, b) for a, b in pairwise(marks)]
-    energies = [(float(found.q[span].sum()), float(found.s[span].sum())) for span in spans]
+    energies = [(float(gap.q[span].sum()), float(gap.s[span].sum())) for span in spans]
     return LinearMismatch(
         name=linear.name,
         place=linear.place,
@@ -250,7 +250,7 @@ def _row(linear: Linear, layer: int | None, found: Mismatch, retain: float) -> L
         role=linear.role,
         rank=rank,
         rho=float(image_share[rank] / text_share[rank]) if seen else None,
-        alpha=found.alpha,
+        alpha=gap.alpha,
         text_total=text_total,
         image_total=image_total,
         ranks=tuple(marks),

@@ -39,8 +39,8 @@ def joined(row: Mapping[str, Any]) -> dict[str, Any]:
     prompt, completion = row.get("prompt"), row.get("completion")
     if not isinstance(prompt, list) or not isinstance(completion, list | None) or row.get(TURNS[0]) is not None:
         return dict(row)
-    rest = {key: value for key, value in row.items() if key not in ("prompt", "completion")}
-    return {**rest, TURNS[0]: [*prompt, *(completion or ())]}
+    others = {key: value for key, value in row.items() if key not in ("prompt", "completion")}
+    return {**others, TURNS[0]: [*prompt, *(completion or ())]}
 
 
 def read_chat(row: Mapping[str, Any], images: Sequence[Any] | None, where: str) -> Chat | None:
@@ -66,25 +66,25 @@ def read_chat(row: Mapping[str, Any], images: Sequence[Any] | None, where: str) 
         raise SampleError(f'{where}: "{keys[0]}" must be a list of turns; write {{"role": "user", "content": "..."}}')
     if isinstance(system := row.get("system"), str) and system:
         turns = [{"role": "system", "content": system}, *turns]
-    found: list[Any] = []  # images, and places of those beside
-    read = [_turn(turn, found, where) for turn in turns]
-    given = list(images or ())
-    if given and not found:
-        read, found = _placed(read, len(given), where)
-    places = [image for image in found if isinstance(image, _Place)]
-    if len(places) != len(given):
+    shown: list[Any] = []  # images, and places of those beside
+    read = [_turn(turn, shown, where) for turn in turns]
+    beside = list(images or ())
+    if beside and not shown:
+        read, shown = _placed(read, len(beside), where)
+    places = [image for image in shown if isinstance(image, _Place)]
+    if len(places) != len(beside):
         raise SampleError(
-            f"{where} has {len(given)} images and {len(places)} places for them in its conversation; write an image "
+            f"{where} has {len(beside)} images and {len(places)} places for them in its conversation; write an image "
             "part or <image> for each"
         )
     order = [number if place.index is None else place.index for number, place in enumerate(places)]
-    if not all(isinstance(number, int) for number in order) or {*order} != {*range(len(given))}:
-        raise SampleError(f"{where} counts its {len(given)} images by the indices {order}; count each once, from 0")
-    rest = iter(order)
-    return Chat(tuple(read), tuple(given[next(rest)] if isinstance(image, _Place) else image for image in found))
+    if not all(isinstance(number, int) for number in order) or {*order} != {*range(len(beside))}:
+        raise SampleError(f"{where} counts its {len(beside)} images by the indices {order}; count each once, from 0")
+    numbers = iter(order)
+    return Chat(tuple(read), tuple(beside[next(numbers)] if isinstance(image, _Place) else image for image in shown))
 
 
-def _turn(turn: Mapping[str, Any], found: list[Any], where: str) -> Message:
+def _turn(turn: Mapping[str, Any], shown: list[Any], where: str) -> Message:
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
     if not isinstance(role, str) or role not in _ROLES:
         raise SampleError(f"{where} has a turn of {role!r}; only those of system, user and assistant can be used")
@@ -106,7 +106,7 @@ def _turn(turn: Mapping[str, Any], found: list[Any], where: str) -> Message:
             continue
         places = [key for key in held if key != "text"]
         named = part[places[0]] if places else _Place(part.get("index"))
-        found.append({"base64": named} if places[:1] == ["base64"] else named)
+        shown.append({"base64": named} if places[:1] == ["base64"] else named)
         parts.append({"type": "image"})
     return {"role": _ROLES[role], "content": parts}
 

@@ -40,7 +40,7 @@ class Entry:
 
     def open(self) -> ImageSample:
         """Raises SampleError for an image that is broken."""
-        return ImageSample(tuple(each() for each in self.openers), self.turns, self.answer, self.where)
+        return ImageSample(tuple(opener() for opener in self.openers), self.turns, self.answer, self.where)
 
 
 class ImageSamples(Sequence[ImageSample]):

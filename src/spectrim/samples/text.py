@@ -96,10 +96,10 @@ class _Passage:
 
     def place(self, words: Collection[str]) -> str:
         """Where the first of these words stands, as far as it can be said."""
-        found = [self.text.find(word) for word in words if word in self.text]
-        if not found or not self.lines:
+        starts = [self.text.find(word) for word in words if word in self.text]
+        if not starts or not self.lines:
             return self.where
-        return f"{self.where}, line {self.text.count(chr(10), 0, min(found)) + 1}"
+        return f"{self.where}, line {self.text.count(chr(10), 0, min(starts)) + 1}"
 
 
 def _read_file(path: Path, processor: Any) -> Iterator[_Passage]:
