@@ -333,7 +333,7 @@ def _holders(tree: dict[str, nn.Module]) -> dict[int, list[str]]:
 
 
 def _foreign(module: nn.Module, block: str | None) -> str | None:
-    """What a module is that is no plain ``nn.Linear``; None for one that is.
+    """What a module is instead of a plain ``nn.Linear``; None for a plain one.
 
     A subclass is kept: it may compute something else, or its weight may be read past its forward, as
     ``nn.MultiheadAttention`` does with its output projection.

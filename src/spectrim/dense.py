@@ -1,4 +1,4 @@
-"""Whether a model is dense: only floats that stand for themselves can be decomposed, calibrated and compressed."""
+"""Whether a model is dense: only plain float weights can be calibrated, decomposed and compressed."""
 
 from typing import Any
 
@@ -59,5 +59,5 @@ def _name(config: Any, unpacked: bool) -> str | None:
         return None
     method = entries.get("quant_method")
     if method is None and (entries.get("load_in_4bit") or entries.get("load_in_8bit")):
-        method = "bitsandbytes"  # before it was written down
+        method = "bitsandbytes"  # of releases that did not write quant_method
     return str(getattr(method, "value", method) or "unknown")

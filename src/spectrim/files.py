@@ -21,9 +21,7 @@ def user_path(path: str | Path) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        raise UsageError(
-            f"the first part of {str(path)!r} is the home of nobody ({error}); name another path"
-        ) from error
+        raise UsageError(f"the first part of {str(path)!r} is no user's home ({error}); name another path") from error
 
 
 @contextmanager
@@ -70,7 +68,7 @@ def parse_json(content: str | bytes) -> Any:
     """The value that JSON text stands for.
 
     Raises ValueError, whose message is the rest of a sentence ("FILE …"), for text that is not UTF-8, not JSON, nested
-    too deeply, or that gives a key of one object twice: the first value would go without a word.
+    too deeply, or that gives a key of one object twice: the first value would be lost silently.
     """
     try:
         value = json.loads(content, object_pairs_hook=_unique, parse_int=_integer)
@@ -128,7 +126,7 @@ def _integer(digits: str) -> int:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, but for doubled keys, which it refuses."""
+    """YAML's safe loader, which also refuses repeated keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]

@@ -18,11 +18,11 @@ _Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 _Idle = tuple[tuple[str, ...], bool, str]
-"""Names of options, whether they do something, and where they do not."""
+"""Names of options, whether they have an effect, and where they have none."""
 
 
 def _flag(name: str) -> dict[str, Any]:
-    """The flag of an option that is not called as its field."""
+    """For a field whose option has another name."""
     return {"flag": name}
 
 

@@ -1,6 +1,6 @@
-"""Which linears a model uses as matrices, past their own forward: Mamba's time-step projection, fused kernels, ties.
+"""Which weights a model uses outside their linear's forward: Mamba's time-step projection, fused kernels, ties.
 
-Factors answer such a read with a product that is computed anew every time (see `lazy`), which is right and slow, and no
+A factored layer would compute the whole matrix for each such read (see `lazy`), which is right and slow, and no
 statistics of inputs are gathered there: these linears are kept dense.
 """
 
@@ -24,7 +24,7 @@ logger = logging.getLogger("spectrim")
 
 _TOKENS = 3
 
-# What was found in models that live: a forward may change a model so that the next one finds less (RWKV rescales once).
+# Results by model, while it exists: a forward may change a model so that the next one finds less (RWKV rescales once).
 _known: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 
@@ -32,8 +32,8 @@ _known: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 def used_outside(model: PreTrainedModel, names: Collection[str]) -> set[str]:
     """Those linears whose matrix one forward pass over a few tokens uses while their own forward does not run.
 
-    Reads of a weight's shape, dtype or device do not count. What these tokens do not reach is not found. A model that
-    does not run on tokens alone (or not on the meta device, where it is) is one line of logging.
+    Reads of a weight's shape, dtype or device do not count. What these tokens do not reach is not found. For a model
+    that does not run on tokens alone (or not on the meta device, if it is there) the error is logged.
     """
     if model in _known:
         return _known[model] & set(names)
@@ -59,7 +59,7 @@ def few_tokens(model: PreTrainedModel, count: int) -> dict[str, torch.Tensor]:
 
 
 class _WeightUses(TorchFunctionMode):
-    """Notes every function that gets the weight of a linear, by id, whose own forward is not running."""
+    """Records which weights, known by id, functions get while the linear's own forward is not running."""
 
     def __init__(self, weights: dict[int, str]) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class _WeightUses(TorchFunctionMode):
 
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode inside the block, without warnings, and with random numbers that leave those after it."""
+    """The model in eval mode inside the block, without warnings, and without an effect on later random numbers."""
     training = [module for module in model.modules() if module.training]
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
     model.eval()

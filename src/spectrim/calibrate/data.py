@@ -85,7 +85,7 @@ def load_data(
         raise SampleError("image samples need the model's processor and not its tokenizer alone; pass the processor")
     shown = load_images(images, samples=samples, seed=seed, instruction=instruction)
     shown.refuse(media_tokens(processor, model.config))
-    for entry in shown.entries:  # before a pass over the others finds out what the template or the model does not take
+    for entry in shown.entries:  # so that errors come before the passes
         prompt = chat_prompt(processor, entry.turns, entry.where)
         ids = tokenizer(prompt + (entry.answer or ""), add_special_tokens=False, verbose=False)["input_ids"]
         check_tokens(torch.tensor(ids), model.config)

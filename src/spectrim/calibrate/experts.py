@@ -1,4 +1,4 @@
-"""What stands for the moments of an expert that no token chose: the mean of those of the other experts of its layer."""
+"""Moments for an expert that no token chose: the mean over the other experts of its layer."""
 
 import re
 from collections.abc import Callable
@@ -80,9 +80,9 @@ class ExpertMean(Statistics):
 
 
 def expert_mean(statistics: Statistics, linear: Linear) -> ExpertMean | None:
-    """Of `linear` and those in its place in the other items of its module list; None where there are no others.
+    """The mean statistics of `linear` and its counterparts in other experts; None where it has none.
 
-    They have its name but for the number of an item inside its block, its shape, and the form of its output moment.
+    A counterpart has the same name but for the expert's number, the same shape, and the same form of output moment.
     """
     block = linear.block or ""
     match = re.match(r"(.*?\.(?:expert_?)?)\d+(\..+)", linear.name[len(block) :])
@@ -107,6 +107,6 @@ def expert_mean(statistics: Statistics, linear: Linear) -> ExpertMean | None:
 
 
 def _share(count: int, number: int) -> tuple[int, float]:
-    """A whole number of positions near the mean, and what sums are multiplied by so that their means stay exact."""
+    """A whole number of positions near the mean, and the factor for sums that keeps their means exact."""
     mean = max(1, count // number)
     return mean, mean / count

@@ -124,7 +124,7 @@ def _extended(inputs: dict[str, torch.Tensor], answer: torch.Tensor) -> dict[str
 def check_causal(model: PreTrainedModel, inputs: dict[str, torch.Tensor], prompt: int, advice: str) -> None:
     """Raise ModelError for a model whose tokens see those after them, and so the labels of what they predict.
 
-    Predictions from position ``prompt - 1`` on count; nothing is said of a model without logits.
+    Predictions from position ``prompt - 1`` on count; a model without logits is not checked.
     """
     ids = inputs["input_ids"]
     others = ids[0, :-1][ids[0, :-1] != ids[0, -1]]

@@ -122,7 +122,7 @@ class Manifest(_Record):
     gathered: dict[str, Gathered]  # by unit
 
     def _lost(self) -> str | None:
-        """A name in it that leads nowhere; None where all lead somewhere."""
+        """A name that is missing from a part of the manifest that must have it; None where all is consistent."""
         lost = self.gathered.keys() ^ {unit.name for unit in self.units}
         lost |= {name for name in self.blocks if f"{name}.weight" not in self.model.tensors}
         for gathered in self.gathered.values():
@@ -190,7 +190,7 @@ class Manifest(_Record):
             where = ".".join(map(str, error.errors()[0]["loc"]))
             raise StatisticsError(f"{path} is damaged at '{where}' ({error.errors()[0]['msg']}); {again}") from error
         if (lost := manifest._lost()) is not None:
-            raise StatisticsError(f"{path} is damaged ({lost} is in a part of it only); {again}")
+            raise StatisticsError(f"{path} is damaged ({lost} is missing from a part of it); {again}")
         if digest != _digest(content):
             raise StatisticsError(f"{path} has changed since it was written; restore it, or {again}")
         return manifest

@@ -58,7 +58,7 @@ class MomentSum:
 
     @classmethod
     def zero(cls, width: int, home: torch.device) -> "MomentSum":
-        """Sums of nothing, on the device ``home``."""
+        """Zero sums on the device ``home``."""
         second = torch.zeros(width, width, dtype=torch.float64, device=home)
         return cls(second, torch.zeros(width, dtype=torch.float64, device=home))
 
@@ -91,7 +91,7 @@ class OutputSum:
 
     @classmethod
     def zero(cls, form: CurvatureForm, out: int, heads: int, home: torch.device) -> "OutputSum":
-        """Sums of nothing, on the device ``home``."""
+        """Zero sums on the device ``home``."""
         shapes = form.shapes(out) | {"traces": (4, heads)}
         sums = {name: torch.zeros(shape, dtype=torch.float64, device=home) for name, shape in shapes.items()}
         return cls(form, sums, sums.pop("traces"))
@@ -149,13 +149,13 @@ class Sums:
     labels: int = 0  # labelled tokens of gradient passes
 
     def moment(self, owner: str, width: int) -> MomentSum:
-        """The sum of one owner; begun at zero."""
+        """The sum of one owner; zero at first."""
         if owner not in self.moments:
             self.moments[owner] = MomentSum.zero(width, self.home)
         return self.moments[owner]
 
     def fisher_columns(self, linear: str, width: int) -> torch.Tensor:
-        """The gradient statistic of one linear [in]; begun at zero."""
+        """The gradient statistic of one linear [in]; zero at first."""
         if linear not in self.fisher:
             self.fisher[linear] = torch.zeros(width, dtype=torch.float64, device=self.home)
         return self.fisher[linear]
@@ -167,7 +167,7 @@ class Sums:
         return columns.isfinite().all()
 
     def output(self, linear: Linear, form: CurvatureForm) -> OutputSum:
-        """The output sums of one linear; begun at zero."""
+        """The output sums of one linear; zero at first."""
         if linear.name not in self.outputs:
             heads = linear.per_head or 1
             self.outputs[linear.name] = OutputSum.zero(form, linear.out_features, heads, self.home)

@@ -140,19 +140,19 @@ def calibrate(
             raise SampleError("image_tokens_only needs image samples; give an image source or leave it out")
         image_token(model)
     shown = images if data.images else None
-    source = DataPrint(text=_lasting(text), images=_lasting(shown), fingerprint=data.fingerprint())
+    source = DataPrint(text=_absolute(text), images=_absolute(shown), fingerprint=data.fingerprint())
     fresh = _manifest(model, parts, data, source, options.settings)
     if not SnapshotStore(out, fresh).manifest.complete:
         with _sole_writer(out):
-            store = SnapshotStore(out, fresh)  # as the writer before has left it
+            store = SnapshotStore(out, fresh)  # as the last writer left it
             if not store.manifest.complete:
                 store.check()
                 _gather(model, parts, data, store, checkpoint_seconds, progress or (lambda done, total: None))
     return Statistics.open(out)
 
 
-def _lasting(source: str | None) -> str | None:
-    """A source of samples as it is found from every folder: what reloads them may run in another one."""
+def _absolute(source: str | None) -> str | None:
+    """A source of samples with an absolute path: they may be loaded again from another working directory."""
     path = None if source in (None, "builtin") else local_path(source)
     return source if path is None else str(path.absolute())
 

@@ -1,4 +1,4 @@
-"""Snapshots: running sums to disk and back, so that a killed run loses minutes and never its integrity.
+"""Snapshots: running sums to disk and back, so that a killed run loses a few minutes and no file.
 
 A snapshot writes block files under names that carry its generation, then the manifest that names them, then deletes the
 files of other generations. Whatever the moment of a kill, the manifest names whole files of one and the same state.
@@ -105,7 +105,7 @@ class SnapshotStore:
         if (before := self.manifest.gathered[unit]).batches == sums.batches:
             return before
         blocks = self.manifest.blocks
-        moments = {owner: moment for owner, moment in sums.moments.items() if moment.count}  # all else is no statistic
+        moments = {owner: moment for owner, moment in sums.moments.items() if moment.count}  # others were never reached
         outputs = {linear: output for linear, output in sums.outputs.items() if output.count}
         files = {}
         for block in sorted({blocks[linear] for linear in (*moments, *sums.fisher, *outputs)}):
@@ -135,7 +135,7 @@ class SnapshotStore:
 
 
 def check_home(directory: Path) -> None:
-    """StatisticsError where a directory cannot become one of statistics: it is a file, or holds something else."""
+    """StatisticsError where statistics cannot be written: the path is a file, or a directory with other files."""
     if directory.is_file():
         raise StatisticsError(f"{directory} is a file; choose another output directory")
     if not directory.exists() or (directory / MANIFEST).exists():
@@ -145,5 +145,5 @@ def check_home(directory: Path) -> None:
 
 
 def _foreign(directory: Path) -> Iterator[Path]:
-    """What no calibration has left in a directory; one that was killed early leaves no manifest."""
+    """Entries of a directory that no calibration writes; one that was killed early leaves no manifest."""
     return (path for path in sorted(directory.iterdir()) if not _OURS.fullmatch(path.name))

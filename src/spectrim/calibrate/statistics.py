@@ -115,8 +115,8 @@ class Statistics:
         manifest = Manifest.read(path)
         if not manifest.complete:
             raise StatisticsError(
-                f"the calibration in {path} runs still or was interrupted; run the same spectrim calibrate command to "
-                "finish it"
+                f"the calibration in {path} is still running or was interrupted; run the same command of spectrim "
+                "calibrate to finish it"
             )
         check_files(path, manifest)
         return cls(path, manifest)
@@ -172,7 +172,7 @@ class Statistics:
 
     def _units(self, linear: str, modality: Modality, *, gradients: bool) -> list[Gathered]:
         if linear not in self.manifest.blocks:
-            raise StatisticsError(f"the statistics in {self.path} know no linear {linear}; calibrate this model")
+            raise StatisticsError(f"the statistics in {self.path} have no linear {linear}; calibrate this model")
         units = (u for u in self.manifest.units if u.modality == modality and u.gradients == gradients)
         return [self.manifest.gathered[unit.name] for unit in units]
 
@@ -188,7 +188,7 @@ class Statistics:
 
 
 def _is_sum(part: str, moment: torch.Tensor, form: str) -> bool:
-    """Can it be such a moment: symmetric where it is a matrix of products, and nothing negative that is a square?"""
+    """Whether a tensor can be this moment: a matrix of products is symmetric, and squares are not negative."""
     if part == "output" and form.startswith("sketch"):
         return True
     if part not in ("second", "output"):

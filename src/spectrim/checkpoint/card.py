@@ -38,7 +38,7 @@ _ESCAPED = re.compile(r"\\([\\`*\[\]<>#|&@:.])")
 def model_card(model: PreTrainedModel, record: Mapping[str, Any]) -> str:
     """The text of README.md: front matter as the Hugging Face hub reads it, then what the checkpoint is.
 
-    `record` is the provenance; of what it does not hold, the card says nothing. The base model and its licence are
+    `record` is the provenance; the card leaves out what it lacks. The base model and its licence are
     found by ``model.name_or_path``: a hub id, a snapshot in the hub's cache, or a directory with a card of its own.
     """
     name, base, terms = _base(model.name_or_path)
@@ -71,7 +71,7 @@ def plain(text: object) -> str:
 
 
 def code(text: object) -> str:
-    """A name as code: there is no escape in it, so that what would end it is left out."""
+    """A name as inline code; backticks would end it and cannot be escaped, so they are left out."""
     return f"`{printable(' '.join(str(text).split())).replace('`', '')}`"
 
 
@@ -185,7 +185,7 @@ def _kept(record: Mapping[str, Any]) -> list[str]:
 
 
 def _predicted(record: Mapping[str, Any]) -> list[str]:
-    """The predicted loss; of a checkpoint that was fine-tuned since, how that was done instead."""
+    """The predicted loss; for a checkpoint that was fine-tuned since, how it was fine-tuned."""
     if tuned := record.get("fine_tuned"):
         listed = ", ".join(f"{key} {value}" for key, value in tuned.items()) if isinstance(tuned, dict) else str(tuned)
         return [f"## Fine-tuning\n\nThe factors were trained after compression: {plain(listed)}."]

@@ -36,7 +36,7 @@ def push(directory: str | Path, repo_id: str, *, private: bool = False, revision
         raise CheckpointError("nobody is logged in to the Hugging Face hub; run `hf auth login`, or set HF_TOKEN")
     left = [name for name in all_files(path) if name not in wanted]
     if left:
-        logger.warning("not uploaded, since no part of the model: %s", printable(", ".join(left)))
+        logger.warning("not uploaded, since not part of the model: %s", printable(", ".join(left)))
     api = HfApi()
     try:
         address = api.create_repo(repo_id, private=private or None, exist_ok=True)

@@ -141,7 +141,7 @@ def _other_task(name: Any) -> bool:
 
 
 def failure(part: str, source: str | Path, error: Exception) -> ModelError:
-    """The error for what transformers or a package below it says of a model's `part`, with a remedy that fits."""
+    """The error, with its remedy, for an exception of transformers while it reads the `part` of a model."""
     lines = [line for line in str(error).splitlines() if line.strip()] or [""]
     first = lines[: 2 if lines[0].endswith(":") else 1]  # advice for other situations follows
     said = f"{type(error).__name__}: {' '.join(' '.join(first).split()).rstrip('.')}"

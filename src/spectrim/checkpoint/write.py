@@ -102,7 +102,7 @@ def save(
 
 
 def check_target(target: str | Path, *, overwrite: bool, protected: Collection[str | Path] = ()) -> Path:
-    """Refuse a directory for a checkpoint that cannot be, or where something would be lost; returns its absolute path.
+    """Refuse a directory that cannot become a checkpoint, or where something would be lost; returns its absolute path.
 
     Without `overwrite` nothing that exists is touched, but for an empty directory; with it only a directory that
     spectrim wrote and that holds nothing else is replaced. No target may be, contain or lie in one of the `protected`

@@ -1,4 +1,4 @@
-"""Tensors in a file that says what they are of and holds their digests, so that others or changed ones are found."""
+"""Files of tensors that record what they belong to and their digests, so that wrong or changed ones are noticed."""
 
 import hashlib
 import json

@@ -138,7 +138,7 @@ def _token_stream(
     """Token stream (int64, first token is context only) that begins with ``before`` if any, UTF-8 bytes counted."""
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast, verbose=False)
     ids = encoded["input_ids"]
-    first = 0 if before is not None else 1  # with nothing before it nothing predicts the first token
+    first = 0 if before is not None else 1  # without a token before it the first token is not predicted
     count = len(ids) if max_tokens is None else min(len(ids), max_tokens + first)
     skipped, kept = 0, len(text)  # the characters text[skipped:kept] are those of the counted tokens
     if count > 0 and (first > 0 or count < len(ids)):

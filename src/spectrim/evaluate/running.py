@@ -124,9 +124,9 @@ def evaluate(
     reference = next((path for path in paths if not is_compressed(path)), None)
     results, floor = [], None
     for path in paths:
-        result, below = _evaluate_one(path, work, floor=path == (reference or paths[0]))
+        result, blind_scores = _evaluate_one(path, work, floor=path == (reference or paths[0]))
         results.append(result)
-        floor = floor or below
+        floor = floor or blind_scores
     if reference is not None and asked:
         dense = results[paths.index(reference)].answers
         results = [
@@ -178,7 +178,7 @@ def _check_samples(
     questions: Sequence[Question],
     trusted: bool,
 ) -> None:
-    """Name what this model cannot read, before any model is loaded."""
+    """Raise the error of samples that this model cannot read, before any model is loaded."""
     if questions and not takes_images(processor):
         raise SampleError(f"{path} holds a text-only model, which cannot do the task vqa; use tasks=['perplexity'].")
     config = read_config(path, {"trust_remote_code": trusted})
@@ -227,8 +227,8 @@ def _evaluate_one(path: Path, work: _Work, *, floor: bool) -> tuple[DirectoryRes
         model = load(path, device_map=work.device, dtype=work.dtype, trust_remote_code=work.trusted)
         processor = load_processor(path, trust_remote_code=work.trusted)
         language = None if work.text is None else read(work.text)
-        answers, sight = look("vqa", work.questions)
-        _, below = look("vqa with swapped images", work.swapped if floor else ())
+        answers, scores = look("vqa", work.questions)
+        _, blind = look("vqa with swapped images", work.swapped if floor else ())
     return DirectoryResult(
         directory=str(path),
         compressed=is_compressed(path),
@@ -240,9 +240,9 @@ def _evaluate_one(path: Path, work: _Work, *, floor: bool) -> tuple[DirectoryRes
         predicted_loss=_stated(path, "predicted_loss"),
         perplexity=language,
         tokens_per_second=None if language is None else language.tokens / language.seconds,
-        vqa=sight,
+        vqa=scores,
         answers=tuple(answers),
-    ), below
+    ), blind
 
 
 def _stated(path: Path, key: str) -> dict[str, float] | None:

@@ -6,11 +6,11 @@ import torch
 
 from spectrim.maths.roots import OutputRoot, left_basis, right_basis
 
-Rank = int | tuple[int, ...]  # of the whole layer, or of each head: of each of as many equal groups of outputs
+Rank = int | tuple[int, ...]  # of the whole layer, or of each head (equal groups of outputs)
 
 
 def head_ranks(rank: Rank) -> tuple[int, ...]:
-    """The ranks one by one; a layer that is factored as a whole has a single head."""
+    """The ranks of all heads; a layer that is factored as a whole counts as one head."""
     return (rank,) if isinstance(rank, int) else rank
 
 
@@ -35,7 +35,7 @@ class OutputMetric:
 
 @dataclass(frozen=True)
 class Spectrum:
-    """All that any budget needs of one linear; m directions, those that cost most first.
+    """The decomposition of one linear, of which any rank is a part; m directions, those that cost most first.
 
     ``s`` [m] float64: squared singular values of ``L W R``; dropping direction i costs s_i. ``P`` and ``Q`` make the
     approximation of rank k by a projection on the smaller side of W, with ``QᵀP = I``: ``Ŵ = P_k Q_kᵀ W`` where
@@ -43,9 +43,9 @@ class Spectrum:
     out > in ([in, m], see `right_basis`). ``loss`` [m] float64: predicted increase of the loss by dropping
     direction i, in nats; None without an output metric.
 
-    Head by head, ``head`` [m] says whose direction it is, ``P`` and ``Q`` [out/heads, m] have the rows of that head and
-    project the outputs, and each head's first direction comes before all others. ``head`` is None for a whole matrix,
-    whose m is min(out, in).
+    Head by head, ``head`` [m] is the head of each direction, ``P`` and ``Q`` [out/heads, m] have the rows of that head
+    and project the outputs, and each head's first direction comes before all others. ``head`` is None for a whole
+    matrix, whose m is min(out, in).
     """
 
     s: torch.Tensor
@@ -64,7 +64,7 @@ def decompose(
         W: [out, in], any floating dtype.
         metric: the input metric ``R Rᵀ``: None for the identity, [in] for a diagonal, or [in, in].
         output: the output metric, with as many parts as heads; None for the identity.
-        heads: parts of the outputs that are factored apart; 1 for the whole matrix.
+        heads: parts of the outputs that are factored separately; 1 for the whole matrix.
     """
     spectra = [
         _part(rows, metric, output, number, output_side=heads > 1)
@@ -74,7 +74,7 @@ def decompose(
         return spectra[0]
     s = torch.cat([part.s for part in spectra])
     loss = None if output is None else torch.cat([part.loss for part in spectra if part.loss is not None])
-    # The first of each head come first, the others where their turn is.
+    # The first direction of each head comes first, then all others by cost.
     urgent = (s if loss is None else loss).clone().view(heads, -1)
     urgent[:, 0] = torch.inf
     order = urgent.flatten().argsort(descending=True, stable=True)

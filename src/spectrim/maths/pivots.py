@@ -59,7 +59,7 @@ def _swaps(S: torch.Tensor, bound: float) -> torch.Tensor:
     """Rows and columns of S to swap, [m, 2]: what swapping the largest entry again and again would choose.
 
     A swap takes the others' entries to their Schur complement, so this is elimination with complete pivoting. Each
-    swap multiplies the volume of the pivot rows by more than `bound`, hence there is an end to them.
+    swap multiplies the volume of the pivot rows by more than `bound`, so that they come to an end.
     """
     S = S.cpu().clone()
     swaps: list[tuple[int, int]] = []

@@ -24,7 +24,7 @@ _SHRINKS = 16  # ranges that are tried for every group, from whole down to a hal
 
 @dataclass(frozen=True)
 class Grid:
-    """Integers of `bits`, with one scale for every `group` of inputs of an output; None for one scale by output.
+    """Integers of `bits` bits with one scale per output and group of `group` inputs; None for one scale per output.
 
     A symmetric grid has its zero at code 0, an asymmetric one has a zero point for every scale. Codes are signed, from
     −2^(bits−1) to 2^(bits−1) − 1, as compressed-tensors has them.
@@ -72,7 +72,7 @@ class Quantized:
 
 
 def fitting_group(size: int, group: int | None) -> int | None:
-    """`group` where it divides `size` inputs, else None: one scale by output beats smaller groups by the byte."""
+    """`group` if it divides `size` inputs, else None: one scale per output beats smaller groups at equal bytes."""
     return group if group is not None and size % group == 0 else None
 
 
@@ -85,7 +85,7 @@ def quantize(
     dtype: torch.dtype = torch.float64,
     damping: float = DAMPING,
 ) -> Quantized:
-    """W on `grid`, its error fed on along the inputs, the outputs, or both.
+    """Quantize W to `grid`, with error feedback along the inputs, the outputs, or both.
 
     Args:
         W: [out, in], any floating dtype.
@@ -104,7 +104,7 @@ def quantize(
     columns, weights, T = _triangular(C, W.shape[1], damping, W)
     scale, zero = scales(W, grid, weights, dtype)
     if not bool(scale.isfinite().all()):
-        raise NumericalError(f"integers of it need scales beyond {dtype}; load the model in bfloat16 or float32")
+        raise NumericalError(f"its integers need scales beyond {dtype}; load the model in bfloat16 or float32")
     step, offset = (part[rows][:, columns] for part in _spread(scale, zero, W.shape[1]))
 
     X = W[rows][:, columns]
@@ -123,8 +123,9 @@ def quantize(
 
 
 def conditional(M: torch.Tensor | None, size: int, like: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
-    """How much a squared rounding residual counts under a metric of one side, [size]: its triangular factor's diagonal
-    squared, or the metric itself where it is diagonal; float64 on the device of `like`.
+    """Weights [size] of squared rounding residuals under the metric of one side, float64 on the device of `like`.
+
+    They are the squared diagonal of the metric's triangular factor, or the metric itself if it is diagonal.
     """
     return _triangular(M, size, damping, like.double())[1]
 
@@ -132,7 +133,7 @@ def conditional(M: torch.Tensor | None, size: int, like: torch.Tensor, damping: 
 def expected(
     W: torch.Tensor, grid: Grid, inputs: torch.Tensor, outputs: torch.Tensor, dtype: torch.dtype = torch.float64
 ) -> torch.Tensor:
-    """What the rounding of each entry of W adds to the error of :func:`quantize`, [out, in], as if each were nearest.
+    """Estimate of what each entry of W adds to the error of :func:`quantize`, [out, in], from rounding to nearest.
 
     `inputs` [in] and `outputs` [out] weigh squared residuals (see :func:`conditional`).
     """
@@ -173,7 +174,7 @@ def scales(
         step = ((high - low) * shrink / levels).to(dtype).double()
         step = torch.where(step > 0, step, torch.ones_like(step))
         zero = zeros if grid.symmetric else (grid.low - low * shrink / step).round().clamp(grid.low, grid.high)
-        narrow, origin = (step / unit).clamp_max(1e30).float(), zero.float()  # the step of nothing is one
+        narrow, origin = (step / unit).clamp_max(1e30).float(), zero.float()  # a step that `dtype` rounds to 0 is 1
         residual = (X / narrow).round_().add_(origin).clamp_(grid.low, grid.high).sub_(origin).mul_(narrow).sub_(X)
         cost = (residual.square_() * weights).sum(-1, keepdim=True)
         better = (cost < best) & step.isfinite()
@@ -192,11 +193,11 @@ def _spread(scale: torch.Tensor, zero: torch.Tensor | None, size: int) -> tuple[
 def _triangular(
     M: torch.Tensor | None, size: int, damping: float, like: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The order in which one side is rounded, the squared weights of its residuals, and the way errors are fed on.
+    """The order in which one side is rounded, the weights of its squared residuals, and the factor that feeds errors.
 
-    The order [size] begins where the metric is largest; what comes last can pass nothing on. Weights [size] are in the
-    order of the weight, the unit upper triangular factor [size, size] is in the new one, without its diagonal. It is
-    None for a diagonal metric.
+    The order [size] begins where the metric is largest, since errors of the last ones cannot be compensated. Weights
+    [size] are in the order of W. The unit upper triangular factor [size, size], without its diagonal, is in the new
+    order; it is None for a diagonal metric.
     """
     if M is None or M.ndim == 1:
         weights = like.new_ones(size) if M is None else M.double()
@@ -207,7 +208,7 @@ def _triangular(
     M = M + damping * M.diagonal().mean().clamp_min(1e-300) * torch.eye(size, dtype=M.dtype, device=M.device)
     lower, failed = torch.linalg.cholesky_ex(M.flip(0, 1))
     if int(failed) or not bool(lower.isfinite().all()):
-        raise NumericalError("a metric of quantisation is not positive definite; check the moments")
+        raise NumericalError("a metric for quantization is not positive definite; check the moments")
     upper = lower.flip(0, 1)  # M = upper upperᵀ
     weights = torch.empty_like(upper.diagonal())
     weights[order] = upper.diagonal().square()
@@ -215,7 +216,7 @@ def _triangular(
 
 
 def _by_columns(W: torch.Tensor, step: torch.Tensor, offset: torch.Tensor, T: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """Codes [out, in] column by column: what one leaves goes to the later ones by T [in, in]; rows are independent."""
+    """Codes [out, in], column by column: errors are fed to later columns by T [in, in]; rows are independent."""
     W, step, offset = (part.T.contiguous() for part in (W, step, offset))
     codes, E = torch.empty_like(W), torch.empty_like(W)  # [in, out]
     for start in range(0, len(W), _BLOCK):
@@ -274,7 +275,7 @@ def _wave(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes, E and F of independent tiles [tiles, n, n]; all columns, those of `parts` too, run from right to left.
 
-    `parts` are W, what came from the left, what came from above, steps and offsets. S [tiles, i', i] and
+    `parts` are W, the errors fed from the left and from above, steps and offsets. S [tiles, i', i] and
     T [tiles, j, j'] are the parts of the factors inside the tiles.
     """
     n = S.shape[1]

@@ -29,8 +29,8 @@ def output_metric(
 ) -> OutputMetric:
     """The output metric of one linear, of the modalities whose input moments are given.
 
-    With both, ``G = G_T + β (tr G_T / tr G_I) G_I``. Its unit of error costs as much as the traces of both modalities
-    cost together: text losses and image losses, times their price, are added, whatever the balance inside the metric.
+    With both, ``G = G_T + β (tr G_T / tr G_I) G_I``. β balances the modalities inside G only: the nats of an error are
+    scaled such that the whole trace costs the text loss plus the image loss times its price.
 
     Args:
         inputs: input moments by modality.
@@ -88,7 +88,7 @@ def predicted_trace(eta: str, moment: Moment, output: OutputMoment, parts: int =
 def predicted_loss(eta: str, change: torch.Tensor, moment: Moment, output: OutputMoment) -> float:
     """Predicted increase of one modality's loss when a weight changes by `change` [out, in]; nats per labelled token.
 
-    Undamped, and of the modality alone: what a plan that was made in a joint metric costs each.
+    Without damping and for one modality, so that a plan that was made in a joint metric has a loss for each.
     """
     D = change.double().cpu()
     CD, sums = D @ moment.second / moment.count, output.sums

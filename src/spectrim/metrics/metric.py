@@ -25,9 +25,9 @@ class Metric:
     """The metrics of one linear, and the modalities that they came from.
 
     ``value``, the input metric ``R Rᵀ``, is None for the identity, [in] for a diagonal, [in, in] for a matrix; float64.
-    ``source`` is "identity" where the recipe asks for samples that never reached the linear and others did,
-    "unreached" where no sample at all did, and "experts" where those that reached other experts of its layer stand for
-    them. ``output`` is None where the recipe has no output metric.
+    ``source`` is "identity" if no sample of the recipe's modality reached the linear but others did, "unreached" if no
+    sample did at all, and "experts" if the moments are the mean over other experts of its layer. ``output`` is None
+    if the recipe has no output metric.
     """
 
     value: torch.Tensor | None
@@ -38,7 +38,7 @@ class Metric:
 def layer_metric(
     part: MetricPart, linear: Linear, statistics: Statistics | None, device: torch.device | str = "cpu"
 ) -> Metric:
-    """The metrics of one linear, on `device`, where the roots of its output metric are taken, too.
+    """The metrics of one linear on `device`, where the roots of its output metric are computed, too.
 
     Raises:
         RecipeError: the recipe needs statistics that were not gathered; says how to gather them.
@@ -71,7 +71,7 @@ def _gathered(part: MetricPart, linear: Linear, statistics: Statistics, device: 
         # ASVD (Yuan et al., arXiv 2312.05821), section 3.2: S = diag(mean |x|)^α, so R Rᵀ = S².
         means = torch.stack([m.abs_sum for m in moments]).sum(0) / sum(m.count for m in moments)
         check_finite(f"the mean input of {linear.name}", means)
-        floor = means.max() * 1e-6  # a channel that was never on still keeps its columns
+        floor = means.max() * 1e-6  # a channel that is always zero keeps its column
         return Metric((means.clamp_min(floor) ** (2 * part.alpha)).to(device), source)
     value = check_finite(f"the second moment of {linear.name}", joint_second_moment(moments, part.gamma))
     output = None
@@ -92,10 +92,10 @@ def joint_second_moment(moments: Sequence[Moment], gamma: float) -> torch.Tensor
 
 
 def summed(part: MetricPart, linear: str, source: str, statistics: Statistics | None) -> int:
-    """What takes the input metric of a linear, which is made of means, to the one that is made of sums.
+    """The number of positions that turns the input metric of a linear, which is made of means, into one of sums.
 
-    Of a joint metric too, whose trace is that of the text moment: the positions of text. A metric that its paper
-    defines by means (ASVD), or that no sample made, is what it is.
+    A joint metric has the scale of the text moment, so that text positions count. It is 1 for metrics that are defined
+    by means (ASVD) and for those that no sample made.
     """
     if statistics is None or source == "identity" or part.kind not in ("whitening", "curvature"):
         return 1
@@ -104,27 +104,27 @@ def summed(part: MetricPart, linear: str, source: str, statistics: Statistics | 
 
 def joint_weights(traces: Sequence[float], gamma: float) -> list[float]:
     """Weights of the means of one modality, or of text and image, in a joint moment, from the traces of their means."""
-    if len(traces) == 1 or 0 in traces:  # a layer that one modality leaves silent has the other's metric
+    if len(traces) == 1 or 0 in traces:  # one modality is zero here: the metric is that of the other
         return [1.0] * len(traces)
     return [1.0, gamma * (traces[0] / traces[1])]
 
 
 def chosen(part: MetricPart, gathered: Mapping[Modality, _T]) -> list[_T]:
-    """Of what was gathered by modality, that which the metric takes; text before image, empty where neither came."""
+    """The entries of the modalities that the metric uses, text before image; empty where none was gathered."""
     order: tuple[Modality, ...] = ("text", "image")
     taken = [gathered[modality] for modality in order if modality in gathered and part.modality in (modality, "joint")]
     return taken or ([gathered["image"]] if part.unreached == "image" and "image" in gathered else [])
 
 
 def _check_gathered(part: MetricPart, statistics: Statistics) -> None:
-    """Raises RecipeError where samples or gradients are missing that the metric is made of."""
+    """RecipeError where the statistics lack the samples or gradients that the metric needs."""
     if part.kind == "fisher-rows":
         if not statistics.manifest.settings.gradients:
             raise RecipeError(
                 f"metric 'fisher-rows' needs gradients and {statistics.path} has none; calibrate with --gradients"
             )
         return
-    # Joint is what there is: a language model has no images, and a vision model may be given text alone.
+    # "joint" takes what there is: a language model has no images, and a vision model may be given text alone.
     if part.modality != "joint" and part.modality not in statistics.manifest.data.modalities:
         raise RecipeError(
             f"the recipe needs {part.modality} moments and {statistics.path} has none; "

@@ -1,4 +1,4 @@
-"""Spectra on disk: written once per model, metric and statistics; every budget afterwards is a slice."""
+"""Spectra on disk: written once per model, metric and statistics; a budget takes the first directions of each."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ from spectrim.recipe import MetricPart
 
 logger = logging.getLogger(__name__)
 
-VERSION = 4  # of what a spectrum means; a change makes earlier files unused
+VERSION = 4  # raised when the meaning of a spectrum changes; earlier files are then not used
 
 
 class Spectra:
@@ -44,12 +44,12 @@ class Spectra:
         return self._summary(name).get("loss")
 
     def heads(self, name: str) -> int:
-        """Parts of one linear that are factored apart, 1 for the whole matrix."""
+        """How many heads of one linear are factored separately; 1: the matrix as a whole."""
         head = self._summary(name).get("head")
         return 1 if head is None else int(head.max()) + 1
 
     def rank(self, name: str, count: int) -> Rank:
-        """The rank of one linear's first `count` directions: as it is, or by head."""
+        """The rank that the first `count` directions of one linear make: `count` itself, or one number per head."""
         head = self._summary(name).get("head")
         return count if head is None else tuple(head[:count].bincount(minlength=self.heads(name)).tolist())
 
@@ -118,7 +118,7 @@ def make_spectra(
 
 
 def _of(directory: Path, name: str) -> str:
-    """What a file is of: the linear, and by the key all that its spectrum depends on."""
+    """What identifies a file: the key, which stands for all that its spectrum depends on, and the linear."""
     return f"{directory.name}/{name}"
 
 

@@ -30,7 +30,7 @@ class Mismatch:
     """One weight in the directions u_i of its text-only decomposition; tensors [m] float64, m = min(out, in).
 
     ``s``: loss of text where direction i is dropped, per position. ``q``: the same of images, ``α u_iᵀ W C_I Wᵀ u_i``;
-    thus ``λ_i = q_i / s_i``. ``alpha = tr C_T / tr C_I`` gives both modalities one scale; 1 where either is silent.
+    thus ``λ_i = q_i / s_i``. ``alpha = tr C_T / tr C_I`` gives both modalities one scale; 1 where either is zero.
     """
 
     s: torch.Tensor
@@ -298,7 +298,7 @@ def _notes(statistics: Statistics, rows: list[LinearMismatch], ranks: list[Effec
     elif not rows:
         yield "no linear is reached by text and by images, so there is no λ and no ρ; only effective ranks are given"
     if undefined := sum(row.rho is None for row in rows):
-        yield f"ρ is undefined for {undefined} linears, where text loses nothing at that rank or images are silent"
+        yield f"ρ is undefined for {undefined} linears, where text loses nothing at that rank or images are zero"
     if unreached := sum(r.text is None and r.image is None for r in ranks):
         yield f"no sample reached {unreached} linears, which have no effective rank"
 

@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 
 from spectrim.errors import SampleError, first_line
-from spectrim.samples.beginning import begun
+from spectrim.samples.beginning import with_beginning
 from spectrim.samples.chat import Message, as_parts, question, render
 from spectrim.samples.images import ImageSample
 from spectrim.samples.sources import check_positive
@@ -143,7 +143,7 @@ def model_tensors(
         SampleError: the processor refuses a sample; the message has its name in ``where``.
     """
     tokenizer: Any = getattr(processor, "tokenizer", None)
-    if tokenizer is not None and (written := begun(tokenizer, prompts)) is not None:
+    if tokenizer is not None and (written := with_beginning(tokenizer, prompts)) is not None:
         prompts, options["add_special_tokens"] = written, False
     call: Any = processor
     try:

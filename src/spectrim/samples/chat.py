@@ -16,7 +16,7 @@ _PLACES = ("image", "image_url", "url", "path", "base64")  # keys of a part unde
 
 @dataclass(frozen=True)
 class Chat:
-    """The turns of a conversation, and what its images are named by, in the order in which they stand there."""
+    """The turns of a conversation, and its images as the row names them, in order of appearance."""
 
     turns: tuple[Message, ...]
     images: tuple[Any, ...]
@@ -24,7 +24,7 @@ class Chat:
 
 @dataclass(frozen=True)
 class _Place:
-    """Of an image that stands beside the conversation: of which one, where that is said."""
+    """The place of an image that the row gives beside the conversation; ``index`` says which one, if the row does."""
 
     index: Any = None
 
@@ -145,8 +145,8 @@ def texts(turns: Sequence[Message]) -> list[str]:
 def render(processor: Any, turns: Sequence[Message], where: str, *, answer_next: bool = False) -> str:
     """A conversation as the chat template of a processor or tokenizer writes it.
 
-    Templates differ in whether they want strings or lists of parts, and may leave out in silence what has the other
-    form. So a form counts only if all texts come out, which is tried with marks in their places.
+    Templates want strings or lists of parts, and may silently leave out content of the other form. So a form is used
+    only if all texts come out, which is tested with marks in their places.
 
     Args:
         processor: has the template.

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 
 from spectrim.errors import SampleError, first_line
 
-_SCALES = (1.0, 255.0, 65535.0)  # what white may be where a mode does not say it
+_SCALES = (1.0, 255.0, 65535.0)  # possible values of white where the mode does not define it
 
 
 def opener(named: Any, base: Path | None, where: str) -> Callable[[], Image.Image]:
@@ -71,7 +71,7 @@ def open_image(origin: Path | bytes, label: str) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An image in RGB with 8 bits; alpha is dropped. Deeper ones are scaled: Pillow would cut them off at white.
+    """An image in RGB with 8 bits; alpha is dropped. Deeper ones are scaled: Pillow would clip them.
 
     Raises:
         ValueError: the mode has no RGB, or its values no scale.

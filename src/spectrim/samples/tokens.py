@@ -18,7 +18,7 @@ def media_ids(config: PreTrainedConfig) -> list[int]:
 
 
 def media_tokens(processor: Any, config: PreTrainedConfig | None = None) -> tuple[str, ...]:
-    """The same as they are written in a text, by a processor or tokenizer and the config of its model."""
+    """These tokens as text, for a processor or tokenizer and the config of its model."""
     tokenizer = getattr(processor, "tokenizer", processor)
     tokens = {getattr(holder, name, None) for holder in (processor, tokenizer) for name in _TOKENS}
     if config is not None:

@@ -110,7 +110,7 @@ def read_scores(output: Mapping[str, Any], tasks: Sequence[str]) -> tuple[Score,
 
 
 def _scores(task: str, row: Mapping[str, Any]) -> list[Score]:
-    """A harness writes ``metric,filter`` and ``metric_stderr,filter``; the filter of nothing is called none."""
+    """A harness writes ``metric,filter`` and ``metric_stderr,filter``; without a filter, that part is ``none``."""
     scores = []
     for key, value in row.items():
         metric, _, rule = key.partition(",")
