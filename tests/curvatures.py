@@ -38,7 +38,7 @@ def output_moment(samples, labels: int, form: str = "full", heads: int = 1) -> O
 
 
 @dataclass
-class Stub:
+class CurvatureStub:
     """Statistics of one linear, by modality; what metrics read of them."""
 
     moments: dict[str, Moment]

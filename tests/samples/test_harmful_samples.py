@@ -359,34 +359,22 @@ def test_the_record_of_settings_has_the_defaults():
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("read", "name", "content", "message"),
     [
-        (b"{" * 100_000, "no evaluation report"),
-        (b'{"a":' * 100_000, "no evaluation report"),
-        (b'{"schema": 1, "schema": 1}', "gives the key 'schema' twice"),
-        (b"\xff", "is not UTF-8"),
-        (b"[]", "no evaluation report"),
+        (EvaluationReport.read, "r.json", b"{" * 100_000, "no evaluation report"),
+        (EvaluationReport.read, "r.json", b'{"a":' * 100_000, "no evaluation report"),
+        (EvaluationReport.read, "r.json", b'{"schema": 1, "schema": 1}', "gives the key 'schema' twice"),
+        (EvaluationReport.read, "r.json", b"\xff", "is not UTF-8"),
+        (EvaluationReport.read, "r.json", b"[]", "no evaluation report"),
+        (Suite.read, "s.yaml", b"name: a\nname: b\nharness: lm-eval\ntasks: [c]\n", "gives the key 'name' twice"),
+        (Suite.read, "s.yaml", b"a: " + b"[" * 100_000, "nested too deeply"),
+        (Suite.read, "s.yaml", b"\xff", "is not YAML"),
+        (Suite.read, "s.yaml", b"a: !!python/object:os.system {}", "is not YAML"),
+        (Suite.read, "s.yaml", b"3", "suite"),
     ],
 )
-def test_reports_that_are_none_are_named(tmp_path, content, message):
-    (tmp_path / "r.json").write_bytes(content)
+def test_damaged_reports_and_suites_are_named(tmp_path, read, name, content, message):
+    (tmp_path / name).write_bytes(content)
     with pytest.raises(SampleError, match=message) as error:
-        EvaluationReport.read(tmp_path / "r.json")
-    assert "r.json" in said(error)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"name: a\nname: b\nharness: lm-eval\ntasks: [c]\n", "gives the key 'name' twice"),
-        (b"a: " + b"[" * 100_000, "nested too deeply"),
-        (b"\xff", "is not YAML"),
-        (b"a: !!python/object:os.system {}", "is not YAML"),
-        (b"3", "suite"),
-    ],
-)
-def test_suites_that_are_none_are_named(tmp_path, content, message):
-    (tmp_path / "s.yaml").write_bytes(content)
-    with pytest.raises(SampleError, match=message) as error:
-        Suite.read(tmp_path / "s.yaml")
-    assert "s.yaml" in said(error)
+        read(tmp_path / name)
+    assert name in said(error)
