@@ -156,15 +156,15 @@ class EvaluationOptions(EvaluationSettings):
     def check_together(self) -> None:
         """SampleError where options contradict each other, or name tasks that there are not."""
         if not self.tasks:
-            raise SampleError(f"No evaluation task is named; choose from {', '.join(TASKS)}.")
+            raise SampleError(f"no evaluation task is named; choose from {', '.join(TASKS)}")
         for number, task in enumerate(self.tasks):
             if task not in TASKS:
-                raise SampleError(f"There is no evaluation task '{task}'; choose from {', '.join(TASKS)}.")
+                raise SampleError(f"there is no evaluation task '{task}'; choose from {', '.join(TASKS)}")
             if task in self.tasks[:number]:
-                raise SampleError(f"The evaluation task '{task}' is named twice; name each once.")
+                raise SampleError(f"the evaluation task '{task}' is named twice; name each once")
         if self.stride is not None and self.stride > self.seqlen:
             raise SampleError(
-                f"stride must lie between 1 and seqlen, but stride is {self.stride} and seqlen is {self.seqlen}."
+                f"stride must lie between 1 and seqlen, but stride is {self.stride} and seqlen is {self.seqlen}"
             )
 
     def _effects(self) -> Iterator[_Idle]:

@@ -309,7 +309,7 @@ def test_text_only_model(tmp_path: Path) -> None:
 
 
 def test_evaluate_refuses_bad_input_before_it_loads(directories: list[Path], tmp_path: Path) -> None:
-    for tasks, message in ((["speed"], "'speed'"), ([], "No evaluation task"), (["vqa", "vqa"], "named twice")):
+    for tasks, message in ((["speed"], "'speed'"), ([], "no evaluation task"), (["vqa", "vqa"], "named twice")):
         with pytest.raises(SampleError, match=message):
             evaluate(directories, tasks=tasks)
     for paths, message in (([tmp_path], r"config\.json"), ([directories[0]] * 2, "twice"), ([], "at least one")):

@@ -63,11 +63,11 @@ def vqa(
         NumericalError: when logits are NaN or infinite; names the question and the generated token.
     """
     if not questions:
-        raise SampleError("There is no question to answer; give at least one.")
+        raise SampleError("there is no question to answer; give at least one")
     if not takes_images(processor):
-        raise SampleError(f"{type(processor).__name__} takes no images, so it cannot answer questions about them.")
+        raise SampleError(f"{type(processor).__name__} takes no images, so it cannot answer questions about them")
     if not model.can_generate():
-        raise ModelError(f"{type(model).__name__} cannot generate answers; choose a model with a language head.")
+        raise ModelError(f"{type(model).__name__} cannot generate answers; choose a model with a language head")
     check_positive(batch_size=batch_size, max_new_tokens=max_new_tokens)
     asked: Sequence[Question] = blind_questions(questions) if blind else questions
     prompts = prompted(processor, model.config, asked)
@@ -145,7 +145,7 @@ def _padding_token(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
         yield
         return
     if tokenizer.eos_token is None:
-        raise SampleError("The tokenizer has neither a padding nor an end token; set tokenizer.pad_token.")
+        raise SampleError("the tokenizer has neither a padding nor an end token; set tokenizer.pad_token")
     tokenizer.pad_token = tokenizer.eos_token
     try:
         yield
@@ -164,8 +164,8 @@ def _finite_logits(model: PreTrainedModel, questions: list[str]) -> Iterator[Non
         if not finite.all():
             question = questions[int(finite.logical_not().nonzero()[0, 0])]
             raise NumericalError(
-                f"The logits for the question '{question}' are not finite at generated token {step}; check the model's "
-                "weights or use a wider dtype."
+                f"the logits for the question '{question}' are not finite at generated token {step}; check the model's "
+                "weights or use a wider dtype"
             )
         step += 1
 

@@ -76,7 +76,7 @@ def plan_windows(predictions: int, seqlen: int, stride: int) -> list[Window]:
         SampleError: unless 1 ≤ stride ≤ seqlen.
     """
     if not 1 <= stride <= seqlen:
-        raise SampleError(f"stride must lie between 1 and seqlen, but stride is {stride} and seqlen is {seqlen}.")
+        raise SampleError(f"stride must lie between 1 and seqlen, but stride is {stride} and seqlen is {seqlen}")
     windows, done = [], 0
     while done < predictions:
         end = min(predictions, done + (stride if done else seqlen))
@@ -145,7 +145,7 @@ def _token_stream(
         if not tokenizer.is_fast:
             raise SampleError(
                 f"{type(tokenizer).__name__} gives no character offsets, so the bytes of a part of the text cannot be "
-                "counted; use a fast tokenizer with a BOS token and leave max_tokens unset."
+                "counted; use a fast tokenizer with a BOS token and leave max_tokens unset"
             )
         offsets = encoded["offset_mapping"]
         # A character may span several tokens: stop before a token that would cut one.
@@ -155,7 +155,7 @@ def _token_stream(
         kept = len(text) if count == len(ids) else offsets[count - 1][1]
     if count <= first:
         raise SampleError(
-            f"{max(0, count - first)} of the text's {len(ids)} tokens can be scored; give more text or tokens."
+            f"{max(0, count - first)} of the text's {len(ids)} tokens can be scored; give more text or tokens"
         )
     stream = ids[:count] if before is None else [before, *ids[:count]]
     return torch.tensor(stream), len(text[skipped:kept].encode())
@@ -216,8 +216,8 @@ def perplexity(
             for index, (window, row) in enumerate(zip(group, logits, strict=True), start=first):
                 if not torch.isfinite(row).all():
                     raise NumericalError(
-                        f"The logits of perplexity window {index} (tokens {window.begin} to {window.end} of the text) "
-                        "are not finite; check the model's weights or use a wider dtype."
+                        f"the logits of perplexity window {index} (tokens {window.begin} to {window.end} of the text) "
+                        "are not finite; check the model's weights or use a wider dtype"
                     )
                 targets = stream[window.score + 1 : window.end + 1].to(row.device)
                 scores = row[-len(targets) :].to(torch.promote_types(row.dtype, torch.float32))

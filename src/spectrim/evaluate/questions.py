@@ -30,14 +30,14 @@ def load_questions(source: str, samples: int, seed: int) -> list[Question]:
         return [question for task in TASKS for question in questions(task, "test", samples, seed)]
     path = user_path(source)
     if path.suffix.lower() != ".jsonl" or not path.is_file():
-        raise SampleError(f"'{source[:200]}' is no source of questions; give 'builtin' or an existing .jsonl file.")
+        raise SampleError(f"'{source[:200]}' is no source of questions; give 'builtin' or an existing .jsonl file")
     tasks: dict[str, list[tuple[Callable[[], Image.Image], dict[str, Any]]]] = {}
     for where, row in read_jsonl(path):
         _check_row(row, where)
         image = opener(row["image"], path.parent, where)
         tasks.setdefault(row.get("task", path.stem), []).append((image, row))
     if not tasks:
-        raise SampleError(f"{path} holds no question; write one JSON object per line.")
+        raise SampleError(f"{path} holds no question; write one JSON object per line")
     loaded = []
     for task, rows in tasks.items():
         chosen = sorted(Random(seed).sample(range(len(rows)), min(samples, len(rows))))
@@ -50,7 +50,7 @@ def _check_row(row: dict[str, Any], where: str) -> None:
     for key in ("image", "question", "answer", "task"):
         value = row.get(key, "" if key != "task" else "default")
         if not isinstance(value, str) or not value.strip():
-            raise SampleError(f'{where} has no text under "{key}"; each line needs "image", "question" and "answer".')
+            raise SampleError(f'{where} has no text under "{key}"; each line needs "image", "question" and "answer"')
 
 
 def blind_questions(questions: Sequence[Question]) -> list[Question]:
@@ -71,7 +71,7 @@ def blind_questions(questions: Sequence[Question]) -> list[Question]:
         if 2 * largest > len(order):
             raise SampleError(
                 f"{largest} of the {len(order)} questions of task '{task}' share one image, so a blind baseline cannot "
-                "be formed; add questions about other images or switch the baseline off."
+                "be formed; add questions about other images or switch the baseline off"
             )
         for position, i in enumerate(order):
             image = questions[order[(position + largest) % len(order)]].image

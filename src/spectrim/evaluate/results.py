@@ -137,10 +137,10 @@ class EvaluationReport:
             first = error.errors()[0] if isinstance(error, ValidationError) else None
             reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else str(error)
             raise SampleError(
-                f"{path} is no evaluation report ({reason}); write one with `spectrim evaluate`."
+                f"{path} is no evaluation report ({reason}); write one with `spectrim evaluate`"
             ) from error
         if report.schema != SCHEMA:
-            raise SampleError(f"{path} has schema {report.schema}, this version reads {SCHEMA}; evaluate again.")
+            raise SampleError(f"{path} has schema {report.schema}, this version reads {SCHEMA}; evaluate again")
         return report
 
 

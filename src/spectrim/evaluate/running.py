@@ -150,16 +150,16 @@ def is_compressed(directory: Path) -> bool:
     try:
         quantization = read_object(directory / "config.json").get("quantization_config")
     except ValueError as error:
-        raise CheckpointError(f"{directory} is no model directory: {error}; give a directory of a model.") from error
+        raise CheckpointError(f"{directory} is no model directory: {error}; give a directory of a model") from error
     return isinstance(quantization, dict) and quantization.get("quant_method") == METHOD
 
 
 def check_directories(paths: Sequence[Path]) -> None:
     """CheckpointError where no directory is named, one is named twice, or one holds no model."""
     if not paths:
-        raise CheckpointError("No directory is named; give at least one model directory.")
+        raise CheckpointError("no directory is named; give at least one model directory")
     if len(set(paths)) < len(paths):
-        raise CheckpointError("A directory is named twice; give each model once.")
+        raise CheckpointError("a directory is named twice; give each model once")
     for path in paths:
         is_compressed(path)  # names what it cannot read
 
@@ -180,7 +180,7 @@ def _check_samples(
 ) -> None:
     """Raise the error of samples that this model cannot read, before any model is loaded."""
     if questions and not takes_images(processor):
-        raise SampleError(f"{path} holds a text-only model, which cannot do the task vqa; use tasks=['perplexity'].")
+        raise SampleError(f"{path} holds a text-only model, which cannot do the task vqa; use tasks=['perplexity']")
     config = read_config(path, {"trust_remote_code": trusted})
     try:
         if text is not None:
@@ -253,7 +253,7 @@ def _stated(path: Path, key: str) -> dict[str, float] | None:
     if stated is not None and not (
         isinstance(stated, dict) and all(isinstance(value, int | float) for value in stated.values())
     ):
-        raise CheckpointError(f'"{key}" in {path / PROVENANCE} is not a table of numbers; compress the model again.')
+        raise CheckpointError(f'"{key}" in {path / PROVENANCE} is not a table of numbers; compress the model again')
     return stated
 
 
