@@ -158,7 +158,7 @@ class Anatomy:
 
 
 def anatomy(model: nn.Module) -> Anatomy:
-    """Take a model apart into compressible linears and kept matrices; meta models do as well.
+    """Take a model, in memory or on the meta device, apart into compressible linears and kept matrices.
 
     Every parameter of two or more dimensions belongs to exactly one entry of ``linears`` or ``kept``.
 

@@ -25,7 +25,7 @@ def check_retain(retain: float) -> float:
 
 
 def check_device(name: str | None) -> None:
-    """UsageError unless this machine has the device; None is whatever it has."""
+    """UsageError unless this machine has the device; None stands for any."""
     if name is None or name in _MAPS:
         return
     try:
@@ -51,7 +51,7 @@ def check_sources(text: str | None, images: str | None) -> None:
 
 
 def _reads_at_once(source: str) -> bool:
-    """Whether a source is a local one; SampleError where it is neither that nor can be fetched."""
+    """Whether a source is local; SampleError for one that is not local and cannot be fetched."""
     if source == "builtin":
         return False
     if local_path(source) is not None:

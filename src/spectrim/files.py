@@ -17,7 +17,7 @@ PART = ".part"  # ends the names of files that are being written
 
 
 def user_path(path: str | Path) -> Path:
-    """A path as its user means it, with a ``~`` read as the home directory. Raises UsageError: there is none."""
+    """A path with ``~`` read as the home directory. Raises UsageError if there is no such home."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:

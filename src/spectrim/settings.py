@@ -55,7 +55,7 @@ class OptionRecord(BaseModel):
         return str(extra["flag"]) if isinstance(extra, dict) else f"--{name.replace('_', '-')}"
 
     def check_effect(self, given: Collection[str]) -> None:
-        """UsageError where an option that was given does nothing beside the others."""
+        """UsageError where an option was given that has no effect beside the others."""
         for names, acts, where in self._effects():
             if not acts and (idle := [name for name in names if name in given]):
                 raise UsageError(f"{self.flag(idle[0])} has no effect {where}; leave it out")
@@ -154,7 +154,7 @@ class EvaluationOptions(EvaluationSettings):
         return EvaluationSettings(**kept | {"stride": self.stride or self.seqlen})
 
     def check_together(self) -> None:
-        """SampleError where options contradict each other, or name tasks that there are not."""
+        """SampleError where options contradict each other or name unknown tasks."""
         if not self.tasks:
             raise SampleError(f"no evaluation task is named; choose from {', '.join(TASKS)}")
         for number, task in enumerate(self.tasks):

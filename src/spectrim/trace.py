@@ -30,7 +30,7 @@ _known: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 @torch.no_grad()
 def used_outside(model: PreTrainedModel, names: Collection[str]) -> set[str]:
-    """Those linears whose matrix one forward pass over a few tokens uses while their own forward does not run.
+    """Linears whose weight one forward pass over a few tokens uses outside their own forward.
 
     Reads of a weight's shape, dtype or device do not count. What these tokens do not reach is not found. For a model
     that does not run on tokens alone (or not on the meta device, if it is there) the error is logged.

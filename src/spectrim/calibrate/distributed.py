@@ -65,7 +65,7 @@ def _total(count: int) -> int:
 
 
 def _add_up(*tensors: torch.Tensor) -> None:
-    """All-reduce in place, by way of the current accelerator where the backend knows no other memory."""
+    """All-reduce in place; with NCCL, which knows no host memory, on the current accelerator."""
     for tensor in tensors:
         if distributed.get_backend() == "nccl" and not tensor.is_cuda:
             moved = tensor.cuda()

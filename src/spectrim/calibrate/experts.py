@@ -13,7 +13,7 @@ _T = TypeVar("_T", Moment, GradMoment, OutputMoment)
 
 
 class ExpertMean(Statistics):
-    """Statistics in which every linear has the mean of the moments of `names`, of those that have one."""
+    """Statistics in which every linear has the mean moment of the linears `names`, as far as they have one."""
 
     def __init__(self, statistics: Statistics, names: list[str]) -> None:
         super().__init__(statistics.path, statistics.manifest)
@@ -67,7 +67,7 @@ class ExpertMean(Statistics):
         add: Callable[[_T, _T], _T],
         divide: Callable[[_T, int], _T],
     ) -> _T | None:
-        """Computed once for all experts that ask."""
+        """The mean, computed once for all experts."""
         if (kind, modality) not in self._found:
             total: _T | None = None
             number = 0

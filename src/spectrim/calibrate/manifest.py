@@ -73,7 +73,7 @@ class TensorFile(_Record):
 
 
 class Gathered(_Record):
-    """One unit: how far, which linear has whose moment, and where the moments are."""
+    """The state of one unit: how far it is, which linear uses whose moment, and the files of moments."""
 
     batches: NonNegativeInt = 0  # gathered so far
     samples: NonNegativeInt = 0
@@ -100,7 +100,7 @@ class CalibrationUnit(_Record):
 
     @property
     def words(self) -> str:
-        """What its samples are, for messages."""
+        """A description of its samples, for messages."""
         return f"{self.modality} samples{' with gradients' if self.gradients else ''}"
 
 
@@ -135,7 +135,7 @@ class Manifest(_Record):
 
     @property
     def output_forms(self) -> dict[str, CurvatureForm]:
-        """``forms``, read."""
+        """``forms`` as objects."""
         return {name: CurvatureForm.read(form) for name, form in self.forms.items()}
 
     @property

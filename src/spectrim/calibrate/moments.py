@@ -21,7 +21,7 @@ class Moment:
 
 @dataclass(frozen=True)
 class GradMoment:
-    """Sums over samples of what the gradient of a sample's loss says about one weight.
+    """Sums over samples of squared gradients of the loss by one weight.
 
     ``fisher_cols`` is the diagonal empirical Fisher of the weight, summed over its rows: with a sample's loss L (mean
     next-token cross-entropy), Σ_samples Σ_out (∂L/∂W)². It is the importance of FWSVD, Hsu et al., "Language model

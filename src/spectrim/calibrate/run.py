@@ -12,7 +12,7 @@ from torch import distributed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from spectrim.anatomy import Anatomy, Linear, anatomy
-from spectrim.calibrate.data import Data, load_data
+from spectrim.calibrate.data import SAMPLE_SETTINGS, Data, load_data
 from spectrim.calibrate.distributed import reduce_sums, share
 from spectrim.calibrate.fingerprint import model_print
 from spectrim.calibrate.forms import CurvatureForm, choose_forms
@@ -124,17 +124,8 @@ def calibrate(
     if share()[1] == 1 and (out / LOCK).exists() and not ((out / MANIFEST).exists() and Manifest.read(out).complete):
         with writing(out, alone=True):
             pass  # nobody else writes there: known before samples are loaded
-    data = load_data(
-        model,
-        processor,
-        text=text,
-        images=images,
-        samples=samples,
-        seqlen=seqlen,
-        seed=seed,
-        instruction=instruction,
-        sees=parts.tower is not None,
-    )
+    chosen = options.model_dump(include=SAMPLE_SETTINGS)
+    data = load_data(model, processor, text=text, images=images, sees=parts.tower is not None, **chosen)
     if image_tokens_only:
         if not data.images:
             raise SampleError("image_tokens_only needs image samples; give an image source or leave it out")

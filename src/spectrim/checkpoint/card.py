@@ -76,7 +76,7 @@ def code(text: object) -> str:
 
 
 def add_results(directory: str | Path, results: str) -> Path:
-    """Put a Markdown text of measured results into a checkpoint's card, in place of those of before; returns its path.
+    """Put a Markdown text of measured results into a checkpoint's card, in place of earlier ones; returns its path.
 
     Only what stands between the two marks of this function is replaced. Raises CheckpointError for a directory without
     a card.

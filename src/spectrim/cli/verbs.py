@@ -84,7 +84,7 @@ def is_given(context: typer.Context, name: str) -> bool:
 
 
 def refuse(context: typer.Context, names: Sequence[str], where: str) -> None:
-    """UsageError where one of these options is given, which do nothing there."""
+    """UsageError where one of these options is given, which have no effect there."""
     for name in names:
         if is_given(context, name):
             flags = next(p.opts for p in context.command.params if p.name == name)
@@ -163,7 +163,7 @@ def dtype_of(name: str | None) -> "torch.dtype | None":
 
 
 def show(output: RenderableType) -> None:
-    """Print a table, or lines of text as they are: of untrusted names, too.
+    """Print a table, or text, in which nothing is read as markup.
 
     A terminal gets at least 120 columns, which tables need. In a pipe nothing is folded.
     """
@@ -191,7 +191,7 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def quiet() -> None:
-    """Keep transformers from drawing bars of its own."""
+    """Turn off the progress bars of transformers."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()

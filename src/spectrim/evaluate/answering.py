@@ -35,7 +35,7 @@ class Answer:
 
 
 def normalise(text: str) -> str:
-    """Surrounding white space and one final period go; case is folded."""
+    """The text without surrounding white space and one final period, in lower case."""
     return text.strip().removesuffix(".").rstrip().casefold()
 
 
@@ -140,7 +140,7 @@ def _generate(
 
 @contextmanager
 def _padding_token(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
-    """Lends EOS to a tokenizer without padding token; masked positions never count, whatever they hold."""
+    """Use EOS as padding token where the tokenizer has none; masked positions do not count, whatever they hold."""
     if tokenizer.pad_token is not None:
         yield
         return

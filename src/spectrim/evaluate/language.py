@@ -51,7 +51,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Perplexity:
-    """What a model pays for a text: `nll` is the sum of negative log-likelihoods in nats over `tokens` tokens.
+    """The perplexity of a text: `nll` is the sum of negative log-likelihoods in nats over `tokens` tokens.
 
     `bytes` counts the UTF-8 bytes of exactly those tokens; `per_token` = exp(nll / tokens) compares models of one
     tokenizer, `per_byte` = exp(nll / bytes) models of different ones. `seconds` is wall time without tokenisation.
@@ -106,7 +106,7 @@ def read_text(
     stride: int | None,
     max_tokens: int | None,
 ) -> Reading:
-    """What :func:`perplexity` will do with a text, so that what cannot be done is known without the model.
+    """The windows that :func:`perplexity` makes of a text; errors are found before the model is loaded.
 
     Raises:
         ModelError: the config is that of an encoder and a decoder.

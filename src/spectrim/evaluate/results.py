@@ -65,7 +65,7 @@ class TaskDifference:
 
 @dataclass(frozen=True)
 class Source:
-    """Where samples came from and the SHA-256 of what was used of it."""
+    """Where samples came from, and the SHA-256 of those that were used."""
 
     name: str
     sha256: str

@@ -92,7 +92,7 @@ def costs(report: EvaluationReport) -> Table:
 
 
 def losses(report: EvaluationReport) -> Table | None:
-    """Predicted against measured increase of the text loss over the reference, nats per token; None without either."""
+    """Predicted against measured increase of the text loss over the reference, nats per token; None without both."""
     reference = next((result for result in report.results if result.directory == report.reference), None)
     grid = Table(title="Text loss above the dense model, nats per token", box=None, padding=(0, 1, 0, 0))
     for heading in ("model", "predicted", "measured"):

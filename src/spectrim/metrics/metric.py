@@ -59,7 +59,7 @@ def layer_metric(
 
 
 def _gathered(part: MetricPart, linear: Linear, statistics: Statistics, device: torch.device | str) -> Metric | None:
-    """The metric that was gathered of a linear; None where no sample of the modality reached it."""
+    """The metric from a linear's own moments; None where no sample of the modality reached it."""
     if part.kind == "fisher-rows":
         return _fisher_rows(linear, statistics, device)
     by_modality = _moments(part, linear, statistics)

@@ -65,7 +65,7 @@ class Spectra:
         return s.to(device), P.to(device).contiguous(), None if Q is None else Q.to(device).contiguous()
 
     def _summary(self, name: str) -> dict[str, torch.Tensor]:
-        """The vectors of one linear; read once, for every budget asks for them."""
+        """The vectors of one linear; read once, since every budget needs them."""
         if name not in self._summaries:
             file = self._open(name)
             self._summaries[name] = {key: file.tensor(key) for key in file.digests.keys() - {"P", "Q"}}
@@ -76,7 +76,7 @@ class Spectra:
 
 
 def cache_key(metric: MetricPart, statistics: Statistics | None, parts: Anatomy) -> str:
-    """Names the spectra that a metric and statistics give; the statistics are of one model, so they stand for it."""
+    """The name of the spectra of a metric and statistics; statistics are of one model, so they stand for it."""
     state = None if statistics is None else statistics.manifest.model_dump(mode="json")
     linears = [asdict(linear) | {"dtype": str(linear.dtype)} for linear in parts.linears]
     content = [VERSION, metric.model_dump(mode="json"), state, linears]

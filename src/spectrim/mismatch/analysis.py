@@ -47,7 +47,7 @@ class Mismatch:
 
 
 def mismatch(W: torch.Tensor, text: torch.Tensor, image: torch.Tensor) -> Mismatch:
-    """Text-only decomposition of one weight and what its directions are worth to images.
+    """Text-only decomposition of one weight, and what dropping its directions costs images.
 
     Args:
         W: [out, in], any floating dtype.

@@ -18,7 +18,7 @@ _SCALES = (1.0, 255.0, 65535.0)  # possible values of white where the mode does 
 
 
 def opener(named: Any, base: Path | None, where: str) -> Callable[[], Image.Image]:
-    """What opens an image that a row names: by a path, ``file:`` or ``data:`` address, or ``{"bytes": ...}``.
+    """A function that opens an image that a row names by path, ``file:`` or ``data:`` address, or ``{"bytes": ...}``.
 
     Args:
         named: of the row.

@@ -95,7 +95,7 @@ class _Passage:
     chat: bool = False
 
     def place(self, words: Collection[str]) -> str:
-        """Where the first of these words stands, as far as it can be said."""
+        """Where the first of these words stands, with the line if the text has lines."""
         starts = [self.text.find(word) for word in words if word in self.text]
         if not starts or not self.lines:
             return self.where

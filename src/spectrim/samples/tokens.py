@@ -28,7 +28,7 @@ def media_tokens(processor: Any, config: PreTrainedConfig | None = None) -> tupl
 
 
 def refuse_media(text: str, tokens: Collection[str], where: str) -> None:
-    """Raise SampleError where a text holds one of these tokens; no tokenizer can be asked to read it as plain text."""
+    """Raise SampleError where a text holds one of these tokens; a tokenizer never reads them as plain text."""
     for token in tokens:
         if token in text:
             raise SampleError(
