@@ -133,12 +133,12 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "stranger": (
         lambda d: gathered(d, lambda text: text["counts"].update(attic=3)),
-        r"is damaged \(attic is in a part",
+        r"is damaged \(attic is missing from a part",
     ),
     "lost owner": (lambda d: gathered(d, lambda text: text["owners"].update({LINEAR: "attic"})), r"is damaged \(attic"),
     "lost unit": (
         lambda d: sealed(d, lambda content: content["gathered"].pop("text")),
-        r"is damaged \(text is in a part",
+        r"is damaged \(text is missing from a part",
     ),
     "form": (lambda d: sealed(d, lambda content: content["forms"].update({LINEAR: "round"})), "'round' is no form"),
     "parameter": (

@@ -115,8 +115,8 @@ class Statistics:
         manifest = Manifest.read(path)
         if not manifest.complete:
             raise StatisticsError(
-                f"the calibration in {path} is still running or was interrupted; run the same command of spectrim "
-                "calibrate to finish it"
+                f"the calibration in {path} is still running or was interrupted; run the same spectrim "
+                "calibrate command to finish it"
             )
         check_files(path, manifest)
         return cls(path, manifest)

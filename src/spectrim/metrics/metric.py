@@ -17,6 +17,7 @@ from spectrim.recipe import MetricPart
 from spectrim.samples import Modality
 
 _T = TypeVar("_T")
+_ORDER: tuple[Modality, ...] = ("text", "image")
 MetricSource = Literal["text", "image", "joint", "identity", "experts", "unreached"]
 
 
@@ -111,8 +112,7 @@ def joint_weights(traces: Sequence[float], gamma: float) -> list[float]:
 
 def chosen(part: MetricPart, gathered: Mapping[Modality, _T]) -> list[_T]:
     """The entries of the modalities that the metric uses, text before image; empty where none was gathered."""
-    order: tuple[Modality, ...] = ("text", "image")
-    taken = [gathered[modality] for modality in order if modality in gathered and part.modality in (modality, "joint")]
+    taken = [gathered[modality] for modality in _ORDER if modality in gathered and part.modality in (modality, "joint")]
     return taken or ([gathered["image"]] if part.unreached == "image" and "image" in gathered else [])
 
 
@@ -135,8 +135,7 @@ def _check_gathered(part: MetricPart, statistics: Statistics) -> None:
 def _moments(part: MetricPart, linear: Linear, statistics: Statistics) -> list[tuple[Modality, Moment]]:
     """Moments of the wanted modalities that reached the linear; text before image."""
     gathered = statistics.manifest.data.modalities
-    order: tuple[Modality, ...] = ("text", "image")
-    wanted = [m for m in order if part.modality in (m, "joint") and m in gathered]
+    wanted = [m for m in _ORDER if part.modality in (m, "joint") and m in gathered]
     moments = [(m, moment) for m in wanted if (moment := statistics.moment(linear.name, m)) is not None]
     if not moments and part.unreached == "image" and "image" in gathered:
         moments = [("image", moment)] if (moment := statistics.moment(linear.name, "image")) is not None else []

@@ -163,7 +163,7 @@ def render(processor: Any, turns: Sequence[Message], where: str, *, answer_next:
             "model's directory, or give single questions or plain text"
         )
     reasons = []
-    for form in (_as_it_is, as_parts, _as_string):
+    for form in (lambda content: content, as_parts, _as_string):
         shaped = [{**turn, "content": form(turn["content"])} for turn in turns]
         marked, marks = _marked(shaped)
         try:
@@ -199,10 +199,6 @@ def _marked(turns: list[Message]) -> tuple[list[Message], list[str]]:
         }
         for turn in turns
     ], marks
-
-
-def _as_it_is(content: str | list[Any]) -> str | list[Any]:
-    return content
 
 
 def _as_string(content: str | list[Any]) -> str | list[Any]:
