@@ -54,7 +54,7 @@ class LazyWeight(torch.Tensor):
         writes = name in ("__set__", "__setitem__") or (name.endswith("_") and not name.endswith("__"))
         if writes and isinstance(written, LazyWeight):
             raise ModelError(
-                "the weight of a compressed layer is computed and cannot be written; dequantize the model first"
+                "the weight of a compressed layer is computed from its parts; dequantize the model to write it"
             )
         if func == _DATA:
             weight = args[0]
