@@ -9,10 +9,13 @@ from spectrim.evaluate.results import DirectoryResult, EvaluationReport, TaskSco
 from spectrim.evaluate.running import evaluate
 from spectrim.evaluate.tables import costs, losses, markdown, table
 
+ImageQuestion = Question  # the public name of a question about an image
+
 __all__ = [
     "Answer",
     "DirectoryResult",
     "EvaluationReport",
+    "ImageQuestion",
     "PairedDifference",
     "Perplexity",
     "Question",
