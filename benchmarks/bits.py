@@ -13,45 +13,45 @@ import argparse
 import json
 import math
 import platform
+from collections import Counter
 from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from recipes import stored_in
+from spectrim.calibrate import Statistics
 from spectrim.checkpoint import load, load_processor
 from spectrim.demo import resolve
 from spectrim.errors import BudgetError
 from spectrim.evaluate import perplexity
-from spectrim.pipeline import compression
-from spectrim.plan.hybrid import Option, cheapest
-from spectrim.plan.plan import Plan
+from spectrim.plan.plan import Plan, plan_row
+from spectrim.plan.spend import Curve, spend
 from spectrim.recipe import Recipe
 from spectrim.samples import load_text
+from spectrim.storage import Spec
 
 COMPENSATED = "hybrid, compensated"
-KINDS: dict[str, Callable[[Option], bool]] = {
-    COMPENSATED: lambda option: True,
-    "hybrid": lambda option: True,
-    "integers": lambda o: o.rank is None and o.integers is not None,
-    "factors": lambda o: o.integers is None,
-    "factors, 4 bits": lambda o: o.rank is not None and o.integers is not None and o.integers.bits == 4,
-    "factors, 8 bits": lambda o: o.rank is not None and o.integers is not None and o.integers.residual is None
-    and o.integers.bits == 8,
-    "integers + factors": lambda o: o.integers is not None and o.integers.residual is not None,
-}  # fmt: skip
+KINDS: dict[str, Callable[[str, Spec], bool]] = {
+    COMPENSATED: lambda form, spec: True,
+    "hybrid": lambda form, spec: True,
+    "integers": lambda form, spec: form == "integers",
+    "factors": lambda form, spec: form in ("low-rank", "dense"),
+    "factors, 4 bits": lambda form, spec: form == "integer-factors" and spec["grids"]["B"]["bits"] == 4,
+    "factors, 8 bits": lambda form, spec: form == "integer-factors" and spec["grids"]["B"]["bits"] == 8,
+    "integers + factors": lambda form, spec: form == "integers+factors",
+}
 
 
 def used(plan: Plan) -> dict[str, int]:
-    """How many linears have each kind of storage."""
-    found: dict[str, int] = {}
+    """How many linears have each form, with the bits of their integers."""
+    found: Counter[str] = Counter()
     for row in plan.linears.values():
-        how = row.integers
-        name = "16" if how is None else f"{how.bits}" if how.residual is None else f"{how.residual}+{how.bits}"
-        name = f"{'dense' if row.rank is None else 'factors'} {name}"
-        found[name] = found.get(name, 0) + 1
+        grids = [row.spec] if row.form == "integers" else row.spec.get("grids", {}).values()
+        found[" ".join([row.form, *map(str, sorted({grid["bits"] for grid in grids}))])] += 1
     return dict(sorted(found.items()))
 
 
@@ -83,37 +83,38 @@ def main() -> None:
         if not kinds.keys() & set(wanted):
             continue
         changes = {"quantize.bits": "auto", "quantize.method": method}
-        with compression(model, "spectrim", stats=args.stats, processor=processor, changes=changes) as prepared:
-            recipes = {kind: Recipe.read(prepared.recipe, {"compensate.kind": kind}) for kind in ("none", "anchored")}
-            prepared.parts = stored_in(prepared.parts, torch.bfloat16)
-            narrow = prepared.parts.linears
-            weights = sum(linear.params for linear in narrow)
-            menus = {linear.name: prepared.hybrid.options(linear) for linear in narrow}
-            for bits in map(float, args.bits.split(",")):
-                for kind in (kind for kind in wanted if kind in kinds):
-                    menu = {name: [o for o in found if kinds[kind](o)] for name, found in menus.items()}
-                    if any(not found for found in menu.values()):
-                        continue
-                    try:
-                        chosen = cheapest(menu, int(bits * weights / 8))
-                    except BudgetError:
-                        continue  # this kind has no option so small
-                    prepared.recipe = recipes["anchored" if kind == COMPENSATED else "none"]
-                    plan = Plan(
-                        recipe=prepared.recipe.name,
-                        linears={
-                            linear.name: chosen[linear.name].row(linear, loss=chosen[linear.name].cost)
-                            for linear in narrow
-                        },
-                    )
-                    row = {"kind": kind, "asked": bits, "bits": 8 * plan.bytes / weights, "predicted": plan.loss}
-                    row["used"] = used(plan)
-                    if dense is not None:
-                        with prepared.applied(plan):
-                            row["perplexity"] = measured()
-                        row["measured"] = math.log(row["perplexity"] / dense)
-                    rows.append(row)
-                    print(json.dumps(row), flush=True)
+        recipes = {kind: Recipe.read("spectrim", changes | {"compensate.kind": kind}) for kind in ("none", "anchored")}
+        prepared = stored_in(torch.bfloat16, model, recipes["none"], Statistics.open(args.stats), processor)
+        narrow = prepared.parts.linears
+        weights = sum(linear.params for linear in narrow)
+        menus = prepared.maker.menus(narrow)
+        for bits in map(float, args.bits.split(",")):
+            for kind in (kind for kind in wanted if kind in kinds):
+                found = {
+                    name: np.array([n for n in range(len(menu.bytes)) if kinds[kind](*menu.option(n))], int)
+                    for name, menu in menus.items()
+                }
+                if any(not len(numbers) for numbers in found.values()):
+                    continue
+                curves = [Curve(menus[name].bytes[few], menus[name].error[few]) for name, few in found.items()]
+                try:
+                    chosen = spend(curves, int(bits * weights / 8))
+                except BudgetError:
+                    continue  # this kind has no option so small
+                prepared.recipe = recipes["anchored" if kind == COMPENSATED else "none"]
+                linears = {}
+                for linear, number in zip(narrow, chosen, strict=True):
+                    menu, option = menus[linear.name], int(found[linear.name][number])
+                    linears[linear.name] = plan_row(linear, *menu.option(option), loss=float(menu.error[option]))
+                plan = Plan(recipe=prepared.recipe.name, linears=linears)
+                row = {"kind": kind, "asked": bits, "bits": 8 * plan.bytes / weights, "predicted": plan.loss}
+                row["used"] = used(plan)
+                if dense is not None:
+                    with prepared.applied(plan):
+                        row["perplexity"] = measured()
+                    row["measured"] = math.log(row["perplexity"] / dense)
+                rows.append(row)
+                print(json.dumps(row), flush=True)
     versions = {name: version(name) for name in ("torch", "transformers", "compressed-tensors")}
     report = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),

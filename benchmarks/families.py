@@ -64,8 +64,8 @@ TABLE = ("family", "anatomy", "gradients", *COLUMNS, "generates", "LoRA", "bytes
 # What its linears are.
 KINDS: dict[str, Callable[[PlanRow], bool]] = {
     "svd 60 %": lambda row: row.rank is not None,
-    "pivoted 60 %": lambda row: row.pivoted,
-    "integers 30 %": lambda row: row.integers is not None,
+    "pivoted 60 %": lambda row: row.spec.get("pivoted", False),
+    "integers 30 %": lambda row: row.form in ("integers", "integer-factors", "integers+factors"),
     "spectrim 60 %": lambda row: row.rank is not None,
 }
 # In place of these where gradients cannot be gathered.
@@ -125,6 +125,7 @@ def samples_of(model: Any) -> Iterator[None]:
     with (
         mock.patch("spectrim.calibrate.run.load_data", return_value=Samples(model)),
         mock.patch("spectrim.compensate.run.reload_data", return_value=Samples(model)),
+        mock.patch("spectrim.pipeline.stages.load_data", return_value=Samples(model)),
     ):
         yield
 

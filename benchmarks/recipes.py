@@ -25,14 +25,15 @@ from typing import Any
 import torch
 from PIL import Image
 
-from spectrim.anatomy import Anatomy
+from spectrim.anatomy import anatomy
 from spectrim.calibrate import Statistics, calibrate
 from spectrim.checkpoint import load, load_processor
 from spectrim.demo import resolve
 from spectrim.evaluate import Question, blind_questions, load_questions, perplexity, vqa
 from spectrim.evaluate.results import score
 from spectrim.files import parse_yaml
-from spectrim.pipeline import compression
+from spectrim.metrics.spectra import cache_key, make_spectra
+from spectrim.pipeline.stages import Compression
 from spectrim.recipe import Recipe
 from spectrim.samples import load_text
 from spectrim.storage.layers import LowRankLinear
@@ -61,9 +62,13 @@ def easy_vqa(folder: Path, count: int) -> list[Question]:
     return [Question(f"easy-vqa {name}", q.image, q.question, q.answer) for name, list_ in found.items() for q in list_]
 
 
-def stored_in(parts: Anatomy, dtype: torch.dtype) -> Anatomy:
-    """The same linears, whose bytes count in another dtype."""
-    return replace(parts, linears=tuple(replace(linear, dtype=dtype) for linear in parts.linears))
+def stored_in(dtype: torch.dtype, model: Any, recipe: Recipe, statistics: Statistics, processor: Any) -> Compression:
+    """A compression of linears that are stored in a dtype, whatever the model computes in."""
+    parts = anatomy(model)
+    parts = replace(parts, linears=tuple(replace(linear, dtype=dtype) for linear in parts.linears))
+    home = statistics.path / "spectra" / cache_key(recipe.metric, statistics, parts)
+    spectra = make_spectra(model, parts, recipe.metric, statistics, home)
+    return Compression(model, recipe, statistics, spectra, parts, processor)
 
 
 def rounded(model: torch.nn.Module, dtype: torch.dtype) -> None:
@@ -159,29 +164,28 @@ def main() -> None:
             pairs = {key: parse_yaml(value) for key, _, value in (change.partition("=") for change in changes)}
             peak_bytes()
             started = time.perf_counter()
-            with compression(model, recipe, stats=statistics, processor=processor, changes=pairs) as prepared:
-                decomposition = time.perf_counter() - started
-                prepared.parts = stored_in(prepared.parts, store)
-                for retain in map(float, args.retain.split(",")):
-                    started = time.perf_counter()
-                    plan = prepared.plan(retain)
-                    with prepared.applied(plan) as small:
-                        rounded(small, store)
-                        budget, most = time.perf_counter() - started, peak_bytes()
-                        found = measure(small, processor, text, questions, args)
-                    share = plan.bytes / plan.dense_bytes
-                    seconds = {"decompose": decomposition, "plan_and_factor": budget}
-                    row = {
-                        "recipe": name,
-                        "retain": retain,
-                        "bytes": share,
-                        **found,
-                        "seconds": seconds,
-                        "peak_bytes": most,
-                    }
-                    rows.append(row | {"predicted_loss": prepared.predicted(plan)})
-                    print(json.dumps(rows[-1]), flush=True)
-                    peak_bytes()
+            prepared = stored_in(store, model, Recipe.read(recipe, pairs), statistics, processor)
+            decomposition = time.perf_counter() - started
+            for retain in map(float, args.retain.split(",")):
+                started = time.perf_counter()
+                plan = prepared.plan(retain)
+                with prepared.applied(plan) as small:
+                    rounded(small, store)
+                    budget, most = time.perf_counter() - started, peak_bytes()
+                    found = measure(small, processor, text, questions, args)
+                share = plan.bytes / plan.dense_bytes
+                seconds = {"decompose": decomposition, "plan_and_factor": budget}
+                row = {
+                    "recipe": name,
+                    "retain": retain,
+                    "bytes": share,
+                    **found,
+                    "seconds": seconds,
+                    "peak_bytes": most,
+                }
+                rows.append(row | {"predicted_loss": prepared.predicted(plan)})
+                print(json.dumps(rows[-1]), flush=True)
+                peak_bytes()
     report = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {name: version(name) for name in ("torch", "transformers")} | {"python": platform.python_version()},

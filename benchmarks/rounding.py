@@ -17,7 +17,8 @@ from spectrim.anatomy import anatomy
 from spectrim.calibrate import Statistics
 from spectrim.checkpoint import load
 from spectrim.demo import resolve
-from spectrim.maths.decompose import decompose, directions, sides
+from spectrim.maths.closed_form import gram, refit
+from spectrim.maths.decompose import decompose, sides
 from spectrim.maths.rounding import Grid, conditional, error, expected, fitting_group, quantize
 from spectrim.metrics.metric import layer_metric
 from spectrim.recipe import Recipe
@@ -45,7 +46,7 @@ def main() -> None:
         assert metric.output is not None
         C, G = metric.value, metric.output.dense(len(W))
         spectrum = decompose(W, C, metric.output)
-        A, B = (factor.double() for factor in sides(W, *directions(spectrum, args.rank)[1:]))
+        A, B = (factor.double() for factor in sides(W, *spectrum.directions(args.rank)[1:]))
         for bits, group in product(map(int, args.bits.split(",")), args.groups.split(",")):
             wanted = None if group == "none" else int(group)
             grid, narrow = (Grid(bits, fitting_group(n, wanted), not args.zero_points) for n in (W.shape[1], args.rank))

@@ -27,28 +27,36 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 600
 
-TESTS = {  # files of tests that should notice a change of a file of the source, quick ones first
+TESTS = {  # files of tests that should notice a change of a file of the source, or a folder of them; quick ones first
     "maths/roots.py": "linalg roots",
-    "maths/decompose.py": "linalg per_head",
+    "maths/decompose.py": "linalg maths/ storage/",
     "maths/rounding.py": "quantize",
     "maths/pivots.py": "pivots",
-    "storage/make.py": "stored hybrid",
-    "plan/hybrid.py": "hybrid multiples",
-    "plan/allocate.py": "allocate loss_aware pivoted_plans multiples adacr",
-    "plan/plan.py": "plan pivoted_plans hybrid",
-    "metrics/metric.py": "metric global_sigma",
-    "metrics/curvature.py": "curvature curvature_plans",
-    "metrics/spectra.py": "per_head global_sigma cache_keys pipeline",
+    "maths/closed_form.py": "compensate storage/",
+    "maths/alternating.py": "adacomp",
+    "storage/base.py": "storage/ plan/",
+    "storage/integers.py": "storage/ plan/",
+    "storage/low_rank.py": "storage/ plan/",
+    "storage/integer_factors.py": "storage/ plan/",
+    "storage/integers_and_factors.py": "storage/ plan/",
+    "storage/packed.py": "packed",
+    "storage/layers.py": "layers pivots storage/",
+    "plan/options.py": "plan/",
+    "plan/rules.py": "plan/",
+    "plan/spend.py": "spend plan/",
+    "plan/maker.py": "plan/ record",
+    "plan/plan.py": "plan",
     "plan/sensitivity.py": "sensitivity",
     "plan/importance.py": "adacr",
-    "storage/packed.py": "packed",
-    "storage/layers.py": "layers pivots per_head",
+    "metrics/metric.py": "metric global_sigma",
+    "metrics/curvature.py": "curvature curvature_plans",
+    "metrics/spectra.py": "global_sigma cache_keys pipeline",
     "calibrate/moments.py": "forms curvature calibrate",
     "calibrate/forms.py": "forms",
     "calibrate/gradients.py": "curvature calibrate",
-    "maths/closed_form.py": "compensate",
-    "maths/alternating.py": "adacomp",
     "compensate/refine.py": "cache_keys compensate::test_refined_blocks_are_nearer_to_the_dense_ones",
+    "compensate/units.py": "walk_stored",
+    "pipeline/stages.py": "pipeline record made_once",
 }
 
 
@@ -122,41 +130,63 @@ MUTATIONS = [
     M("swap without its correction", "maths/pivots.py", "torch.linalg.solve(R[:, J], R - E), alpha=-1)", "torch.linalg.solve(R[:, J], R - E), alpha=0)"),
     M("one swap at a time", "maths/pivots.py", "while len(swaps) < min(S.shape):", "while len(swaps) < 1:", equivalent="swaps that are left over are found in the next round: slower, the same bound"),
     M("repeated pivots pass", "maths/pivots.py", "if int(free.sum()) != out - len(p):", "if False:"),
-    # stored
-    M("no re-fit", "storage/make.py", "for X in (A, refit(W, A, B, C))]", "for X in (A,)]"),
-    M("always the re-fit", "storage/make.py", "for X in (A, refit(W, A, B, C))]", "for X in (refit(W, A, B, C),)]"),
-    M("re-fit without the metric", "storage/make.py", "return A + times_metric(W - A @ B, C) @ B.T", "return A + (W - A @ B) @ B.T"),
-    M("A rounded in the identity", "storage/make.py", "integers(\"A\", X, gram(B, C), G)", "integers(\"A\", X, gram(B, None), G)"),
-    M("factors of the whole weight", "storage/make.py", "W = W - integers(\"R\", W, C, G).dense()", "integers(\"R\", W, C, G)"),
-    M("rest forgotten in the weight", "storage/make.py", "return product + found[\"R\"] if \"R\" in found else product", "return product"),
-    M("rounding ignores the outputs", "storage/make.py", "G = None if output is None or not fed else output.dense(len(W), W.device)", "G = None"),
-    M("nearest in the metric", "storage/make.py", "given = (C, G) if fed else (None, None)", "given = (C, G)"),
-    M("zero points not written", "storage/make.py", "if part.zero is not None:", "if False:"),
-    # hybrid
-    M("what is left is not spent", "plan/hybrid.py", "chosen[name] = after\n    _spend(options, chosen, left)\n", "chosen[name] = after\n"),
-    M("hull keeps inner points", "plan/hybrid.py", "while len(hull) > 1 and", "while False and"),
-    M("multiple ignored", "plan/hybrid.py", "return step if heads > 1 else -(-step // multiple) * multiple", "return step"),
-    M("rounding costs nothing", "plan/hybrid.py", "left[count] + added[count - 1]", "left[count]"),
-    M("factors beside integers take nothing", "plan/hybrid.py", "total - taken[count - 1]", "total"),
-    M("one retention: the lowest", "plan/hybrid.py", "chosen = at(shares[paid - 1])\n    _spend(options, chosen, budget - spent(shares[paid - 1]))", "chosen = at(0.0)\n    _spend(options, chosen, budget - spent(0.0))"),
-    M("costs in the wrong unit", "plan/hybrid.py", "error = option.cost / max(self._unit(linear.name), 1e-300)", "error = option.cost"),
-    # allocate
-    M("dense weight never early", "plan/allocate.py", "jump = int(np.append(worth[1:] <= slopes[:-1], True).argmax()) + 1", "jump = len(ends)"),
-    M("what is left is kept", "plan/allocate.py", "    _fill(options, found, left)\n", "    _fill(options, found, 0)\n"),
-    M("one step too many", "plan/allocate.py", "np.cumsum(price[order]), budget, side=\"right\")", "np.cumsum(price[order]), budget, side=\"right\") + 1"),
-    M("sigma squared", "plan/allocate.py", "values = np.sqrt(values / step)", "values = values / step", equivalent="squares are in the same order"),
-    M("energy by direction, not by byte", "plan/allocate.py", "by_byte = part.rule in (\"global-energy\", \"loss-aware\")", "by_byte = part.rule == \"loss-aware\""),
-    M("energy of all layers in one unit", "plan/allocate.py", "values = values / (values.sum() or 1.0)", "values = values * 1.0"),
-    M("adacr without its floor", "plan/allocate.py", "retention = np.where(retention <= part.floor, retention, line)", "retention = line"),
-    M("pivots are not priced", "plan/allocate.py", "if pivoted and heads == 1:", "if False:"),
-    M("directions are not pooled", "plan/allocate.py", "while blocks and gain / price > blocks[-1][0] / blocks[-1][1]:", "while False and blocks:"),
-    M("multiple forgotten at the end", "plan/allocate.py", "counts = [None if count is None else count * option.step", "counts = [None if count is None else count"),
+    # forms of storage
+    M("what is left without losses", "storage/base.py", "each = self.spectrum.s if self.spectrum.loss is None else self.spectrum.loss", "each = self.spectrum.s"),
+    M("what is kept, not what is left", "storage/base.py", "each.flip(0).cumsum(0).flip(0).cpu().numpy(), 0.0)", "each.cumsum(0).cpu().numpy(), 0.0)"),
+    M("residuals as if nothing were fed on", "storage/base.py", "if M is None or M.ndim == 1 or damping is not None:", "if M is None or M.ndim == 1:"),
+    M("integers for all roles", "storage/base.py", "return part.bits is not None and (part.roles == \"all\" or self.linear.role in FEED_FORWARD)", "return part.bits is not None"),
+    M("rounding ignores the outputs", "storage/integers.py", "metrics = (None, None) if damping is None else (C, G)", "metrics = (None, None) if damping is None else (C, None)"),
+    M("nearest in the metric", "storage/integers.py", "metrics = (None, None) if damping is None else (C, G)", "metrics = (C, G)"),
+    M("one scale for all inputs", "storage/integers.py", "return Grid(bits, fitting_group(size, problem.quantize.group), problem.quantize.symmetric)", "return Grid(bits, None, problem.quantize.symmetric)"),
+    M("pivots are not priced", "storage/low_rank.py", "if problem.storage.pivoted and heads == 1:", "if False:"),
+    M("pivots pay where they are equal", "storage/low_rank.py", "pivoted = (by_pivots < sizes)", "pivoted = (by_pivots <= sizes)"),
+    M("pivot indices cost nothing", "storage/low_rank.py", "* linear.dtype.itemsize + pivoted * PIVOT * count", "* linear.dtype.itemsize"),
+    M("heads pay for all outputs", "storage/low_rank.py", "count * (linear.in_features + linear.out_features // heads - pivoted * count)", "count * (linear.in_features + linear.out_features - pivoted * count)"),
+    M("multiple ignored by floats", "storage/low_rank.py", "step = problem.storage.multiple if heads == 1 else 1", "step = 1"),
+    M("multiples by head", "storage/low_rank.py", "step = problem.storage.multiple if heads == 1 else 1", "step = problem.storage.multiple"),
+    M("one direction for all heads", "storage/low_rank.py", "counts = np.arange(step if heads == 1 else heads, most + 1, step)", "counts = np.arange(step, most + 1, step)"),
+    M("ranks up to the larger side", "storage/low_rank.py", "(most := min(size, out // len(ranks)))", "(most := max(size, out // len(ranks)))"),
+    M("numbers of heads are not compared", "storage/low_rank.py", "if not isinstance(rank, int) and len(rank) != linear.per_head:", "if False:"),
+    M("a rest costs nothing", "storage/low_rank.py", "({\"R\": (out, size)} if \"R\" in grids else {})", "{}"),
+    M("heads fitted without their metric", "storage/low_rank.py", "roots = (None,) * len(ranks) if problem.output is None else problem.output.roots", "roots = (None,) * len(ranks)"),
+    M("no re-fit", "storage/integer_factors.py", "for X in (A, refit(W, A, B, C))]", "for X in (A,)]"),
+    M("always the re-fit", "storage/integer_factors.py", "for X in (A, refit(W, A, B, C))]", "for X in (refit(W, A, B, C),)]"),
+    M("A rounded in the identity", "storage/integer_factors.py", "rounded(problem, X, layer.A.grid, gram(B, C), G, narrow)", "rounded(problem, X, layer.A.grid, gram(B, None), G, narrow)"),
+    M("A rounded without the outputs", "storage/integer_factors.py", "rounded(problem, X, layer.A.grid, gram(B, C), G, narrow)", "rounded(problem, X, layer.A.grid, gram(B, C), None, narrow)"),
+    M("scales of factors in float16", "storage/integer_factors.py", "narrow = torch.bfloat16 if problem.linear.dtype == torch.float16 else problem.linear.dtype", "narrow = problem.linear.dtype"),
+    M("scales not balanced", "storage/integer_factors.py", "return ((least[0] - least[1]) / 2).nan_to_num", "return (0 * (least[0] - least[1])).nan_to_num"),
+    M("scales balanced one way", "storage/integer_factors.py", "return ((least[0] - least[1]) / 2).nan_to_num", "return (least[0] - least[1]).nan_to_num"),
+    M("rounding of factors costs nothing", "storage/integer_factors.py", "float(problem.left[count]) + added[count - 1]", "float(problem.left[count])"),
+    M("energy of B without the metric", "storage/integer_factors.py", "energy = (times_metric(B, problem.C) * B).sum(1)", "energy = (B * B).sum(1)"),
+    M("gain of A without the metric", "storage/integer_factors.py", "gain = (times_metric(A.T, problem.G) * A.T).sum(1)", "gain = (A.T * A.T).sum(1)"),
+    M("multiple ignored by integers", "storage/integer_factors.py", "    step = -(-step // multiple) * multiple\n", ""),
+    M("factors of the whole weight", "storage/integers_and_factors.py", "W = problem.W.double() - whole.dense()", "W = problem.W.double()"),
+    M("factors beside integers take nothing", "storage/integers_and_factors.py", "float(each.sum()) - removed[count - 1]", "float(each.sum())"),
+    M("float factors not balanced", "storage/integers_and_factors.py", "power = balance(*(size.where(size > 0, torch.nan) for size in sizes))  # [k]", "power = torch.ones(rank, dtype=W.dtype)"),
+    M("re-fit without the metric", "maths/closed_form.py", "return A + times_metric(W - A @ B, C) @ B.T", "return A + (W - A @ B) @ B.T"),
+    # options, rules and what is spent
+    M("options as large as the weight", "plan/options.py", "kept = np.flatnonzero(part.bytes < dense)", "kept = np.arange(len(part.bytes))"),
+    M("energy of all layers in one unit", "plan/rules.py", "return Curve(menu.bytes, menu.error / max(float(menu.left[0]), 1e-300))", "return Curve(menu.bytes, menu.error)"),
+    M("uniform by cost", "plan/rules.py", "return Curve(menu.bytes, menu.error, reach)", "return Curve(menu.bytes, menu.error)"),
+    M("adacr without its floor", "plan/rules.py", "reach = np.where(reach <= part.floor, reach, line)", "reach = line"),
+    M("adacr without its importance", "plan/rules.py", "line = part.floor + (reach - part.floor) / max(wanted, 1e-6)", "line = reach"),
+    M("thresholds on no direction", "plan/rules.py", "smaller = menu.error[(menu.bytes < linear.nbytes) & (menu.error > 0)]", "smaller = menu.error[menu.error < 0]"),
+    M("what is left is not spent", "plan/spend.py", "    _fill(curves, at, left)\n", "    _fill(curves, at, 0)\n"),
+    M("one step too many", "plan/spend.py", "np.cumsum(price[order]), left, side=\"right\"))]", "np.cumsum(price[order]), left, side=\"right\")) + 1]"),
+    M("hull keeps inner points", "plan/spend.py", "while len(hull) > 1:", "while False:"),
+    M("dominated options stay", "plan/spend.py", "return order[np.append(True, least[1:] < least[:-1])]", "return order"),
+    M("steps by their savings, not by the byte", "plan/spend.py", "scores = -np.diff(costs) / prices if self.reach is None else", "scores = -np.diff(costs) if self.reach is None else"),
+    M("shares walk the hull", "plan/spend.py", "if self.reach is not None:\n            return np.arange(len(self.front))", "if False:\n            return np.arange(len(self.front))"),
+    M("the first step that fits", "plan/spend.py", "best = int(scores.argmax())", "best = 0"),
+    M("the largest step that fits", "plan/spend.py", "best = int(scores.argmax())", "best = len(scores) - 1"),
+    M("left-overs are spent twice", "plan/spend.py", "            left -= price\n", "            left -= 0\n"),
+    M("left-overs are not counted", "plan/spend.py", "left -= int(price[taken].sum())", "left -= 0"),
+    M("kept directions for other heads", "plan/maker.py", "as_kept = heads is None or heads == spectrum.heads", "as_kept = True"),
+    M("costs in the wrong unit", "pipeline/stages.py", "error = lost / max(float(menu.left[0]), 1e-300)", "error = lost"),
+    M("the loss of the last linear alone", "pipeline/stages.py", "total[modality] += predicted_loss(", "total[modality] = predicted_loss("),
+    M("compensated linears are made anew", "pipeline/stages.py", "tensors = solved[name] if name in solved else self.maker.make(", "tensors = self.maker.make("),
+    M("the walk runs dense products", "compensate/units.py", "self.small[name] = filled(self.dense[name], row.form, row.spec, tensors)", "self.small[name] = filled(self.dense[name], row.form, row.spec, tensors).to_dense()"),
     # plan
-    M("pivot indices cost nothing", "plan/plan.py", "* linear.dtype.itemsize + pivoted * PIVOT * count", "* linear.dtype.itemsize"),
-    M("heads pay for all outputs", "plan/plan.py", "linear.in_features + linear.out_features // heads - pivoted * count", "linear.in_features + linear.out_features - pivoted * count"),
-    M("ranks up to the larger side", "plan/plan.py", "most = min(width, linear.in_features)", "most = max(width, linear.in_features)"),
-    M("numbers of heads are not compared", "plan/plan.py", "if len(ranks) != linear.heads:", "if False:"),
-    M("pivots pay where they are equal", "plan/plan.py", "return factor_bytes(linear, rank, pivoted=True) < factor_bytes(linear, rank)", "return factor_bytes(linear, rank, pivoted=True) <= factor_bytes(linear, rank)"),
     M("strange linears pass", "plan/plan.py", "if strange := sorted(self.linears.keys() - known.keys()):", "if strange := []:"),
     M("doubled keys of a plan", "plan/plan.py", "content = parse_json(Path(path).read_bytes())", "content = json.loads(Path(path).read_bytes())"),
     M("words for numbers in a plan", "plan/plan.py", "json.dumps(content), strict=True)", "json.dumps(content))"),
@@ -217,10 +247,13 @@ MUTATIONS = [
     M("zero points not subtracted", "storage/packed.py", "codes = codes - zero.to(scale.dtype)[..., None]", "codes = codes - 0 * zero.to(scale.dtype)[..., None]"),
     M("words high byte first", "storage/packed.py", "joined = (eights << _steps(8, bits, eights)).sum(2, keepdim=True)", "joined = (eights << _steps(8, bits, eights).flip(0)).sum(2, keepdim=True)"),
     M("codes without their offset", "storage/packed.py", "return (codes.flatten(1)[:, :count] - (1 << bits - 1)).to(torch.int8)", "return codes.flatten(1)[:, :count].to(torch.int8)"),
+    M("zero points not written", "storage/packed.py", "self.weight_zero_point.copy_(pack(found.zero.T, self.grid.bits).T)", "pass"),
     M("rest forgotten in the layer", "storage/layers.py", "            y = y + self.R(input)\n", "            y = y + 0 * self.R(input)\n"),
     M("pivots and others exchanged", "storage/layers.py", "whole.index_copy_(-1, p, latent).index_copy_(-1, others, y)", "whole.index_copy_(-1, p, latent).index_copy_(-1, others.flip(0), y)"),
     M("bias forgotten", "storage/layers.py", "return y if self.bias is None else y + self.bias", "return y"),
     M("dense product in low precision", "storage/layers.py", "wide = torch.promote_types(B.dtype, torch.float32)\n", "wide = B.dtype\n"),
+    M("rest forgotten in the weight", "storage/layers.py", "found = found + self.R.unpacked().to(wide)", "found = found + 0 * self.R.unpacked().to(wide)"),
+    M("rows of the weight in the order of the outputs", "storage/layers.py", "torch.cat([B, found])[self.order.argsort()]", "torch.cat([B, found])[self.order]"),
     M("columns outside a head pass", "storage/layers.py", "if A.count_nonzero() != sum(block.count_nonzero() for block in blocks):", "if False:"),
 ]  # fmt: skip
 
@@ -242,8 +275,14 @@ def wrong() -> list[str]:
 def _tests(file: str) -> list[str]:
     """Paths, or paths and the name of a test, as pytest takes them."""
     named = (name.partition("::") for name in TESTS[file].split())
-    found = ((next((ROOT / "tests").rglob(f"test_{name}.py"), Path(name)), *rest) for name, *rest in named)
+    found = ((_test(name), *rest) for name, *rest in named)
     return [f"{path.relative_to(ROOT) if path.is_absolute() else path}{''.join(rest)}" for path, *rest in found]
+
+
+def _test(name: str) -> Path:
+    """A file of tests by the middle of its name, or a folder by its name and a slash."""
+    tests = ROOT / "tests"
+    return tests / name if name.endswith("/") else next(tests.rglob(f"test_{name}.py"), Path(name))
 
 
 def run(tree: Path, tests: list[str]) -> tuple[bool, float]:

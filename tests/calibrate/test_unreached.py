@@ -19,6 +19,7 @@ from spectrim.checkpoint import read_provenance
 from spectrim.errors import BudgetError, RecipeError
 from spectrim.metrics.metric import layer_metric
 from spectrim.pipeline import compress, compression
+from spectrim.plan.plan import plan_row
 from spectrim.recipe import Recipe, builtin_names
 
 UNUSED = "model.layers.0.mlp.side"
@@ -95,6 +96,8 @@ RULES = {
     "global-energy": {"allocation.rule": "global-energy", "quantize.bits": None},
     "sensitivity": {"allocation.rule": "sensitivity", "quantize.bits": None},
     "adacr": {"allocation.rule": "adacr", "quantize.bits": None},
+    "sensitivity, bits auto": {"allocation.rule": "sensitivity", "quantize.bits": "auto"},
+    "adacr, 4 bits": {"allocation.rule": "adacr", "quantize.bits": 4},
     "anchored": {"compensate.kind": "anchored"},
     "adacomp": {"compensate.kind": "adacomp", "quantize.bits": None},
 }
@@ -113,7 +116,7 @@ def test_a_linear_that_nothing_calls_stays_dense_under_every_recipe_and_rule(rec
             plan = prepared.plan(retain)
             assert plan.bytes <= retain * plan.dense_bytes
         row = plan.linears[UNUSED]
-        assert (row.rank, row.integers, row.loss, row.metric) == (None, None, None, "unreached")
+        assert (row.form, row.spec, row.loss, row.metric) == ("dense", {}, None, "unreached")
         assert row.bytes == row.dense_bytes == 64 * 96 * 4
         assert len(plan.changed) > 5
         assert all(other.metric != "unreached" for name, other in plan.linears.items() if name != UNUSED)
@@ -224,7 +227,8 @@ def test_blocks_with_a_dead_expert_are_refined(only, calibrated):
     with compression(model, "jw-svd", **given) as prepared:
         plan = prepared.plan(0.5)
         if only:  # nothing of a block that a gradient reaches
-            rows = {n: row if dead in n else row.model_copy(update={"rank": None}) for n, row in plan.linears.items()}
+            linears = {x.name: x for x in prepared.parts.linears}
+            rows = {n: row if dead in n else plan_row(linears[n]) for n, row in plan.linears.items()}
             plan = plan.model_copy(update={"linears": rows})
         changed = {name for name in plan.changed if dead in name}
         assert changed
@@ -232,9 +236,9 @@ def test_blocks_with_a_dead_expert_are_refined(only, calibrated):
             assert torch.isfinite(logits(small)).all()
             for name in changed:  # no sample says how to refine them
                 layer = small.get_submodule(name)
-                found = prepared._stored(name, plan.linears[name]).weight()
-                A, B = layer.factors()
-                torch.testing.assert_close((A @ B).double(), found.double(), atol=1e-6, rtol=1e-4)
+                alone = prepared.maker.make(prepared.parts.linear(name), plan.linears[name])
+                for key, tensor in layer.tensors().items():
+                    torch.testing.assert_close(tensor, alone[key], atol=1e-6, rtol=1e-4)
     assert all(torch.equal(before[name], w) for name, w in weights(model).items())
 
 
@@ -246,13 +250,13 @@ def test_what_stayed_dense_is_reported_and_the_checkpoint_loads(words, tmp_path:
     tower = [x.name for x in anatomy(families.FAMILIES["llava"]()).linears if x.place != "backbone"]
     assert record["unreached"] == sorted(tower)
     rows = json.loads((tmp_path / "small" / "plan.json").read_text())["linears"]
-    assert all(rows[name]["metric"] == "unreached" and rows[name]["rank"] is None for name in tower)
+    assert all((rows[name]["metric"], rows[name]["form"]) == ("unreached", "dense") for name in tower)
 
 
 def test_a_plan_by_hand_may_change_what_no_sample_reaches(calibrated):
     with compression(with_unused(), "svd-llm", stats=calibrated["unused"]) as prepared:
         plan = prepared.plan(0.6)
-        rows = {**plan.linears, UNUSED: plan.linears[UNUSED].model_copy(update={"rank": 5})}
+        rows = {**plan.linears, UNUSED: plan_row(prepared.parts.linear(UNUSED), "low-rank", {"rank": 5})}
         edited = plan.model_copy(update={"linears": rows}).fitted(prepared.parts)
         assert prepared.provenance(edited)["unreached"] == []
         with prepared.applied(edited) as small:

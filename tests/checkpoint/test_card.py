@@ -10,6 +10,7 @@ from huggingface_hub.repocard import metadata_load
 
 from compressed import factored
 from families import FAMILIES
+from spectrim.anatomy import anatomy
 from spectrim.checkpoint import add_results, load, save
 from spectrim.errors import CheckpointError
 from spectrim.pipeline import compress
@@ -27,21 +28,24 @@ def dense_copy(directory: Path, card: str | None = BASE) -> Path:
 def test_the_card_says_what_the_plan_did(tmp_path: Path) -> None:
     """Counts by place are those of the layers that the checkpoint really holds."""
     model = FAMILIES["llava"]()
+    linears = anatomy(model).linears
     small = compress(
         model, tmp_path / "a", recipe="svd", retain=0.5,
         changes={"allocation.places": ["backbone", "connector"], "storage.pivoted": True},
     )  # fmt: skip
     card = (tmp_path / "a" / "README.md").read_text()
     layers = {name: module for name, module in small.named_modules() if type(module).__name__ == "LowRankLinear"}
-    rows = {cells[0]: cells[1:] for line in card.splitlines() if len(cells := line.strip("| ").split(" | ")) == 8}
+    rows = {cells[0]: cells[1:] for line in card.splitlines() if len(cells := line.strip("| ").split(" | ")) == 5}
     for place, part in (("connector", "multi_modal_projector"), ("backbone", "language_model")):
         inside = [layer for name, layer in layers.items() if part in name]
         ranks = sorted(layer.rank for layer in inside)
-        pivoted = sum(layer.pivots is not None for layer in inside)
-        assert rows[place][2:5] == [str(len(inside)), str(pivoted), "0"]
-        assert rows[place][5] == f"{ranks[0]} / {ranks[len(ranks) // 2]} / {ranks[-1]}"
-    assert rows["tower"][1:5] == [rows["tower"][0], "0", "0", "0"]
-    assert rows["tower"][5:] == ["–", "100.0%"]
+        number = sum(linear.place == place for linear in linears)
+        dense = [f"{number - len(inside)} dense"] if number > len(inside) else []
+        assert rows[place][0] == str(number)
+        assert rows[place][1] == ", ".join([*dense, f"{len(inside)} low-rank"])
+        assert rows[place][2] == f"{ranks[0]} / {ranks[len(ranks) // 2]} / {ranks[-1]}"
+    number = rows["tower"][0]
+    assert rows["tower"] == [number, f"{number} dense", "–", "100.0%"]
     assert f"with {len(layers)} of its linear layers" in card
     assert "name: svd" in card
     assert "AutoModelForImageTextToText" in card

@@ -124,7 +124,7 @@ def test_heads_of_other_ranks_are_an_error(headwise_copy: Path, rank: Any, messa
 
 def test_ranks_by_head_for_a_layer_that_was_factored_as_a_whole_are_an_error(llama_copy: Path) -> None:
     rank = config_of(llama_copy)["quantization_config"]["ranks"][LAYER]
-    edit_config(llama_copy, lambda config: config["ranks"].update({LAYER: [1, 1, 1, rank - 3]}))
+    edit_config(llama_copy, lambda config: config["ranks"].update({LAYER: [5, 5, 5, rank - 15]}))
     with pytest.raises(CheckpointError, match=rf"{LAYER}\.A\.0\.weight"):
         load(llama_copy)
 
@@ -268,9 +268,12 @@ def test_a_state_dict_without_the_factors_is_an_error(llama: Path) -> None:
         ({"ranks": {LAYER: [3, 3, 0, 3]}}, r"the rank \[3, 3, 0, 3\]"),
         ({"ranks": {LAYER: [3, "3"]}}, r"the rank \[3, '3'\]"),
         ({"ranks": {LAYER: "33"}}, "the rank '33'"),
-        ({"ranks": {LAYER: 10**9}}, rf"'{LAYER}' has rank 1000000000, and 64 is full rank"),
-        ({"ranks": {LAYER: 65}}, rf"'{LAYER}' has rank 65, and 64 is full rank"),
-        ({"ranks": {LAYER: [10**9] * 4}}, rf"'{LAYER}' has rank 1000000000, and 64 is full rank"),
+        ({"ranks": {LAYER: 10**9}}, rf"'{LAYER}': the rank 1000000000 is too large: it can have 64 at most"),
+        ({"ranks": {LAYER: 65}}, rf"'{LAYER}': the rank 65 is too large: it can have 64 at most"),
+        (
+            {"ranks": {LAYER: [10**9] * 4}},
+            rf"'{LAYER}': the rank 1000000000 is too large: a head of it can have 16 at most",
+        ),
         ({"ranks": {LAYER: [1] * 10**6}}, rf"'{LAYER}': 64 outputs are not 1000000 equal heads"),
         ({"ranks": {LAYER: -3}}, "the rank -3"),
         ({"ranks": {LAYER: True}}, "the rank True"),

@@ -12,6 +12,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from compressed import config_of, edited, factored, logits, low_rank
 from families import FAMILIES
+from helpers.exchanged import replace_linears
 from spectrim.checkpoint import (
     attach,
     load,
@@ -20,7 +21,6 @@ from spectrim.checkpoint import (
     save,
 )
 from spectrim.errors import CheckpointError, ModelError
-from spectrim.storage.layers import replace_linears
 
 
 @pytest.fixture(scope="module")

@@ -239,7 +239,7 @@ def test_what_only_the_model_can_say_is_said_before_samples_run(capsys, places, 
     for arguments, said in (
         (["--plan", f"{home}/FOREIGN.json"], "the model lacks"),
         (["--plan", f"{home}/LARGE.json"], "can have"),
-        (["--retain", "1e-6"], "rank 1 everywhere"),
+        (["--retain", "1e-6"], "of the smallest options"),
         (["--retain", "0.1", "--set", "allocation.places=[connector]"], "outside connector stay dense"),
         (["--retain", "0.5", "--recipe", "asvd", "--set", "allocation.rule=sensitivity"], "measures text loss"),
     ):

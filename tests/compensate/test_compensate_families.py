@@ -17,6 +17,7 @@ from spectrim.compensate.tap import Tap
 from spectrim.compensate.units import Unit
 from spectrim.plan.plan import Plan, plan_row
 from spectrim.recipe import Recipe
+from spectrim.storage import filled
 
 # Output projections whose output is normalized, gated or scaled before it is added: they have no stream to correct.
 NOT_ADDED = {
@@ -31,7 +32,8 @@ NOT_ADDED = {
 def test_every_linear_of_every_family_is_compensated(family, monkeypatch, tmp_path):
     model = FAMILIES[family]()
     parts, expected = anatomy(model), logits(model)
-    ranks = {x.name: plan_row(x, max(1, min(x.out_features, x.in_features) // 3)) for x in parts.linears}
+    ranks = {x.name: max(1, min(x.out_features, x.in_features) // 3) for x in parts.linears}
+    rows = {x.name: plan_row(x, "low-rank", {"rank": ranks[x.name]}) for x in parts.linears}
     settings = SimpleNamespace(image_tokens_only=False, batch_size=4)
     data = SimpleNamespace(modalities=("text", "image"))
     manifest = SimpleNamespace(settings=settings, data=data, model_dump=lambda mode: {})
@@ -51,14 +53,17 @@ def test_every_linear_of_every_family_is_compensated(family, monkeypatch, tmp_pa
 
     monkeypatch.setattr(Unit, "groups", groups)
     monkeypatch.setattr(run, "reload_data", lambda *_, **__: Samples(model))
-    plan = Plan(recipe="jw-svd", linears=ranks)
+    plan = Plan(recipe="jw-svd", linears=rows)
 
-    def alone(name, _row):
-        raise AssertionError(f"no sample reaches {name}")
+    def alone(linear, _row):
+        raise AssertionError(f"no sample reaches {linear.name}")
 
-    found = Compensation(model, parts, Recipe.read("jw-svd"), plan, alone, statistics, None).solve()
+    maker = SimpleNamespace(make=alone)
+    found = Compensation(model, parts, Recipe.read("jw-svd"), plan, maker, statistics, None).solve()
     assert found.keys() == {linear.name for linear in parts.linears}
-    assert all(stored.weight().isfinite().all() for stored in found.values())
+    for name, tensors in found.items():
+        layer = filled(model.get_submodule(name), "low-rank", rows[name].spec, tensors)
+        assert layer.product().isfinite().all(), name
     assert torch.equal(logits(model), expected)
     outputs = {x.name for x in parts.linears if x.block and x.name.rpartition(".")[2] in OUTPUTS}
     assert writers == {name for name in outputs if not any(part in name for part in NOT_ADDED.get(family, ()))}

@@ -11,12 +11,13 @@ from helpers.streams import batches, prepare
 from spectrim.anatomy import anatomy
 from spectrim.checkpoint import load
 from spectrim.compensate import run
+from spectrim.compensate.store import Store
 from spectrim.errors import RecipeError
-from spectrim.maths.rounding import Grid, error, quantize
+from spectrim.maths.rounding import error
 from spectrim.pipeline import compress, compression
-from spectrim.plan.plan import Integers, Plan, plan_row
-from spectrim.recipe import Recipe
-from spectrim.storage.make import Stored, make_stored
+from spectrim.plan.plan import Plan, plan_row
+from spectrim.recipe import QuantizePart, Recipe, StoragePart
+from spectrim.storage import Problem, filled, forms, made
 
 AUTO = {"quantize.bits": "auto"}
 
@@ -31,7 +32,7 @@ def test_the_flagship_with_bits_from_end_to_end(family, words, tmp_path, monkeyp
     assert torch.equal(logits(loaded), logits(small))
     plan = Plan.read(tmp_path / "small" / "plan.json", anatomy(dense))
     assert plan.bytes <= 0.4 * plan.dense_bytes
-    assert any(row.integers is not None for row in plan.linears.values())
+    assert {row.form for row in plan.linears.values()} & {"integers", "integer-factors", "integers+factors"}
     held = {key: tensor.nbytes for key, tensor in loaded.state_dict().items() if not key.endswith(".bias")}
     assert sum(size for key, size in held.items() if any(key.startswith(f"{x}.") for x in plan.linears)) == plan.bytes
     # What is solved lies on disk and is not solved again.
@@ -50,7 +51,7 @@ def test_integers_answer_to_what_the_layers_before_them_became(recipe, words, ca
         given = {"stats": statistics, "processor": processor("llama"), "changes": changes}
         with compression(model, recipe, **given) as prepared:
             plan = prepared.plan(0.15)
-            assert {row.integers is not None for row in plan.linears.values()} == {True}
+            assert {row.form for row in plan.linears.values()} <= {"integers", "integer-factors"}
             inputs = [batch for _, batch in batches(model, "llama", words)]
             with torch.no_grad():
                 wanted = [model(**batch).logits for batch in inputs]
@@ -65,57 +66,74 @@ def test_linears_before_any_change_have_the_integers_that_they_have_alone(calibr
     changes = {"quantize.bits": 4, "compensate.kind": "anchored", "compensate.samples": 12}
     with compression(model, "svd-llm", stats=statistics, processor=processor("llama"), changes=changes) as prepared:
         plan = prepared.plan(0.2)
-        found, name = prepared._compensated(plan), prepared.parts.linears[0].name
-        alone = prepared._stored(name, plan.linears[name]).weight()
+        found, linear = prepared._compensated(plan), prepared.parts.linears[0]
+        row, dense = plan.linears[linear.name], model.get_submodule(linear.name)
+        both = (found[linear.name], prepared.maker.make(linear, row))
+        W, alone = (filled(dense, row.form, row.spec, tensors).product() for tensors in both)
         # Moments that were summed in another order turn a few codes.
-        assert float((found[name].weight() - alone).norm() / alone.norm()) < 0.02
+        assert float((W - alone).norm() / alone.norm()) < 0.02
 
 
 def test_refinement_leaves_integers_alone(calibrated):
     model, statistics = calibrated["llama"]
     given = {"stats": statistics, "processor": processor("llama")}
     parts = anatomy(model)
-    rows = {
-        x.name: plan_row(
-            x, 4, integers=None if x.role == "o" else Integers(residual=3) if x.role == "up" else Integers(bits=4)
-        )
-        for x in parts.linears
+    grid = {"bits": 4, "group": None, "symmetric": True}
+    forms = {
+        "o": ("low-rank", {"rank": 4}),
+        "up": ("integers+factors", {"rank": 4, "grids": {"R": grid | {"bits": 3}}}),  # beside factors of floats
+        None: ("integer-factors", {"rank": 4, "grids": {"A": grid, "B": grid}}),
     }
+    rows = {x.name: plan_row(x, *forms.get(x.role, forms[None])) for x in parts.linears}
     plan, weights = Plan(recipe="svd-llm", linears=rows), {}
     for steps in (0, 8):
         changes = {"compensate.kind": "anchored", "compensate.refine": steps}
         with compression(model, "svd-llm", **given, changes=changes) as prepared:
-            weights[steps] = {name: found.weight() for name, found in prepared._compensated(plan).items()}
-    first = {x.name for x in parts.linears if x.block == parts.linears[0].block}
-    moved = {name for name in first if not torch.equal(weights[0][name], weights[8][name])}
-    assert moved == {x.name for x in parts.linears if x.name in first and x.role in ("o", "up")}
+            weights[steps] = prepared._compensated(plan)
+    first = [x for x in parts.linears if x.block == parts.linears[0].block]
+    moved = {
+        (x.role, key)
+        for x in first
+        for key, tensor in weights[8][x.name].items()
+        if not torch.equal(tensor, weights[0][x.name][key])
+    }
+    assert moved == {(role, f"{part}.weight") for role in ("o", "up") for part in "AB"}
 
 
-def test_what_is_stored_comes_back_from_tensors():
-    linear = anatomy(families.FAMILIES["llama"]()).linears[0]
-    W = normal(linear.out_features, linear.in_features)
-    C, kinds = metric(linear.in_features), [None, Integers(bits=4), Integers(residual=3), Integers(bits=8, residual=4)]
-    for how in [*kinds, Integers(bits=3, symmetric=False, group=32)]:
-        for rank in (None, 3):
-            if rank is None and (how is None or how.residual is not None):
-                continue
-            found = make_stored(W, linear, plan_row(linear, rank, integers=how), C, None)
-            again = Stored.from_tensors(found.tensors())
-            assert again.parts.keys() == found.parts.keys()
-            assert torch.equal(again.weight(), found.weight())
-            assert again.tensors().keys() == found.tensors().keys()
-    grid = Grid(4, None)
-    torch.testing.assert_close(Stored({"": quantize(W, grid)}).weight(), quantize(W, grid).dense())
+def test_units_of_any_form_come_back_from_disk(calibrated):
+    """Whole, by name and by tensor, in the dtypes that they have."""
+    model, statistics = calibrated["llama"]
+    four = {"bits": 4, "group": None, "symmetric": False}
+    specs = {
+        "dense": {},
+        "integers": four,
+        "low-rank": {"rank": 3, "pivoted": True},
+        "integer-factors": {"rank": 3, "grids": {"A": four, "B": four}},
+        "integers+factors": {"rank": 3, "grids": {"R": four}},
+    }
+    assert specs.keys() == {form.name for form in forms()}
+    with compression(model, "spectrim", stats=statistics, processor=processor("llama")) as prepared:
+        linears = prepared.parts.linears
+        rows = {x.name: plan_row(x, *item) for x, item in zip(linears, specs.items(), strict=False)}
+        plan = Plan(recipe="spectrim", linears=rows).fitted(prepared.parts)
+        store = Store(statistics, prepared.parts, prepared.recipe, plan)
+        found = {x.name: prepared.maker.make(x, plan.linears[x.name]) for x in linears[: len(specs)]}
+        store.write("a", found)
+        again = store.read("a")
+    assert again.keys() == found.keys()
+    for name, tensors in found.items():
+        assert again[name].keys() == tensors.keys()
+        assert all(torch.equal(x, again[name][key]) and x.dtype == again[name][key].dtype for key, x in tensors.items())
 
 
 def test_adacomp_refuses_integers(calibrated):
     with pytest.raises(RecipeError, match="adaComp fits factors that are no integers"):
         Recipe.read("adasvd", {"quantize.bits": 4})
     model, statistics = calibrated["llama"]
-    linears = {x.name: plan_row(x, None, integers=Integers(bits=4)) for x in anatomy(model).linears}
+    linears = {x.name: plan_row(x, "integers", {"bits": 4}) for x in anatomy(model).linears}
     with (
         compression(model, "adasvd", stats=statistics, processor=processor("llama")) as prepared,
-        pytest.raises(RecipeError, match="adaComp fits factors that are no integers"),
+        pytest.raises(RecipeError, match="adaComp fits float factors, and the form 'integers' has none"),
     ):
         prepared.apply(Plan(recipe="adasvd", linears=linears))
 
@@ -123,11 +141,16 @@ def test_adacomp_refuses_integers(calibrated):
 def test_damping_trades_what_samples_show_for_what_they_do_not():
     """Little damping: the least error in the metric. Much damping: that of rounding each entry by itself."""
     linear = anatomy(families.FAMILIES["llama"]()).linears[0]
-    W = normal(linear.out_features, linear.in_features)
-    C, row = metric(linear.in_features, decay=1.0), plan_row(linear, None, integers=Integers(bits=3))
-    found = [W - make_stored(W, linear, row, C, None, damping=d).weight() for d in (1e-3, 0.1, 10.0)]
+    W, C = normal(linear.out_features, linear.in_features), metric(linear.in_features, decay=1.0)
+
+    def rest(**part):
+        quantize = QuantizePart(bits=3, **part)
+        problem = Problem(linear, lambda: W, lambda: (C, None), StoragePart(), quantize)
+        tensors = made(problem, "integers", {"bits": 3})
+        return W - filled(problem.empty(), "integers", {"bits": 3}, tensors).product().double()
+
+    found = [rest(damping=d) for d in (1e-3, 0.1, 10.0)]
     shown, all_over = [error(E, C) for E in found], [error(E) for E in found]
     assert shown == sorted(shown)
     assert all_over == sorted(all_over, reverse=True)
-    nearest = W - make_stored(W, linear, row, C, None, damping=None).weight()
-    assert error(found[0], C) < 0.9 * error(nearest, C)
+    assert error(found[0], C) < 0.9 * error(rest(method="rtn"), C)

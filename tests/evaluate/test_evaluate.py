@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from helpers.evaluated import TEXT, TOKENIZER, make_llama, make_llava, make_processor, make_questions, make_tokenizer
+from helpers.exchanged import replace_linears
 from spectrim.checkpoint import save
 from spectrim.errors import CheckpointError, NumericalError, SampleError
 from spectrim.evaluate import (
@@ -30,7 +31,6 @@ from spectrim.evaluate import (
     vqa,
 )
 from spectrim.evaluate.questions import blind_questions
-from spectrim.storage.layers import replace_linears
 
 
 @pytest.fixture(scope="module")

@@ -152,7 +152,7 @@ def test_projections_on_inputs_of_very_different_size_are_kept_in_full_precision
         patch.setattr(spectra, "layer_metric", lambda *_: metric)
         made = spectra.make_spectra(model, anatomy(model), Recipe.read("jw-svd").metric, None, tmp_path / "spectra")
     W = model[0].weight.detach()
-    s, P, Q = made.directions(linear.name, 5)
+    s, P, Q = made.spectrum(linear.name).directions(5)
     assert P.dtype == Q.dtype == torch.float64
     spectrum = decompose(W, C)
     expected = torch.matmul(*factors(W, spectrum.s[:5], spectrum.P[:, :5], spectrum.Q[:, :5]))

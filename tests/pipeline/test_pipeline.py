@@ -86,7 +86,7 @@ def test_the_error_of_the_plan_is_the_error_on_the_samples(family, calibrated):
         D = W - layer.A.weight.double() @ layer.B.weight.double()
         assert float((D @ C @ D.T).trace() / (W @ C @ W.T).trace()) == pytest.approx(row.error, rel=1e-4, abs=1e-9)
         checked += 1
-    assert checked == len(plan.ranks) > 5
+    assert checked == len(plan.changed) > 5
 
 
 def test_all_of_the_budget_is_the_dense_model(calibrated):
@@ -139,15 +139,16 @@ def test_applied_restores_after_a_factor_that_is_not_finite(calibrated):
     before = weights(dense)
     with compression(dense, "svd-llm", stats=calibrated["llama"]) as prepared:
         plan = prepared.plan(0.5)
-        real = prepared.spectra.directions
-        last = list(plan.ranks)[-1]
+        last = plan.changed[-1]
+        kept = prepared.spectra.spectrum(last)
+        real = kept.sides
 
-        def broken(name, rank, device):
-            s, P, Q = real(name, rank, device)
-            return s, P * torch.nan if name == last else P, Q
+        def broken():
+            P, Q = real()
+            return P * torch.nan, Q
 
-        prepared.spectra.directions = broken
-        with pytest.raises(NumericalError, match=f"the factor A of {last} holds NaN"), prepared.applied(plan):
+        kept.sides = broken
+        with pytest.raises(NumericalError, match=f"{last}: its factor A holds NaN"), prepared.applied(plan):
             pass
     assert_same(dense, before)
 
@@ -165,7 +166,9 @@ def test_saved_checkpoint_is_the_factored_model_and_its_plan(family, dtype, word
     parts = anatomy(model(family, dtype))
     content = json.loads((tmp_path / "small" / "plan.json").read_text())
     plan = Plan.read(tmp_path / "small" / "plan.json", parts)
-    assert {name: layer.rank for name, layer in low_rank(again).items()} == plan.ranks
+    assert {name: layer.spec for name, layer in low_rank(again).items()} == {
+        n: plan.linears[n].spec for n in plan.changed
+    }
     assert {name: row["bytes"] for name, row in content["linears"].items()} == {
         name: row.bytes for name, row in plan.linears.items()
     }
@@ -173,7 +176,7 @@ def test_saved_checkpoint_is_the_factored_model_and_its_plan(family, dtype, word
     factor_bytes = sum(
         t.numel() * t.element_size() for name, t in stored.items() if name.endswith((".A.weight", ".B.weight"))
     )
-    assert factor_bytes == sum(plan.linears[name].bytes for name in plan.ranks)
+    assert factor_bytes == sum(plan.linears[name].bytes for name in plan.changed)
     assert linear_bytes(again, plan.linears) == plan.bytes <= 0.6 * plan.dense_bytes
     record = read_provenance(tmp_path / "small")
     assert record["bytes"] == {"linears": plan.bytes, "linears_dense": plan.dense_bytes}
@@ -190,7 +193,7 @@ def test_an_edited_plan_is_obeyed(calibrated, tmp_path):
         content = json.loads(prepared.plan(0.5).json())
     first, second = list(content["linears"])[:2]
     content["linears"][first]["rank"] = 3
-    content["linears"][second]["rank"] = None
+    content["linears"][second] = {"form": "dense", "bytes": 0, "dense_bytes": 0}
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(content))
     small = compress(model("llama"), tmp_path / "out", recipe="svd-llm", plan=path, stats=calibrated["llama"])
@@ -305,7 +308,7 @@ def test_sensitivity_search_follows_the_measured_loss(calibrated):
         assert_same(dense, before)
         uniform = compression(model("llama"), "asvd", stats=calibrated["llama"])
         with uniform as other:
-            assert plan.ranks != other.plan(0.5).ranks
+            assert plan.linears != other.plan(0.5).linears
         assert plan.bytes <= 0.5 * plan.dense_bytes
         prepared.apply(plan)
     assert logits(dense).isfinite().all()
@@ -321,7 +324,8 @@ def test_what_cannot_be_done_is_said(calibrated, tmp_path):
     for retain in (0, -1, 1.01, float("nan")):
         with pytest.raises(BudgetError, match="is impossible"):
             compress(llama, recipe="svd", retain=retain)
-    with pytest.raises(BudgetError, match="rank 1 everywhere"):
+    least = sum(4 * (linear.out_features + linear.in_features) for linear in anatomy(llama).linears)
+    with pytest.raises(BudgetError, match=f"is less than the {least} of the smallest options; raise --retain"):
         compress(llama, recipe="svd", retain=0.001)
     for options in ({}, {"retain": 0.5, "plan": tmp_path / "plan.json"}):
         with pytest.raises(BudgetError, match="either a retention"):

@@ -61,8 +61,9 @@ class SpectrimQuantizer(HfQuantizer):
         layers = self.quantization_config.layers()
         tensors = None if checkpoint_files is None else _stored_tensors(checkpoint_files)
         try:
-            for kind, _ in layers.values():
-                form(kind)  # a form that nobody registered is said first
+            markers = {f"{name}.{form(kind).marker}" for name, (kind, _) in layers.items()}  # all forms are known
+            if tensors is not None and (missing := sorted(markers - tensors.keys())):
+                raise CheckpointError(f"{self._source} lacks {shortened(missing)}; copy or compress it again")
             names = runtime_names(model, layers, tensors)
             if dense := sorted(name for name in names if (tensors or {}).get(f"{name}.weight", (0, ""))[0]):
                 raise CheckpointError(

@@ -1,0 +1,132 @@
+"""Nothing expensive is done twice: a linear is made once for each checkpoint, and decomposed once in each metric."""
+
+import shutil
+from collections import Counter
+
+import pytest
+import torch
+
+import families
+from compressed import logits
+from helpers.command import run
+from helpers.samples import processor
+from spectrim.calibrate import calibrate
+from spectrim.checkpoint import load
+from spectrim.maths.decompose import decompose
+from spectrim.metrics import spectra
+from spectrim.pipeline import compress, compression
+from spectrim.plan.plan import Plan
+from spectrim.recipe import builtin_names
+from spectrim.storage import base, forms, integers_and_factors
+
+
+@pytest.fixture(scope="module")
+def calibrated(words, tmp_path_factory):
+    """A model, and statistics that all recipes can be made of."""
+    model = families.FAMILIES["llama"]()
+    given = {"processor": processor("llama"), "text": words, "samples": 4, "seqlen": 16}
+    path = tmp_path_factory.mktemp("made") / "s"
+    return model, calibrate(model, path, **given, gradients=True, curvature=True)
+
+
+@pytest.fixture
+def made(monkeypatch) -> Counter[str]:
+    """How often each linear is made, by name, in whatever form and by whatever fit."""
+    counts: Counter[str] = Counter()
+
+    def counting(real):
+        def count(problem, *arguments):
+            counts[problem.linear.name] += 1
+            return real(problem, *arguments)
+
+        return count
+
+    for form in forms():
+        monkeypatch.setattr(form, "make", counting(form.make))
+        monkeypatch.setattr(form, "alternate", counting(form.alternate))
+    return counts
+
+
+@pytest.fixture
+def decomposed(monkeypatch) -> Counter[tuple[bytes, ...]]:
+    """How often the same weight is decomposed in the same metrics."""
+    counts: Counter[tuple[bytes, ...]] = Counter()
+
+    def count(W, metric=None, output=None, heads=1):
+        G = None if output is None else output.dense(len(W))
+        inputs = [b"" if x is None else x.detach().double().numpy().tobytes() for x in (W, metric, G)]
+        counts[(*inputs, str(heads).encode())] += 1
+        return decompose(W, metric, output, heads)
+
+    for module in (spectra, base, integers_and_factors):
+        monkeypatch.setattr(module, "decompose", count)
+    return counts
+
+
+def forget(statistics) -> None:
+    """Take away what an earlier compression left."""
+    for name in ("spectra", "options", "compensated"):
+        shutil.rmtree(statistics.path / name, ignore_errors=True)
+
+
+CASES = [(recipe, bits, kind) for recipe in builtin_names() for bits in (None, "auto") for kind in ("none", "anchored")]
+
+
+@pytest.mark.parametrize(("recipe", "bits", "kind"), [*CASES, ("adasvd", None, "adacomp")])
+def test_every_recipe_makes_and_decomposes_once(recipe, bits, kind, calibrated, made, decomposed):
+    """Directions of the weight itself serve all budgets; those of anchored weights, and beside integers, are new."""
+    model, statistics = calibrated
+    forget(statistics)
+    given = {"stats": statistics, "processor": processor("llama")}
+    given["changes"] = {"quantize.bits": bits, "compensate.kind": kind}
+    with compression(model, recipe, **given) as prepared:
+        assert decomposed.total() == len(prepared.parts.linears)
+        plan = prepared.plan(0.4)
+        assert not made
+        with prepared.applied(plan):
+            assert made == dict.fromkeys(plan.changed, 1)
+    again = [row for row in plan.linears.values() if row.form == "integers+factors"]
+    if kind == "anchored":
+        again = [row for row in plan.linears.values() if row.rank is not None]
+    assert decomposed.total() == len(prepared.parts.linears) + len(again)
+    assert set(decomposed.values()) == {1}
+
+
+@pytest.mark.parametrize("kind", ["none", "anchored"])
+@pytest.mark.parametrize("bits", [None, "auto"])
+def test_a_checkpoint_is_written_from_what_was_made_once(bits, kind, calibrated, made, tmp_path):
+    """By `compress` with a directory or without, by `Compression.save`, and what is compensated is not made again."""
+    model, statistics = calibrated
+    changes = {"quantize.bits": bits, "compensate.kind": kind}
+    given = {"stats": statistics, "processor": processor("llama"), "changes": changes}
+    forget(statistics)
+    with compression(model, "curvature", **given) as prepared:
+        for retain in (0.6, 0.4):
+            made.clear()
+            plan = prepared.plan(retain)
+            prepared.save(plan, tmp_path / f"{retain}")
+            assert made == dict.fromkeys(plan.changed, 1)
+    for out in (None, tmp_path / "out"):
+        forget(statistics)
+        made.clear()
+        small = compress(families.FAMILIES["llama"](), out, recipe="curvature", retain=0.4, **given)
+        assert made == dict.fromkeys(plan.changed, 1)
+        assert torch.equal(logits(small), logits(load(tmp_path / "0.4")))
+    made.clear()
+    compress(families.FAMILIES["llama"](), recipe="curvature", plan=tmp_path / "out" / "plan.json", **given)
+    assert made == (dict.fromkeys(plan.changed, 1) if kind == "none" else {})
+
+
+@pytest.mark.parametrize("kind", ["none", "anchored"])
+def test_the_command_line_makes_once_for_each_budget(kind, made, decomposed, capsys, words, tmp_path):
+    """Also where it gathers samples itself; what it prints of them comes from the record."""
+    families.FAMILIES["llava"]().save_pretrained(tmp_path / "dense")
+    processor("llava").save_pretrained(tmp_path / "dense")
+    out, samples = tmp_path / "out", ["--text", words, "--samples", "4", "--seqlen", "16"]
+    budgets = ["--retain", "0.7", "--retain", "0.5", "--recipe", "spectrim", "--set", f"compensate.kind={kind}"]
+    code, said, err = run(capsys, "compress", tmp_path / "dense", "-o", out, *budgets, *samples)
+    assert code == 0, err
+    plans = [Plan.read(out / f"retain-{retain}" / "plan.json") for retain in (0.7, 0.5)]
+    assert made == Counter(name for plan in plans for name in plan.changed)
+    assert all(f"{plan.bytes:,} of {plan.dense_bytes:,} bytes of linears" in said for plan in plans)
+    assert decomposed.total() == (len(plans[0].linears) + (0 if kind == "none" else made.total()))
