@@ -11,6 +11,7 @@ from functools import partial
 from itertools import product
 
 import torch
+from spectrim.storage.make import gram, refit
 
 from spectrim.anatomy import anatomy
 from spectrim.calibrate import Statistics
@@ -20,7 +21,6 @@ from spectrim.maths.decompose import decompose, directions, sides
 from spectrim.maths.rounding import Grid, conditional, error, expected, fitting_group, quantize
 from spectrim.metrics.metric import layer_metric
 from spectrim.recipe import Recipe
-from spectrim.storage.make import gram, refit
 
 
 def main() -> None:
