@@ -11,7 +11,6 @@ from functools import partial
 from itertools import product
 
 import torch
-from spectrim.storage.make import gram, refit
 
 from spectrim.anatomy import anatomy
 from spectrim.calibrate import Statistics

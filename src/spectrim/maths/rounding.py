@@ -175,8 +175,8 @@ def scales(
         step = torch.where(step > 0, step, torch.ones_like(step))
         zero = zeros if grid.symmetric else (grid.low - low * shrink / step).round().clamp(grid.low, grid.high)
         narrow, origin = (step / unit).clamp_max(1e30).float(), zero.float()  # a group of zeros has step 1
-        rest = (X / narrow).round_().add_(origin).clamp_(grid.low, grid.high).sub_(origin).mul_(narrow).sub_(X)
-        cost = (rest.square_() * weights).sum(-1, keepdim=True)
+        residual = (X / narrow).round_().add_(origin).clamp_(grid.low, grid.high).sub_(origin).mul_(narrow).sub_(X)
+        cost = (residual.square_() * weights).sum(-1, keepdim=True)
         better = (cost < best) & step.isfinite()
         best = torch.where(better, cost, best)
         steps, zeros = torch.where(better, step, steps), torch.where(better, zero, zeros)
