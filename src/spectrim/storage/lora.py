@@ -7,8 +7,7 @@ from torch import nn
 
 from spectrim.anatomy import anatomy
 from spectrim.errors import ModelError
-from spectrim.storage.layers import LowRankLinear
-from spectrim.storage.packed import PackedLinear
+from spectrim.storage.base import StoredLayer, stored_layers
 
 logger = logging.getLogger(__name__)
 
@@ -16,14 +15,15 @@ logger = logging.getLogger(__name__)
 def lora_targets(model: nn.Module) -> list[str]:
     """Names of all float factors of `model`, for ``peft.LoraConfig(target_modules=…)``: plain linears, every one.
 
-    A layer ``name`` has ``name.B`` and ``name.A``, or ``name.A.0``, ``name.A.1``, … where it is factored head by head.
+    These are the linears inside stored layers: a layer of factors ``name`` has ``name.B`` and ``name.A``, or
+    ``name.A.0``, ``name.A.1``, … where it is factored head by head.
     Dense linears are not among them, unless all factors are integers, to which PEFT adds nothing: then the linears that
     stayed dense are the targets. Integers that are left out are one line of logging. Raises ModelError if no layer is
     compressed, and if nothing but integers is.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
-    integers = sum(isinstance(module, PackedLinear) for module in model.modules())
-    if not layers and not integers:
+    layers = stored_layers(model)
+    integers = sum(isinstance(module, StoredLayer) and not any(module.children()) for module in model.modules())
+    if not layers:
         raise ModelError("the model has no factored layer to adapt; name its linears to PEFT as for any dense model")
     targets = [
         f"{name}.{factor}"
