@@ -21,8 +21,9 @@ from spectrim.maths.decompose import Rank
 from spectrim.maths.rounding import Grid, fitting_group
 from spectrim.serve.matrices import Matrix, PackedMatrix, kernel_here
 from spectrim.serve.plugin import FactoredConfig
+from spectrim.storage import StoredLayer
 from spectrim.storage.layers import LowRankLinear
-from spectrim.storage.packed import PackedLinear, inner_config
+from spectrim.storage.packed import PackedLinear
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 HEADS, SHARED, SIZE, IN = 4, 2, 8, 20
@@ -63,16 +64,8 @@ def rounded(layer: torch.nn.Module, integers: list[str], bits: int, symmetric: b
 
 
 def config(parts: dict[str, torch.nn.Module]) -> FactoredConfig:
-    low_rank = {name: layer for name, layer in parts.items() if isinstance(layer, LowRankLinear)}
-    pivoted = [name for name, layer in low_rank.items() if layer.pivots is not None]
-    grids = {
-        f"{name}.{place}".removesuffix("."): module.grid
-        for name, layer in parts.items()
-        for place, module in layer.named_modules()
-        if isinstance(module, PackedLinear)
-    }
-    ranks = {name: layer.rank for name, layer in low_rank.items()}
-    made = FactoredConfig(SpectrimConfig(ranks, pivoted, inner=inner_config(grids) if grids else None))
+    stored = {name: (layer.form, layer.spec) for name, layer in parts.items() if isinstance(layer, StoredLayer)}
+    made = FactoredConfig(SpectrimConfig.of(stored))
     made.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
     return made
 
@@ -245,7 +238,8 @@ def test_integers_that_are_missing_or_misshapen_are_an_error(process):
     slot = made.get_parameter("B.weight_shape")
     slot.weight_loader(slot, torch.tensor([5, 32]))
     slot = made.get_parameter("B.weight_scale")
-    with pytest.raises(CheckpointError, match=r"x\.o_proj\.B\.weight_shape contradicts"):
+    wrong = r"the checkpoint's x\.o_proj\.B does not fit the linear \(weight_shape: it is \[5, 32\], not \[5, 64\]\)"
+    with pytest.raises(CheckpointError, match=wrong):
         slot.weight_loader(slot, torch.ones(5, 1))
 
 
@@ -256,3 +250,9 @@ def test_a_layer_that_loads_in_its_own_way_is_refused(process):
     process(0, 1)
     with pytest.raises(CheckpointError, match=r"x\.gate is a Own in vLLM, which spectrim cannot serve"):
         Own(IN, 16, quant_config=config({"x.gate": part(16, 5, False)}), prefix="x.gate")
+
+
+def test_a_form_that_the_plugin_does_not_run_is_named():
+    config = SpectrimConfig({"x.q": 3}, forms={"x.k": {"form": "columns", "count": 3}})
+    with pytest.raises(CheckpointError, match=r"does not run the form 'columns', which 'x\.k' .*dequantize"):
+        FactoredConfig(config)

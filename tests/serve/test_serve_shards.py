@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from compressed import product, randomised
+from helpers.exchanged import pack_linears
 from spectrim.errors import CheckpointError
 from spectrim.maths.decompose import Rank
 from spectrim.maths.rounding import Grid
 from spectrim.serve.shards import Piece, fused, members, row_shards, take
-from spectrim.storage.layers import LowRankLinear, pack_linears
+from spectrim.storage.layers import LowRankLinear
 
 HEADS, SIZE = 4, 6
 OUT, IN = HEADS * SIZE, 12

@@ -6,10 +6,11 @@ from torch import nn
 from torch.nn import functional
 
 from compressed import assembled
+from helpers.exchanged import pack_linears, replace_linears
 from spectrim.errors import ModelError
 from spectrim.maths.decompose import Rank, head_ranks
 from spectrim.maths.rounding import Grid, quantize
-from spectrim.storage.layers import LowRankLinear, pack_linears, replace_linears
+from spectrim.storage.layers import LowRankLinear
 
 
 def filled(
@@ -206,70 +207,6 @@ def test_factors_that_do_not_fit_are_refused_and_change_nothing() -> None:
         LowRankLinear(4, 6, 3, device="meta").load_factors(torch.ones(6, 3), B)
 
 
-def two_layers() -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(6, 5, dtype=torch.bfloat16), nn.ModuleDict({"x": nn.Linear(5, 4, bias=False)})
-    ).eval()
-
-
-def test_replacement_keeps_shape_dtype_bias_and_mode() -> None:
-    model = two_layers()
-    bias = model[0].bias
-    model[1]["x"].weight.requires_grad_(False)
-    replace_linears(model, {"0": 3, "1.x": 2})
-    first, second = model[0], model[1]["x"]
-    assert first.bias is bias
-    assert (first.in_features, first.out_features, first.rank) == (6, 5, 3)
-    assert first.A.weight.dtype == first.B.weight.dtype == torch.bfloat16
-    assert second.bias is None
-    assert second.A.weight.dtype == torch.float32
-    assert first.A.weight.requires_grad
-    assert not second.A.weight.requires_grad
-    assert not first.training
-
-
-def test_replacement_by_head() -> None:
-    model = two_layers()
-    bias = model[0].bias
-    replace_linears(model, {"0": (3, 1, 2, 4, 1)})
-    assert isinstance(model[0], LowRankLinear)
-    assert model[0].rank == (3, 1, 2, 4, 1)
-    assert model[0].bias is bias
-    assert {parameter.dtype for parameter in model[0].parameters()} == {torch.bfloat16}
-    assert not any(module.training for module in model.modules())
-
-
-@pytest.mark.parametrize("rank", [2, (2, 1, 1, 1, 1)])
-def test_replacement_on_the_meta_device_allocates_nothing(rank: Rank) -> None:
-    with torch.device("meta"):
-        model = nn.Sequential(nn.Linear(6, 5))
-    replace_linears(model, {"0": rank})
-    assert all(parameter.is_meta for parameter in model.parameters())
-
-
-@pytest.mark.parametrize(
-    ("ranks", "message"),
-    [
-        ({"0": 2, "nowhere.q": 2}, "no module 'nowhere.q'"),
-        ({"0": 2, "1": 2}, "'1' is a ModuleDict"),
-        ({"0": 2, "1.x": 0}, r"'1\.x': .*at least 1"),
-        ({"0": 2, "1.x": (1, 1, 1)}, r"'1\.x': 4 outputs are not 3 equal heads"),
-    ],
-)
-def test_a_wrong_name_changes_nothing(ranks: dict[str, int], message: str) -> None:
-    model = two_layers()
-    before = dict(model.named_modules())
-    with pytest.raises(ModelError, match=message):
-        replace_linears(model, ranks)
-    assert dict(model.named_modules()) == before
-
-
-def test_a_subclass_of_linear_is_not_replaced() -> None:
-    model = nn.MultiheadAttention(8, 2)  # reads out_proj.weight without calling out_proj
-    with pytest.raises(ModelError, match="NonDynamicallyQuantizableLinear"):
-        replace_linears(model, {"out_proj": 2})
-
-
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_a_rest_beside_the_factors_is_added(symmetric):
     """``y = A (B x) + R x + bias``, as a layer and as the dense one."""
@@ -293,3 +230,39 @@ def test_the_dense_layer_of_a_rest_is_rounded_once():
     layer.R.load(quantize(torch.randn(48, 64, generator=torch.Generator().manual_seed(7)), grid, dtype=torch.bfloat16))
     exact = layer.A.weight.float() @ layer.B.weight.float() + layer.R.weight.float()
     assert torch.equal(layer.to_dense().weight, exact.bfloat16())
+
+
+def test_parts_become_integers_by_name() -> None:
+    """An empty layer in the place of each, in the dtype and mode of the others; the form and spec say so."""
+    layer = LowRankLinear(64, 6, (3, 4), dtype=torch.bfloat16).eval()
+    assert (layer.form, layer.spec) == ("low-rank", {"rank": [3, 4], "pivoted": False})
+    layer.pack("A.1", Grid(8, None))
+    assert (layer.form, list(layer.spec["grids"])) == ("low-rank", ["A.1"])
+    layer.pack("B", Grid(4, 32, symmetric=False))
+    assert layer.form == "integer-factors"
+    layer.pack("R", Grid(2, 64))
+    assert layer.form == "integers+factors"
+    grids = {name: Grid(**grid) for name, grid in layer.spec["grids"].items()}
+    assert grids == {"A.1": Grid(8, None), "B": Grid(4, 32, symmetric=False), "R": Grid(2, 64)}
+    assert not any(module.training for module in layer.modules())
+    assert {part.weight_scale.dtype for part in (layer.A[1], layer.B, layer.R)} == {torch.bfloat16}
+    assert type(layer.A[0]) is nn.Linear
+    with pytest.raises(ModelError, match="packed factors take codes, not numbers; load factors before they are packed"):
+        layer.load_factors(torch.ones(6, 7), torch.ones(7, 64))
+
+
+@pytest.mark.parametrize(
+    ("part", "grid", "message"),
+    [
+        ("C", Grid(4, None), "a layer of factors has no part 'C'; its parts are B, A and R"),
+        ("A.0", Grid(4, None), "no part 'A.0'"),
+        ("B", Grid(4, 48), "groups of 48 do not divide 64 inputs"),
+        ("A", Grid(4, 2), "groups of 2 do not divide 3 inputs"),
+    ],
+)
+def test_parts_and_grids_that_do_not_fit_change_nothing(part: str, grid: Grid, message: str) -> None:
+    layer = filled(64, 6, 3)
+    before = dict(layer.named_modules())
+    with pytest.raises(ModelError, match=message):
+        layer.pack(part, grid)
+    assert dict(layer.named_modules()) == before

@@ -26,6 +26,7 @@ class IntegerFactors(LowRank):
     marker = "B.weight_packed"
     searches = True
     alternates = False
+    made_of: tuple[frozenset[str], ...] = (frozenset("AB"),)
 
     def options(self, problem: Problem) -> Options:
         """Some ranks for each number of bits that the recipe allows; none where factors are by head."""

@@ -72,8 +72,8 @@ def checked_grid(spec: Any) -> Grid:
     """The grid of a spec. Raises ModelError for what is none."""
     values = dict(spec) if isinstance(spec, Mapping) else {}
     bits, group, symmetric = values.pop("bits", None), values.pop("group", None), values.pop("symmetric", True)
-    whole = all(type(value) is int for value in (bits, group or 1))
-    if values or not whole or not 2 <= bits <= 8 or (group or 1) < 1 or type(symmetric) is not bool:
+    whole = all(type(value) is int for value in (bits, 1 if group is None else group))
+    if values or not whole or not 2 <= bits <= 8 or (group is not None and group < 1) or type(symmetric) is not bool:
         raise ModelError(
             f"{spec} is no grid of integers; give bits (2 to 8), group (a size, or null for one scale by output) and "
             "symmetric (true or false)"

@@ -22,6 +22,7 @@ class IntegersAndFactors(IntegerFactors):
 
     name = "integers+factors"
     marker = "R.weight_packed"
+    made_of = (frozenset("R"), frozenset("ABR"))
 
     def options(self, problem: Problem) -> Options:
         """Small ranks beside 2, 3 or 4 bits, where the recipe leaves the bits to the allocation."""

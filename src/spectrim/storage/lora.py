@@ -15,7 +15,8 @@ logger = logging.getLogger(__name__)
 def lora_targets(model: nn.Module) -> list[str]:
     """Names of all float factors of `model`, for ``peft.LoraConfig(target_modules=…)``: plain linears, every one.
 
-    A layer ``name`` has ``name.B`` and ``name.A``, or ``name.A.0``, ``name.A.1``, … where it is factored head by head.
+    These are the linears inside stored layers: a layer of factors ``name`` has ``name.B`` and ``name.A``, or
+    ``name.A.0``, ``name.A.1``, … where it is factored head by head.
     Dense linears are not among them, unless all factors are integers, to which PEFT adds nothing: then the linears that
     stayed dense are the targets. Integers that are left out are one line of logging. Raises ModelError if no layer is
     compressed, and if nothing but integers is.

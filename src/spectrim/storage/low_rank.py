@@ -28,6 +28,7 @@ class LowRank(Form):
     name = "low-rank"
     marker = "B.weight"
     alternates = True
+    made_of: tuple[frozenset[str], ...] = (frozenset(),)  # the parts that `make` can round; a file may have others
 
     def options(self, problem: Problem) -> Options:
         """Every rank, or every multiple of the recipe's, at which the factors are smaller than the weight."""
@@ -93,21 +94,26 @@ class LowRank(Form):
             layer.pack(part, checked_grid(values))
         if layer.form != self.name:
             raise ModelError(f"parts {', '.join(grids) or 'without grids'} make the form '{layer.form}'; name that one")
-        layer.bias = linear.bias
-        return layer.requires_grad_(linear.weight.requires_grad).train(linear.training)
+        layer.requires_grad_(linear.weight.requires_grad).bias = linear.bias
+        return layer.train(linear.training)
 
     def heads(self, spec: Spec) -> int:
         """As many as there are ranks."""
         return len(head_ranks(rank_of(spec)))
 
     def check(self, linear: Linear, spec: Spec) -> None:
-        """As every form does; ranks by head are for q, k and v of known heads alone."""
+        """As every form does; ranks by head are for q, k and v of known heads alone, grids for what `make` rounds."""
         rank = rank_of(spec)
         if not isinstance(rank, int) and not linear.per_head:
             raise ModelError("ranks by head are for q, k and v projections of known heads; give it one rank")
         if not isinstance(rank, int) and len(rank) != linear.per_head:
             raise ModelError(f"there are ranks for {len(rank)} heads and it has {linear.per_head}; give each one")
         super().check(linear, spec)
+        if (parts := spec.get("grids", {}).keys()) not in self.made_of:
+            choices = " or ".join(", ".join(sorted(choice)) or "no part" for choice in self.made_of)
+            raise ModelError(f"it has grids for {', '.join(parts)}, where they can be made for {choices} alone")
+        if parts and not isinstance(rank, int):
+            raise ModelError("integers are made with one rank, not with ranks by head; give it one")
 
     def least(self, linear: Linear, quantize: QuantizePart) -> int:
         """Bytes of one direction, where factors may be floats."""

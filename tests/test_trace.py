@@ -1,4 +1,4 @@
-"""Model code that reads the weight of a linear: what it is like, or the matrix itself."""
+"""Code of models that uses the matrix of a linear outside its forward: found before planning, and kept dense."""
 
 import logging
 from collections.abc import Callable
@@ -11,100 +11,10 @@ import transformers as hf
 from torch import nn
 from torch.nn import functional
 
-from compressed import low_rank, pack_nearest, randomised
+from compressed import low_rank
 from families import FAMILIES, TEXT, text_inputs
 from spectrim import compress, load
 from spectrim.anatomy import anatomy
-from spectrim.errors import ModelError
-from spectrim.lazy import LazyWeight
-from spectrim.maths.rounding import Grid
-from spectrim.storage.layers import LowRankLinear, replace_linears
-from spectrim.storage.packed import PackedLinear
-
-FORMS = ("whole", "headwise", "pivoted", "packed", "packed factors", "rest")
-
-
-def layer_of(form: str, dtype: torch.dtype = torch.float32) -> Any:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 48, dtype=dtype))
-    if form != "packed":
-        replace_linears(model, {"0": (3, 5, 4) if form == "headwise" else 7}, {"0"} if form == "pivoted" else ())
-        randomised(model[0])
-    parts = {"packed": ["0"], "packed factors": ["0.A", "0.B"], "rest": ["0.R"]}.get(form, [])
-    pack_nearest(model, {name: Grid(4, None, symmetric=False) for name in parts})
-    return model[0]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("form", FORMS)
-def test_what_a_weight_is_like_is_known_without_its_values(form: str, dtype: torch.dtype, monkeypatch) -> None:
-    layer = layer_of(form, dtype)
-    for kind, method in ((LowRankLinear, "product"), (PackedLinear, "unpacked")):
-        monkeypatch.setattr(kind, method, lambda self: pytest.fail("the values were computed"))
-    weight = layer.weight
-    assert (weight.dtype, weight.device, weight.layout) == (dtype, torch.device("cpu"), torch.strided)
-    assert weight.shape == weight.size() == (48, 64)
-    assert (weight.size(0), len(weight), weight.ndim, weight.dim(), weight.numel()) == (48, 48, 2, 2, 48 * 64)
-    assert weight.is_floating_point()
-    assert torch.is_floating_point(weight)
-    assert not weight.is_cuda
-    assert not weight.is_meta
-    assert weight.element_size() == weight.itemsize == dtype.itemsize
-    assert weight.requires_grad == (form != "packed")
-    assert weight.get_device() == -1
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_the_matrix_is_right_wherever_it_is_used(form: str) -> None:
-    layer, x = layer_of(form), torch.randn(3, 64)
-    expected = layer(x) - (0 if layer.bias is None else layer.bias)
-    close = {"rtol": 1e-4, "atol": 1e-4}
-    weight = layer.weight
-    torch.testing.assert_close(functional.linear(x, weight), expected, **close)
-    torch.testing.assert_close(x @ weight.T, expected, **close)
-    torch.testing.assert_close((weight @ x.T).T, expected, **close)
-    torch.testing.assert_close(functional.linear(x, weight=weight), expected, **close)
-    torch.testing.assert_close(functional.linear(x.double(), weight.to(torch.float64)).float(), expected, **close)
-    torch.testing.assert_close(torch.einsum("oi,ni->no", weight, x), expected, **close)
-    torch.testing.assert_close(torch.stack([weight, weight])[1], layer.to_dense().weight)  # among other tensors
-    assert torch.equal(torch.cat([weight.data, weight.detach()])[48:], layer.to_dense().weight)
-    assert not isinstance(weight.clone(), LazyWeight)
-
-
-def test_gradients_pass_through_the_matrix() -> None:
-    layer, x = layer_of("whole"), torch.randn(3, 64)
-    functional.linear(x, layer.weight).square().sum().backward()
-    through = [parameter.grad.clone() for parameter in (layer.A.weight, layer.B.weight)]
-    layer.zero_grad()
-    layer.A(layer.B(x)).square().sum().backward()
-    for a, b in zip(through, (layer.A.weight, layer.B.weight), strict=True):
-        torch.testing.assert_close(a, b.grad, rtol=1e-3, atol=1e-2)
-
-
-@pytest.mark.parametrize(
-    "write",
-    [
-        lambda weight: weight.copy_(torch.ones(48, 64)),
-        lambda weight: weight.data.zero_(),
-        lambda weight: nn.init.normal_(weight),
-        lambda weight: weight.__setitem__(0, 1.0),
-        lambda weight: setattr(weight, "data", torch.ones(48, 64)),
-    ],
-)
-def test_writing_to_it_is_an_error(write: Callable[[torch.Tensor], Any]) -> None:
-    with pytest.raises(ModelError, match="dequantize the model to write it"):
-        write(layer_of("whole").weight)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_compiled_code_reads_it_without_a_graph_break(form: str) -> None:
-    layer, x = layer_of(form), torch.randn(3, 64)
-
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        return layer(x.to(layer.weight.dtype)) + functional.linear(x, layer.weight)
-
-    compiled = torch.compile(forward, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x), forward(x), rtol=1e-4, atol=1e-4)
 
 
 def test_models_that_ask_for_dtypes_run(tmp_path: Path) -> None:
@@ -116,15 +26,6 @@ def test_models_that_ask_for_dtypes_run(tmp_path: Path) -> None:
     again = hf.T5ForConditionalGeneration.from_pretrained(tmp_path / "a")
     given = {"input_ids": ids, "decoder_input_ids": ids}
     assert torch.equal(again(**given).logits, small(**given).logits)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_inputs_are_given_by_position_or_by_name(form: str) -> None:
-    layer, x = layer_of(form), torch.randn(3, 64)
-    assert torch.equal(layer(input=x), layer(x))
-
-
-# ---- found before planning ----
 
 
 TEXT_2 = {**TEXT, "num_hidden_layers": 2}
