@@ -63,7 +63,7 @@ class SpectrimQuantizer(HfQuantizer):
         try:
             markers = {f"{name}.{form(kind).marker}" for name, (kind, _) in layers.items()}  # all forms are known
             if tensors is not None and (missing := sorted(markers - tensors.keys())):
-                raise CheckpointError(f"{self._source} lacks {shortened(missing)}; copy or compress it again")
+                raise CheckpointError(f"{self._source} lacks the tensor {shortened(missing)}; copy or compress it again")
             names = runtime_names(model, layers, tensors)
             if dense := sorted(name for name in names if (tensors or {}).get(f"{name}.weight", (0, ""))[0]):
                 raise CheckpointError(
