@@ -25,6 +25,7 @@ from spectrim.checkpoint.config import METHOD, SpectrimConfig
 from spectrim.checkpoint.names import compressed_layers, runtime_names, shortened, stored_layers
 from spectrim.errors import CheckpointError, ModelError
 from spectrim.storage import StoredLayer, exchange, form
+from spectrim.storage.packed import set_runtime
 
 GUARD = (
     "the layers of this checkpoint are factored: `pip install spectrim` and `import spectrim` before from_pretrained"
@@ -142,6 +143,7 @@ class SpectrimQuantizer(HfQuantizer):
         for parameter in model.parameters():
             if type(parameter) is nn.Parameter and parameter.device.type == "cpu" and parameter.data_ptr() % 64:
                 parameter.data = parameter.data.clone()
+        set_runtime(model, self.quantization_config.runtime)
         vars(model)["is_quantized"] = False  # the factors are ordinary floats; half(), float() and fine-tuning are fine
         return model
 
