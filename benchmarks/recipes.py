@@ -1,4 +1,4 @@
-"""Every recipe at every budget on one model: text perplexity, and sight where the model has a tower.
+"""Every recipe at every budget on one model: text perplexity, and VQA accuracy where the model has a vision tower.
 
     python benchmarks/recipes.py demo --out results/demo.json
     python benchmarks/recipes.py smollm2.gguf --text cal.txt --heldout test.txt --recipes svd,asvd,svd-llm --out s.json
@@ -88,8 +88,8 @@ def measure(model: Any, processor: Any, text: str, questions: Any, args: argpars
     row: dict[str, Any] = {"perplexity": language.per_token, "perplexity_per_byte": language.per_byte}
     if questions:
         started = time.perf_counter()
-        sight = score(vqa(model, processor, questions), time.perf_counter() - started)
-        row |= {"tasks": {task.task: task.accuracy for task in sight.tasks}, "mean": sight.mean}
+        scored = score(vqa(model, processor, questions), time.perf_counter() - started)
+        row |= {"tasks": {task.task: task.accuracy for task in scored.tasks}, "mean": scored.mean}
     return row
 
 

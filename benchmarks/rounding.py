@@ -1,4 +1,4 @@
-"""What error feedback saves on single linears: to nearest, along the inputs, on both sides, and what was predicted.
+"""Rounding errors of single linears: to nearest, with feedback along the inputs or on both sides, and predicted.
 
     python benchmarks/rounding.py smollm2.gguf --stats STATS --linears layers.5.self_attn.q_proj,layers.5.mlp.down_proj
 
@@ -11,6 +11,7 @@ from functools import partial
 from itertools import product
 
 import torch
+from spectrim.storage.make import gram, refit
 
 from spectrim.anatomy import anatomy
 from spectrim.calibrate import Statistics
@@ -20,7 +21,6 @@ from spectrim.maths.decompose import decompose, directions, sides
 from spectrim.maths.rounding import Grid, conditional, error, expected, fitting_group, quantize
 from spectrim.metrics.metric import layer_metric
 from spectrim.recipe import Recipe
-from spectrim.storage.make import gram, refit
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Recovery fine-tuning: LoRA on the factors of the built-in model, compressed until it sees badly.
+"""Recovery fine-tuning: LoRA on the factors of the built-in model, compressed until its VQA accuracy drops.
 
     python examples/recover.py OUT
 

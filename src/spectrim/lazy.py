@@ -41,7 +41,7 @@ class LazyWeight(torch.Tensor):
             weight = like.detach().new_full((1, 1), torch.nan).expand(size).as_subclass(cls)
             weight.requires_grad_(requires_grad)
         weight.make = make
-        vars(weight)["_is_hf_initialized"] = True  # transformers then leaves it alone where it initialises modules
+        vars(weight)["_is_hf_initialized"] = True  # transformers then leaves it alone where it initializes modules
         return weight
 
     @classmethod

@@ -21,15 +21,17 @@ class _Part(BaseModel):
 class MetricPart(_Part):
     """The metrics in which the error of a layer is measured.
 
-    Kinds: ``identity`` (plain SVD), ``fisher-rows`` (FWSVD), ``activation-diagonal`` (ASVD; ``alpha``), ``whitening``
-    (SVD-LLM, JW-SVD) and ``curvature`` (LASER: whitening, with output gradients as the output metric). ``modality``
-    says whose samples count, ``gamma`` weighs image against text in the joint input moment and ``beta`` in the joint
-    output moment, and ``unreached`` is the metric of linears that the modality never reaches, such as the vision tower
-    under text: the identity, or image moments.
+    Kinds: ``identity`` (plain SVD), ``fisher-rows`` (FWSVD), ``activation-diagonal`` (ASVD; ``alpha`` is its exponent),
+    ``whitening`` (SVD-LLM, JW-SVD: the second moment of the inputs) and ``curvature`` (LASER: the same, with the second
+    moment G of the output gradients as the output metric). ``modality`` says which samples the moments are of.
+    ``gamma`` is the weight of images in the joint input moment, ``beta`` that in the joint output moment. ``unreached``
+    is the metric of linears that only the other modality reaches, such as the vision tower with text: the identity, or
+    image moments.
 
-    Of ``curvature``: ``damping`` δ adds δ·tr(G)/out to the diagonal of G; ``eta`` is the trace-ratio correction of
-    predicted losses, by token, by sequence or none; ``image_price`` is what a nat of image loss counts, in nats of
-    text, where predicted losses of linears are compared; ``per_head`` factors q, k and v head by head.
+    For ``curvature`` alone: the dampening ``damping`` δ adds δ·tr(G)/out to the diagonal of G. ``eta`` is the
+    trace-ratio correction of predicted losses, by token, by sequence or none. ``image_price`` is the factor of image
+    losses, relative to text losses, where the allocation compares predicted losses. ``per_head`` factors q, k and v
+    head by head.
     """
 
     kind: Literal["identity", "fisher-rows", "activation-diagonal", "whitening", "curvature"]
@@ -47,15 +49,16 @@ class MetricPart(_Part):
 class AllocationPart(_Part):
     """How the byte budget is shared.
 
-    Rules: ``uniform`` (one retention for all), ``global-sigma`` (one threshold on raw singular values under moments
-    that are sums over all positions, JW-SVD as written), ``global-sigma-mean`` (the same under means, so that the
-    number of samples does not count), ``global-energy`` (one threshold on each layer's relative energy per parameter),
-    ``sensitivity`` (ASVD: one threshold on the loss that each layer causes alone), ``adacr`` (AdaSVD: each block's
-    retention follows its importance) and ``loss-aware`` (LASER: one threshold on the predicted loss per byte, which the
-    metric ``curvature`` gives). Places that are not listed stay dense and count at their full size.
+    Rules: ``uniform`` (one retention for all linears), ``global-sigma`` (one threshold for raw singular values, with
+    moments that are sums over all positions, JW-SVD as written), ``global-sigma-mean`` (the same with means, so that
+    the number of samples has no effect), ``global-energy`` (one threshold for the relative energy per byte),
+    ``sensitivity`` (ASVD: one threshold for the loss that is measured while a single linear is truncated), ``adacr``
+    (AdaSVD: the retention of a block follows its importance) and ``loss-aware`` (LASER: one threshold for the predicted
+    loss per byte; needs the metric ``curvature``). ``places`` are the parts of the model that may be compressed; others
+    stay dense and count at their full size.
 
-    Of ``adacr``: ``importance`` is the cosine between what a block reads and what it gives, or one minus it, and
-    ``floor`` is the retention that importance does not touch, the paper's minimal retention ratio.
+    For ``adacr`` alone: ``importance`` is the cosine between the input and the output of a block, or one minus it, and
+    ``floor`` is the retention of every block regardless of its importance, the paper's minimal retention ratio.
     """
 
     rule: Literal[
@@ -67,11 +70,11 @@ class AllocationPart(_Part):
 
 
 class StoragePart(_Part):
-    """How factors are stored; the model computes the same.
+    """How factors are stored; the weight that they stand for does not change.
 
-    ``pivoted`` keeps rank k in k (in + out − k) numbers and k indices instead of k (in + out) numbers, wherever that is
-    smaller; linears that are factored head by head stay as they are. Ranks are multiples of ``multiple``, which some
-    hardware is faster with; by head they are not rounded.
+    ``pivoted`` stores factors of rank k in k (in + out − k) numbers and k indices instead of k (in + out) numbers, if
+    that is smaller; linears that are factored head by head are not pivoted. Ranks are multiples of ``multiple``, with
+    which some hardware is faster; ranks of heads are exempt.
     """
 
     pivoted: bool = False
@@ -79,20 +82,20 @@ class StoragePart(_Part):
 
 
 class CompensatePart(_Part):
-    """Whether factors answer to what the compressed layers before them do.
+    """Whether weights are fitted to the inputs that the compressed layers before them produce.
 
-    Kind ``anchored``: block by block, each weight is first moved to the least-squares map from the inputs that the
-    compressed prefix produces to the outputs of the dense model, then factored. With ``residual``, a matrix whose
-    output is added to a residual stream also makes up for what the prefix did to that stream. ``damping`` δ holds the
-    map to the dense weight by δ·tr/in on the diagonal.
+    Kind ``anchored``: block by block, each weight is first replaced by the least-squares fit from the inputs in the
+    compressed model to the outputs in the dense model, then factored or quantized. With ``residual``, a linear whose
+    output is added to a residual stream also corrects the error that earlier layers left in that stream. The dampening
+    ``damping`` δ adds δ·tr/in to the diagonal of the input moment, which keeps the fit near the dense weight.
 
-    Kind ``adacomp``: the same walk, but the factors of the recipe without compensation are fitted in turn to that map,
-    ``rounds`` times each.
+    Kind ``adacomp``: in the same order, the two factors of the recipe without compensation are fitted in turn to those
+    outputs, ``rounds`` times each.
 
-    Of both: ``weight`` is the share of the compressed model's inputs in the fit, the rest is that of the dense inputs;
-    ``samples`` limits how many calibration samples of each modality run through both models (None for all),
-    ``buckets`` averages them in so many groups before anything is summed (stack-of-batch; None sums all), and
-    ``refine`` is how many steps of Adam then bring each block nearer to the dense one.
+    For both: ``weight`` is the share of the compressed model's inputs in the fit, the dense model's have the rest.
+    ``samples`` limits how many calibration samples of each modality run through both models (None for all).
+    ``buckets`` is the number of groups in which the samples are averaged first (stack-of-batch; None for no averaging).
+    ``refine`` is the number of steps of Adam that then train each block towards the output of the dense block.
     """
 
     kind: Literal["none", "anchored", "adacomp"] = "none"
@@ -108,12 +111,13 @@ class CompensatePart(_Part):
 class QuantizePart(_Part):
     """Whether weights are stored as integers.
 
-    ``bits``: None for none; 2, 3, 4 or 8 for all factors, and for what would stay dense; ``auto`` lets the allocation
-    choose for every linear among dense and integer weights, factors, integer factors, and both together. ``group``
-    inputs share a scale, all inputs of an output where it is None or does not divide them; ``symmetric`` grids have no
-    zero points. ``method`` gptq feeds rounding errors on in the recipe's metric, rtn rounds to nearest.
-    ``damping`` is the share of the mean of each metric's diagonal that is added to it there: more keeps errors away
-    from what the samples do not show. ``roles`` says which linears may hold integers.
+    ``bits``: None for no integers; 2, 3, 4 or 8 for all factors and all weights that stay dense; with ``auto`` the
+    allocation chooses for every linear among a dense weight, a dense integer weight, factors, integer factors, and an
+    integer weight with factors beside it. ``group`` is the group size, the number of inputs that share a scale; all
+    inputs of an output share one where it is None or does not divide their number. ``symmetric`` grids have no zero
+    points. ``method`` gptq rounds with error feedback in the recipe's metric, rtn rounds to nearest. The dampening
+    ``damping`` is the share of the mean of each metric's diagonal that is added to the diagonal for the feedback; more
+    of it keeps errors out of directions that the samples do not contain. ``roles`` says which linears may be quantized.
     """
 
     bits: Literal[2, 3, 4, 8, "auto"] | None = None
@@ -125,7 +129,7 @@ class QuantizePart(_Part):
 
     @property
     def feedback(self) -> float | None:
-        """The damping of the metrics in which errors are fed on; None where entries are rounded to nearest."""
+        """The dampening of the metrics of the error feedback; None with rounding to nearest."""
         return self.damping if self.method == "gptq" else None
 
 

@@ -145,7 +145,7 @@ class EvaluationOptions(EvaluationSettings):
         default="builtin", description="'builtin', or a .jsonl file with image, question, answer.", min_length=1
     )
     batch_size: _Count | None = Field(default=None, description="Samples that run together.")
-    blind: bool = Field(default=True, description="Ask once more with images swapped: the floor without sight.")
+    blind: bool = Field(default=True, description="Also ask with swapped images: the blind floor.")
 
     @property
     def scored(self) -> EvaluationSettings:

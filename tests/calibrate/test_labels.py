@@ -148,9 +148,9 @@ def test_a_model_whose_prompt_sees_its_answer_is_refused(image_first):
         inputs = {name: value[:, 3:] if value.ndim == 2 else value for name, value in inputs.items()}
         assert inputs["input_ids"][0, 0] == families.IMAGE
     for answer in ("w7", None):
-        with pytest.raises(ModelError, match=r"see those after them.*; calibrate curvature on text alone"):
+        with pytest.raises(ModelError, match=r"attend to later ones.*; calibrate curvature on text alone"):
             label(model, [inputs], answer=answer)
-    with pytest.raises(ModelError, match=r"see those after them.*; choose a recipe that needs no gradients"):
+    with pytest.raises(ModelError, match=r"attend to later ones.*; choose a recipe that needs no gradients"):
         label(model, [families.text_inputs(model)], "text")
 
 

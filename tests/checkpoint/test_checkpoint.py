@@ -151,7 +151,7 @@ def test_factors_are_trainable(llama: Path) -> None:
     for layer in low_rank(model).values():
         assert all(parameter.grad.any() for parameter in (*layer.A.parameters(), *layer.B.parameters()))
     assert model.hf_quantizer.is_trainable
-    assert model.half().dtype == torch.float16  # transformers forbids it for quantised models
+    assert model.half().dtype == torch.float16  # transformers forbids it for quantized models
 
 
 # ---- names ----

@@ -39,10 +39,10 @@ def test_layers_that_cannot_be_stored_are_refused(tmp_path: Path) -> None:
     replace_linears(tied, {"lm_head": 3})
     with pytest.raises(CheckpointError, match="lm_head shares its weight"):
         save(tied, tmp_path / "a")
-    quantised = factored("llama")
-    quantised.config.quantization_config = {"quant_method": "gptq"}
-    with pytest.raises(CheckpointError, match="already quantised"):
-        save(quantised, tmp_path / "a")
+    quantized = factored("llama")
+    quantized.config.quantization_config = {"quant_method": "gptq"}
+    with pytest.raises(CheckpointError, match="already quantized"):
+        save(quantized, tmp_path / "a")
     with pytest.raises(ModelError, match="no factored layer"):
         attach(FAMILIES["llama"]())
     assert not list(tmp_path.iterdir())

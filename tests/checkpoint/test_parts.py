@@ -271,10 +271,10 @@ def test_modules_around_others_are_no_part_of_names(tmp_path: Path) -> None:
     assert_same(load(tmp_path), factored("llama"))
 
 
-def test_a_model_quantised_otherwise_is_not_described(tmp_path: Path) -> None:
+def test_a_model_quantized_otherwise_is_not_described(tmp_path: Path) -> None:
     model = factored("llama")
     model.config.quantization_config = {"quant_method": "gptq"}
-    with pytest.raises(CheckpointError, match="quantised in another way"):
+    with pytest.raises(CheckpointError, match="quantized in another way"):
         model.save_pretrained(tmp_path / "a")
     assert not (tmp_path / "a").exists()
 

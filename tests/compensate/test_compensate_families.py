@@ -18,7 +18,7 @@ from spectrim.compensate.units import Unit
 from spectrim.plan.plan import Plan, plan_row
 from spectrim.recipe import Recipe
 
-# Output projections whose output is normalised, gated or scaled before it is added: they have no stream to correct.
+# Output projections whose output is normalized, gated or scaled before it is added: they have no stream to correct.
 NOT_ADDED = {
     "gemma3": ("language_model",),
     "gemma3_text": ("layers",),

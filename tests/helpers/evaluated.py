@@ -48,7 +48,7 @@ TOKENIZER = make_tokenizer()
 
 
 def backbone() -> LlamaConfig:
-    # A wide initialisation makes a random model opinionated, so that its answers differ and no argmax is a near tie.
+    # A wide initialization makes a random model opinionated, so that its answers differ and no argmax is a near tie.
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     more = {"num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.3}
     return LlamaConfig(vocab_size=300, bos_token_id=0, eos_token_id=1, **sizes, **more)
@@ -66,7 +66,7 @@ def make_llava(seed: int = 0) -> LlavaForConditionalGeneration:
     )
     config = LlavaConfig(vision_config=tower, text_config=backbone(), image_token_index=2, image_seq_length=4)
     model = LlavaForConditionalGeneration(config).eval()
-    for parameter in model.model.vision_tower.parameters():  # CLIP's own initialisation hardly sees the image
+    for parameter in model.model.vision_tower.parameters():  # CLIP's own initialization hardly sees the image
         parameter.data.add_(0.3 * torch.randn_like(parameter))
     return model
 

@@ -279,7 +279,7 @@ def no_language_model(kind: str) -> PreTrainedModel:
     [
         ("vision", "ViTModel reads no tokens and is no language model"),
         ("no head", "LlamaModel predicts no tokens and is no language model"),
-        ("both directions", "BertLMHeadModel see those after them"),
+        ("both directions", "BertLMHeadModel attend to later ones"),
         ("encoder and decoder", "a t5 has a decoder that reads an encoder"),
     ],
 )

@@ -122,9 +122,9 @@ def _extended(inputs: dict[str, torch.Tensor], answer: torch.Tensor) -> dict[str
 
 @torch.no_grad()
 def check_causal(model: PreTrainedModel, inputs: dict[str, torch.Tensor], prompt: int, advice: str) -> None:
-    """Raise ModelError for a model whose tokens see those after them, and so the labels of what they predict.
+    """Raise ModelError for a model whose tokens attend to later tokens, so that a prediction depends on its label.
 
-    Predictions from position ``prompt - 1`` on count; nothing is said of a model without logits.
+    Predictions from position ``prompt - 1`` on are compared; a model without logits passes.
     """
     ids = inputs["input_ids"]
     others = ids[0, :-1][ids[0, :-1] != ids[0, -1]]
@@ -141,5 +141,5 @@ def check_causal(model: PreTrainedModel, inputs: dict[str, torch.Tensor], prompt
     rounding = max(1e-3, 8 * torch.finfo(model.dtype).eps)  # kernels may round differently, no more
     if (first - second).abs().max() > rounding * first.abs().max():
         raise ModelError(
-            f"the tokens of {type(model).__name__} see those after them, so that a label sees itself; {advice}"
+            f"the tokens of {type(model).__name__} attend to later ones, so a prediction depends on its label; {advice}"
         )

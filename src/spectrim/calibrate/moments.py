@@ -58,7 +58,7 @@ class MomentSum:
 
     @classmethod
     def zero(cls, width: int, home: torch.device) -> "MomentSum":
-        """Sums of nothing, on the device ``home``."""
+        """Zero sums, on the device ``home``."""
         second = torch.zeros(width, width, dtype=torch.float64, device=home)
         return cls(second, torch.zeros(width, dtype=torch.float64, device=home))
 
@@ -91,7 +91,7 @@ class OutputSum:
 
     @classmethod
     def zero(cls, form: Form, out: int, heads: int, home: torch.device) -> "OutputSum":
-        """Sums of nothing, on the device ``home``."""
+        """Zero sums, on the device ``home``."""
         shapes = form.shapes(out) | {"traces": (4, heads)}
         sums = {name: torch.zeros(shape, dtype=torch.float64, device=home) for name, shape in shapes.items()}
         return cls(form, sums, sums.pop("traces"))

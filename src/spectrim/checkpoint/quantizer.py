@@ -79,8 +79,8 @@ class SpectrimQuantizer(HfQuantizer):
         self._kinds = {name: _kind(tensor) for name, tensor in model.state_dict().items()}
         sentinels = {f"{name}.weight" for name in names.values()}
         inside = tuple(f"{name}." for name in names.values())
-        # Some models initialise `module.q_proj.weight` from the parent, where there is no such weight any more. Parents
-        # without buffers of their own need no initialisation: all their parameters come from the file or are reported.
+        # Some models initialize `module.q_proj.weight` from the parent, where there is no such weight any more. Parents
+        # without buffers of their own need no initialization: all their parameters come from the file or are reported.
         parents = {name.rpartition(".")[0] for name in names.values()}
         ready = {name for name in parents if not any(True for _ in model.get_submodule(name).buffers(recurse=False))}
         for name in ready:
@@ -89,7 +89,7 @@ class SpectrimQuantizer(HfQuantizer):
 
         def adjust_and_check(report: Any) -> None:
             absent = report.missing_and_mismatched()
-            adjust(report)  # drops what the model's class may lack and initialises itself
+            adjust(report)  # drops what the model's class may lack and initializes itself
             report.unexpected_keys -= sentinels
             missing = report.missing_and_mismatched() | {key for key in absent if key.rpartition(".")[0] in ready}
             if missing:
@@ -201,7 +201,7 @@ def attach(model: PreTrainedModel) -> PreTrainedModel:
 
     Sets ``model.config.quantization_config`` (forms by checkpoint name), the guard and
     ``model.hf_quantizer``; returns `model`. Afterwards ``model.save_pretrained`` and ``model.dequantize`` work. Raises
-    ModelError if there is no such layer, CheckpointError if one cannot be stored or if the model is quantised in
+    ModelError if there is no such layer, CheckpointError if one cannot be stored or if the model is quantized in
     another way.
     """
     found = describe(model)
@@ -218,7 +218,7 @@ def describe(model: PreTrainedModel, keys: Collection[str] | None = None) -> Spe
     """
     present = getattr(model.config, "quantization_config", None)
     if present is not None and not isinstance(present, SpectrimConfig):
-        raise CheckpointError("the model is already quantised in another way; compress the unquantised model")
+        raise CheckpointError("the model is already quantized in another way; compress the unquantized model")
     layers = compressed_layers(model)
     if not layers:
         raise ModelError("the model holds no factored layer and no packed one; save it with its own save_pretrained")

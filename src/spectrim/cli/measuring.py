@@ -28,7 +28,7 @@ def _evaluate(
     card: Annotated[bool, typer.Option(help="Write them into the card of each compressed checkpoint too.")] = False,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Measure language and sight of models, and what each lost against the dense one."""
+    """Measure perplexity and VQA accuracy of models, and their differences to the dense one."""
     if suite is None:
         refuse(context, ["limit"], "without --suite")
         options.check_together()
@@ -84,7 +84,7 @@ def _demo(
     out: Annotated[Path, typer.Option("-o", "--out", help="Where checkpoints and results go.")] = Path("spectrim-demo"),
     samples: Annotated[int, typer.Option(help="Questions of each task.")] = 40,
 ) -> None:
-    """Compress the built-in model by LASER, JW-SVD and text-only baselines, and show what each kept."""
+    """Compress the built-in model by spectrim, LASER, JW-SVD and text-only baselines, and compare the results."""
     from spectrim.demonstration import show as run
     from spectrim.evaluate import losses, table
 

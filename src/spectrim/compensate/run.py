@@ -167,8 +167,8 @@ class Compensation:
     def _add(self, unit: Unit, group: Group, pair: _Pair, dense: Tap, sums: dict[Modality, ShiftedSum]) -> None:
         """Add one batch to the sums of its modality.
 
-        Nothing where the group does not run whole, and nothing of experts: the compressed model may send them other
-        tokens than the dense one, whose outputs are then no targets.
+        Nothing is added if some linears of the group do not run in this batch. Nothing is added for experts either: the
+        compressed model may route other tokens to them than the dense model, whose outputs are then no targets.
         """
         first, size = group.members[0], unit.linears[group.members[0]].in_features
         assert pair.small.call is not None
@@ -207,7 +207,7 @@ class Compensation:
         weights = joint_weights([float(mean.trace()) for mean in means], part.gamma)
         second = torch.stack([w * mean for w, mean in zip(weights, means, strict=True)]).sum(0)
         cross = torch.stack([w * s.cross[name] / s.count for w, s in zip(weights, taken, strict=True)]).sum(0)
-        # Input moments of the dense model stay in sight: they are of all samples, and hold what few samples say.
+        # The dense model's moments are of all calibration samples; they keep the fit from following the few used here.
         heads = form(row.form).heads(row.spec) or 1
         kind = "curvature" if part.kind == "curvature" else "whitening"
         own = part.model_copy(update={"kind": kind, "per_head": heads > 1})
@@ -215,7 +215,7 @@ class Compensation:
         assert metric.value is not None
         second, cross = blended(W, second, cross, metric.value, how.weight)
         value: torch.Tensor | None = second
-        if part.kind != kind:  # not made of these moments, and stays what it is
+        if part.kind != kind:  # the recipe's metric does not consist of second moments and is kept
             value = layer_metric(part, linear, self._statistics, W.device).value
         try:
             if how.kind == "adacomp":

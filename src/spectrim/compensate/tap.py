@@ -23,7 +23,7 @@ class Tap(TorchDispatchMode):
 
     The addition is found by what it reads, not by the name of the linear: one operand is the very memory of y, the
     other is r and has its shape. It is the residual stream for output projections of most models; an output that is
-    normalised, gated or scaled first has no r. The first run of a linear in the block counts. ``output`` is that of the
+    normalized, gated or scaled first has no r. The first run of a linear in the block counts. ``output`` is that of the
     block, if it ran whole. All are as they were then, whatever the block writes into them afterwards.
     """
 

@@ -54,7 +54,7 @@ class Perplexity:
     """What a model pays for a text: `nll` is the sum of negative log-likelihoods in nats over `tokens` tokens.
 
     `bytes` counts the UTF-8 bytes of exactly those tokens; `per_token` = exp(nll / tokens) compares models of one
-    tokenizer, `per_byte` = exp(nll / bytes) models of different ones. `seconds` is wall time without tokenisation.
+    tokenizer, `per_byte` = exp(nll / bytes) models of different ones. `seconds` is wall time without tokenization.
     """
 
     nll: float

@@ -226,7 +226,7 @@ def _evaluate_one(path: Path, work: _Work, *, floor: bool) -> tuple[DirectoryRes
         model = load(path, device_map=work.device, dtype=work.dtype, trust_remote_code=work.trusted)
         processor = load_processor(path, trust_remote_code=work.trusted)
         language = None if work.text is None else read(work.text)
-        answers, sight = look("vqa", work.questions)
+        answers, accuracy = look("vqa", work.questions)
         _, below = look("vqa with swapped images", work.swapped if floor else ())
     return DirectoryResult(
         directory=str(path),
@@ -239,7 +239,7 @@ def _evaluate_one(path: Path, work: _Work, *, floor: bool) -> tuple[DirectoryRes
         predicted_loss=_stated(path, "predicted_loss"),
         perplexity=language,
         tokens_per_second=None if language is None else language.tokens / language.seconds,
-        vqa=sight,
+        vqa=accuracy,
         answers=tuple(answers),
     ), below
 

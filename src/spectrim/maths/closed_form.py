@@ -21,7 +21,7 @@ class ShiftedSum:
 
     @classmethod
     def zero(cls, width: int, home: torch.device) -> "ShiftedSum":
-        """Sums of nothing, on the device ``home``."""
+        """Zero sums, on the device ``home``."""
         return cls(torch.zeros(width, width, dtype=torch.float64, device=home))
 
     def add(self, x: torch.Tensor, targets: dict[str, torch.Tensor]) -> None:
@@ -71,7 +71,7 @@ def anchored_weight(W: torch.Tensor, second: torch.Tensor, cross: torch.Tensor, 
         W: [out, in], any floating dtype.
         second: C' [in, in] float64.
         cross: T [out, in] float64.
-        damping: δ > 0.
+        damping: dampening δ > 0.
 
     Returns:
         [out, in] float64.

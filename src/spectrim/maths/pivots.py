@@ -17,7 +17,7 @@ def pivoted(A: torch.Tensor, B: torch.Tensor, bound: float = BOUND) -> tuple[tor
     """``(p, A', B')`` with ``(A B)[p] = B'`` and ``(A B)[¬p] = A' B'``; exact up to rounding, for any rank of A.
 
     LU with partial pivoting of A finds k rows whose coefficients A' are small in practice; rows are then swapped, as in
-    strong rank-revealing factorisations (Gu and Eisenstat 1996) and maximum-volume submatrices (Goreinov et al. 2010),
+    strong rank-revealing factorizations (Gu and Eisenstat 1996) and maximum-volume submatrices (Goreinov et al. 2010),
     until no entry exceeds the bound. A' = L₂ L₁⁻¹ does not contain U, so an A of lower rank is no special case.
 
     Args:

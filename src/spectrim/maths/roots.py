@@ -1,6 +1,6 @@
 """Pure tensor mathematics in float64: symmetric roots and the projection that solves every recipe's problem.
 
-One problem stands behind all recipes: minimise ``‖L (W − Ŵ) R‖²_F`` over matrices Ŵ of rank k. Its solution is a
+One problem stands behind all recipes: minimize ``‖L (W − Ŵ) R‖²_F`` over matrices Ŵ of rank k. Its solution is a
 projection, ``Ŵ = L⁻¹ U_k U_kᵀ L W``, where U are the left singular vectors of ``L W R``. Only the input metric
 ``R Rᵀ`` is needed; where a root R of it is convenient any root will do, and nothing is inverted but L. So no Cholesky
 factor has to exist, and rank-deficient and zero metrics are legal input.
@@ -72,7 +72,7 @@ class OutputRoot(Protocol):
 class BlockRoot:
     """A block-diagonal G, given as its blocks [n, b, b]; one block is a full G. Its root is Cholesky's.
 
-    Raises NumericalError at the first use of the root where G is not positive definite: damp it first.
+    Raises NumericalError at the first use of the root where G is not positive definite: add dampening first.
     """
 
     def __init__(self, blocks: torch.Tensor) -> None:
@@ -109,7 +109,7 @@ class LowRankRoot:
     """``G = diag(d) + V Vᵀ``, d [out] positive and V [out, r], in memory of V's size.
 
     With ``diag(d)^{-1/2} V`` = Q S Pᵀ its root is ``L = (I + Q (√(1 + S²) − 1) Qᵀ) diag(d)^{1/2}``. Raises
-    NumericalError for a d that is not positive: damp it first.
+    NumericalError for a d that is not positive: add dampening first.
     """
 
     def __init__(self, d: torch.Tensor, V: torch.Tensor) -> None:

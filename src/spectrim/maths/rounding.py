@@ -15,11 +15,11 @@ import torch
 from spectrim.errors import NumericalError
 from spectrim.maths.roots import times_metric
 
-DAMPING = 0.1  # of the metrics, as a share of the mean of their diagonals
+DAMPING = 0.1  # dampening of the metrics, as a share of the mean of their diagonals
 _SHAPE = 16  # bytes of the shape that compressed-tensors stores with every weight
 _TILE = 32  # rows and columns that one wave runs over
 _BLOCK = 128  # columns between two matrix products
-_SHRINKS = 16  # ranges that are tried for every group, from whole down to a half
+_SHRINKS = 16  # how many ranges are tried for every group, from the full range down to half of it
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def quantize(
     dtype: torch.dtype = torch.float64,
     damping: float = DAMPING,
 ) -> Quantized:
-    """W on `grid`, its error fed on along the inputs, the outputs, or both.
+    """W rounded to `grid`, with error feedback along the inputs, the outputs, or both (docs/methods.md, section 8).
 
     Args:
         W: [out, in], any floating dtype.
@@ -93,7 +93,7 @@ def quantize(
         C: metric of the inputs: None for the identity, [in] for a diagonal, or [in, in].
         G: metric of the outputs, the same by `out`. With neither metric a matrix, entries are rounded to nearest.
         dtype: of the scales, which are rounded to it before any code is chosen.
-        damping: share of the mean of a metric's diagonal that is added to it.
+        damping: dampening; share of the mean of a metric's diagonal that is added to the diagonal.
 
     Raises:
         NumericalError: a metric is not positive semidefinite, or holds NaN or infinity, or a scale is too large for
@@ -123,8 +123,9 @@ def quantize(
 
 
 def conditional(M: torch.Tensor | None, size: int, like: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
-    """How much a squared rounding residual counts under a metric of one side, [size]: its triangular factor's diagonal
-    squared, or the metric itself where it is diagonal; float64 on the device of `like`.
+    """The weights of squared rounding residuals under the metric of one side, [size] float64 on the device of `like`.
+
+    These are the squared diagonal of its triangular factor, or the metric itself where that is diagonal.
     """
     return _triangular(M, size, damping, like.double())[1]
 
@@ -132,9 +133,9 @@ def conditional(M: torch.Tensor | None, size: int, like: torch.Tensor, damping: 
 def expected(
     W: torch.Tensor, grid: Grid, inputs: torch.Tensor, outputs: torch.Tensor, dtype: torch.dtype = torch.float64
 ) -> torch.Tensor:
-    """What the rounding of each entry of W adds to the error of :func:`quantize`, [out, in], as if each were nearest.
+    """Predicted share of each entry of W in the error of :func:`quantize`, [out, in], from rounding to nearest.
 
-    `inputs` [in] and `outputs` [out] weigh squared residuals (see :func:`conditional`).
+    `inputs` [in] and `outputs` [out] are the weights of squared residuals (see :func:`conditional`).
     """
     scale, zero = scales(W, grid, inputs, dtype)
     step, offset = _spread(scale.nan_to_num(), zero, W.shape[1])
@@ -173,7 +174,7 @@ def scales(
         step = ((high - low) * shrink / levels).to(dtype).double()
         step = torch.where(step > 0, step, torch.ones_like(step))
         zero = zeros if grid.symmetric else (grid.low - low * shrink / step).round().clamp(grid.low, grid.high)
-        narrow, origin = (step / unit).clamp_max(1e30).float(), zero.float()  # the step of nothing is one
+        narrow, origin = (step / unit).clamp_max(1e30).float(), zero.float()  # a group of zeros has step 1
         rest = (X / narrow).round_().add_(origin).clamp_(grid.low, grid.high).sub_(origin).mul_(narrow).sub_(X)
         cost = (rest.square_() * weights).sum(-1, keepdim=True)
         better = (cost < best) & step.isfinite()
@@ -192,11 +193,12 @@ def _spread(scale: torch.Tensor, zero: torch.Tensor | None, size: int) -> tuple[
 def _triangular(
     M: torch.Tensor | None, size: int, damping: float, like: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The order in which one side is rounded, the squared weights of its residuals, and the way errors are fed on.
+    """The order in which the inputs (or outputs) are rounded, the weights of squared residuals, and a feedback matrix.
 
-    The order [size] begins where the metric is largest; what comes last can pass nothing on. Weights [size] are in the
-    order of the weight, the unit upper triangular factor [size, size] is in the new one, without its diagonal. It is
-    None for a diagonal metric.
+    The order [size] begins with the largest diagonal entry of the metric, because the error of an early entry can be
+    compensated by all entries after it, and that of the last entry by none. The weights [size] are in the original
+    order. The feedback matrix [size, size], in the new order, is the strictly upper part of the unit triangular
+    factor; None for a diagonal metric.
     """
     if M is None or M.ndim == 1:
         weights = like.new_ones(size) if M is None else M.double()
@@ -207,7 +209,7 @@ def _triangular(
     M = M + damping * M.diagonal().mean().clamp_min(1e-300) * torch.eye(size, dtype=M.dtype, device=M.device)
     lower, failed = torch.linalg.cholesky_ex(M.flip(0, 1))
     if int(failed) or not bool(lower.isfinite().all()):
-        raise NumericalError("a metric of quantisation is not positive definite; check the moments")
+        raise NumericalError("a metric of quantization is not positive definite; check the moments")
     upper = lower.flip(0, 1)  # M = upper upperᵀ
     weights = torch.empty_like(upper.diagonal())
     weights[order] = upper.diagonal().square()
@@ -215,7 +217,7 @@ def _triangular(
 
 
 def _by_columns(W: torch.Tensor, step: torch.Tensor, offset: torch.Tensor, T: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """Codes [out, in] column by column: what one leaves goes to the later ones by T [in, in]; rows are independent."""
+    """Codes [out, in], column by column; the error of a column is compensated in later ones by T [in, in]."""
     W, step, offset = (part.T.contiguous() for part in (W, step, offset))
     codes, E = torch.empty_like(W), torch.empty_like(W)  # [in, out]
     for start in range(0, len(W), _BLOCK):
@@ -235,7 +237,7 @@ def _by_columns(W: torch.Tensor, step: torch.Tensor, offset: torch.Tensor, T: to
 def _by_waves(
     W: torch.Tensor, step: torch.Tensor, offset: torch.Tensor, S: torch.Tensor, T: torch.Tensor, grid: Grid
 ) -> torch.Tensor:
-    """Codes [out, in] with errors fed on along the inputs by T [in, in] and along the outputs by S [out, out].
+    """Codes [out, in] with error feedback along the inputs by T [in, in] and along the outputs by S [out, out].
 
     Entry (i, j) rounds ``W_ij + c_ij + h_ij`` with ``c = E T`` of the entries to the left and ``h = Sᵀ (E + c)`` of
     those above. All entries of one anti-diagonal are independent, and so are all tiles of one.

@@ -29,8 +29,9 @@ def output_metric(
 ) -> OutputMetric:
     """The output metric of one linear, of the modalities whose input moments are given.
 
-    With both, ``G = G_T + β (tr G_T / tr G_I) G_I``. Its unit of error costs as much as the traces of both modalities
-    cost together: text losses and image losses, times their price, are added, whatever the balance inside the metric.
+    With both, ``G = G_T + β (tr G_T / tr G_I) G_I``. A change with the error ``tr G · tr C`` in the joint metrics is
+    predicted to cost ``Σ_m p_m ½ η_m (positions_m / labels_m) tr G_m tr C_m`` nats over the modalities m, with p_T = 1
+    and p_I = ``image_price`` (docs/methods.md, section 3); β and γ do not occur in it.
 
     Args:
         inputs: input moments by modality.
@@ -88,7 +89,7 @@ def predicted_trace(eta: str, moment: Moment, output: OutputMoment, parts: int =
 def predicted_loss(eta: str, change: torch.Tensor, moment: Moment, output: OutputMoment) -> float:
     """Predicted increase of one modality's loss when a weight changes by `change` [out, in]; nats per labelled token.
 
-    Undamped, and of the modality alone: what a plan that was made in a joint metric costs each.
+    It uses the moments of that modality alone, without dampening, also for a plan that was made in a joint metric.
     """
     D = change.double().cpu()
     CD, sums = D @ moment.second / moment.count, output.sums

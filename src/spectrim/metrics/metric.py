@@ -92,10 +92,10 @@ def joint_second_moment(moments: Sequence[Moment], gamma: float) -> torch.Tensor
 
 
 def summed(part: MetricPart, linear: str, source: str, statistics: Statistics | None) -> int:
-    """What takes the input metric of a linear, which is made of means, to the one that is made of sums.
+    """The factor from the input metric of a linear, a mean over positions, to the one that is a sum over positions.
 
-    Of a joint metric too, whose trace is that of the text moment: the positions of text. A metric that its paper
-    defines by means (ASVD), or that no sample made, is what it is.
+    It is the number of positions: those of text for a joint metric as well, which is scaled to the text moment. It is
+    1 for metrics that are means by definition (ASVD) and for the identity.
     """
     if statistics is None or source == "identity" or part.kind not in ("whitening", "curvature"):
         return 1
@@ -104,13 +104,13 @@ def summed(part: MetricPart, linear: str, source: str, statistics: Statistics | 
 
 def joint_weights(traces: Sequence[float], gamma: float) -> list[float]:
     """Weights of the means of one modality, or of text and image, in a joint moment, from the traces of their means."""
-    if len(traces) == 1 or 0 in traces:  # a layer that one modality leaves silent has the other's metric
+    if len(traces) == 1 or 0 in traces:  # where the inputs of one modality are zero, the other's moment is the metric
         return [1.0] * len(traces)
     return [1.0, gamma * (traces[0] / traces[1])]
 
 
 def chosen(part: MetricPart, found: Mapping[Modality, _T]) -> list[_T]:
-    """Of what was gathered by modality, that which the metric takes; text before image, empty where neither came."""
+    """The entries of `found` whose modality the metric uses, text before image; empty if there are none."""
     order: tuple[Modality, ...] = ("text", "image")
     taken = [found[modality] for modality in order if modality in found and part.modality in (modality, "joint")]
     return taken or ([found["image"]] if part.unreached == "image" and "image" in found else [])

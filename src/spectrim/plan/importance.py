@@ -1,4 +1,4 @@
-"""Importance of blocks: how much each one leaves of what it reads, for adaCR's allocation (AdaSVD, section 3)."""
+"""Importance of blocks for adaCR's allocation: how similar their output is to their input (AdaSVD, section 3)."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -63,8 +63,8 @@ def block_cosines(
 def importance(parts: Anatomy, cosines: Mapping[str, float], kind: Literal["cos", "1-cos"]) -> dict[str, float]:
     """Importance of every linear: that of its block, with a mean of 1 by bytes over the linears of measured blocks.
 
-    Linears outside blocks, and in blocks that no sample reaches, have 1. A block whose output turns against its input
-    counts as one that is at right angles to it, and if no block changes anything, all have 1.
+    Linears outside blocks, and in blocks that no sample reaches, have 1. A negative cosine counts as 0. If the
+    importance of all blocks is 0, all linears have 1.
     """
     blocks = {block: max(0.0, cosine if kind == "cos" else 1 - cosine) for block, cosine in cosines.items()}
     raw = {linear: blocks[linear.block] for linear in parts.linears if linear.block in blocks}

@@ -24,11 +24,11 @@ def probe(
     windows: torch.Tensor,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """How much each direction of each linear is wanted, by measurement; [m] float64 by linear, non-increasing.
+    """The measured loss that each direction of each linear prevents; [m] float64 by linear, non-increasing.
 
     Each linear alone is truncated to five retentions, and the text loss (nats per token, above the dense model's) is
-    measured on `windows` [n, seqlen]. A direction is worth the loss that the linear causes without it and without all
-    that follow, interpolated between the retentions. A threshold on it is ASVD's search.
+    measured on `windows` [n, seqlen]. The score of a direction is the loss of the model without this direction and all
+    that follow it, interpolated between the retentions. A threshold on the scores is ASVD's search.
     """
     dense = _loss(model, windows)
     wanted = {}

@@ -72,7 +72,7 @@ def data_fingerprint(
     """SHA-256 of the content that is used: token ids, pixels, conversations and answers, in order.
 
     The first image sample goes in as the model will see it as well, for the processor's part: its tokenizer, prompt
-    template, resizing and normalisation.
+    template, resizing and normalization.
     """
     digest = hashlib.sha256()
     if windows is not None:

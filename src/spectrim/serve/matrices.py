@@ -16,7 +16,7 @@ from spectrim.storage.packed import PackedLinear, pack, unpack
 
 
 class Matrix(nn.Module):
-    """A weight [out, in] in floats, for vLLM's unquantised kernels; its values are undefined at first."""
+    """A weight [out, in] in floats, for vLLM's unquantized kernels; its values are undefined at first."""
 
     def __init__(self, out: int, inputs: int, dtype: torch.dtype) -> None:
         super().__init__()

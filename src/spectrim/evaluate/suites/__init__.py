@@ -112,7 +112,10 @@ def read_scores(found: Mapping[str, Any], tasks: Sequence[str]) -> tuple[Score, 
 
 
 def _scores(task: str, row: Mapping[str, Any]) -> list[Score]:
-    """A harness writes ``metric,filter`` and ``metric_stderr,filter``; the filter of nothing is called none."""
+    """Scores of one task from a harness, which names them ``metric,filter`` and ``metric_stderr,filter``.
+
+    The harness writes ``none`` as the filter of a metric without a filter.
+    """
     scores = []
     for key, value in row.items():
         metric, _, rule = key.partition(",")
