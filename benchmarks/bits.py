@@ -19,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from spectrim.plan.hybrid import Option, cheapest
 
 from recipes import stored_in
 from spectrim.checkpoint import load, load_processor
@@ -26,7 +27,6 @@ from spectrim.demo import resolve
 from spectrim.errors import BudgetError
 from spectrim.evaluate import perplexity
 from spectrim.pipeline import compression
-from spectrim.plan.hybrid import Option, cheapest
 from spectrim.plan.plan import Plan
 from spectrim.recipe import Recipe
 from spectrim.samples import load_text

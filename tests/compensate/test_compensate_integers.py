@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from spectrim.storage.make import Stored, make_stored
 
 import families
 from compressed import logits
@@ -16,7 +17,6 @@ from spectrim.maths.rounding import Grid, error, quantize
 from spectrim.pipeline import compress, compression
 from spectrim.plan.plan import Integers, Plan, plan_row
 from spectrim.recipe import Recipe
-from spectrim.storage.make import Stored, make_stored
 
 AUTO = {"quantize.bits": "auto"}
 

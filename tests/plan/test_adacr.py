@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from spectrim.plan.allocate import choice, spend
 
 import families
 from helpers.plans import least_and_dense, linear, models, options, price, spent
@@ -14,7 +15,6 @@ from spectrim.calibrate import calibrate
 from spectrim.calibrate.data import load_data
 from spectrim.errors import ModelError, NumericalError, RecipeError
 from spectrim.pipeline import compression
-from spectrim.plan.allocate import choice, spend
 from spectrim.plan.importance import block_cosines, importance
 from spectrim.recipe import AllocationPart
 

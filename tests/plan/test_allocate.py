@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from spectrim.plan.allocate import spend
 
 from helpers.plans import least_and_dense, linear, models, options, price, spectrum, spent
 from spectrim.errors import BudgetError
-from spectrim.plan.allocate import spend
 
 RULES = ("uniform", "global-sigma", "global-sigma-mean", "global-energy", "sensitivity")
 

@@ -9,6 +9,8 @@ import transformers as hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from spectrim.plan.hybrid import FEED_FORWARD, Option, alike, cheapest
+from spectrim.storage.make import gram, refit
 
 import families
 from compressed import config_of, logits
@@ -21,10 +23,8 @@ from spectrim.errors import BudgetError, RecipeError
 from spectrim.maths.rounding import error
 from spectrim.metrics.metric import layer_metric
 from spectrim.pipeline import compress, compression
-from spectrim.plan.hybrid import FEED_FORWARD, Option, alike, cheapest
 from spectrim.plan.plan import Integers, Plan, plan_row
 from spectrim.recipe import Recipe
-from spectrim.storage.make import gram, refit
 from spectrim.storage.packed import PackedLinear
 
 # ---- one price of a byte ----

@@ -5,6 +5,7 @@ import functools
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from spectrim.plan.allocate import choice, spend
 
 import families
 from compressed import logits, low_rank
@@ -12,7 +13,6 @@ from helpers.plans import PIVOTED_RULES, PivotedModel, pivoted_models, pivoted_p
 from spectrim.errors import BudgetError
 from spectrim.pipeline import compress, compression
 from spectrim.pipeline.stages import Compression
-from spectrim.plan.allocate import choice, spend
 from spectrim.recipe import AllocationPart
 
 

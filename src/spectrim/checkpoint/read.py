@@ -37,10 +37,10 @@ def load(
     """Open a model directory or hub id, dense or compressed, as the image-text model or the language model that it is.
 
     A GGUF file is named by its path, or as ``DIRECTORY_OR_ID::NAME.gguf``; its weights are unpacked to dense ones.
-    `dtype` None keeps the dtype of the files; that of an unpacked GGUF file is bfloat16. Other arguments are those of
-    ``from_pretrained``. `runtime` says how integers run: ``auto``, ``speed``, ``memory`` or ``reference`` (see
-    ``storage.packed.set_runtime``); None as the checkpoint says. Code that a model brings is run with ``trust_remote_code=True`` only; nothing asks. The model
-    is in eval mode.
+    `dtype` None keeps the dtype of the files; that of an unpacked GGUF file is bfloat16. `runtime` says how integers
+    run: ``auto``, ``speed``, ``memory`` or ``reference`` (see ``storage.packed.PackedLinear``); None as the checkpoint
+    says. Other arguments are those of ``from_pretrained``. Code that a model brings is run with
+    ``trust_remote_code=True`` only; nothing asks. The model is in eval mode.
 
     Raises:
         ModelError: there is no such model, it is of another kind, or its files are damaged or lack weights; names the
