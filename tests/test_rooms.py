@@ -17,7 +17,7 @@ FLOORS = (
     ("calibrate", "checks", "storage"),
     ("checkpoint", "metrics", "mismatch"),
     ("evaluate", "plan", "serve"),
-    ("compensate",),
+    ("bench", "compensate"),
     ("pipeline",),
     ("spectrim", "demonstration"),
     ("cli", "harness"),

@@ -117,6 +117,12 @@ def test_sizes_that_no_kernel_takes_are_unpacked():
     assert cpu.int4_group(512, None) == (256 if KNOWN else None)
 
 
+@pytest.mark.parametrize("size", [8, 24, 40])
+def test_the_8_bit_product_is_not_asked_for_widths_beyond_which_it_would_read(size):
+    assert layer(Grid(8, None), out=16, size=size).run_as("speed") == "packed"
+    assert layer(Grid(8, None), out=3, size=16).run_as("speed") == "int8"
+
+
 def test_an_unknown_runtime_is_named():
     with pytest.raises(ModelError, match=r"no runtime 'fast'.*auto, speed, memory, reference"):
         set_runtime(nn.Sequential(layer(Grid(4, 32))), "fast")

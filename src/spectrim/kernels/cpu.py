@@ -76,6 +76,11 @@ def _block() -> int | None:
     return None
 
 
+def int8_fits(size: int, groups: int) -> bool:
+    """Whether the 8-bit product takes a weight of `size` inputs; it reads 16 at once, also beyond the end."""
+    return size // groups % 16 == 0
+
+
 def int8_layout(
     codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -23,6 +23,7 @@ from spectrim.kernels.cpu import (
     int4_layout,
     int4_product,
     int8_codes,
+    int8_fits,
     int8_layout,
     int8_product,
 )
@@ -148,7 +149,7 @@ class PackedLinear(StoredLayer):
         grid, scale = self.grid, self.weight_scale
         if runtime == "reference" or scale.device.type != "cpu" or scale.dtype != torch.bfloat16:
             return self.layout
-        if grid.bits == 8:
+        if grid.bits == 8 and int8_fits(self.in_features, scale.shape[1]):
             codes, scales = int8_layout(self.codes(), scale, self.zeros())
             self.layout = "int8"
         elif grid.bits == 4 or (grid.bits < 4 and runtime != "memory"):
