@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from spectrim.calibrate import calibrate
-from spectrim.calibrate.forms import Form, choose_forms
+from spectrim.calibrate.forms import CurvatureForm, choose_forms
 from spectrim.checkpoint import load, load_processor
 from spectrim.demo import resolve
 from spectrim.linear import Linear, Place
@@ -75,7 +75,7 @@ def computed(limit: float, passes: int) -> None:
         every = linears(model)
         cells = []
         for form in ("full", "blocks:128", "sketch:256", "diagonal"):
-            kind = Form.read(form)
+            kind = CurvatureForm.read(form)
             # Narrow outputs hold less than one block or sketch: those are kept whole.
             total = sum(
                 min(kind.nbytes(x.out_features) if x.out_features >= kind.size else 1 << 60, 8 * x.out_features**2)

@@ -29,7 +29,7 @@ from spectrim.anatomy import Anatomy
 from spectrim.calibrate import Statistics, calibrate
 from spectrim.checkpoint import load, load_processor
 from spectrim.demo import resolve
-from spectrim.evaluate import ImageQuestion, blind_questions, load_questions, perplexity, vqa
+from spectrim.evaluate import Question, blind_questions, load_questions, perplexity, vqa
 from spectrim.evaluate.results import score
 from spectrim.files import parse_yaml
 from spectrim.pipeline import compression
@@ -50,17 +50,15 @@ def peak_bytes() -> int:
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
-def easy_vqa(folder: Path, count: int) -> list[ImageQuestion]:
+def easy_vqa(folder: Path, count: int) -> list[Question]:
     """The first `count` test questions with a yes/no answer, and as many of the others, as two tasks."""
-    found: dict[str, list[ImageQuestion]] = {"open": [], "yes/no": []}
+    found: dict[str, list[Question]] = {"open": [], "yes/no": []}
     for question, answer, index in json.loads((folder / "test" / "questions.json").read_text()):
         kind = found["yes/no" if answer in ("yes", "no") else "open"]
         if len(kind) < count:
             image = Image.open(folder / "test" / "images" / f"{index}.png").convert("RGB")
-            kind.append(ImageQuestion("", image, question[0].upper() + question[1:], answer))
-    return [
-        ImageQuestion(f"easy-vqa {name}", q.image, q.question, q.answer) for name, list_ in found.items() for q in list_
-    ]
+            kind.append(Question("", image, question[0].upper() + question[1:], answer))
+    return [Question(f"easy-vqa {name}", q.image, q.question, q.answer) for name, list_ in found.items() for q in list_]
 
 
 def stored_in(parts: Anatomy, dtype: torch.dtype) -> Anatomy:

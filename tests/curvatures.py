@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from spectrim.anatomy import anatomy
 from spectrim.calibrate import Moment, OutputMoment
-from spectrim.calibrate.forms import Form
+from spectrim.calibrate.forms import CurvatureForm
 from spectrim.calibrate.gradients import run_gradients
 from spectrim.calibrate.labels import Labelled
 from spectrim.calibrate.moments import OutputSum, Sums
@@ -32,14 +32,14 @@ def input_moment(X: torch.Tensor) -> Moment:
 
 def output_moment(samples, labels: int, form: str = "full", heads: int = 1) -> OutputMoment:
     """Of samples that are pairs of gradients g [positions, out] and inputs x [positions, in]."""
-    total = OutputSum.zero(Form.read(form), samples[0][0].shape[1], heads, CPU)
+    total = OutputSum.zero(CurvatureForm.read(form), samples[0][0].shape[1], heads, CPU)
     for g, x in samples:
         assert total.add(g, x)
     return OutputMoment(total.form, total.sums, total.traces, total.count, labels)
 
 
 @dataclass
-class Stub:
+class CurvatureStub:
     """Statistics of one linear, by modality; what metrics read of them."""
 
     moments: dict[str, Moment]
@@ -81,7 +81,9 @@ def gather(model, samples, forms: str = "full", fisher: bool = False) -> Sums:
     sums, modules = Sums(CPU), {x: model.get_submodule(x.name) for x in anatomy(model).linears}
     with prepared(model):
         for sample in samples:
-            run_gradients(model, modules, sample, sums, {x.name: Form.read(forms) for x in modules}, fisher=fisher)
+            run_gradients(
+                model, modules, sample, sums, {x.name: CurvatureForm.read(forms) for x in modules}, fisher=fisher
+            )
     return sums
 
 

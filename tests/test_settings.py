@@ -110,7 +110,7 @@ def test_options_without_effect_are_named(record, values, idle):
 
 @pytest.mark.parametrize(
     ("tasks", "message"),
-    [((), "No evaluation task"), (("",), "no evaluation task ''"), (("vqa", "vqa"), "'vqa' is named twice")],
+    [((), "no evaluation task"), (("",), "no evaluation task ''"), (("vqa", "vqa"), "'vqa' is named twice")],
 )
 def test_tasks_are_checked(tasks, message):
     with pytest.raises(SampleError, match=message):

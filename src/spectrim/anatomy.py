@@ -57,7 +57,7 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Group:
+class LinearGroup:
     """Linears of equal place, role and shape, for display: how many, and their weights in all."""
 
     place: Place
@@ -102,13 +102,13 @@ class Anatomy:
 
     def blocks(self, place: Place | None = None) -> tuple[str, ...]:
         """Names of the transformer blocks that hold compressible linears, in order; of one place if asked."""
-        found = (x.block for x in self.linears if x.block is not None and place in (None, x.place))
-        return tuple(dict.fromkeys(found))
+        names = (x.block for x in self.linears if x.block is not None and place in (None, x.place))
+        return tuple(dict.fromkeys(names))
 
-    def describe(self) -> tuple[Group, ...]:
+    def describe(self) -> tuple[LinearGroup, ...]:
         """Linears of equal place, role, shape and heads, counted, in order of first appearance."""
         counts = Counter((x.place, x.role, x.out_features, x.in_features, x.heads) for x in self.linears)
-        return tuple(Group(*key, count=n, params=n * key[2] * key[3]) for key, n in counts.items())
+        return tuple(LinearGroup(*key, count=n, params=n * key[2] * key[3]) for key, n in counts.items())
 
     def params(self, place: Place) -> int:
         """Weights of the compressible linears of one place."""
@@ -121,7 +121,7 @@ class Anatomy:
 
 
 def anatomy(model: nn.Module) -> Anatomy:
-    """Take a model apart into compressible linears and kept matrices; meta models do as well.
+    """Take a model, in memory or on the meta device, apart into compressible linears and kept matrices.
 
     Every parameter of two or more dimensions belongs to exactly one entry of ``linears`` or ``kept``.
 
@@ -201,18 +201,18 @@ def _linears(module: nn.Module) -> list[nn.Linear]:
 def _output_heads(tree: dict[str, nn.Module]) -> set[str]:
     """Names of the output embeddings of the model and of its submodels."""
     getters: list[Any] = [m.get_output_embeddings for m in tree.values() if isinstance(m, PreTrainedModel)]
-    found = [getter() for getter in getters]
-    return {name for name, module in tree.items() if any(module is head for head in found)}
+    heads = [getter() for getter in getters]
+    return {name for name, module in tree.items() if any(module is head for head in heads)}
 
 
 def _submodel(model: nn.Module, config: Any) -> str | None:
     """Name of the outermost submodel built from a config of this class (the model copies configs, so not identity)."""
     if config is None:
         return None
-    found = (
+    names = (
         n for n, m in model.named_modules() if n and isinstance(m, PreTrainedModel) and type(m.config) is type(config)
     )
-    return next(found, None)
+    return next(names, None)
 
 
 def _tower_exits(tree: dict[str, nn.Module], tower: str | None, backbone: str) -> list[str]:
@@ -256,15 +256,15 @@ def _bridges(tree: dict[str, nn.Module], tower: str | None, backbone: str, heads
     return list(walk("")) if backbone else []
 
 
-def _blocks(tree: dict[str, nn.Module], name: str, other: set[str]) -> Iterator[str]:
+def _blocks(tree: dict[str, nn.Module], name: str, parts: set[str]) -> Iterator[str]:
     """Items with linears of the outermost module lists below ``name``, outside the other parts."""
     for child_name, child in _children(tree, name):
-        if child_name in other:
+        if child_name in parts:
             continue
         if isinstance(child, nn.ModuleList):
             yield from (n for n, m in _children(tree, child_name) if not isinstance(m, nn.Linear) and _linears(m))
         else:
-            yield from _blocks(tree, child_name, other)
+            yield from _blocks(tree, child_name, parts)
 
 
 def _experts(module: nn.Module) -> int:
@@ -296,7 +296,7 @@ def _holders(tree: dict[str, nn.Module]) -> dict[int, list[str]]:
 
 
 def _foreign(module: nn.Module, block: str | None) -> str | None:
-    """What a module is that is no plain ``nn.Linear``; None for one that is.
+    """What a module is instead of a plain ``nn.Linear``; None for a plain one.
 
     A subclass is kept: it may compute something else, or its weight may be read past its forward, as
     ``nn.MultiheadAttention`` does with its output projection.

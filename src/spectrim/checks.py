@@ -7,10 +7,10 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from spectrim.errors import BudgetError, SampleError, UsageError
+from spectrim.errors import BudgetError, UsageError
 from spectrim.files import parse_json
 from spectrim.samples import load_images, load_text
-from spectrim.samples.sources import local_path
+from spectrim.samples.sources import local_path, no_datasets
 
 _MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # names of accelerate for several devices
 
@@ -25,7 +25,7 @@ def check_retain(retain: float) -> float:
 
 
 def check_device(name: str | None) -> None:
-    """UsageError unless this machine has the device; None is whatever it has."""
+    """UsageError unless this machine has the device; None stands for any."""
     if name is None or name in _MAPS:
         return
     try:
@@ -51,16 +51,13 @@ def check_sources(text: str | None, images: str | None) -> None:
 
 
 def _reads_at_once(source: str) -> bool:
-    """Whether a source is a local one; SampleError where it is neither that nor can be fetched."""
+    """Whether a source is local; SampleError for one that is not local and cannot be fetched."""
     if source == "builtin":
         return False
     if local_path(source) is not None:
         return True
     if find_spec("datasets") is None:
-        raise SampleError(
-            f"'{source}' is no local file, and reading it as a data set id needs the package datasets: "
-            "pip install 'spectrim[eval]'"
-        )
+        raise no_datasets(source)
     return False
 
 
@@ -80,10 +77,10 @@ def _holds_results(path: Path) -> bool:
     if not path.is_file():  # a device, such as /dev/null
         return False
     try:
-        found = parse_json(path.read_bytes() or b"{}")
+        content = parse_json(path.read_bytes() or b"{}")
     except (OSError, ValueError):
         return False
-    return isinstance(found, dict) and (not found or found.keys() >= _RESULTS)
+    return isinstance(content, dict) and (not content or content.keys() >= _RESULTS)
 
 
 def check_directory(path: Path, flag: str) -> None:

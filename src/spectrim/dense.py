@@ -1,4 +1,4 @@
-"""Whether a model is dense: only floats that stand for themselves can be decomposed, calibrated and compressed."""
+"""Whether a model is dense: only plain float weights can be calibrated, decomposed and compressed."""
 
 from typing import Any
 
@@ -43,7 +43,7 @@ def quantization(config: PreTrainedConfig, *, unpacked: bool = True) -> str | No
 
 def _method(entries: dict[str, Any], unpacked: bool) -> str | None:
     for key in _KEYS:
-        if (found := entries.get(key)) is not None and (method := _name(found, unpacked)) is not None:
+        if (config := entries.get(key)) is not None and (method := _name(config, unpacked)) is not None:
             return method
     for value in entries.values():
         inner = vars(value) if isinstance(value, PreTrainedConfig) else value
@@ -52,12 +52,12 @@ def _method(entries: dict[str, Any], unpacked: bool) -> str | None:
     return None
 
 
-def _name(found: Any, unpacked: bool) -> str | None:
+def _name(config: Any, unpacked: bool) -> str | None:
     """The method that one quantization config names."""
-    entries = found if isinstance(found, dict) else vars(found)
+    entries = config if isinstance(config, dict) else vars(config)
     if entries.get("dequantize") is True and not unpacked:
         return None
     method = entries.get("quant_method")
     if method is None and (entries.get("load_in_4bit") or entries.get("load_in_8bit")):
-        method = "bitsandbytes"  # before it was written down
+        method = "bitsandbytes"  # of releases that did not write quant_method
     return str(getattr(method, "value", method) or "unknown")

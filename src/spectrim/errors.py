@@ -15,8 +15,8 @@ def printable(text: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception of another library says first, else what it is; advice often follows in further lines."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    """The first line of another library's exception, without its period, else its type; more lines are often advice."""
+    return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
 
 
 class SpectrimError(Exception):

@@ -17,24 +17,24 @@ PART = ".part"  # ends the names of files that are being written
 
 
 def user_path(path: str | Path) -> Path:
-    """A path as its user means it, with a ``~`` read as the home directory. Raises UsageError: there is none."""
+    """A path with ``~`` read as the home directory. Raises UsageError if there is no such home."""
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        raise UsageError(
-            f"the first part of {str(path)!r} is the home of nobody ({error}); name another path"
-        ) from error
+        raise UsageError(f"the first part of {str(path)!r} is no user's home ({error}); name another path") from error
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A new file beside `path` for the block to write, which then takes its place: whole, or not at all.
 
-    It is synced and can be read by everybody. Its name is its own, so that two processes may write one path.
+    It is synced and can be read by everybody. Its name is unique, so that two processes may write one path at a time.
+    Missing parent directories are made.
 
     Raises:
         OSError: the disk is full, or nothing may be written there.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PART)
     os.close(descriptor)
     temporary = Path(name)
@@ -68,7 +68,7 @@ def parse_json(content: str | bytes) -> Any:
     """The value that JSON text stands for.
 
     Raises ValueError, whose message is the rest of a sentence ("FILE …"), for text that is not UTF-8, not JSON, nested
-    too deeply, or that gives a key of one object twice: the first value would go without a word.
+    too deeply, or that gives a key of one object twice: the first value would be lost silently.
     """
     try:
         value = json.loads(content, object_pairs_hook=_unique, parse_int=_integer)
@@ -82,6 +82,19 @@ def parse_json(content: str | bytes) -> Any:
     except RecursionError as error:
         raise ValueError("is nested too deeply to be read") from error
     return value
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ValueError, whose message names the file and what is wrong with it."""
+    try:
+        content = parse_json(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error})") from error
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not a JSON object")
+    return content
 
 
 def parse_yaml(content: str | bytes) -> Any:
@@ -98,11 +111,11 @@ def parse_yaml(content: str | bytes) -> Any:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
         keys = [key for key, _ in pairs]
         raise ValueError(f"gives the key {next(key for key in keys if keys.count(key) > 1)!r} twice")
-    return found
+    return entries
 
 
 def _integer(digits: str) -> int:
@@ -113,7 +126,7 @@ def _integer(digits: str) -> int:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, but for doubled keys, which it refuses."""
+    """YAML's safe loader, which also refuses repeated keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]

@@ -1,4 +1,4 @@
-"""The weight of a compressed layer, as the code of a model may read it: known at once but for its values."""
+"""The weight of a compressed layer as model code may read it: shape and dtype at once, values computed on demand."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,14 +18,13 @@ DESCRIBING: frozenset[Any] = frozenset(
     + [getattr(torch.Tensor, name) for name in _METHODS]
     + [torch.Tensor.__len__, torch.is_complex, torch.is_floating_point, torch.numel]
 )
-"""Functions that read what a tensor is like, and none of its values."""
+"""Functions that read properties of a tensor, such as its shape, and none of its values."""
 
 
 class LazyWeight(torch.Tensor):
     """A weight that is computed, by `make`, whenever a function reads its values; gradients flow through it.
 
-    Its shape, dtype, device and ``requires_grad`` cost one number. Writing to it raises ModelError: the values would be
-    lost.
+    It stores a single number. Writing to it raises ModelError: the values would be lost.
     """
 
     make: Callable[[], torch.Tensor]
@@ -46,7 +45,7 @@ class LazyWeight(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Answer what describes the tensor; compute the values for all else."""
+        """Read properties directly; compute the values for every other function."""
         kwargs = kwargs or {}
         if func in DESCRIBING:
             with torch._C.DisableTorchFunctionSubclass():
@@ -55,7 +54,7 @@ class LazyWeight(torch.Tensor):
         writes = name in ("__set__", "__setitem__") or (name.endswith("_") and not name.endswith("__"))
         if writes and isinstance(written, LazyWeight):
             raise ModelError(
-                "the weight of a compressed layer follows from its parts; dequantize the model to write it"
+                "the weight of a compressed layer is computed from its parts; dequantize the model to write it"
             )
         if func == _DATA:
             weight = args[0]

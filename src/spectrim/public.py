@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 
 class _Lazy(ModuleType):
-    """Some functions are called as the module that they live in, such as ``spectrim.anatomy``.
+    """Some functions have the name of their module, such as ``spectrim.anatomy``.
 
     The import system sets a module as an attribute of its package when it is loaded; here the function keeps the name.
     """

@@ -16,19 +16,19 @@ _MODELS, _QUANTIZERS = "transformers.modeling_utils", "transformers.quantizers"
 
 
 class _AfterImport:
-    """A finder that finds nothing by itself: it lets the others find the module, and registers once that has run."""
+    """Lets the other finders find the module, and registers the format once that has run."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name not in (_MODELS, _QUANTIZERS):
             return None
         others = (finder for finder in sys.meta_path if finder is not self)
-        spec = next((found for finder in others if (found := finder.find_spec(name, path, target))), None)
+        spec = next((candidate for finder in others if (candidate := finder.find_spec(name, path, target))), None)
         if spec is None or spec.loader is None:
             return None
         loader, run = spec.loader, spec.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
-            del loader.exec_module  # the loader is its own self again
+            del loader.exec_module  # the loader's own method again
             run(module)
             if name == _QUANTIZERS and _MODELS in sys.modules:
                 return  # imported by the models, which are not whole yet; their turn comes

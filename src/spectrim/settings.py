@@ -18,15 +18,15 @@ _Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 _Idle = tuple[tuple[str, ...], bool, str]
-"""Names of options, whether they do something, and where they do not."""
+"""Names of options, whether they have an effect, and where they have none."""
 
 
 def _flag(name: str) -> dict[str, Any]:
-    """The flag of an option that is not called as its field."""
+    """For a field whose option has another name."""
     return {"flag": name}
 
 
-class Options(BaseModel):
+class OptionRecord(BaseModel):
     """A record of options; what the command line says of each is in its field."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -55,7 +55,7 @@ class Options(BaseModel):
         return str(extra["flag"]) if isinstance(extra, dict) else f"--{name.replace('_', '-')}"
 
     def check_effect(self, given: Collection[str]) -> None:
-        """UsageError where an option that was given does nothing beside the others."""
+        """UsageError where an option was given that has no effect beside the others."""
         for names, acts, where in self._effects():
             if not acts and (idle := [name for name in names if name in given]):
                 raise UsageError(f"{self.flag(idle[0])} has no effect {where}; leave it out")
@@ -64,7 +64,7 @@ class Options(BaseModel):
         raise NotImplementedError
 
 
-class CalibrationSettings(Options):
+class CalibrationSettings(OptionRecord):
     """What the moments of a calibration depend on beside the model and its samples."""
 
     samples: _Count = Field(default=128, description="Samples of each modality.")
@@ -125,7 +125,7 @@ class CalibrationOptions(CalibrationSettings):
         yield ("curvature_gib", "curvature_passes", "curvature_forms"), self.curvature, "without curvature"
 
 
-class EvaluationSettings(Options):
+class EvaluationSettings(OptionRecord):
     """What the scores of an evaluation depend on beside the models and the samples."""
 
     tasks: tuple[str, ...] = Field(default=TASKS, description="perplexity, vqa, or both with a comma.")
@@ -154,17 +154,17 @@ class EvaluationOptions(EvaluationSettings):
         return EvaluationSettings(**kept | {"stride": self.stride or self.seqlen})
 
     def check_together(self) -> None:
-        """SampleError where options contradict each other, or name tasks that there are not."""
+        """SampleError where options contradict each other or name unknown tasks."""
         if not self.tasks:
-            raise SampleError(f"No evaluation task is named; choose from {', '.join(TASKS)}.")
+            raise SampleError(f"no evaluation task is named; choose from {', '.join(TASKS)}")
         for number, task in enumerate(self.tasks):
             if task not in TASKS:
-                raise SampleError(f"There is no evaluation task '{task}'; choose from {', '.join(TASKS)}.")
+                raise SampleError(f"there is no evaluation task '{task}'; choose from {', '.join(TASKS)}")
             if task in self.tasks[:number]:
-                raise SampleError(f"The evaluation task '{task}' is named twice; name each once.")
+                raise SampleError(f"the evaluation task '{task}' is named twice; name each once")
         if self.stride is not None and self.stride > self.seqlen:
             raise SampleError(
-                f"stride must lie between 1 and seqlen, but stride is {self.stride} and seqlen is {self.seqlen}."
+                f"stride must lie between 1 and seqlen, but stride is {self.stride} and seqlen is {self.seqlen}"
             )
 
     def _effects(self) -> Iterator[_Idle]:

@@ -1,6 +1,6 @@
-"""Which linears a model uses as matrices, past their own forward: Mamba's time-step projection, fused kernels, ties.
+"""Which weights a model uses outside their linear's forward: Mamba's time-step projection, fused kernels, ties.
 
-Factors answer such a read with a product that is computed anew every time (see `lazy`), which is right and slow, and no
+A factored layer would compute the whole matrix for each such read (see `lazy`), which is right and slow, and no
 statistics of inputs are gathered there: these linears are kept dense.
 """
 
@@ -24,21 +24,21 @@ logger = logging.getLogger("spectrim")
 
 _TOKENS = 3
 
-# What was found in models that live: a forward may change a model so that the next one finds less (RWKV rescales once).
+# Results by model, while it exists: a forward may change a model so that the next one finds less (RWKV rescales once).
 _known: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 
 @torch.no_grad()
 def used_outside(model: PreTrainedModel, names: Collection[str]) -> set[str]:
-    """Those linears whose matrix one forward pass over a few tokens uses while their own forward does not run.
+    """Linears whose weight one forward pass over a few tokens uses outside their own forward.
 
-    Reads of a weight's shape, dtype or device do not count. What these tokens do not reach is not found. A model that
-    does not run on tokens alone (or not on the meta device, where it is) is one line of logging.
+    Reads of a weight's shape, dtype or device do not count. What these tokens do not reach is not found. For a model
+    that does not run on tokens alone (or not on the meta device, if it is there) the error is logged.
     """
     if model in _known:
         return _known[model] & set(names)
     linears = {name: model.get_submodule(name) for name in names}
-    watch = _Watch({id(linear.weight): name for name, linear in linears.items()})
+    watch = _WeightUses({id(linear.weight): name for name, linear in linears.items()})
     with quiet(model), watch.running(linears):
         try:
             inputs = few_tokens(model, _TOKENS)
@@ -52,14 +52,14 @@ def used_outside(model: PreTrainedModel, names: Collection[str]) -> set[str]:
 
 def few_tokens(model: PreTrainedModel, count: int) -> dict[str, torch.Tensor]:
     """Inputs [1, count] of a forward pass that needs no sample: token ids, of a decoder beside its encoder, too."""
-    found = {name: value[:1, :count].to(model.device) for name, value in model.dummy_inputs.items()}
-    if getattr(model.config, "is_encoder_decoder", False) and "input_ids" in found:
-        found.setdefault("decoder_input_ids", found["input_ids"])
-    return found
+    inputs = {name: value[:1, :count].to(model.device) for name, value in model.dummy_inputs.items()}
+    if getattr(model.config, "is_encoder_decoder", False) and "input_ids" in inputs:
+        inputs.setdefault("decoder_input_ids", inputs["input_ids"])
+    return inputs
 
 
-class _Watch(TorchFunctionMode):
-    """Notes every function that gets the weight of a linear, by id, whose own forward is not running."""
+class _WeightUses(TorchFunctionMode):
+    """Records which weights, known by id, functions get while the linear's own forward is not running."""
 
     def __init__(self, weights: dict[int, str]) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class _Watch(TorchFunctionMode):
 
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode inside the block, without warnings, and with random numbers that leave those after it."""
+    """The model in eval mode inside the block, without warnings, and without an effect on later random numbers."""
     training = [module for module in model.modules() if module.training]
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
     model.eval()

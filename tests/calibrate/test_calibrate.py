@@ -11,7 +11,7 @@ from helpers.calibrated import record_inputs, tiny
 from helpers.samples import calibrated_windows, llava_processor, noise, word_tokenizer
 from spectrim.anatomy import anatomy
 from spectrim.calibrate import calibrate, hooks
-from spectrim.calibrate.forms import Form
+from spectrim.calibrate.forms import CurvatureForm
 from spectrim.calibrate.gradients import GradientWatch
 from spectrim.calibrate.moments import Sums
 from spectrim.calibrate.passes import prepared, run_batch
@@ -227,7 +227,7 @@ def test_a_linear_that_runs_twice_is_one_gradient():
     gradient, expected = model.a.weight.grad, sum(g.T @ g for g in calls)
     model.requires_grad_(False)
     everything, linear = Positions((1, 4), None, None, 0), anatomy(model).linears[0]
-    with GradientWatch({linear: model.a}, sums, everything, {"a": Form("full")}, fisher=1.0) as watch:
+    with GradientWatch({linear: model.a}, sums, everything, {"a": CurvatureForm("full")}, fisher=1.0) as watch:
         model(x).square().sum().backward()
     watch.finish("sample")
     torch.testing.assert_close(sums.fisher["a"], gradient.square().sum(0))

@@ -182,9 +182,9 @@ def test_damaged_directories_are_refused(words, tmp_path, damage, message):
 
 def test_unknown_linears_are_refused(words, tmp_path):
     statistics = calibrate(tiny("llama"), tmp_path / "s", **llama_options(words))
-    with pytest.raises(StatisticsError, match=r"know no linear model\.layers\.9"):
+    with pytest.raises(StatisticsError, match=r"have no linear model\.layers\.9"):
         statistics.moment("model.layers.9", "text")
-    with pytest.raises(StatisticsError, match=r"know no linear model\.layers\.9"):
+    with pytest.raises(StatisticsError, match=r"have no linear model\.layers\.9"):
         statistics.gradient("model.layers.9", "text")
     with pytest.raises(StatisticsError, match="holds no manifest"):
         Statistics.open(tmp_path / "nowhere")

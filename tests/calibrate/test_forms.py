@@ -13,7 +13,7 @@ from helpers.matrices import normal
 from helpers.samples import word_tokenizer
 from spectrim.anatomy import anatomy
 from spectrim.calibrate import Statistics, calibrate
-from spectrim.calibrate.forms import SKETCH, Form, choose_forms
+from spectrim.calibrate.forms import SKETCH, CurvatureForm, choose_forms
 from spectrim.calibrate.moments import OutputSum
 from spectrim.errors import ModelError, RecipeError
 from spectrim.linear import Linear
@@ -56,12 +56,12 @@ def test_forms_fit_the_limit(linears, passes, share):
     for group in groups:
         assert sum(forms[x.name].nbytes(x.out_features) for x in group) <= limit
     if most <= limit:
-        assert set(forms.values()) == {Form("full")}
+        assert set(forms.values()) == {CurvatureForm("full")}
         assert len(groups) == 1
     for x in linears:
-        middle = [Form("blocks", x.out_features // x.heads)] if x.heads else []
-        middle += [Form("sketch", SKETCH)] if not x.heads and x.out_features > 2 * SKETCH else []
-        assert forms[x.name] in [Form("full"), *middle, Form("diagonal")]
+        middle = [CurvatureForm("blocks", x.out_features // x.heads)] if x.heads else []
+        middle += [CurvatureForm("sketch", SKETCH)] if not x.heads and x.out_features > 2 * SKETCH else []
+        assert forms[x.name] in [CurvatureForm("full"), *middle, CurvatureForm("diagonal")]
     # The largest go down first, and equals go together.
     reduced = [exact(x) for x in linears if forms[x.name].kind != "full"]
     whole = [exact(x) for x in linears if forms[x.name].kind == "full"]
@@ -71,19 +71,19 @@ def test_forms_fit_the_limit(linears, passes, share):
 def test_the_ladder_goes_down_one_rung_at_a_time():
     linears = [one(0, 64, 4), one(1, 1024), one(2, 64, 4)]
     sizes = {
-        Form("full"): (8 * 64 * 64, 8 * 1024 * 1024),
+        CurvatureForm("full"): (8 * 64 * 64, 8 * 1024 * 1024),
         "middle": (8 * 64 * 16, 8 * 1024 * (SKETCH + 1)),
-        Form("diagonal"): (8 * 64, 8 * 1024),
+        CurvatureForm("diagonal"): (8 * 64, 8 * 1024),
     }
     (q, up), (q_blocks, up_sketch), (q_least, up_least) = sizes.values()
-    blocks, sketch = Form("blocks", 16), Form("sketch", SKETCH)
+    blocks, sketch = CurvatureForm("blocks", 16), CurvatureForm("sketch", SKETCH)
     for limit, expected in [
-        (2 * q + up, (Form("full"), Form("full"))),
-        (2 * q + up - 1, (Form("full"), sketch)),
-        (2 * q + up_sketch - 1, (Form("full"), Form("diagonal"))),
-        (2 * q + up_least - 1, (blocks, Form("diagonal"))),
-        (2 * q_blocks + up_least - 1, (Form("diagonal"), Form("diagonal"))),
-        (2 * q_least + up_least, (Form("diagonal"), Form("diagonal"))),
+        (2 * q + up, (CurvatureForm("full"), CurvatureForm("full"))),
+        (2 * q + up - 1, (CurvatureForm("full"), sketch)),
+        (2 * q + up_sketch - 1, (CurvatureForm("full"), CurvatureForm("diagonal"))),
+        (2 * q + up_least - 1, (blocks, CurvatureForm("diagonal"))),
+        (2 * q_blocks + up_least - 1, (CurvatureForm("diagonal"), CurvatureForm("diagonal"))),
+        (2 * q_least + up_least, (CurvatureForm("diagonal"), CurvatureForm("diagonal"))),
     ]:
         forms, _ = choose_forms(linears, limit)
         assert (forms["l0"], forms["l1"], forms["l2"]) == (expected[0], expected[1], expected[0])
@@ -94,19 +94,19 @@ def test_the_ladder_goes_down_one_rung_at_a_time():
 def test_passes_instead_of_smaller_forms():
     linears = [one(number, 64) for number in range(6)]
     forms, groups = choose_forms(linears, 2 * exact(linears[0]), passes=3)
-    assert set(forms.values()) == {Form("full")}
+    assert set(forms.values()) == {CurvatureForm("full")}
     assert [len(group) for group in groups] == [2, 2, 2]
     forms, groups = choose_forms(linears, 2 * exact(linears[0]), passes=2)
-    assert set(forms.values()) == {Form("diagonal")}
+    assert set(forms.values()) == {CurvatureForm("diagonal")}
     assert len(groups) == 1
 
 
 def test_wanted_forms_are_obeyed():
     linears = [one(0, 64, 4), one(1, 96, role="gate"), one(2, 96)]
     forms, _ = choose_forms(linears, 10**9, wanted={"gate": "sketch:7", "q": "blocks:32"})
-    assert forms == {"l0": Form("blocks", 32), "l1": Form("sketch", 7), "l2": Form("full")}
+    assert forms == {"l0": CurvatureForm("blocks", 32), "l1": CurvatureForm("sketch", 7), "l2": CurvatureForm("full")}
     forms, _ = choose_forms(linears, exact(linears[1]) + 8 * 64 + 8 * 96, wanted={"gate": "full"})
-    assert forms == {"l0": Form("diagonal"), "l1": Form("full"), "l2": Form("diagonal")}
+    assert forms == {"l0": CurvatureForm("diagonal"), "l1": CurvatureForm("full"), "l2": CurvatureForm("diagonal")}
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_strange_forms_are_refused(wanted, message):
 
 @pytest.mark.parametrize("text", ["full", "diagonal", "blocks:64", "sketch:256"])
 def test_forms_are_written_as_they_are_read(text):
-    form = Form.read(text)
+    form = CurvatureForm.read(text)
     assert str(form) == text
     total = OutputSum.zero(form, 256, 1, CPU)
     assert {name: tuple(value.shape) for name, value in total.sums.items()} == form.shapes(256)
@@ -183,7 +183,7 @@ def test_several_passes_give_the_sums_of_one(words, tmp_path):
     assert len(passes.manifest.groups) == 2
     for x in linears:
         a, b = whole.output(x.name, "text"), passes.output(x.name, "text")
-        assert (a.form, a.count, a.labels) == (b.form, b.count, b.labels) == (Form("full"), 40, 36)
+        assert (a.form, a.count, a.labels) == (b.form, b.count, b.labels) == (CurvatureForm("full"), 40, 36)
         assert torch.equal(a.sums["output"], b.sums["output"])
         assert torch.equal(a.traces, b.traces)
         assert torch.equal(whole.gradient(x.name, "text").fisher_cols, passes.gradient(x.name, "text").fisher_cols)

@@ -18,7 +18,7 @@ from spectrim.anatomy import anatomy
 from spectrim.calibrate import Statistics, calibrate
 from spectrim.calibrate.manifest import MANIFEST, Gathered
 from spectrim.calibrate.moments import Sums
-from spectrim.calibrate.snapshot import Store
+from spectrim.calibrate.snapshot import SnapshotStore
 from spectrim.errors import NumericalError, SampleError, StatisticsError
 from spectrim.pipeline import compress, compression
 
@@ -133,12 +133,12 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "stranger": (
         lambda d: gathered(d, lambda text: text["counts"].update(attic=3)),
-        r"is damaged \(attic is in a part",
+        r"is damaged \(attic is missing from a part",
     ),
     "lost owner": (lambda d: gathered(d, lambda text: text["owners"].update({LINEAR: "attic"})), r"is damaged \(attic"),
     "lost unit": (
         lambda d: sealed(d, lambda content: content["gathered"].pop("text")),
-        r"is damaged \(text is in a part",
+        r"is damaged \(text is missing from a part",
     ),
     "form": (lambda d: sealed(d, lambda content: content["forms"].update({LINEAR: "round"})), "'round' is no form"),
     "parameter": (
@@ -290,7 +290,10 @@ def test_a_moment_over_no_position_is_none(statistics, tmp_path):
     """As where all positions of a linear are padding; what was written opens again."""
     manifest = Statistics.open(statistics).manifest
     fresh = {"gathered": {unit: Gathered() for unit in manifest.gathered}, "complete": False}
-    store, sums = Store(tmp_path / "new", manifest.model_copy(update=fresh)), Sums(torch.device("cpu"), batches=1)
+    store, sums = (
+        SnapshotStore(tmp_path / "new", manifest.model_copy(update=fresh)),
+        Sums(torch.device("cpu"), batches=1),
+    )
     width = anatomy(tiny("llama")).linear(LINEAR).in_features
     sums.owners[LINEAR] = LINEAR
     sums.moment(LINEAR, width)

@@ -219,9 +219,10 @@ def test_a_directory_that_is_no_model_is_an_error(tmp_path: Path) -> None:
         load(tmp_path)
     with pytest.raises(CheckpointError, match="cannot be read"):
         read_provenance(tmp_path)
-    (tmp_path / "spectrim.json").write_text("[]")
-    with pytest.raises(CheckpointError, match="not a record"):
-        read_provenance(tmp_path)
+    for content, message in (("[]", "not a JSON object"), ("{}", "not a record")):
+        (tmp_path / "spectrim.json").write_text(content)
+        with pytest.raises(CheckpointError, match=message):
+            read_provenance(tmp_path)
 
 
 def test_a_hub_id_is_a_source_like_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

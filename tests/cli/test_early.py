@@ -259,7 +259,7 @@ def test_a_home_that_nobody_has_is_one_sentence(capsys, no_models):
         ["demo", "-o", "~nobody-has-it"],
     ):
         code, _, err = run(capsys, *arguments)
-        assert (code, "is the home of nobody" in err) == (2, True), err
+        assert (code, "is no user's home" in err) == (2, True), err
 
 
 def test_a_name_that_is_too_long_is_one_sentence(no_models, tmp_path):

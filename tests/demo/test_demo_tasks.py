@@ -166,11 +166,11 @@ def test_no_answer_is_right_most_of_the_time(task):
 
 
 def test_what_does_not_exist_is_named():
-    with pytest.raises(SampleError, match="No built-in task is called 'smell'; choose from colour"):
+    with pytest.raises(SampleError, match="no built-in task is called 'smell'; choose from colour"):
         questions("smell", "test", 1)
-    with pytest.raises(SampleError, match="No split is called 'tests'"):
+    with pytest.raises(SampleError, match="no split is called 'tests'"):
         questions("colour", "tests", 1)
-    with pytest.raises(SampleError, match="No split is called 'test'"):
+    with pytest.raises(SampleError, match="no split is called 'test'"):
         text.split_text("test")
 
 

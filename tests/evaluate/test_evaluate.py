@@ -20,7 +20,7 @@ from spectrim.checkpoint import save
 from spectrim.errors import CheckpointError, NumericalError, SampleError
 from spectrim.evaluate import (
     EvaluationReport,
-    ImageQuestion,
+    Question,
     evaluate,
     normalise,
     paired_difference,
@@ -146,7 +146,7 @@ def test_perplexity_refuses_what_it_cannot_score(llama: LlamaForCausalLM) -> Non
 # Visual question answering
 
 
-def one_at_a_time(model: LlavaForConditionalGeneration, processor: LlavaProcessor, asked: ImageQuestion) -> str:
+def one_at_a_time(model: LlavaForConditionalGeneration, processor: LlavaProcessor, asked: Question) -> str:
     """Greedy answer by whole forward passes: no batch, no padding, no cache, no generate()."""
     prompt = f"<s>{'<image>' * 4}{asked.question} => "
     ids = processor.tokenizer(prompt, add_special_tokens=False)["input_ids"]
@@ -186,7 +186,7 @@ def test_sampling_settings_of_the_checkpoint_do_not_apply(processor: LlavaProces
 
 def test_non_finite_logits_name_the_question(processor: LlavaProcessor) -> None:
     model, questions = make_llava(), make_questions()
-    odd = ImageQuestion("colour", questions[0].image, "Which ZZ is it?", "one")
+    odd = Question("colour", questions[0].image, "Which ZZ is it?", "one")
     model.get_input_embeddings().weight.data[processor.tokenizer("Z", add_special_tokens=False)["input_ids"]] = math.nan
     with pytest.raises(NumericalError, match="'Which ZZ is it\\?' are not finite at generated token 0"):
         vqa(model, processor, [*questions, odd])
@@ -199,7 +199,7 @@ def test_non_finite_logits_name_the_question(processor: LlavaProcessor) -> None:
 # Directories
 
 
-def write_questions(folder: Path, questions: list[ImageQuestion], answers: list[str]) -> Path:
+def write_questions(folder: Path, questions: list[Question], answers: list[str]) -> Path:
     (folder / "pictures").mkdir(parents=True)
     lines = []
     for number, (q, answer) in enumerate(zip(questions, answers, strict=True)):
@@ -309,7 +309,7 @@ def test_text_only_model(tmp_path: Path) -> None:
 
 
 def test_evaluate_refuses_bad_input_before_it_loads(directories: list[Path], tmp_path: Path) -> None:
-    for tasks, message in ((["speed"], "'speed'"), ([], "No evaluation task"), (["vqa", "vqa"], "named twice")):
+    for tasks, message in ((["speed"], "'speed'"), ([], "no evaluation task"), (["vqa", "vqa"], "named twice")):
         with pytest.raises(SampleError, match=message):
             evaluate(directories, tasks=tasks)
     for paths, message in (([tmp_path], r"config\.json"), ([directories[0]] * 2, "twice"), ([], "at least one")):

@@ -14,7 +14,7 @@ from PIL import Image
 from spectrim.demo.tasks import TASKS
 from spectrim.errors import CheckpointError, SampleError
 from spectrim.evaluate import (
-    ImageQuestion,
+    Question,
     load_questions,
     mcnemar,
     normalise,
@@ -51,8 +51,8 @@ def test_normalisation() -> None:
 images = st.builds(lambda grey: Image.new("RGB", (2, 2), (grey, 0, 0)), st.integers(0, 5))
 
 
-@given(st.lists(st.builds(ImageQuestion, st.sampled_from("ab"), images, st.text(), st.text()), min_size=1, max_size=30))
-def test_blind_questions_swap_every_image_inside_its_task(questions: list[ImageQuestion]) -> None:
+@given(st.lists(st.builds(Question, st.sampled_from("ab"), images, st.text(), st.text()), min_size=1, max_size=30))
+def test_blind_questions_swap_every_image_inside_its_task(questions: list[Question]) -> None:
     pixels = {task: sorted(q.image.tobytes() for q in questions if q.task == task) for task in "ab"}
     if any(2 * p.count(most) > len(p) for p in pixels.values() for most in p):
         with pytest.raises(SampleError, match="share one image"):

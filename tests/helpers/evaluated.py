@@ -14,7 +14,7 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from spectrim.evaluate import ImageQuestion
+from spectrim.evaluate import Question
 
 TEXT = "Sight and language share one budget; naïve rules spend it on one of them – and the other goes blind. " * 3
 
@@ -82,10 +82,10 @@ def make_processor() -> LlavaProcessor:
     )
 
 
-def make_questions() -> list[ImageQuestion]:
+def make_questions() -> list[Question]:
     texts = {"colour": "Which colour is it?", "count": "How many shapes are there in the picture, all in all?"}
     return [
-        ImageQuestion(task, Image.new("RGB", (40, 30), colour), text, "one")
+        Question(task, Image.new("RGB", (40, 30), colour), text, "one")
         for colour in COLOURS
         for task, text in texts.items()
     ]

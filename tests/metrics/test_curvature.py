@@ -11,7 +11,7 @@ from torch.nn import functional
 import families
 from curvatures import (
     CPU,
-    Stub,
+    CurvatureStub,
     by_autograd,
     curvature,
     gather,
@@ -25,7 +25,7 @@ from curvatures import (
 from helpers.matrices import normal
 from spectrim.anatomy import anatomy
 from spectrim.calibrate import OutputMoment
-from spectrim.calibrate.forms import Form
+from spectrim.calibrate.forms import CurvatureForm
 from spectrim.calibrate.labels import Labelled
 from spectrim.calibrate.moments import OutputSum
 from spectrim.errors import NumericalError, RecipeError
@@ -80,7 +80,7 @@ def test_sums_are_those_of_autograd(family):
 def test_trace_by_sequence_is_the_norm_of_the_gradient_of_the_weight(positions, heads):
     """Few positions go by the products of pairs of positions, many by the gradient of the weight."""
     g, x = normal(positions, 12), normal(positions, 10, seed=1)
-    total = OutputSum.zero(Form("diagonal"), 12, heads, CPU)
+    total = OutputSum.zero(CurvatureForm("diagonal"), 12, heads, CPU)
     total.add(g, x)
     gradient = torch.einsum("po,pi->oi", g, x)
     torch.testing.assert_close(total.traces[1], torch.stack([rows.square().sum() for rows in gradient.chunk(heads)]))
@@ -118,7 +118,7 @@ def test_kfac_is_the_fisher_where_inputs_and_gradients_are_independent(hidden, e
         found = sums.outputs[one.name]
         output = OutputMoment(found.form, found.sums, found.traces, found.count, sums.labels)
         moment = input_moment(torch.cat([sample[one.name][1] for sample in expected]))
-        metric = layer_metric(curvature(eta=eta), one, Stub({"text": moment}, {"text": output}))
+        metric = layer_metric(curvature(eta=eta), one, CurvatureStub({"text": moment}, {"text": output}))
         for seed in range(3):
             D = normal(one.out_features, one.in_features, seed=seed)
             assert predicted(metric, D) == pytest.approx(float(D.flatten() @ F @ D.flatten()) / 2, rel=1e-6)
@@ -144,7 +144,7 @@ def test_what_no_gradient_reaches_costs_nothing():
     one, D = linear(4, 3), normal(4, 3)
     X = normal(20, 3)
     for outputs in ({}, {"text": output_moment([(torch.zeros(20, 4), X.float())], 5)}):
-        metric = layer_metric(curvature(eta="sequence"), one, Stub({"text": input_moment(X)}, outputs))
+        metric = layer_metric(curvature(eta="sequence"), one, CurvatureStub({"text": input_moment(X)}, outputs))
         assert predicted(metric, D) == 0
         spectrum = decompose(D, metric.value, metric.output)
         torch.testing.assert_close(spectrum.s, decompose(D, metric.value).s)
@@ -166,7 +166,7 @@ def both(labels=(30, 7), form="full", heads=1, out=8, size=5):
     drawn = {"text": samples(out, size, 4, 9, 1), "image": samples(out, size, 3, 14, 2, scale=20.0)}
     moments = {modality: input_moment(torch.cat([x for _, x in pairs])) for modality, pairs in drawn.items()}
     outputs = {m: output_moment(pairs, n, form, heads) for (m, pairs), n in zip(drawn.items(), labels, strict=True)}
-    return Stub(moments, outputs), drawn
+    return CurvatureStub(moments, outputs), drawn
 
 
 @pytest.mark.parametrize("modality", ["text", "image"])
@@ -226,7 +226,7 @@ def test_the_joint_prediction_adds_up_where_modalities_agree(beta, gamma, price,
     moments = {"text": input_moment(x), "image": input_moment(7 * x.repeat(3, 1))}
     outputs = {"text": output_moment([(g, x)], 24, heads=heads)}
     outputs["image"] = output_moment([(0.01 * g.repeat(3, 1), 7 * x.repeat(3, 1))], 5, heads=heads)
-    statistics, one = Stub(moments, outputs), linear(6, 4, heads=heads)
+    statistics, one = CurvatureStub(moments, outputs), linear(6, 4, heads=heads)
     options = {"per_head": True, "beta": beta, "gamma": gamma}
     alone, other = (layer_metric(curvature(modality=m, **options), one, statistics) for m in ("text", "image"))
     joint, dear = (

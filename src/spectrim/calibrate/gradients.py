@@ -11,12 +11,12 @@ from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from spectrim.calibrate.forms import Form
+from spectrim.calibrate.forms import CurvatureForm
 from spectrim.calibrate.hooks import Hooked, given
 from spectrim.calibrate.labels import Labelled
 from spectrim.calibrate.moments import Sums
 from spectrim.calibrate.positions import Positions, positions
-from spectrim.errors import ModelError
+from spectrim.errors import ModelError, first_line
 from spectrim.linear import Linear
 from spectrim.maths.roots import wide
 
@@ -42,7 +42,7 @@ class GradientWatch(Hooked):
         modules: Mapping[Linear, nn.Module],
         sums: Sums,
         counted: Positions,
-        forms: Mapping[str, Form],
+        forms: Mapping[str, CurvatureForm],
         fisher: float | None,
         copied: Collection[str] = (),
     ) -> None:
@@ -57,17 +57,17 @@ class GradientWatch(Hooked):
     def _hook(self, linear: Linear, module: nn.Module) -> RemovableHandle:
         return module.register_forward_hook(partial(self._after, linear), with_kwargs=True)
 
-    def finish(self, what: str) -> None:
+    def finish(self, where: str) -> None:
         """Add the gradients of linears that ran several times; then as :meth:`Hooked.finish`."""
         for linear, parts in self._waiting.items():
             self._add(linear, torch.cat([g for g, _ in parts]), torch.cat([x for _, x in parts]))
-        super().finish(what)
+        super().finish(where)
 
     def written(self) -> set[str]:
         """Linears whose input or output the model has written into since; asked once, between the two passes."""
-        found = {name for name, seen, version in self._seen if seen._version != version}
+        written = {name for name, seen, version in self._seen if seen._version != version}
         self._seen.clear()
-        return found
+        return written
 
     def _after(
         self,
@@ -111,7 +111,7 @@ def run_gradients(
     modules: Mapping[Linear, nn.Module],
     sample: Labelled,
     sums: Sums,
-    forms: Mapping[str, Form],
+    forms: Mapping[str, CurvatureForm],
     *,
     fisher: bool,
 ) -> None:
@@ -148,7 +148,7 @@ def run_gradients(
             raise
         except RuntimeError as error:  # a part that knows no derivative, or that wrote into what its own needs
             raise ModelError(
-                f"{type(model).__name__} cannot be differentiated ({str(error).splitlines()[0]}); choose a recipe that "
+                f"{type(model).__name__} cannot be differentiated ({first_line(error)}); choose a recipe that "
                 "needs no gradients, such as jw-svd"
             ) from error
     watch.finish(f"{sample.modality} sample {sums.batches + 1} (gradients)")

@@ -23,7 +23,7 @@ def given(args: tuple[torch.Tensor, ...], kwargs: Mapping[str, Any]) -> torch.Te
 
 
 @dataclass(frozen=True)
-class _Reading:
+class _LastInput:
     """The input that the last linear read, held so that no other tensor can take its memory meanwhile."""
 
     owner: str
@@ -58,16 +58,16 @@ class Hooked:
         for handle in self._handles:
             handle.remove()
 
-    def finish(self, what: str) -> None:
+    def finish(self, where: str) -> None:
         """Close a batch or a sample after its last pass.
 
         Raises:
-            NumericalError: something was NaN or infinite; names the first such linear and ``what``.
+            NumericalError: something was NaN or infinite; names the first such linear and ``where``.
         """
         for name, finite in self._finite:  # read only now, so that the host never waits for the device inside a pass
             if not finite:
                 raise NumericalError(
-                    f"NaN or infinity in {name} at {what}; check the weights, or load the model in bfloat16 or float32"
+                    f"NaN or infinity in {name} at {where}; check the weights, or load the model in bfloat16 or float32"
                 )
 
 
@@ -86,7 +86,7 @@ class Watch(Hooked):
     def __init__(self, modules: Mapping[Linear, nn.Module], sums: Sums, counted: Positions) -> None:
         super().__init__(modules)
         self._sums, self._counted = sums, counted
-        self._last: _Reading | None = None
+        self._last: _LastInput | None = None
 
     def _hook(self, linear: Linear, module: nn.Module) -> RemovableHandle:
         return module.register_forward_pre_hook(partial(self._before, linear), with_kwargs=True)
@@ -109,5 +109,5 @@ class Watch(Hooked):
                 f"{name} read the same input as {owner} in the first batch and another one now, so that they cannot "
                 "share a moment; report this model"
             )
-        self._last = _Reading(owner, x, x._version)
+        self._last = _LastInput(owner, x, x._version)
         return owner

@@ -77,17 +77,17 @@ def labelled_samples(
 
 def _end(model: PreTrainedModel) -> list[int]:
     """Tokens that end an answer."""
-    found: Any = getattr(model.generation_config, "eos_token_id", None)
-    return [] if found is None else [found] if isinstance(found, int) else list(found)
+    token: Any = getattr(model.generation_config, "eos_token_id", None)
+    return [] if token is None else [token] if isinstance(token, int) else list(token)
 
 
 def _answer(
     model: PreTrainedModel, data: Data, batch: Batch, inputs: dict[str, torch.Tensor], limit: int, draw: int
 ) -> torch.Tensor:
     """Token ids [n], n ≥ 1, of the sample's answer with its end, or of one drawn from the model."""
-    if (given := batch.answers[0]) is not None:
+    if (answer := batch.answers[0]) is not None:
         tokenizer: Any = getattr(data.processor, "tokenizer", None)
-        ids = tokenizer(given, add_special_tokens=False)["input_ids"] + _end(model)[:1]
+        ids = tokenizer(answer, add_special_tokens=False)["input_ids"] + _end(model)[:1]
         if not ids:
             raise SampleError("an image sample has an empty answer; write one, or leave the answer out")
         return torch.tensor(ids, device=model.device)

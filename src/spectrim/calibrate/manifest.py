@@ -15,7 +15,7 @@ from pydantic import (
     ValidationError,
 )
 
-from spectrim.calibrate.forms import Form
+from spectrim.calibrate.forms import CurvatureForm
 from spectrim.errors import RecipeError, StatisticsError
 from spectrim.files import parse_json
 from spectrim.samples import Modality
@@ -26,11 +26,11 @@ FORMAT: Literal["spectrim-statistics"] = "spectrim-statistics"
 VERSION: Literal[3] = 3
 
 
-class _Part(BaseModel):
+class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class ModelPrint(_Part):
+class ModelPrint(_Record):
     """What makes a model this model: a digest of its config, and shape, dtype and digest of each parameter."""
 
     config: str
@@ -50,7 +50,7 @@ class ModelPrint(_Part):
         return None if self.config == other.config else "their configs differ"
 
 
-class DataPrint(_Part):
+class DataPrint(_Record):
     """The samples: where they came from, and SHA-256 of what was used."""
 
     text: str | None
@@ -64,7 +64,7 @@ class DataPrint(_Part):
         return tuple(modality for modality, source in sources.items() if source is not None)
 
 
-class TensorFile(_Part):
+class TensorFile(_Record):
     """A safetensors file of one block, beside the manifest and nowhere else."""
 
     name: str = Field(pattern=r"^[^/\\.][^/\\]*\.safetensors$")
@@ -72,8 +72,8 @@ class TensorFile(_Part):
     sha256: str
 
 
-class Gathered(_Part):
-    """One unit: how far, which linear has whose moment, and where the moments are."""
+class Gathered(_Record):
+    """The state of one unit: how far it is, which linear uses whose moment, and the files of moments."""
 
     batches: NonNegativeInt = 0  # gathered so far
     samples: NonNegativeInt = 0
@@ -85,7 +85,7 @@ class Gathered(_Part):
     files: dict[str, TensorFile] = {}  # by block; "other" outside blocks
 
 
-class Unit(_Part):
+class CalibrationUnit(_Record):
     """A part of a calibration that is gathered and kept by itself: one modality, forward only or a gradient pass."""
 
     modality: Modality
@@ -100,11 +100,11 @@ class Unit(_Part):
 
     @property
     def words(self) -> str:
-        """What its samples are, for messages."""
+        """A description of its samples, for messages."""
         return f"{self.modality} samples{' with gradients' if self.gradients else ''}"
 
 
-class Manifest(_Part):
+class Manifest(_Record):
     """The whole directory. A file that it does not name is no part of the statistics."""
 
     format: Literal["spectrim-statistics"] = FORMAT
@@ -122,7 +122,7 @@ class Manifest(_Part):
     gathered: dict[str, Gathered]  # by unit
 
     def _lost(self) -> str | None:
-        """A name in it that leads nowhere; None where all lead somewhere."""
+        """A name that is missing from a part of the manifest that must have it; None where all is consistent."""
         lost = self.gathered.keys() ^ {unit.name for unit in self.units}
         lost |= {name for name in self.blocks if f"{name}.weight" not in self.model.tensors}
         for gathered in self.gathered.values():
@@ -134,21 +134,21 @@ class Manifest(_Part):
         return min(lost, default=None)
 
     @property
-    def output_forms(self) -> dict[str, Form]:
-        """``forms``, read."""
-        return {name: Form.read(form) for name, form in self.forms.items()}
+    def output_forms(self) -> dict[str, CurvatureForm]:
+        """``forms`` as objects."""
+        return {name: CurvatureForm.read(form) for name, form in self.forms.items()}
 
     @property
-    def units(self) -> tuple[Unit, ...]:
+    def units(self) -> tuple[CalibrationUnit, ...]:
         """What is gathered, in order: forward passes, then gradient passes."""
         modalities = self.data.modalities
-        found = [Unit(modality=m, gradients=False) for m in modalities]
+        units = [CalibrationUnit(modality=m, gradients=False) for m in modalities]
         if self.settings.curvature:
             groups = [None] if len(self.groups) == 1 else list(range(len(self.groups)))
-            found += [Unit(modality=m, gradients=True, group=group) for m in modalities for group in groups]
+            units += [CalibrationUnit(modality=m, gradients=True, group=group) for m in modalities for group in groups]
         elif self.settings.gradients and "text" in modalities:
-            found.append(Unit(modality="text", gradients=True))
-        return tuple(found)
+            units.append(CalibrationUnit(modality="text", gradients=True))
+        return tuple(units)
 
     def json(self) -> bytes:  # type: ignore[override]
         """The content of the file; its last entry is the digest of all others."""
@@ -182,18 +182,18 @@ class Manifest(_Part):
             )
         digest = content.pop("digest", None)
         try:
-            found = cls.model_validate(content)
-            _ = found.output_forms
+            manifest = cls.model_validate(content)
+            _ = manifest.output_forms
         except RecipeError as error:
             raise StatisticsError(f"{path} is damaged ({error}); {again}") from error
         except ValidationError as error:
             where = ".".join(map(str, error.errors()[0]["loc"]))
             raise StatisticsError(f"{path} is damaged at '{where}' ({error.errors()[0]['msg']}); {again}") from error
-        if (lost := found._lost()) is not None:
-            raise StatisticsError(f"{path} is damaged ({lost} is in a part of it only); {again}")
+        if (lost := manifest._lost()) is not None:
+            raise StatisticsError(f"{path} is damaged ({lost} is missing from a part of it); {again}")
         if digest != _digest(content):
             raise StatisticsError(f"{path} has changed since it was written; restore it, or {again}")
-        return found
+        return manifest
 
     def check_fits(self, wanted: "Manifest", directory: Path) -> None:
         """Refuse to continue with another model, other data or other settings.

@@ -5,7 +5,7 @@ from functools import cache
 
 import torch
 
-from spectrim.calibrate.forms import Form
+from spectrim.calibrate.forms import CurvatureForm
 from spectrim.linear import Linear
 from spectrim.maths.roots import wide
 
@@ -21,7 +21,7 @@ class Moment:
 
 @dataclass(frozen=True)
 class GradMoment:
-    """Sums over samples of what the gradient of a sample's loss says about one weight.
+    """Sums over samples of squared gradients of the loss by one weight.
 
     ``fisher_cols`` is the diagonal empirical Fisher of the weight, summed over its rows: with a sample's loss L (mean
     next-token cross-entropy), Σ_samples Σ_out (∂L/∂W)². It is the importance of FWSVD, Hsu et al., "Language model
@@ -41,8 +41,8 @@ class OutputMoment:
     positions of one; Σ ‖g‖²; Σ ‖x‖². The first two, divided by the labels, are tr F by token and by sequence.
     """
 
-    form: Form
-    sums: dict[str, torch.Tensor]  # float64, by Form.shapes
+    form: CurvatureForm
+    sums: dict[str, torch.Tensor]  # float64, by CurvatureForm.shapes
     traces: torch.Tensor
     count: int  # positions
     labels: int  # labelled tokens
@@ -58,7 +58,7 @@ class MomentSum:
 
     @classmethod
     def zero(cls, width: int, home: torch.device) -> "MomentSum":
-        """Zero sums, on the device ``home``."""
+        """Zero sums on the device ``home``."""
         second = torch.zeros(width, width, dtype=torch.float64, device=home)
         return cls(second, torch.zeros(width, dtype=torch.float64, device=home))
 
@@ -84,14 +84,14 @@ def sketch_test(out: int, size: int) -> torch.Tensor:
 class OutputSum:
     """The growing sums of one :class:`OutputMoment`."""
 
-    form: Form
+    form: CurvatureForm
     sums: dict[str, torch.Tensor]
     traces: torch.Tensor  # [4, heads]
     count: int = 0
 
     @classmethod
-    def zero(cls, form: Form, out: int, heads: int, home: torch.device) -> "OutputSum":
-        """Zero sums, on the device ``home``."""
+    def zero(cls, form: CurvatureForm, out: int, heads: int, home: torch.device) -> "OutputSum":
+        """Zero sums on the device ``home``."""
         shapes = form.shapes(out) | {"traces": (4, heads)}
         sums = {name: torch.zeros(shape, dtype=torch.float64, device=home) for name, shape in shapes.items()}
         return cls(form, sums, sums.pop("traces"))
@@ -103,18 +103,18 @@ class OutputSum:
         """
         g, x = wide(g), wide(x)
         out, heads = g.shape[1], self.traces.shape[1]
-        found: dict[str, torch.Tensor] = {}
+        products: dict[str, torch.Tensor] = {}
         if self.form.kind == "full":
-            found["output"] = g.T @ g
+            products["output"] = g.T @ g
         elif self.form.kind == "blocks":
             parts = g.view(len(g), -1, self.form.size).transpose(0, 1)  # [blocks, positions, size]
-            found["output"] = parts.transpose(1, 2) @ parts
+            products["output"] = parts.transpose(1, 2) @ parts
         else:
-            found["output_diagonal"] = g.square().sum(0)
+            products["output_diagonal"] = g.square().sum(0)
             if self.form.kind == "sketch":
-                found["output"] = g.T @ (g @ sketch_test(out, self.form.size).to(g))
-        for name, value in found.items():
-            self.sums[name] += value.to(self.sums[name].device)
+                products["output"] = g.T @ (g @ sketch_test(out, self.form.size).to(g))
+        for name, product in products.items():
+            self.sums[name] += product.to(self.sums[name].device)
         by_head = g.view(len(g), heads, -1)
         energy, size = by_head.square().sum(2), x.square().sum(1)  # [positions, heads], [positions]
         traces = torch.stack([size @ energy, _sequence(by_head, x), energy.sum(0), size.sum().expand(heads)])
@@ -149,13 +149,13 @@ class Sums:
     labels: int = 0  # labelled tokens of gradient passes
 
     def moment(self, owner: str, width: int) -> MomentSum:
-        """The sum of one owner; begun at zero."""
+        """The sum of one owner; zero at first."""
         if owner not in self.moments:
             self.moments[owner] = MomentSum.zero(width, self.home)
         return self.moments[owner]
 
     def fisher_columns(self, linear: str, width: int) -> torch.Tensor:
-        """The gradient statistic of one linear [in]; begun at zero."""
+        """The gradient statistic of one linear [in]; zero at first."""
         if linear not in self.fisher:
             self.fisher[linear] = torch.zeros(width, dtype=torch.float64, device=self.home)
         return self.fisher[linear]
@@ -166,8 +166,8 @@ class Sums:
         self.fisher_columns(linear, len(columns)).add_(columns.to(self.home))
         return columns.isfinite().all()
 
-    def output(self, linear: Linear, form: Form) -> OutputSum:
-        """The output sums of one linear; begun at zero."""
+    def output(self, linear: Linear, form: CurvatureForm) -> OutputSum:
+        """The output sums of one linear; zero at first."""
         if linear.name not in self.outputs:
             heads = linear.per_head or 1
             self.outputs[linear.name] = OutputSum.zero(form, linear.out_features, heads, self.home)

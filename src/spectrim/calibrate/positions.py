@@ -49,7 +49,7 @@ class Positions:
         return rows.view(samples, -1, rows.shape[-1]).mean(0)
 
     def chosen(self, place: Place, layout: torch.Size) -> bool:
-        """Whether a linear reads a list of positions that tokens chose, in whatever number, as an expert does."""
+        """Whether a linear reads only the positions that are routed to it, as an expert does."""
         return place == "backbone" and len(layout) == 1 and layout.numel() != self.shape[0] * self.shape[1]
 
     def rows(self, place: Place, layout: torch.Size) -> torch.Tensor | None:

@@ -4,7 +4,6 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,17 +12,17 @@ from torch import distributed
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from spectrim.anatomy import Anatomy, anatomy
-from spectrim.calibrate.data import Data, load_data
+from spectrim.calibrate.data import SAMPLE_SETTINGS, Data, load_data
 from spectrim.calibrate.distributed import reduce_sums, share
 from spectrim.calibrate.fingerprint import model_print
-from spectrim.calibrate.forms import Form, choose_forms
+from spectrim.calibrate.forms import CurvatureForm, choose_forms
 from spectrim.calibrate.gradients import run_gradients
 from spectrim.calibrate.labels import labelled_samples
-from spectrim.calibrate.manifest import MANIFEST, DataPrint, Gathered, Manifest, Unit
+from spectrim.calibrate.manifest import MANIFEST, CalibrationUnit, DataPrint, Gathered, Manifest
 from spectrim.calibrate.moments import Sums
 from spectrim.calibrate.passes import prepared, run_batch
 from spectrim.calibrate.positions import image_token
-from spectrim.calibrate.snapshot import Store, check_home
+from spectrim.calibrate.snapshot import SnapshotStore, check_home
 from spectrim.calibrate.statistics import Statistics
 from spectrim.dense import check_dense
 from spectrim.disk.lock import LOCK, writing
@@ -32,6 +31,7 @@ from spectrim.files import user_path
 from spectrim.linear import Linear
 from spectrim.samples.sources import local_path
 from spectrim.settings import CALIBRATION, CalibrationOptions, CalibrationSettings
+from spectrim.versions import release
 
 _SNAPSHOT_SHARE = 0.1  # of the time at most goes into snapshots
 
@@ -125,35 +125,26 @@ def calibrate(
     if share()[1] == 1 and (out / LOCK).exists() and not ((out / MANIFEST).exists() and Manifest.read(out).complete):
         with writing(out, alone=True):
             pass  # nobody else writes there: known before samples are loaded
-    data = load_data(
-        model,
-        processor,
-        text=text,
-        images=images,
-        samples=samples,
-        seqlen=seqlen,
-        seed=seed,
-        instruction=instruction,
-        sees=parts.tower is not None,
-    )
+    chosen = options.model_dump(include=SAMPLE_SETTINGS)
+    data = load_data(model, processor, text=text, images=images, sees=parts.tower is not None, **chosen)
     if image_tokens_only:
         if not data.images:
             raise SampleError("image_tokens_only needs image samples; give an image source or leave it out")
         image_token(model)
     shown = images if data.images else None
-    source = DataPrint(text=_lasting(text), images=_lasting(shown), fingerprint=data.fingerprint())
+    source = DataPrint(text=_absolute(text), images=_absolute(shown), fingerprint=data.fingerprint())
     fresh = _manifest(model, parts, data, source, options.settings)
-    if not Store(out, fresh).manifest.complete:
+    if not SnapshotStore(out, fresh).manifest.complete:
         with _sole_writer(out):
-            store = Store(out, fresh)  # as the writer before has left it
+            store = SnapshotStore(out, fresh)  # as the last writer left it
             if not store.manifest.complete:
                 store.check()
                 _gather(model, parts, data, store, checkpoint_seconds, progress or (lambda done, total: None))
     return Statistics.open(out)
 
 
-def _lasting(source: str | None) -> str | None:
-    """A source of samples as it is found from every folder: what reloads them may run in another one."""
+def _absolute(source: str | None) -> str | None:
+    """A source of samples with an absolute path: they may be loaded again from another working directory."""
     path = None if source in (None, "builtin") else local_path(source)
     return source if path is None else str(path.absolute())
 
@@ -180,7 +171,7 @@ def _gather(
     model: PreTrainedModel,
     parts: Anatomy,
     data: Data,
-    store: Store,
+    store: SnapshotStore,
     checkpoint_seconds: float,
     progress: Callable[[int, int], None],
 ) -> None:
@@ -217,7 +208,12 @@ def _gather(
 
 
 def _steps(
-    model: PreTrainedModel, linears: dict[str, Linear], data: Data, manifest: Manifest, unit: Unit, sums: Sums
+    model: PreTrainedModel,
+    linears: dict[str, Linear],
+    data: Data,
+    manifest: Manifest,
+    unit: CalibrationUnit,
+    sums: Sums,
 ) -> Iterator[None]:
     """Run the batches of one unit that are this process's share and not in ``sums`` yet; yields after each."""
     settings, (rank, processes), resumed = manifest.settings, share(), sums.batches
@@ -250,8 +246,8 @@ def _manifest(
     model: PreTrainedModel, parts: Anatomy, data: Data, source: DataPrint, settings: CalibrationSettings
 ) -> Manifest:
     """The manifest of a calibration that has gathered nothing yet."""
-    packages = {name: _version(name) for name in ("spectrim", "torch", "transformers")}
-    forms: dict[str, Form] = {}
+    packages = {name: release(name) or "unknown" for name in ("spectrim", "torch", "transformers")}
+    forms: dict[str, CurvatureForm] = {}
     groups: list[list[Linear]] = []
     if settings.curvature:
         limit = int(settings.curvature_gib * 2**30)
@@ -270,14 +266,7 @@ def _manifest(
     return fresh.model_copy(update={"gathered": {unit.name: Gathered() for unit in fresh.units}})
 
 
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # a source tree that is not installed
-        return "unknown"
-
-
-def _home(device: torch.device, parts: Anatomy, manifest: Manifest, unit: Unit) -> torch.device:
+def _home(device: torch.device, parts: Anatomy, manifest: Manifest, unit: CalibrationUnit) -> torch.device:
     """Where a unit's sums are kept: on a CUDA device where they take at most half of its free memory, else the host."""
     if device.type != "cuda":
         return torch.device("cpu")

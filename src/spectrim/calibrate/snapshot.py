@@ -1,4 +1,4 @@
-"""Snapshots: running sums to disk and back, so that a killed run loses minutes and never its integrity.
+"""Snapshots: running sums to disk and back, so that a killed run loses a few minutes and no file.
 
 A snapshot writes block files under names that carry its generation, then the manifest that names them, then deletes the
 files of other generations. Whatever the moment of a kill, the manifest names whole files of one and the same state.
@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from spectrim.calibrate.forms import Form
+from spectrim.calibrate.forms import CurvatureForm
 from spectrim.calibrate.manifest import MANIFEST, Gathered, Manifest, TensorFile
 from spectrim.calibrate.moments import MomentSum, OutputSum, Sums
 from spectrim.calibrate.statistics import check_files, file_digest, read_tensor
@@ -25,7 +25,7 @@ _MOMENTS = re.compile(r".+\.g\d{6}\.safetensors")
 _OURS = re.compile(rf"{_MOMENTS.pattern}|\..+{re.escape(PART)}|{re.escape(LOCK)}")
 
 
-class Store:
+class SnapshotStore:
     """The statistics directory of a running calibration.
 
     Args:
@@ -61,7 +61,6 @@ class Store:
             StatisticsError: the directory cannot be written.
         """
         try:
-            self._directory.mkdir(parents=True, exist_ok=True)
             self._save(sums, complete)
         except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
             with suppress(OSError):
@@ -97,16 +96,16 @@ class Store:
             sums.moments[owner] = MomentSum(read(owner, "second"), read(owner, "abs_sum"), count)
         sums.fisher = {linear: read(linear, "fisher_cols") for linear in gathered.fisher}
         for linear, count in gathered.outputs.items():
-            form = Form.read(self.manifest.forms[linear])
-            found = {part: read(linear, part) for part in form.parts}
-            sums.outputs[linear] = OutputSum(form, found, read(linear, "traces"), count)
+            form = CurvatureForm.read(self.manifest.forms[linear])
+            tensors = {part: read(linear, part) for part in form.parts}
+            sums.outputs[linear] = OutputSum(form, tensors, read(linear, "traces"), count)
         return sums
 
     def _write(self, unit: str, sums: Sums, generation: int) -> Gathered:
         if (before := self.manifest.gathered[unit]).batches == sums.batches:
             return before
         blocks = self.manifest.blocks
-        moments = {owner: moment for owner, moment in sums.moments.items() if moment.count}  # all else is no statistic
+        moments = {owner: moment for owner, moment in sums.moments.items() if moment.count}  # others were never reached
         outputs = {linear: output for linear, output in sums.outputs.items() if output.count}
         files = {}
         for block in sorted({blocks[linear] for linear in (*moments, *sums.fisher, *outputs)}):
@@ -136,15 +135,15 @@ class Store:
 
 
 def check_home(directory: Path) -> None:
-    """StatisticsError where a directory cannot become one of statistics: it is a file, or holds something else."""
+    """StatisticsError where statistics cannot be written: the path is a file, or a directory with other files."""
     if directory.is_file():
         raise StatisticsError(f"{directory} is a file; choose another output directory")
     if not directory.exists() or (directory / MANIFEST).exists():
         return
-    if (other := next(_foreign(directory), None)) is not None:
-        raise StatisticsError(f"{directory} holds other files ({other.name}); choose another output directory")
+    if (foreign := next(_foreign(directory), None)) is not None:
+        raise StatisticsError(f"{directory} holds other files ({foreign.name}); choose another output directory")
 
 
 def _foreign(directory: Path) -> Iterator[Path]:
-    """What no calibration has left in a directory; one that was killed early leaves no manifest."""
+    """Entries of a directory that no calibration writes; one that was killed early leaves no manifest."""
     return (path for path in sorted(directory.iterdir()) if not _OURS.fullmatch(path.name))

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from spectrim.calibrate.fingerprint import model_print
-from spectrim.calibrate.forms import Form
+from spectrim.calibrate.forms import CurvatureForm
 from spectrim.calibrate.manifest import Gathered, Manifest, TensorFile
 from spectrim.calibrate.moments import GradMoment, Moment, OutputMoment
 from spectrim.errors import StatisticsError
@@ -21,10 +21,12 @@ from spectrim.samples import Modality
 
 def _shapes(unit: str, manifest: Manifest) -> dict[str, dict[str, tuple[int, ...]]]:
     """By block and tensor name, the shapes of everything that one unit must have on disk, all float64."""
-    gathered, found = manifest.gathered[unit], dict[str, dict[str, tuple[int, ...]]]()
+    gathered, wanted = manifest.gathered[unit], dict[str, dict[str, tuple[int, ...]]]()
 
     def want(linear: str, shapes: dict[str, tuple[int, ...]]) -> None:
-        found.setdefault(manifest.blocks[linear], {}).update({f"{linear}.{part}": x for part, x in shapes.items()})
+        wanted.setdefault(manifest.blocks[linear], {}).update(
+            {f"{linear}.{part}": shape for part, shape in shapes.items()}
+        )
 
     sizes = {linear: manifest.model.shape(f"{linear}.weight") for linear in manifest.blocks}  # [out, in]
     for owner in gathered.counts:
@@ -35,7 +37,7 @@ def _shapes(unit: str, manifest: Manifest) -> dict[str, dict[str, tuple[int, ...
     for linear in gathered.outputs:
         shapes = manifest.output_forms[linear].shapes(sizes[linear][0])
         want(linear, shapes | {"traces": (4, manifest.heads.get(linear, 1))})
-    return found
+    return wanted
 
 
 def read_tensor(directory: Path, gathered: Gathered, block: str, name: str) -> torch.Tensor:
@@ -69,8 +71,8 @@ def check_files(directory: Path, manifest: Manifest) -> None:
         for block in sorted(shapes.keys() | gathered.files.keys())
     ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # which reads and hashes files side by side
-        found = pool.map(lambda each: _difference(*each), wanted)
-        for (path, _, _), difference in zip(wanted, found, strict=True):
+        differences = pool.map(lambda file: _difference(*file), wanted)
+        for (path, _, _), difference in zip(wanted, differences, strict=True):
             if difference is not None:
                 raise StatisticsError(f"{path} {difference}; delete {directory} and calibrate again")
 
@@ -113,8 +115,8 @@ class Statistics:
         manifest = Manifest.read(path)
         if not manifest.complete:
             raise StatisticsError(
-                f"the calibration in {path} runs still or was interrupted; run the same spectrim calibrate command to "
-                "finish it"
+                f"the calibration in {path} is still running or was interrupted; run the same spectrim "
+                "calibrate command to finish it"
             )
         check_files(path, manifest)
         return cls(path, manifest)
@@ -156,7 +158,7 @@ class Statistics:
         """
         for gathered in self._units(linear, modality, gradients=True):
             if (count := gathered.outputs.get(linear)) is not None:
-                form = Form.read(self.manifest.forms[linear])
+                form = CurvatureForm.read(self.manifest.forms[linear])
                 sums = {part: self._read(gathered, linear, part) for part in form.parts}
                 return OutputMoment(form, sums, self._read(gathered, linear, "traces"), count, gathered.labels)
         return None
@@ -170,27 +172,27 @@ class Statistics:
 
     def _units(self, linear: str, modality: Modality, *, gradients: bool) -> list[Gathered]:
         if linear not in self.manifest.blocks:
-            raise StatisticsError(f"the statistics in {self.path} know no linear {linear}; calibrate this model")
+            raise StatisticsError(f"the statistics in {self.path} have no linear {linear}; calibrate this model")
         units = (u for u in self.manifest.units if u.modality == modality and u.gradients == gradients)
         return [self.manifest.gathered[unit.name] for unit in units]
 
     def _read(self, gathered: Gathered, linear: str, part: str) -> torch.Tensor:
         block, name = self.manifest.blocks[linear], f"{linear}.{part}"
-        found = check_finite(f"the moment {name} in {self.path}", read_tensor(self.path, gathered, block, name))
-        if not _is_sum(part, found, self.manifest.forms.get(linear, "")):
+        moment = check_finite(f"the moment {name} in {self.path}", read_tensor(self.path, gathered, block, name))
+        if not _is_sum(part, moment, self.manifest.forms.get(linear, "")):
             raise StatisticsError(
                 f"{self.path / gathered.files[block].name} holds no sum of squares in {name}; delete {self.path} and "
                 "calibrate again"
             )
-        return found
+        return moment
 
 
-def _is_sum(part: str, found: torch.Tensor, form: str) -> bool:
-    """Can it be such a moment: symmetric where it is a matrix of products, and nothing negative that is a square?"""
+def _is_sum(part: str, moment: torch.Tensor, form: str) -> bool:
+    """Whether a tensor can be this moment: a matrix of products is symmetric, and squares are not negative."""
     if part == "output" and form.startswith("sketch"):
         return True
     if part not in ("second", "output"):
-        return not bool((found < 0).any())
-    diagonal = found.diagonal(dim1=-2, dim2=-1)
-    skew = float((found - found.mT).abs().max())  # of float32 products: rounding
+        return not bool((moment < 0).any())
+    diagonal = moment.diagonal(dim1=-2, dim2=-1)
+    skew = float((moment - moment.mT).abs().max())  # of float32 products: rounding
     return not bool((diagonal < 0).any()) and skew <= 1e-3 * float(diagonal.max())

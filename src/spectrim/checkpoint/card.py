@@ -10,12 +10,13 @@ from huggingface_hub.repocard import metadata_load
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
-from spectrim.checkpoint.config import SpectrimConfig, release
+from spectrim.checkpoint.config import SpectrimConfig
 from spectrim.checkpoint.model_files import CARD, PROVENANCE
 from spectrim.checkpoint.names import shortened
 from spectrim.checkpoint.sources import sees, split_source
 from spectrim.errors import CheckpointError, printable
 from spectrim.files import write_whole
+from spectrim.versions import release
 
 _BEGIN, _END = "<!-- results by spectrim evaluate -->", "<!-- end of results -->"
 # What is taken from the card of a base model, which anybody may have written, and how it must look.
@@ -37,7 +38,7 @@ _ESCAPED = re.compile(r"\\([\\`*\[\]<>#|&@:.])")
 def model_card(model: PreTrainedModel, record: Mapping[str, Any]) -> str:
     """The text of README.md: front matter as the Hugging Face hub reads it, then what the checkpoint is.
 
-    `record` is the provenance; of what it does not hold, the card says nothing. The base model and its licence are
+    `record` is the provenance; the card leaves out what it lacks. The base model and its licence are
     found by ``model.name_or_path``: a hub id, a snapshot in the hub's cache, or a directory with a card of its own.
     """
     name, base, terms = _base(model.name_or_path)
@@ -70,12 +71,12 @@ def plain(text: object) -> str:
 
 
 def code(text: object) -> str:
-    """A name as code: there is no escape in it, so that what would end it is left out."""
+    """A name as inline code; backticks would end it and cannot be escaped, so they are left out."""
     return f"`{printable(' '.join(str(text).split())).replace('`', '')}`"
 
 
 def add_results(directory: str | Path, results: str) -> Path:
-    """Put a Markdown text of measured results into a checkpoint's card, in place of those of before; returns its path.
+    """Put a Markdown text of measured results into a checkpoint's card, in place of earlier ones; returns its path.
 
     Only what stands between the two marks of this function is replaced. Raises CheckpointError for a directory without
     a card.
@@ -85,8 +86,8 @@ def add_results(directory: str | Path, results: str) -> Path:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}); name a checkpoint that spectrim wrote") from error
-    before, begun, rest = text.partition(_BEGIN)
-    _, ended, after = rest.partition(_END)
+    before, begun, following = text.partition(_BEGIN)
+    _, ended, after = following.partition(_END)
     if begun and not ended:
         raise CheckpointError(f"{path} has the mark {_BEGIN!r} and not {_END!r} after it; remove the first or add both")
     section = f"{_BEGIN}\n## Measured\n\n{results.strip()}\n{_END}"
@@ -115,8 +116,8 @@ def _base(source: str | None) -> tuple[str, str | None, dict[str, Any]]:
     else:
         base = place
         quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-        found = cached_file(place, CARD, **quiet)  # a model without a card, or no network: the card says less
-        card = None if found is None else Path(found)
+        cached = cached_file(place, CARD, **quiet)  # a model without a card, or no network: the card says less
+        card = None if cached is None else Path(cached)
     try:
         matter = (card and metadata_load(card)) or {}
     except (OSError, ValueError, RecursionError, yaml.YAMLError):
@@ -164,7 +165,7 @@ def _kept(record: Mapping[str, Any]) -> list[str]:
         "params": "their parameters",
         "checkpoint": "bytes of the whole checkpoint",
     }
-    if kept := [f"| {what} | {rows[key]:.2%} |" for key, what in words.items() if key in rows]:
+    if kept := [f"| {label} | {rows[key]:.2%} |" for key, label in words.items() if key in rows]:
         texts.append("\n".join(["## What was kept", "", "| of the dense model's | kept |", "|---|---|", *kept]))
     places = record.get("places")
     if isinstance(places, dict):
@@ -184,7 +185,7 @@ def _kept(record: Mapping[str, Any]) -> list[str]:
 
 
 def _predicted(record: Mapping[str, Any]) -> list[str]:
-    """The predicted loss; of a checkpoint that was fine-tuned since, how that was done instead."""
+    """The predicted loss; for a checkpoint that was fine-tuned since, how it was fine-tuned."""
     if tuned := record.get("fine_tuned"):
         listed = ", ".join(f"{key} {value}" for key, value in tuned.items()) if isinstance(tuned, dict) else str(tuned)
         return [f"## Fine-tuning\n\nThe factors were trained after compression: {plain(listed)}."]

@@ -24,7 +24,6 @@ the form stores.
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from packaging.version import InvalidVersion, Version
@@ -37,19 +36,12 @@ from spectrim.maths.decompose import Rank
 from spectrim.maths.rounding import Grid
 from spectrim.storage import Spec
 from spectrim.storage.packed import RUNTIMES, inner_config, inner_grids
+from spectrim.versions import release
 
 METHOD = "spectrim"
 VERSION = 1
 _FACTORED = ("low-rank", "integer-factors", "integers+factors")  # forms that `ranks` stands for
 _INTEGERS = "integers"  # and the one that `inner` alone stands for
-
-
-def release() -> str | None:
-    """Version of the installed spectrim; None in a source tree that was never installed."""
-    try:
-        return version("spectrim")
-    except PackageNotFoundError:
-        return None
 
 
 @register_quantization_config(METHOD)

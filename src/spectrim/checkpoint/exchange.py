@@ -13,7 +13,7 @@ from spectrim.files import sync
 
 
 @contextmanager
-def replacing(target: Path, check: Callable[[], None]) -> Iterator[Path]:
+def replacing_directory(target: Path, check: Callable[[], None]) -> Iterator[Path]:
     """A new directory beside `target`, which takes its place when the block ends without an exception.
 
     `check` is called before the exchange, which may be long after the block began: it raises where `target` has become
@@ -48,9 +48,9 @@ def replacing(target: Path, check: Callable[[], None]) -> Iterator[Path]:
 
 
 def recover(target: Path) -> None:
-    """Remove what killed runs of `replacing` left beside `target`; one killed between its two renamings is undone.
+    """Remove what killed runs of `replacing_directory` left beside `target`.
 
-    Directories of processes that still run are left alone. Raises OSError.
+    A run that was killed between its two renamings is undone; directories of live processes stay. Raises OSError.
     """
     pattern = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.(tmp|old)")
     try:

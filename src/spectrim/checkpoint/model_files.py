@@ -90,7 +90,7 @@ def foreign_file(directory: Path, record: dict[str, Any]) -> str | None:
 
 
 def public_name(source: str) -> str:
-    """What a name of data or of a model may tell others: of a path, local or of another machine, the last part."""
+    """A name of data or of a model as others may see it: of a path, local or of another machine, the last part."""
     path = PureWindowsPath(source) if PureWindowsPath(source).drive else PurePosixPath(source)
     local = path.is_absolute() or source.startswith((".", "~")) or os.path.lexists(source)
     return path.name or "." if local else source

@@ -14,7 +14,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # the client
 
 from spectrim.checkpoint.model_files import all_files, checkpoint_files
 from spectrim.checkpoint.read import read_provenance
-from spectrim.errors import CheckpointError, printable
+from spectrim.errors import CheckpointError, first_line, printable
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def push(directory: str | Path, repo_id: str, *, private: bool = False, revision
         raise CheckpointError("nobody is logged in to the Hugging Face hub; run `hf auth login`, or set HF_TOKEN")
     left = [name for name in all_files(path) if name not in wanted]
     if left:
-        logger.warning("not uploaded, since no part of the model: %s", printable(", ".join(left)))
+        logger.warning("not uploaded, since not part of the model: %s", printable(", ".join(left)))
     api = HfApi()
     try:
         address = api.create_repo(repo_id, private=private or None, exist_ok=True)
@@ -52,18 +52,15 @@ def push(directory: str | Path, repo_id: str, *, private: bool = False, revision
             allow_patterns=[escape(name) for name in wanted],
         )
     except HFValidationError as error:
-        raise CheckpointError(f"{repo_id!r} is no repository id ({_line(error)}); write it as owner/name") from error
+        raise CheckpointError(
+            f"{repo_id!r} is no repository id ({first_line(error)}); write it as owner/name"
+        ) from error
     except HfHubHTTPError as error:
         raise CheckpointError(
-            f"the Hugging Face hub refuses {repo_id} ({_line(error)}); check its name and what your token may write"
+            f"the Hugging Face hub refuses {repo_id} ({first_line(error)}); check its name and your token's rights"
         ) from error
     except (OfflineModeIsEnabled, HTTPError) as error:
         raise CheckpointError(
-            f"the Hugging Face hub cannot be reached ({_line(error)}); unset HF_HUB_OFFLINE and check the network"
+            f"the Hugging Face hub cannot be reached ({first_line(error)}); unset HF_HUB_OFFLINE and check the network"
         ) from error
     return str(address)
-
-
-def _line(error: Exception) -> str:
-    """What the hub says first; addresses and advice follow in its messages."""
-    return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__

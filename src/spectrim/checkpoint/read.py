@@ -10,6 +10,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils import quantization_config as hf_quantization
 from transformers.utils.hub import cached_file
 
+from spectrim import files
 from spectrim.checkpoint.config import METHOD
 from spectrim.checkpoint.model_files import CONFIGS, PROVENANCE, processor_files
 from spectrim.checkpoint.names import shortened
@@ -17,7 +18,6 @@ from spectrim.checkpoint.sources import NO_MODEL, WHERE, failure, loader, read_c
 from spectrim.checkpoint.weights import check_weights, weight_files
 from spectrim.dense import quantization
 from spectrim.errors import CheckpointError, ModelError, SpectrimError, printable
-from spectrim.files import parse_json
 from spectrim.storage.packed import RUNTIMES, set_runtime
 
 logger = logging.getLogger(__name__)
@@ -92,8 +92,8 @@ def load(
     model: PreTrainedModel
     model, report = loaded
     if not local and gguf is None:  # a hub id, whose files are in the cache now
-        found = cached_file(source, "config.json", **{**where, "local_files_only": True})
-        _check_files(Path(str(found)).parent, config, {**kwargs, "subfolder": ""}, quantized=quantized)
+        cached = cached_file(source, "config.json", **{**where, "local_files_only": True})
+        _check_files(Path(str(cached)).parent, config, {**kwargs, "subfolder": ""}, quantized=quantized)
     if missing := sorted(report["missing_keys"]):
         named = next(iter(getattr(config, "architectures", None) or ()), type(model).__name__)
         if named != type(model).__name__:
@@ -104,19 +104,6 @@ def load(
     if runtime is not None:
         set_runtime(model, runtime)
     return model
-
-
-def check_dense(config_or_model: PreTrainedConfig | PreTrainedModel) -> None:
-    """ModelError for a model that is compressed or quantized already."""
-    config = getattr(config_or_model, "config", config_or_model)
-    found = getattr(config, "quantization_config", None)
-    if found is None:
-        return
-    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
-    raise ModelError(
-        f"the model is compressed already (quantization method {getattr(method, 'value', method)}); start from the "
-        "dense model, or dequantize it first"
-    )
 
 
 def load_processor(directory: str | Path, **kwargs: Any) -> Any:
@@ -156,18 +143,13 @@ def read_provenance(directory: str | Path) -> dict[str, Any]:
     """What `save` recorded about how the checkpoint came about; CheckpointError if the directory has no such record."""
     path = Path(directory) / PROVENANCE
     try:
-        record = parse_json(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error}); was the directory written by spectrim?") from error
+        record = files.read_object(path)
     except ValueError as error:
-        raise CheckpointError(f"{path} cannot be read, it {error}; was the directory written by spectrim?") from error
-    if not isinstance(record, dict) or "spectrim_version" not in record or not _are_names(record.get("files")):
+        raise CheckpointError(f"{error}; was the directory written by spectrim?") from error
+    names = record.get("files")
+    if "spectrim_version" not in record or not isinstance(names, list) or not all(isinstance(n, str) for n in names):
         raise CheckpointError(f"{path} is not a record that spectrim wrote; name a directory that spectrim wrote")
     return record
-
-
-def _are_names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)
 
 
 def _check_files(directory: Path, config: PreTrainedConfig, kwargs: dict[str, Any], *, quantized: bool) -> None:
@@ -177,8 +159,7 @@ def _check_files(directory: Path, config: PreTrainedConfig, kwargs: dict[str, An
     method = quantization(config)
     known = method is not None and any(name.startswith(method) for name in AUTO_QUANTIZATION_CONFIG_MAPPING)
     error: type[SpectrimError] = CheckpointError if method == METHOD else ModelError
-    files = weight_files(directory / kwargs.get("subfolder", ""))
-    check_weights(files, error, quantized=quantized or known)
+    check_weights(weight_files(directory / kwargs.get("subfolder", "")), error, quantized=quantized or known)
 
 
 def _check_vocabulary(directory: Path) -> None:

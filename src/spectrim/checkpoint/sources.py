@@ -13,8 +13,8 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from spectrim import files
 from spectrim.errors import ModelError, SpectrimError
-from spectrim.files import parse_json
 
 # Arguments of from_pretrained that say where files come from; the config is found with the same ones.
 WHERE = ("cache_dir", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
@@ -73,17 +73,17 @@ def _check_config_file(directory: Path, *, trusted: bool) -> None:
     if not path.is_file():
         if (directory / "adapter_config.json").is_file():
             raise ModelError(f"{directory} is no model directory but an adapter; merge it into its model and save that")
-        if found := sorted(directory.glob("*.gguf")):
-            raise ModelError(f"{directory} is no model directory, it has no config.json; name its GGUF file {found[0]}")
+        if gguf := sorted(directory.glob("*.gguf")):
+            raise ModelError(f"{directory} is no model directory, it has no config.json; name its GGUF file {gguf[0]}")
         raise ModelError(f"{directory} is no model directory, it has no config.json; name one, or a hub id")
     config = read_object(path)
     if (directory / GENERATION_CONFIG_NAME).is_file():
         read_object(directory / GENERATION_CONFIG_NAME)  # transformers goes on without one that it cannot read
     for part in (config, *(config.get(name) for name in ("text_config", "vision_config"))):
-        given = part if isinstance(part, dict) else {}
+        entries = part if isinstance(part, dict) else {}
         for key in ("dtype", "torch_dtype"):
-            if given.get(key) not in (None, "auto", *_DTYPES):
-                raise ModelError(f"{path} gives the {key} {given[key]!r}; correct it to one of {', '.join(_DTYPES)}")
+            if entries.get(key) not in (None, "auto", *_DTYPES):
+                raise ModelError(f"{path} gives the {key} {entries[key]!r}; correct it to one of {', '.join(_DTYPES)}")
     auto_map = config.get("auto_map")
     if auto_map is not None and not isinstance(auto_map, dict):
         raise ModelError(f"{path} has an auto_map that is no JSON object; copy it again")
@@ -102,14 +102,9 @@ def _check_config_file(directory: Path, *, trusted: bool) -> None:
 def read_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file of a model; ModelError, which names the file, for anything else."""
     try:
-        content = parse_json(path.read_bytes())
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read ({error}); copy it again") from error
+        return files.read_object(path)
     except ValueError as error:
-        raise ModelError(f"{path} {error}; copy it again") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path} is not a JSON object; copy it again")
-    return content
+        raise ModelError(f"{error}; copy it again") from error
 
 
 def loader(source: str | Path, config: PreTrainedConfig, *, trusted: bool) -> Any:
@@ -145,8 +140,8 @@ def _other_task(name: Any) -> bool:
     return isinstance(name, str) and "For" in name and hasattr(transformers, name)
 
 
-def failure(what: str, source: str | Path, error: Exception) -> ModelError:
-    """The error for what transformers or a package below it says of a model's `what`, with a remedy that fits."""
+def failure(part: str, source: str | Path, error: Exception) -> ModelError:
+    """The error, with its remedy, for an exception of transformers while it reads the `part` of a model."""
     lines = [line for line in str(error).splitlines() if line.strip()] or [""]
     first = lines[: 2 if lines[0].endswith(":") else 1]  # advice for other situations follows
     said = f"{type(error).__name__}: {' '.join(' '.join(first).split()).rstrip('.')}"
@@ -158,10 +153,10 @@ def failure(what: str, source: str | Path, error: Exception) -> ModelError:
             "you trust it give --trust-remote-code (trust_remote_code=True)"
         )
     if isinstance(error, ImportError):
-        return ModelError(f"the {what} of {source} needs a package that is not installed ({said}); install it")
+        return ModelError(f"the {part} of {source} needs a package that is not installed ({said}); install it")
     if not local.exists():
         return ModelError(
-            f"{str(source)!r} is no model directory or hub id to open: cannot load the {what} ({said}); check the name "
+            f"{str(source)!r} is no model directory or hub id to open: cannot load the {part} ({said}); check the name "
             "and the network"
         )
     if gguf is not None:
@@ -170,11 +165,11 @@ def failure(what: str, source: str | Path, error: Exception) -> ModelError:
             "again, or name the model directory that it was made of"
         )
     if (local / "adapter_config.json").is_file():
-        return ModelError(f"cannot load the {what} of {source} ({said}); move its adapter_config.json elsewhere")
-    files = {
+        return ModelError(f"cannot load the {part} of {source} ({said}); move its adapter_config.json elsewhere")
+    copied = {
         "config": "config.json",
         "model": "config.json and the weights, of one and the same model,",
         "processor": "its preprocessor, processor and tokenizer files",
         "tokenizer": "its tokenizer.json and tokenizer_config.json",
-    }[what]
-    return ModelError(f"cannot load the {what} of {source} ({said}); copy {files} again")
+    }[part]
+    return ModelError(f"cannot load the {part} of {source} ({said}); copy {copied} again")

@@ -58,7 +58,7 @@ def check_weights(files: list[Path], error: type[SpectrimError], *, quantized: b
     headers are read.
 
     Raises:
-        error: a file is truncated or none of its kind; names it.
+        error: a file is truncated or of another kind; names it.
         ModelError: a weight is no float; names the tensor.
     """
     for file in files:
@@ -87,8 +87,7 @@ def _dtypes(file: Path, error: type[SpectrimError]) -> Iterator[tuple[str, str]]
         yield from ((name, str(x.dtype).removeprefix("torch.")) for name, x in tensors.items() if torch.is_tensor(x))
     except pickle.UnpicklingError as failure:
         raise error(
-            f"{file} is no file of tensors, or a pickle that wants to run code, which is not done; save the model as "
-            "safetensors"
+            f"{file} is no file of tensors, or a pickle that runs code, which is refused; save the model as safetensors"
         ) from failure
     except Exception as failure:  # a pickle is somebody else's program, and reading it may raise anything
         raise error(f"{file} is truncated or no file that torch.save wrote; copy it again") from failure

@@ -15,8 +15,7 @@ from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
 from spectrim.checkpoint.card import model_card
-from spectrim.checkpoint.config import release
-from spectrim.checkpoint.exchange import recover, replacing
+from spectrim.checkpoint.exchange import recover, replacing_directory
 from spectrim.checkpoint.model_files import (
     CARD,
     PROVENANCE,
@@ -32,6 +31,7 @@ from spectrim.checkpoint.read import load_processor, read_provenance
 from spectrim.checkpoint.sources import local_files, split_source
 from spectrim.errors import CheckpointError
 from spectrim.files import user_path
+from spectrim.versions import release
 
 # Names of the model's own files, which no other file of a checkpoint may have.
 _RESERVED = (
@@ -81,7 +81,7 @@ def save(
     with _io_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         check = lambda: _check_replaceable(target, overwrite)  # noqa: E731
-        with replacing(target, check) as temporary:
+        with replacing_directory(target, check) as temporary:
             _write_processor(processor, temporary)
             for name, text in files.items():
                 if (temporary / name).exists():
@@ -102,7 +102,7 @@ def save(
 
 
 def check_target(target: str | Path, *, overwrite: bool, protected: Collection[str | Path] = ()) -> Path:
-    """Refuse a directory for a checkpoint that cannot be, or where something would be lost; returns its absolute path.
+    """Refuse a directory that cannot become a checkpoint, or where something would be lost; returns its absolute path.
 
     Without `overwrite` nothing that exists is touched, but for an empty directory; with it only a directory that
     spectrim wrote and that holds nothing else is replaced. No target may be, contain or lie in one of the `protected`

@@ -10,19 +10,16 @@ import typer
 
 from spectrim.cli import compressing, looking, measuring, sharing
 from spectrim.cli.verbs import app
-from spectrim.errors import SpectrimError, printable
+from spectrim.errors import SpectrimError, first_line, printable
+from spectrim.versions import release
 
 __all__ = ["app", "compressing", "looking", "main", "measuring", "sharing"]
 
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import PackageNotFoundError, version
-
-        try:
-            typer.echo(f"spectrim {version('spectrim')}")
-        except PackageNotFoundError:
-            typer.echo("spectrim, from a source tree that is not installed")
+        number = release()
+        typer.echo(f"spectrim {number}" if number else "spectrim, from a source tree that is not installed")
         raise typer.Exit
 
 
@@ -48,7 +45,7 @@ def main() -> None:
     except OSError as error:
         _fail(f"{error}; check the path and the free space", 2, error)
     except (MemoryError, RuntimeError) as error:
-        said = str(error).strip().partition("\n")[0]
+        said = first_line(error)
         if not isinstance(error, MemoryError) and "out of memory" not in said and "can't allocate memory" not in said:
             raise
         _fail(f"the memory is too small ({said}); lower --batch-size or --seqlen, or change --dtype", 2, error)

@@ -28,7 +28,7 @@ def _calibrate(
     options.check_together()
     options.check_effect(given)
     from spectrim.calibrate import calibrate
-    from spectrim.calibrate.forms import Form
+    from spectrim.calibrate.forms import CurvatureForm
     from spectrim.calibrate.snapshot import check_home
     from spectrim.checkpoint import load, load_processor, read_config
     from spectrim.checks import check_device, check_directory, check_sources
@@ -43,7 +43,7 @@ def _calibrate(
     check_directory(out, "-o")
     check_sources(options.text, options.images)
     for form in options.curvature_forms.values():
-        Form.read(form)
+        CurvatureForm.read(form)
     source = resolve(model)
     check_dense(read_config(source, trust))
     with progress() as report:

@@ -75,11 +75,11 @@ def _inspect(
     check_text(statistics)
     check_dense(read_config(source, {"trust_remote_code": trust_remote_code}))
     with progress() as report:
-        found = inspect(
+        inspection = inspect(
             load(source, trust_remote_code=trust_remote_code),
             statistics,
             retain=retain,
             progress=lambda done, total: report("inspect", done, total),
         )
-    for path in write(found, out, plots=plots):
+    for path in write(inspection, out, plots=plots):
         show(str(path))

@@ -55,17 +55,17 @@ def _evaluate(
     from spectrim.evaluate import costs, losses, markdown, table
 
     with progress() as report:
-        found = evaluate(paths, progress=report, **how, **dict(options))
-    show(table(found))
-    show(costs(found))
-    if (predicted := losses(found)) is not None:
+        results = evaluate(paths, progress=report, **how, **dict(options))
+    show(table(results))
+    show(costs(results))
+    if (predicted := losses(results)) is not None:
         show(predicted)
     if json is not None:
-        found.write(json)
+        results.write(json)
         show(f"results: {json}")
-    for result in found.results if card else ():
+    for result in results.results if card else ():
         if result.compressed:
-            show(f"card: {add_results(result.directory, markdown(found, result))}")
+            show(f"card: {add_results(result.directory, markdown(results, result))}")
 
 
 def _run_suite(suite: str, paths: list[str], json: Path | None, **how: Any) -> None:

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from spectrim.errors import UsageError
 from spectrim.files import parse_yaml, user_path
-from spectrim.settings import Options
+from spectrim.settings import OptionRecord
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +38,9 @@ Trust = Annotated[
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
-def verb(name: str, *, after_stop: str, record: type[Options] | None = None) -> Callable[[Callable[..., None]], Any]:
+def verb(
+    name: str, *, after_stop: str, record: type[OptionRecord] | None = None
+) -> Callable[[Callable[..., None]], Any]:
     """Make a function a command.
 
     With a `record` of settings, the command has an option for each field, with its default and help, and the function
@@ -82,14 +84,14 @@ def is_given(context: typer.Context, name: str) -> bool:
 
 
 def refuse(context: typer.Context, names: Sequence[str], where: str) -> None:
-    """UsageError where one of these options is given, which do nothing there."""
+    """UsageError where one of these options is given, which have no effect there."""
     for name in names:
         if is_given(context, name):
             flags = next(p.opts for p in context.command.params if p.name == name)
             raise UsageError(f"{flags[0]} has no effect {where}; leave it out")
 
 
-def _options(record: type[Options]) -> list[Parameter]:
+def _options(record: type[OptionRecord]) -> list[Parameter]:
     """One option per field; those of the record's own class come before those that it inherits."""
     fields = record.model_fields
     own = [name for name in record.__annotations__ if name in fields]
@@ -118,7 +120,7 @@ def _plain(name: str, kind: Any, default: Any) -> tuple[Any, Any]:
     return kind, default
 
 
-def _value(record: type[Options], name: str, value: Any) -> Any:
+def _value(record: type[OptionRecord], name: str, value: Any) -> Any:
     """The value of an option in the type of its field."""
     kind = record.model_fields[name].annotation
     if get_origin(kind) is dict:
@@ -133,18 +135,18 @@ def _value(record: type[Options], name: str, value: Any) -> Any:
 def pairs(values: Sequence[str], example: str) -> dict[str, Any]:
     """``key=value`` pairs; values are read as YAML, so numbers are numbers. `example` begins with the option's name."""
     option = example.split()[0]
-    found: dict[str, Any] = {}
+    entries: dict[str, Any] = {}
     for value in values:
         key, equals, text = value.partition("=")
         if not equals or not key.strip():
             raise UsageError(f"{option} {value} has no {'key' if equals else 'value'}; write it as {example}")
-        if key in found:
+        if key in entries:
             raise UsageError(f"{option} gives {key} twice; give it once")
         try:
-            found[key] = parse_yaml(text)
+            entries[key] = parse_yaml(text)
         except ValueError as error:
             raise UsageError(f"{option} {value} has a value that {error}; quote it") from error
-    return found
+    return entries
 
 
 def dtype_of(name: str | None) -> "torch.dtype | None":
@@ -160,17 +162,17 @@ def dtype_of(name: str | None) -> "torch.dtype | None":
     return dtype
 
 
-def show(what: RenderableType) -> None:
-    """Print a table, or lines of text as they are: of untrusted names, too.
+def show(output: RenderableType) -> None:
+    """Print a table, or text, in which nothing is read as markup.
 
     A terminal gets at least 120 columns, which tables need. In a pipe nothing is folded.
     """
-    if isinstance(what, str):
-        typer.echo(what)
+    if isinstance(output, str):
+        typer.echo(output)
         return
     console = Console(markup=False, highlight=False)
     width = max(console.width, 120) if console.is_terminal else 10_000
-    Console(markup=False, highlight=False, width=width).print(what)
+    Console(markup=False, highlight=False, width=width).print(output)
 
 
 @contextmanager
@@ -189,7 +191,7 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def quiet() -> None:
-    """Keep transformers from drawing bars of its own."""
+    """Turn off the progress bars of transformers."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()

@@ -24,7 +24,7 @@ WORDS = (
 
 @dataclass(frozen=True)
 class Question:
-    """An image (RGB, 112x112), a question about it and the one short answer that counts as right."""
+    """An RGB image (a built-in one is 112x112), a question about it and the short answer that counts as right."""
 
     task: str
     image: Image.Image
@@ -169,9 +169,9 @@ def stream(task: str, split: str, seed: int = 0) -> Iterator[Question]:
         SampleError: for a task or a split that does not exist.
     """
     if task not in _MAKERS:
-        raise SampleError(f"No built-in task is called '{task}'; choose from {', '.join(_MAKERS)}.")
+        raise SampleError(f"no built-in task is called '{task}'; choose from {', '.join(_MAKERS)}")
     if split not in SPLITS:
-        raise SampleError(f"No split is called '{split}'; choose from {', '.join(SPLITS)}.")
+        raise SampleError(f"no split is called '{split}'; choose from {', '.join(SPLITS)}")
     rng = np.random.default_rng([SPLITS.index(split), crc32(task.encode()), seed])
     while True:
         yield Question(task, *_MAKERS[task](rng))

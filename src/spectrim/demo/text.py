@@ -32,5 +32,5 @@ def split_text(split: str) -> str:
         reserved = set[str]().union(*(_paragraphs(name) for name in _CALIBRATION + _HELDOUT))
         names = [name for name in sorted(topics) if not _paragraphs(name) & reserved]
     else:
-        raise SampleError(f"No split is called '{split}'; choose from {', '.join(SPLITS)}.")
+        raise SampleError(f"no split is called '{split}'; choose from {', '.join(SPLITS)}")
     return "\n\n".join(topics[name].strip() for name in names)

@@ -19,11 +19,11 @@ LOCK = ".lock"
 def writing(directory: Path, *, alone: bool) -> Iterator[None]:
     """Hold the lock of a directory, which is made if missing, while the block writes there.
 
-    `alone` is for who changes what the directory holds. Others add files of their own, whole and under names that say
-    what is in them, and may do so together. Whoever finds nobody else there removes what killed runs left half-written.
+    `alone` keeps all others out, for runs that change what the directory holds. Runs that only add whole files, under
+    names that say what is in them, may write together. The first one there removes half-written files of killed runs.
 
-    The lock is the kernel's and dies with its process; a file with a pid would outlive it, and the pid may be another's
-    by then. Children that were forked meanwhile share it, so that it is given up and not only closed.
+    The lock is the kernel's and ends with its process; a file with a pid would outlive it, and the pid may be another's
+    by then. Forked children share the lock, so it is released and not only closed.
 
     Raises:
         StatisticsError: another process writes there, or nothing can be written.
@@ -45,7 +45,7 @@ def writing(directory: Path, *, alone: bool) -> Iterator[None]:
             if alone:
                 os.write(descriptor, str(os.getpid()).encode())
             elif sys.platform != "win32":
-                fcntl.flock(descriptor, fcntl.LOCK_SH)  # waits for others to have cleaned up, no longer
+                fcntl.flock(descriptor, fcntl.LOCK_SH)  # waits only while another process cleans up
             yield
             return
         writer = os.read(descriptor, 20).decode(errors="replace")

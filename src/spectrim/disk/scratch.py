@@ -13,7 +13,7 @@ _PREFIX, _LOCK = "spectrim-", ".spectrim-lock"
 
 @contextmanager
 def scratch() -> Iterator[Path]:
-    """A new folder in the system's temporary one while the block runs.
+    """A new folder inside the system's temporary folder while the block runs.
 
     A lock in it says that its process lives, and ends with the process, however that ends. Folders of processes that
     are gone are removed first; those without a lock file are not ours. Raises OSError where there is no room.

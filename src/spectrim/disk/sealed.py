@@ -1,4 +1,4 @@
-"""Tensors in a file that says what they are of and holds their digests, so that others or changed ones are found."""
+"""Files of tensors that record what they belong to and their digests, so that wrong or changed ones are noticed."""
 
 import hashlib
 import json
@@ -27,12 +27,12 @@ class Sealed:
     def tensor(self, name: str, *, checked: bool = False) -> torch.Tensor:
         """One tensor. Raises StatisticsError where it is not the one that was written, unless that was `checked`."""
         try:
-            found: torch.Tensor = self.file.get_tensor(name)
+            tensor: torch.Tensor = self.file.get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise _damaged(self.path, str(error)) from error
-        if not checked and _digest(found) != self.digests[name]:
+        if not checked and _digest(tensor) != self.digests[name]:
             raise _damaged(self.path, f"{name} has changed since it was written")
-        return found
+        return tensor
 
 
 def write_sealed(path: Path, tensors: Mapping[str, torch.Tensor], *, of: str, note: str = "") -> None:
@@ -40,7 +40,6 @@ def write_sealed(path: Path, tensors: Mapping[str, torch.Tensor], *, of: str, no
     held = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     content = json.dumps({"of": of, "note": note, "digests": {name: _digest(held[name]) for name in held}})
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
             save_file(held, temporary, metadata={"content": content, "digest": _sha256(content.encode())})
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error

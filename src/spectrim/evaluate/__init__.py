@@ -1,9 +1,10 @@
 """Evaluation: perplexity, visual question answering, and what a model costs, for any number of model directories."""
 
+from spectrim.demo.tasks import Question
 from spectrim.evaluate.answering import Answer, normalise, vqa
 from spectrim.evaluate.intervals import PairedDifference, mcnemar, paired_difference, wilson
 from spectrim.evaluate.language import Perplexity, perplexity, plan_windows
-from spectrim.evaluate.questions import ImageQuestion, Question, blind_questions, load_questions
+from spectrim.evaluate.questions import blind_questions, load_questions
 from spectrim.evaluate.results import DirectoryResult, EvaluationReport, TaskScore, VqaScore
 from spectrim.evaluate.running import evaluate
 from spectrim.evaluate.tables import costs, losses, markdown, table
@@ -12,7 +13,6 @@ __all__ = [
     "Answer",
     "DirectoryResult",
     "EvaluationReport",
-    "ImageQuestion",
     "PairedDifference",
     "Perplexity",
     "Question",

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
+from spectrim.demo.tasks import Question
 from spectrim.errors import ModelError, NumericalError, SampleError
 from spectrim.evaluate.language import Progress, inference
-from spectrim.evaluate.questions import Question, blind_questions
+from spectrim.evaluate.questions import blind_questions
 from spectrim.samples import check_tokens, media_tokens
 from spectrim.samples.batches import image_prompt, model_tensors
 from spectrim.samples.sources import check_positive
@@ -34,7 +35,7 @@ class Answer:
 
 
 def normalise(text: str) -> str:
-    """Surrounding white space and one final period go; case is folded."""
+    """The text without surrounding white space and one final period, in lower case."""
     return text.strip().removesuffix(".").rstrip().casefold()
 
 
@@ -62,24 +63,24 @@ def vqa(
         NumericalError: when logits are NaN or infinite; names the question and the generated token.
     """
     if not questions:
-        raise SampleError("There is no question to answer; give at least one.")
+        raise SampleError("there is no question to answer; give at least one")
     if not takes_images(processor):
-        raise SampleError(f"{type(processor).__name__} takes no images, so it cannot answer questions about them.")
+        raise SampleError(f"{type(processor).__name__} takes no images, so it cannot answer questions about them")
     if not model.can_generate():
-        raise ModelError(f"{type(model).__name__} cannot generate answers; choose a model with a language head.")
+        raise ModelError(f"{type(model).__name__} cannot generate answers; choose a model with a language head")
     check_positive(batch_size=batch_size, max_new_tokens=max_new_tokens)
     asked: Sequence[Question] = blind_questions(questions) if blind else questions
     prompts = prompted(processor, model.config, asked)
     order = sorted(range(len(asked)), key=lambda i: len(prompts[i]))
-    given: dict[int, str] = {}
+    answers: dict[int, str] = {}
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
         with inference(model), _finite_logits(model, [asked[i].question for i in batch]):
             texts = _generate(model, processor, [prompts[i] for i in batch], [asked[i] for i in batch], max_new_tokens)
-        given.update(zip(batch, texts, strict=True))
+        answers.update(zip(batch, texts, strict=True))
         if progress is not None:
-            progress(len(given), len(asked))
-    return [Answer(q.task, q.question, q.answer, given[i]) for i, q in enumerate(questions)]
+            progress(len(answers), len(asked))
+    return [Answer(q.task, q.question, q.answer, answers[i]) for i, q in enumerate(questions)]
 
 
 def prompted(processor: ProcessorMixin, config: PreTrainedConfig, questions: Sequence[Question]) -> list[str]:
@@ -139,12 +140,12 @@ def _generate(
 
 @contextmanager
 def _padding_token(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
-    """Lends EOS to a tokenizer without padding token; masked positions never count, whatever they hold."""
+    """Use EOS as padding token where the tokenizer has none; masked positions do not count, whatever they hold."""
     if tokenizer.pad_token is not None:
         yield
         return
     if tokenizer.eos_token is None:
-        raise SampleError("The tokenizer has neither a padding nor an end token; set tokenizer.pad_token.")
+        raise SampleError("the tokenizer has neither a padding nor an end token; set tokenizer.pad_token")
     tokenizer.pad_token = tokenizer.eos_token
     try:
         yield
@@ -163,8 +164,8 @@ def _finite_logits(model: PreTrainedModel, questions: list[str]) -> Iterator[Non
         if not finite.all():
             question = questions[int(finite.logical_not().nonzero()[0, 0])]
             raise NumericalError(
-                f"The logits for the question '{question}' are not finite at generated token {step}; check the model's "
-                "weights or use a wider dtype."
+                f"the logits for the question '{question}' are not finite at generated token {step}; check the model's "
+                "weights or use a wider dtype"
             )
         step += 1
 

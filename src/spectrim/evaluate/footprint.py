@@ -67,7 +67,7 @@ def _resident(field: str) -> int | None:
 
 
 def stored_bytes(directory: Path) -> int:
-    """Bytes of the safetensors files that hold the model, headers included; files that its index does not name are out.
+    """Bytes of the safetensors files that hold the model, headers included; only files that its index names.
 
     Raises:
         CheckpointError: when the directory holds no safetensors model, or a shard that the index names is missing.

@@ -1,6 +1,7 @@
 """Suites in other people's harnesses: lm-eval with the model in memory, lmms-eval with the checkpoint's directory."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
 from importlib.util import find_spec
@@ -12,10 +13,10 @@ import torch
 from spectrim.checkpoint import load, load_processor
 from spectrim.checkpoint.sources import read_config
 from spectrim.checks import check_device
-from spectrim.errors import CheckpointError, SampleError
+from spectrim.errors import SampleError, first_line
 from spectrim.evaluate.answering import takes_images
 from spectrim.evaluate.results import versions
-from spectrim.evaluate.running import is_compressed
+from spectrim.evaluate.running import check_directories
 from spectrim.evaluate.suites import Suite, SuiteReport, read_scores
 from spectrim.samples.sources import check_positive
 
@@ -61,23 +62,20 @@ def run_suite(
         )
     check_device(device)
     check_positive(limit=limit, batch_size=batch_size)
-    if len(set(map(str, directories))) < len(directories):
-        raise CheckpointError("A directory is named twice; give each model once.")
-    for directory in directories:
-        is_compressed(Path(directory))  # names a directory that is none before any model loads
+    check_directories([Path(directory) for directory in directories])  # before any model loads
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    run = _lm_eval if suite.harness == "lm-eval" else _lmms_eval
+    run = _Run(suite, limit, batch_size or 1, place, dtype, trust_remote_code)
+    harness = _lm_eval if suite.harness == "lm-eval" else _lmms_eval
     scores = {}
     for directory in map(str, directories):
         try:
-            found = run(suite, directory, limit, batch_size or 1, place, dtype, trust_remote_code)
+            results = harness(run, directory)
         except OSError as error:  # data sets that cannot be fetched
-            said = str(error).strip().partition("\n")[0]
             raise SampleError(
-                f"suite '{suite.name}' stopped ({said}); its data sets come from the Hugging Face hub, so check the "
-                "network"
+                f"suite '{suite.name}' stopped ({first_line(error)}); its data sets come from the Hugging Face hub, so "
+                "check the network"
             ) from error
-        scores[directory] = read_scores(found, suite.tasks)
+        scores[directory] = read_scores(results, suite.tasks)
     return SuiteReport(
         suite=suite,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -85,6 +83,34 @@ def run_suite(
         limit=limit,
         scores=scores,
     )
+
+
+@dataclass(frozen=True)
+class _Run:
+    """How every model directory is scored."""
+
+    suite: Suite
+    limit: int | None
+    batch_size: int
+    device: str
+    dtype: torch.dtype | None
+    trusted: bool
+
+    def arguments(self, manager: Any) -> dict[str, Any]:
+        """What both harnesses are called with. Raises SampleError for a task that `manager` does not know."""
+        suite = self.suite
+        if missing := [task for task in suite.tasks if task not in manager.all_tasks]:
+            raise SampleError(
+                f"{suite.harness} has no task '{missing[0]}'; correct suite '{suite.name}', or install a release that "
+                "has it"
+            )
+        return {
+            "tasks": list(suite.tasks),
+            "num_fewshot": suite.num_fewshot,
+            "limit": self.limit,
+            "task_manager": manager,
+            "log_samples": False,
+        }
 
 
 @cache
@@ -95,57 +121,31 @@ def task_manager(folder: str | None) -> Any:
     return TaskManager(include_path=folder)
 
 
-def _lm_eval(
-    suite: Suite,
-    directory: str,
-    limit: int | None,
-    batch_size: int,
-    device: str,
-    dtype: torch.dtype | None,
-    trusted: bool,
-) -> Mapping[str, Any]:
+def _lm_eval(run: _Run, directory: str) -> Mapping[str, Any]:
     from lm_eval import simple_evaluate
     from lm_eval.models.hf_vlms import HFMultimodalLM
     from lm_eval.models.huggingface import HFLM
 
-    manager = task_manager(suite.task_folder)
-    _check_tasks(suite, manager.all_tasks)
-    processor = load_processor(directory, trust_remote_code=trusted)
-    if suite.images and not takes_images(processor):
-        raise SampleError(f"{directory} holds a text-only model; suite '{suite.name}' shows images")
+    arguments = run.arguments(task_manager(run.suite.task_folder))
+    processor = load_processor(directory, trust_remote_code=run.trusted)
+    if run.suite.images and not takes_images(processor):
+        raise SampleError(f"{directory} holds a text-only model; suite '{run.suite.name}' shows images")
     # Loaded here: the harness itself opens image-text models for image tasks only.
-    model = load(directory, device_map=device, dtype=dtype, trust_remote_code=trusted)
-    if suite.images:
-        wrapped = HFMultimodalLM(pretrained=model, batch_size=batch_size)
+    model = load(directory, device_map=run.device, dtype=run.dtype, trust_remote_code=run.trusted)
+    if run.suite.images:
+        wrapped = HFMultimodalLM(pretrained=model, batch_size=run.batch_size)
     else:
         tokenizer = getattr(processor, "tokenizer", processor)
-        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    return simple_evaluate(
-        model=wrapped,
-        tasks=list(suite.tasks),
-        num_fewshot=suite.num_fewshot,
-        limit=limit,
-        task_manager=manager,
-        log_samples=False,
-        apply_chat_template=suite.images,
-    )
+        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=run.batch_size)
+    return simple_evaluate(model=wrapped, apply_chat_template=run.suite.images, **arguments)
 
 
-def _lmms_eval(
-    suite: Suite,
-    directory: str,
-    limit: int | None,
-    batch_size: int,
-    device: str,
-    dtype: torch.dtype | None,
-    trusted: bool,
-) -> Mapping[str, Any]:
+def _lmms_eval(run: _Run, directory: str) -> Mapping[str, Any]:
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.tasks import TaskManager
 
-    manager = TaskManager(include_path=suite.task_folder)
-    _check_tasks(suite, manager.all_tasks)
-    kind = read_config(directory, {"trust_remote_code": trusted}).model_type
+    arguments = run.arguments(TaskManager(include_path=run.suite.task_folder))
+    kind = read_config(directory, {"trust_remote_code": run.trusted}).model_type
     if kind not in LMMS_MODELS:
         raise SampleError(
             f"no class of lmms-eval is known to open {directory}, a {kind}; run lmms-eval itself by "
@@ -153,19 +153,8 @@ def _lmms_eval(
         )
     return simple_evaluate(
         model=LMMS_MODELS[kind],
-        model_args=f"pretrained={directory},device_map={device}",
-        tasks=list(suite.tasks),
-        num_fewshot=suite.num_fewshot,
-        limit=limit,
-        batch_size=batch_size,
-        device=device,
-        task_manager=manager,
-        log_samples=False,
+        model_args=f"pretrained={directory},device_map={run.device}",
+        batch_size=run.batch_size,
+        device=run.device,
+        **arguments,
     )
-
-
-def _check_tasks(suite: Suite, known: Sequence[str]) -> None:
-    if missing := [task for task in suite.tasks if task not in known]:
-        raise SampleError(
-            f"{suite.harness} has no task '{missing[0]}'; correct suite '{suite.name}', or install the release that has"
-        )

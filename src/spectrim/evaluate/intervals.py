@@ -34,7 +34,7 @@ def wilson(correct: int, total: int) -> tuple[float, float]:
         SampleError: when `total` is 0.
     """
     if total < 1:
-        raise SampleError("An accuracy needs at least one question; add questions to the task.")
+        raise SampleError("an accuracy needs at least one question; add questions to the task")
     rate, weight = correct / total, _Z**2 / total
     centre = (rate + weight / 2) / (1 + weight)
     half = _Z * sqrt(rate * (1 - rate) / total + weight / (4 * total)) / (1 + weight)
@@ -60,8 +60,8 @@ def paired_difference(model: Sequence[bool], reference: Sequence[bool]) -> Paire
     """
     if len(model) != len(reference) or not model:
         raise SampleError(
-            f"A paired difference needs the same questions twice, not {len(model)} and {len(reference)} answers; "
-            "evaluate both directories on one set of questions."
+            f"a paired difference needs the same questions twice, not {len(model)} and {len(reference)} answers; "
+            "evaluate both directories on one set of questions"
         )
     n = len(model)
     gained = sum(ours and not theirs for ours, theirs in zip(model, reference, strict=True))

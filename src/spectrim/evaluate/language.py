@@ -51,7 +51,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Perplexity:
-    """What a model pays for a text: `nll` is the sum of negative log-likelihoods in nats over `tokens` tokens.
+    """The perplexity of a text: `nll` is the sum of negative log-likelihoods in nats over `tokens` tokens.
 
     `bytes` counts the UTF-8 bytes of exactly those tokens; `per_token` = exp(nll / tokens) compares models of one
     tokenizer, `per_byte` = exp(nll / bytes) models of different ones. `seconds` is wall time without tokenization.
@@ -76,7 +76,7 @@ def plan_windows(predictions: int, seqlen: int, stride: int) -> list[Window]:
         SampleError: unless 1 ≤ stride ≤ seqlen.
     """
     if not 1 <= stride <= seqlen:
-        raise SampleError(f"stride must lie between 1 and seqlen, but stride is {stride} and seqlen is {seqlen}.")
+        raise SampleError(f"stride must lie between 1 and seqlen, but stride is {stride} and seqlen is {seqlen}")
     windows, done = [], 0
     while done < predictions:
         end = min(predictions, done + (stride if done else seqlen))
@@ -106,7 +106,7 @@ def read_text(
     stride: int | None,
     max_tokens: int | None,
 ) -> Reading:
-    """What :func:`perplexity` will do with a text, so that what cannot be done is known without the model.
+    """The windows that :func:`perplexity` makes of a text; errors are found before the model is loaded.
 
     Raises:
         ModelError: the config is that of an encoder and a decoder.
@@ -138,14 +138,14 @@ def _token_stream(
     """Token stream (int64, first token is context only) that begins with ``before`` if any, UTF-8 bytes counted."""
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast, verbose=False)
     ids = encoded["input_ids"]
-    first = 0 if before is not None else 1  # with nothing before it nothing predicts the first token
+    first = 0 if before is not None else 1  # without a token before it the first token is not predicted
     count = len(ids) if max_tokens is None else min(len(ids), max_tokens + first)
     skipped, kept = 0, len(text)  # the characters text[skipped:kept] are those of the counted tokens
     if count > 0 and (first > 0 or count < len(ids)):
         if not tokenizer.is_fast:
             raise SampleError(
                 f"{type(tokenizer).__name__} gives no character offsets, so the bytes of a part of the text cannot be "
-                "counted; use a fast tokenizer with a BOS token and leave max_tokens unset."
+                "counted; use a fast tokenizer with a BOS token and leave max_tokens unset"
             )
         offsets = encoded["offset_mapping"]
         # A character may span several tokens: stop before a token that would cut one.
@@ -155,7 +155,7 @@ def _token_stream(
         kept = len(text) if count == len(ids) else offsets[count - 1][1]
     if count <= first:
         raise SampleError(
-            f"{max(0, count - first)} of the text's {len(ids)} tokens can be scored; give more text or tokens."
+            f"{max(0, count - first)} of the text's {len(ids)} tokens can be scored; give more text or tokens"
         )
     stream = ids[:count] if before is None else [before, *ids[:count]]
     return torch.tensor(stream), len(text[skipped:kept].encode())
@@ -216,8 +216,8 @@ def perplexity(
             for index, (window, row) in enumerate(zip(group, logits, strict=True), start=first):
                 if not torch.isfinite(row).all():
                     raise NumericalError(
-                        f"The logits of perplexity window {index} (tokens {window.begin} to {window.end} of the text) "
-                        "are not finite; check the model's weights or use a wider dtype."
+                        f"the logits of perplexity window {index} (tokens {window.begin} to {window.end} of the text) "
+                        "are not finite; check the model's weights or use a wider dtype"
                     )
                 targets = stream[window.score + 1 : window.end + 1].to(row.device)
                 scores = row[-len(targets) :].to(torch.promote_types(row.dtype, torch.float32))

@@ -1,51 +1,21 @@
 """Questions about images: where they come from, and the same questions with their images swapped."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from hashlib import sha256
 from itertools import groupby
 from random import Random
-from typing import Any, Protocol
+from typing import Any
 
 from PIL import Image
 
+from spectrim.demo.tasks import TASKS, Question, questions
 from spectrim.errors import SampleError
 from spectrim.files import user_path
 from spectrim.samples.pixels import opener
 from spectrim.samples.sources import check_positive, read_jsonl
 
 
-class Question(Protocol):
-    """An RGB image, a question about it and the one short answer that counts as right."""
-
-    @property
-    def task(self) -> str:
-        """Name of the task that the question belongs to."""
-
-    @property
-    def image(self) -> Image.Image:
-        """The image, in mode RGB."""
-
-    @property
-    def question(self) -> str:
-        """The question, without any prompt around it."""
-
-    @property
-    def answer(self) -> str:
-        """The expected answer."""
-
-
-@dataclass(frozen=True)
-class ImageQuestion:
-    """The plain form of :class:`Question`."""
-
-    task: str
-    image: Image.Image
-    question: str
-    answer: str
-
-
-def load_questions(source: str, samples: int, seed: int) -> Sequence[Question]:
+def load_questions(source: str, samples: int, seed: int) -> list[Question]:
     """At most `samples` questions of each task, the same ones for the same seed.
 
     `builtin` draws `samples` test questions of every built-in task. Anything else is a .jsonl file with one
@@ -57,25 +27,22 @@ def load_questions(source: str, samples: int, seed: int) -> Sequence[Question]:
     """
     check_positive(samples=samples, seed=seed)
     if source == "builtin":
-        from spectrim.demo.tasks import TASKS, questions  # the built-in suite is drawn only when asked for
-
         return [question for task in TASKS for question in questions(task, "test", samples, seed)]
     path = user_path(source)
     if path.suffix.lower() != ".jsonl" or not path.is_file():
-        raise SampleError(f"'{source[:200]}' is no source of questions; give 'builtin' or an existing .jsonl file.")
+        raise SampleError(f"'{source[:200]}' is no source of questions; give 'builtin' or an existing .jsonl file")
     tasks: dict[str, list[tuple[Callable[[], Image.Image], dict[str, Any]]]] = {}
-    for number, row in read_jsonl(path):
-        where = f"{path}, line {number}"
+    for where, row in read_jsonl(path):
         _check_row(row, where)
         image = opener(row["image"], path.parent, where)
         tasks.setdefault(row.get("task", path.stem), []).append((image, row))
     if not tasks:
-        raise SampleError(f"{path} holds no question; write one JSON object per line.")
+        raise SampleError(f"{path} holds no question; write one JSON object per line")
     loaded = []
     for task, rows in tasks.items():
         chosen = sorted(Random(seed).sample(range(len(rows)), min(samples, len(rows))))
         for image, row in (rows[i] for i in chosen):
-            loaded.append(ImageQuestion(task, image(), row["question"], row["answer"]))
+            loaded.append(Question(task, image(), row["question"], row["answer"]))
     return loaded
 
 
@@ -83,10 +50,10 @@ def _check_row(row: dict[str, Any], where: str) -> None:
     for key in ("image", "question", "answer", "task"):
         value = row.get(key, "" if key != "task" else "default")
         if not isinstance(value, str) or not value.strip():
-            raise SampleError(f'{where} has no text under "{key}"; each line needs "image", "question" and "answer".')
+            raise SampleError(f'{where} has no text under "{key}"; each line needs "image", "question" and "answer"')
 
 
-def blind_questions(questions: Sequence[Question]) -> list[ImageQuestion]:
+def blind_questions(questions: Sequence[Question]) -> list[Question]:
     """The same questions in the same order, each with the image of another question of its task.
 
     Accuracy on them is the floor that a model reaches from the question alone. Inside a task the questions are sorted
@@ -97,16 +64,16 @@ def blind_questions(questions: Sequence[Question]) -> list[ImageQuestion]:
         SampleError: when more than half of a task's questions share one image, so that no such swap exists.
     """
     digests = [sha256(repr(q.image.size).encode() + q.image.tobytes()).hexdigest() for q in questions]
-    swapped: dict[int, ImageQuestion] = {}
+    swapped: dict[int, Question] = {}
     for task in {q.task: None for q in questions}:
         order = sorted((i for i, q in enumerate(questions) if q.task == task), key=lambda i: digests[i])
         largest = max(len(list(group)) for _, group in groupby(order, key=lambda i: digests[i]))
         if 2 * largest > len(order):
             raise SampleError(
                 f"{largest} of the {len(order)} questions of task '{task}' share one image, so a blind baseline cannot "
-                "be formed; add questions about other images or switch the baseline off."
+                "be formed; add questions about other images or switch the baseline off"
             )
         for position, i in enumerate(order):
             image = questions[order[(position + largest) % len(order)]].image
-            swapped[i] = ImageQuestion(task, image, questions[i].question, questions[i].answer)
+            swapped[i] = Question(task, image, questions[i].question, questions[i].answer)
     return [swapped[i] for i in range(len(questions))]

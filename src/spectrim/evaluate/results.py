@@ -4,12 +4,10 @@ import json
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from spectrim.checkpoint.config import release
 from spectrim.errors import SampleError
 from spectrim.evaluate.answering import Answer
 from spectrim.evaluate.footprint import Memory
@@ -17,6 +15,7 @@ from spectrim.evaluate.intervals import PairedDifference, paired_difference, wil
 from spectrim.evaluate.language import Perplexity
 from spectrim.files import parse_json, user_path, write_whole
 from spectrim.settings import EvaluationSettings
+from spectrim.versions import release
 
 SCHEMA = 1
 
@@ -25,7 +24,7 @@ def versions(*packages: str) -> dict[str, str | None]:
     """Releases of spectrim, of these packages and of Python."""
     return {
         "spectrim": release(),
-        **{package: version(package) for package in packages},
+        **{package: release(package) for package in packages},
         "python": platform.python_version(),
     }
 
@@ -66,7 +65,7 @@ class TaskDifference:
 
 @dataclass(frozen=True)
 class Source:
-    """Where samples came from and the SHA-256 of what was used of it."""
+    """Where samples came from, and the SHA-256 of those that were used."""
 
     name: str
     sha256: str
@@ -123,9 +122,7 @@ class EvaluationReport:
 
     def write(self, path: str | Path) -> None:
         """Writes the JSON; the file appears whole or not at all."""
-        path = user_path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, self.to_json().encode())
+        write_whole(user_path(path), self.to_json().encode())
 
     @classmethod
     def read(cls, path: str | Path) -> "EvaluationReport":
@@ -140,10 +137,10 @@ class EvaluationReport:
             first = error.errors()[0] if isinstance(error, ValidationError) else None
             reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else str(error)
             raise SampleError(
-                f"{path} is no evaluation report ({reason}); write one with `spectrim evaluate`."
+                f"{path} is no evaluation report ({reason}); write one with `spectrim evaluate`"
             ) from error
         if report.schema != SCHEMA:
-            raise SampleError(f"{path} has schema {report.schema}, this version reads {SCHEMA}; evaluate again.")
+            raise SampleError(f"{path} has schema {report.schema}, this version reads {SCHEMA}; evaluate again")
         return report
 
 

@@ -16,11 +16,12 @@ from spectrim.checkpoint.config import METHOD
 from spectrim.checkpoint.model_files import PROVENANCE
 from spectrim.checkpoint.sources import read_config
 from spectrim.checks import check_device
+from spectrim.demo.tasks import Question
 from spectrim.errors import CheckpointError, SampleError, SpectrimError
 from spectrim.evaluate.answering import Answer, prompted, takes_images, vqa
 from spectrim.evaluate.footprint import PeakMemory, stored_bytes
 from spectrim.evaluate.language import Perplexity, Progress, perplexity, read_text
-from spectrim.evaluate.questions import Question, blind_questions, load_questions
+from spectrim.evaluate.questions import blind_questions, load_questions
 from spectrim.evaluate.results import (
     DirectoryResult,
     EvaluationReport,
@@ -30,7 +31,7 @@ from spectrim.evaluate.results import (
     score,
     versions,
 )
-from spectrim.files import parse_json
+from spectrim.files import read_object
 from spectrim.samples import load_text, media_tokens
 from spectrim.settings import EVALUATION, EvaluationOptions
 
@@ -102,7 +103,9 @@ def evaluate(
     chosen.check_together()
     check_device(device)
     paths = [Path(directory) for directory in directories]
-    _check(paths)
+    check_directories(paths)
+    for path in paths:
+        stored_bytes(path), _stated(path, "retention"), _stated(path, "predicted_loss")  # each names what is wrong
     asked = load_questions(chosen.questions, chosen.samples, chosen.seed) if "vqa" in tasks else ()
     processors = [load_processor(path, trust_remote_code=trust_remote_code) for path in paths]
     read = _text(processors, chosen) if "perplexity" in tasks else None
@@ -121,9 +124,9 @@ def evaluate(
     reference = next((path for path in paths if not is_compressed(path)), None)
     results, floor = [], None
     for path in paths:
-        result, below = _evaluate_one(path, work, floor=path == (reference or paths[0]))
+        result, blind_scores = _evaluate_one(path, work, floor=path == (reference or paths[0]))
         results.append(result)
-        floor = floor or below
+        floor = floor or blind_scores
     if reference is not None and asked:
         dense = results[paths.index(reference)].answers
         results = [
@@ -145,22 +148,20 @@ def evaluate(
 def is_compressed(directory: Path) -> bool:
     """Whether the directory's config.json names spectrim as its quantization method."""
     try:
-        config = parse_json((directory / "config.json").read_bytes())
-        return (config.get("quantization_config") or {}).get("quant_method") == METHOD
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(
-            f"{directory} is no model directory, its config.json cannot be read ({error}); give a directory of a model."
-        ) from error
+        quantization = read_object(directory / "config.json").get("quantization_config")
+    except ValueError as error:
+        raise CheckpointError(f"{directory} is no model directory: {error}; give a directory of a model") from error
+    return isinstance(quantization, dict) and quantization.get("quant_method") == METHOD
 
 
-def _check(paths: Sequence[Path]) -> None:
+def check_directories(paths: Sequence[Path]) -> None:
+    """CheckpointError where no directory is named, one is named twice, or one holds no model."""
     if not paths:
-        raise CheckpointError("No directory is named; give at least one model directory.")
+        raise CheckpointError("no directory is named; give at least one model directory")
     if len(set(paths)) < len(paths):
-        raise CheckpointError("A directory is named twice; give each model once.")
+        raise CheckpointError("a directory is named twice; give each model once")
     for path in paths:
-        is_compressed(path), stored_bytes(path)  # each names what it cannot read
-        _stated(path, "retention"), _stated(path, "predicted_loss")
+        is_compressed(path)  # names what it cannot read
 
 
 def _text(processors: Sequence[Any], settings: EvaluationOptions) -> str:
@@ -177,9 +178,9 @@ def _check_samples(
     questions: Sequence[Question],
     trusted: bool,
 ) -> None:
-    """Name what this model cannot read, before any model is loaded."""
+    """Raise the error of samples that this model cannot read, before any model is loaded."""
     if questions and not takes_images(processor):
-        raise SampleError(f"{path} holds a text-only model, which cannot do the task vqa; use tasks=['perplexity'].")
+        raise SampleError(f"{path} holds a text-only model, which cannot do the task vqa; use tasks=['perplexity']")
     config = read_config(path, {"trust_remote_code": trusted})
     try:
         if text is not None:
@@ -196,9 +197,9 @@ def _evaluate_one(path: Path, work: _Work, *, floor: bool) -> tuple[DirectoryRes
     settings = work.settings
     batch: dict[str, Any] = {} if settings.batch_size is None else {"batch_size": settings.batch_size}
 
-    def stage(what: str) -> Progress | None:
+    def stage(name: str) -> Progress | None:
         report = work.progress
-        return None if report is None else lambda done, total: report(f"{path.name}: {what}", done, total)
+        return None if report is None else lambda done, total: report(f"{path.name}: {name}", done, total)
 
     def read(text: str) -> Perplexity:
         tokenizer = getattr(processor, "tokenizer", processor)
@@ -213,12 +214,12 @@ def _evaluate_one(path: Path, work: _Work, *, floor: bool) -> tuple[DirectoryRes
             **batch,
         )
 
-    def look(what: str, questions: Sequence[Question]) -> tuple[list[Answer], VqaScore | None]:
+    def look(name: str, questions: Sequence[Question]) -> tuple[list[Answer], VqaScore | None]:
         start = perf_counter()
         if not questions:
             return [], None
         answers = vqa(
-            model, processor, questions, max_new_tokens=settings.max_new_tokens, progress=stage(what), **batch
+            model, processor, questions, max_new_tokens=settings.max_new_tokens, progress=stage(name), **batch
         )
         return answers, score(answers, perf_counter() - start)
 
@@ -226,8 +227,8 @@ def _evaluate_one(path: Path, work: _Work, *, floor: bool) -> tuple[DirectoryRes
         model = load(path, device_map=work.device, dtype=work.dtype, trust_remote_code=work.trusted)
         processor = load_processor(path, trust_remote_code=work.trusted)
         language = None if work.text is None else read(work.text)
-        answers, accuracy = look("vqa", work.questions)
-        _, below = look("vqa with swapped images", work.swapped if floor else ())
+        answers, scores = look("vqa", work.questions)
+        _, blind = look("vqa with swapped images", work.swapped if floor else ())
     return DirectoryResult(
         directory=str(path),
         compressed=is_compressed(path),
@@ -239,9 +240,9 @@ def _evaluate_one(path: Path, work: _Work, *, floor: bool) -> tuple[DirectoryRes
         predicted_loss=_stated(path, "predicted_loss"),
         perplexity=language,
         tokens_per_second=None if language is None else language.tokens / language.seconds,
-        vqa=accuracy,
+        vqa=scores,
         answers=tuple(answers),
-    ), below
+    ), blind
 
 
 def _stated(path: Path, key: str) -> dict[str, float] | None:
@@ -252,7 +253,7 @@ def _stated(path: Path, key: str) -> dict[str, float] | None:
     if stated is not None and not (
         isinstance(stated, dict) and all(isinstance(value, int | float) for value in stated.values())
     ):
-        raise CheckpointError(f'"{key}" in {path / PROVENANCE} is not a table of numbers; compress the model again.')
+        raise CheckpointError(f'"{key}" in {path / PROVENANCE} is not a table of numbers; compress the model again')
     return stated
 
 

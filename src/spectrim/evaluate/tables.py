@@ -92,7 +92,7 @@ def costs(report: EvaluationReport) -> Table:
 
 
 def losses(report: EvaluationReport) -> Table | None:
-    """Predicted against measured increase of the text loss over the reference, nats per token; None without either."""
+    """Predicted against measured increase of the text loss over the reference, nats per token; None without both."""
     reference = next((result for result in report.results if result.directory == report.reference), None)
     grid = Table(title="Text loss above the dense model, nats per token", box=None, padding=(0, 1, 0, 0))
     for heading in ("model", "predicted", "measured"):
@@ -127,8 +127,8 @@ def markdown(report: EvaluationReport, result: DirectoryResult) -> str:
     lines = ["", *columns], ["---"] * (1 + len(columns)), *rows
     sources = {"questions": report.questions, "text": report.text}
     said = "; ".join(
-        f"{what} {code(Path(source.name).name)}, SHA-256 {source.sha256[:12]}…"
-        for what, source in sources.items()
+        f"{kind} {code(Path(source.name).name)}, SHA-256 {source.sha256[:12]}…"
+        for kind, source in sources.items()
         if source
     )
     versions = ", ".join(f"{name} {number}" for name, number in report.versions.items() if number)

@@ -43,7 +43,7 @@ class ShiftedSum:
 def blended(
     W: torch.Tensor, second: torch.Tensor, cross: torch.Tensor, dense: torch.Tensor, weight: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The moments of inputs of the compressed and of the dense model together, by one share each.
+    """The weighted sum of moments of the compressed model's inputs and of the dense model's.
 
     With a share ω of targets t on inputs x' and a share 1 − ω of targets W x on inputs x, the error of a matrix Ŵ,
     ``ω E‖t − Ŵ x'‖² + (1 − ω) E‖W x − Ŵ x‖²``, is that of one regression with the moments ``H = ω C' + (1 − ω) C`` and

@@ -6,11 +6,11 @@ import torch
 
 from spectrim.maths.roots import OutputRoot, left_basis, right_basis
 
-Rank = int | tuple[int, ...]  # of the whole layer, or of each head: of each of as many equal groups of outputs
+Rank = int | tuple[int, ...]  # of the whole layer, or of each head (equal groups of outputs)
 
 
 def head_ranks(rank: Rank) -> tuple[int, ...]:
-    """The ranks one by one; a layer that is factored as a whole has a single head."""
+    """The ranks of all heads; a layer that is factored as a whole counts as one head."""
     return (rank,) if isinstance(rank, int) else rank
 
 
@@ -107,25 +107,25 @@ def decompose(
         W: [out, in], any floating dtype.
         metric: the input metric ``R Rᵀ``: None for the identity, [in] for a diagonal, or [in, in].
         output: the output metric, with as many parts as heads; None for the identity.
-        heads: parts of the outputs that are factored apart; 1 for the whole matrix.
+        heads: parts of the outputs that are factored separately; 1 for the whole matrix.
     """
-    found = [
+    spectra = [
         _part(rows, metric, output, number, output_side=heads > 1)
         for number, rows in enumerate(W.double().chunk(heads))
     ]
     if heads == 1:
-        return found[0]
-    s = torch.cat([part.s for part in found])
-    loss = None if output is None else torch.cat([part.loss for part in found if part.loss is not None])
-    # The first of each head come first, the others where their turn is.
+        return spectra[0]
+    s = torch.cat([part.s for part in spectra])
+    loss = None if output is None else torch.cat([part.loss for part in spectra if part.loss is not None])
+    # The first direction of each head comes first, then all others by cost.
     urgent = (s if loss is None else loss).clone().view(heads, -1)
     urgent[:, 0] = torch.inf
     order = urgent.flatten().argsort(descending=True, stable=True)
     head = torch.arange(heads, device=W.device).repeat_interleave(len(s) // heads)
-    Q = None if output is None else torch.cat([part.P if part.Q is None else part.Q for part in found], dim=1)
+    Q = None if output is None else torch.cat([part.P if part.Q is None else part.Q for part in spectra], dim=1)
     return Spectrum(
         s[order],
-        torch.cat([part.P for part in found], dim=1)[:, order],
+        torch.cat([part.P for part in spectra], dim=1)[:, order],
         None if Q is None else Q[:, order],
         None if loss is None else loss[order],
         head[order],

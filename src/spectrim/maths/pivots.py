@@ -35,10 +35,10 @@ def pivoted(A: torch.Tensor, B: torch.Tensor, bound: float = BOUND) -> tuple[tor
     k = A.shape[1]
     LU, exchanges, _ = torch.linalg.lu_factor_ex(A)  # a zero pivot, which it would report, leaves L bounded
     X = torch.linalg.solve_triangular(LU[:k], LU[k:], upper=False, left=False, unitriangular=True)
-    found = list(range(len(A)))
+    order = list(range(len(A)))
     for i, j in enumerate(exchanges.tolist()):
-        found[i], found[j - 1] = found[j - 1], found[i]
-    rows = torch.tensor(found, device=A.device)
+        order[i], order[j - 1] = order[j - 1], order[i]
+    rows = torch.tensor(order, device=A.device)
     p, others = rows[:k], rows[k:]
     while True:
         size = X.abs()
@@ -59,17 +59,17 @@ def _swaps(S: torch.Tensor, bound: float) -> torch.Tensor:
     """Rows and columns of S to swap, [m, 2]: what swapping the largest entry again and again would choose.
 
     A swap takes the others' entries to their Schur complement, so this is elimination with complete pivoting. Each
-    swap multiplies the volume of the pivot rows by more than `bound`, hence there is an end to them.
+    swap multiplies the volume of the pivot rows by more than `bound`, so that they come to an end.
     """
     S = S.cpu().clone()
-    found: list[tuple[int, int]] = []
-    while len(found) < min(S.shape):
+    swaps: list[tuple[int, int]] = []
+    while len(swaps) < min(S.shape):
         i, j = divmod(int(S.abs().argmax()), S.shape[1])
         if not abs(float(S[i, j])) > bound:
             break
-        found.append((i, j))
+        swaps.append((i, j))
         S -= torch.outer(S[:, j], S[i]) / S[i, j]
-    return torch.tensor(found)
+    return torch.tensor(swaps)
 
 
 def _swap(X: torch.Tensor, I: torch.Tensor, J: torch.Tensor) -> None:  # noqa: E741

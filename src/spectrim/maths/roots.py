@@ -195,8 +195,8 @@ def right_basis(K: torch.Tensor, metric: torch.Tensor | None = None) -> tuple[to
         Y = K @ Z
         energy, V = eigh_descending(K - Y @ Y.T)
         live = int((energy[: size - seen] > _ROUNDING * K.diagonal().sum()).sum())
-        rest = V[:, :live] / energy[:live].sqrt()
-        Z = torch.cat([Z, rest - Z @ (Y.T @ rest)], dim=1)
+        unseen = V[:, :live] / energy[:live].sqrt()
+        Z = torch.cat([Z, unseen - Z @ (Y.T @ unseen)], dim=1)
     Z = _orthonormal(Z, K)
     Z = torch.cat([Z, Z.new_zeros(size, size - Z.shape[1])], dim=1)
     return torch.cat([s[:seen], s.new_zeros(size - seen)]), Z, K @ Z

@@ -24,7 +24,7 @@ _SHRINKS = 16  # how many ranges are tried for every group, from the full range 
 
 @dataclass(frozen=True)
 class Grid:
-    """Integers of `bits`, with one scale for every `group` of inputs of an output; None for one scale by output.
+    """Integers of `bits` bits with one scale per output and group of `group` inputs; None for one scale per output.
 
     A symmetric grid has its zero at code 0, an asymmetric one has a zero point for every scale. Codes are signed, from
     −2^(bits−1) to 2^(bits−1) − 1, as compressed-tensors has them.
@@ -72,7 +72,7 @@ class Quantized:
 
 
 def fitting_group(size: int, group: int | None) -> int | None:
-    """`group` where it divides `size` inputs, else None: one scale by output beats smaller groups by the byte."""
+    """`group` if it divides `size` inputs, else None: one scale per output beats smaller groups at equal bytes."""
     return group if group is not None and size % group == 0 else None
 
 
@@ -104,7 +104,7 @@ def quantize(
     columns, weights, T = _triangular(C, W.shape[1], damping, W)
     scale, zero = scales(W, grid, weights, dtype)
     if not bool(scale.isfinite().all()):
-        raise NumericalError(f"integers of it need scales beyond {dtype}; load the model in bfloat16 or float32")
+        raise NumericalError(f"its integers need scales beyond {dtype}; load the model in bfloat16 or float32")
     step, offset = (part[rows][:, columns] for part in _spread(scale, zero, W.shape[1]))
 
     X = W[rows][:, columns]
@@ -169,7 +169,7 @@ def scales(
     unit = torch.where(high > low, high - low, torch.ones_like(low))
     X = (X / unit).float()  # only costs are computed in it, and only within a group
     best = torch.full_like(low, torch.inf, dtype=torch.float32)
-    found, zeros = torch.full_like(low, torch.inf), torch.zeros_like(low)
+    steps, zeros = torch.full_like(low, torch.inf), torch.zeros_like(low)
     for shrink in torch.linspace(1, 0.5, _SHRINKS).tolist():
         step = ((high - low) * shrink / levels).to(dtype).double()
         step = torch.where(step > 0, step, torch.ones_like(step))
@@ -179,15 +179,15 @@ def scales(
         cost = (rest.square_() * weights).sum(-1, keepdim=True)
         better = (cost < best) & step.isfinite()
         best = torch.where(better, cost, best)
-        found, zeros = torch.where(better, step, found), torch.where(better, zero, zeros)
-    return found[..., 0].to(dtype), None if grid.symmetric else zeros[..., 0].to(torch.int8)
+        steps, zeros = torch.where(better, step, steps), torch.where(better, zero, zeros)
+    return steps[..., 0].to(dtype), None if grid.symmetric else zeros[..., 0].to(torch.int8)
 
 
 def _spread(scale: torch.Tensor, zero: torch.Tensor | None, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Scales and zero points of every entry, [out, in] float64."""
-    each = size // scale.shape[1]
-    step = scale.double().repeat_interleave(each, dim=1)
-    return step, torch.zeros_like(step) if zero is None else zero.double().repeat_interleave(each, dim=1)
+    group = size // scale.shape[1]
+    step = scale.double().repeat_interleave(group, dim=1)
+    return step, torch.zeros_like(step) if zero is None else zero.double().repeat_interleave(group, dim=1)
 
 
 def _triangular(
@@ -259,36 +259,36 @@ def _by_waves(
 
         left = torch.stack([(E[i, : j.start] @ T[j, : j.start].T).flip(1) for i, j in spans])
         above = torch.stack([(S[: i.start, i].T @ F[: i.start, j]).flip(1) for i, j in spans])
-        found = _wave(
+        waves = _wave(
             (stacked(W), left, above, stacked(step), stacked(offset)),
             torch.stack([S[i, i] for i, _ in spans]),
             torch.stack([T[j, j].flip(0, 1) for _, j in spans]),
             grid,
         )
-        for (i, j), *parts in zip(spans, *found, strict=True):
+        for (i, j), *parts in zip(spans, *waves, strict=True):
             for whole, part in zip((codes, E, F), parts, strict=True):
                 whole[i, j] = part.flip(1)
     return codes[:out, :size]
 
 
 def _wave(
-    given: tuple[torch.Tensor, ...], S: torch.Tensor, T: torch.Tensor, grid: Grid
+    parts: tuple[torch.Tensor, ...], S: torch.Tensor, T: torch.Tensor, grid: Grid
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes, E and F of independent tiles [tiles, n, n]; all columns, those of `given` too, run from right to left.
+    """Codes, E and F of independent tiles [tiles, n, n]; all columns, those of `parts` too, run from right to left.
 
-    `given` are W, what came from the left, what came from above, steps and offsets. S [tiles, i', i] and
+    `parts` are W, the errors fed from the left and from above, steps and offsets. S [tiles, i', i] and
     T [tiles, j, j'] are the parts of the factors inside the tiles.
     """
     n = S.shape[1]
-    codes, E, F = (torch.zeros_like(given[0]) for _ in range(3))
+    codes, E, F = (torch.zeros_like(parts[0]) for _ in range(3))
     for t in range(2 * n - 1):
         at = n - 1 - t  # an anti-diagonal of the tile is a diagonal here
         i = slice(max(0, -at), min(n, t + 1))
         j = slice(i.start + at, i.stop + at)
-        x, left, above, step, offset = (part.diagonal(at, 1, 2) for part in given)
+        x, left, above, step, offset = (value.diagonal(at, 1, 2) for value in parts)
         left = left + (E[:, i] * T[:, j]).sum(2)
         code = grid.nearest(x + left + above + (F[:, :, j] * S[:, :, i]).sum(1), step, offset)
-        rest = x - (code - offset) * step
-        for whole, part in zip((codes, E, F), (code, rest, rest + left), strict=True):
-            whole.diagonal(at, 1, 2).copy_(part)
+        residual = x - (code - offset) * step
+        for whole, value in zip((codes, E, F), (code, residual, residual + left), strict=True):
+            whole.diagonal(at, 1, 2).copy_(value)
     return codes, E, F

@@ -50,10 +50,10 @@ def output_metric(
     parts = (linear.per_head or 1) if part.per_head else 1
     prices = {"text": 1.0, "image": part.image_price}
     gathered = [(prices[modality], moment, statistics.output(linear.name, modality)) for modality, moment in inputs]
-    found = [(price, moment, output) for price, moment, output in gathered if output is not None and _trace(output)]
-    if not found:
+    moments = [(price, moment, output) for price, moment, output in gathered if output is not None and _trace(output)]
+    if not moments:
         return OutputMetric((None,) * parts, torch.zeros(parts, dtype=torch.float64))
-    outputs = [output for _, _, output in found]
+    outputs = [output for _, _, output in moments]
     for output in outputs:
         check_finite(f"the output moment of {linear.name}", output.traces)
     first = outputs[0]
@@ -63,7 +63,7 @@ def output_metric(
     damping = part.damping * sum(w * _trace(o) for w, o in zip(weights, outputs, strict=True)) / linear.out_features
     roots = _roots(first, sums, damping, linear.out_features, parts)
     joint = _weighted(shares, [_by_part(output, parts) for output in outputs])
-    losses = [price * predicted_trace(part.eta, moment, output, parts) for price, moment, output in found]
+    losses = [price * predicted_trace(part.eta, moment, output, parts) for price, moment, output in moments]
     costs = torch.stack(losses).sum(0)
     return OutputMetric(roots, torch.where(joint > 0, costs / (joint * input_trace).clamp_min(1e-300), 0.0))
 
@@ -97,8 +97,8 @@ def predicted_loss(eta: str, change: torch.Tensor, moment: Moment, output: Outpu
         G = sums["output"] if output.form.kind == "blocks" else sums["output"][None]
         GD = (G @ D.reshape(len(G), G.shape[1], -1)).reshape(D.shape)
     else:
-        rest, V = _low_rank(output, sums)
-        GD = rest[:, None] * D + V @ (V.T @ D)
+        diagonal, V = _low_rank(output, sums)
+        GD = diagonal[:, None] * D + V @ (V.T @ D)
     traces = float(output.traces[2].sum()) * float(moment.second.trace()) / moment.count
     share = float((GD * CD).sum()) / traces if traces > 0 else 0.0
     return share * float(predicted_trace(eta, moment, output))

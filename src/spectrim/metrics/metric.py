@@ -17,7 +17,8 @@ from spectrim.recipe import MetricPart
 from spectrim.samples import Modality
 
 _T = TypeVar("_T")
-Source = Literal["text", "image", "joint", "identity", "experts", "unreached"]
+_ORDER: tuple[Modality, ...] = ("text", "image")
+MetricSource = Literal["text", "image", "joint", "identity", "experts", "unreached"]
 
 
 @dataclass(frozen=True)
@@ -25,20 +26,20 @@ class Metric:
     """The metrics of one linear, and the modalities that they came from.
 
     ``value``, the input metric ``R Rᵀ``, is None for the identity, [in] for a diagonal, [in, in] for a matrix; float64.
-    ``source`` is "identity" where the recipe asks for samples that never reached the linear and others did,
-    "unreached" where no sample at all did, and "experts" where those that reached other experts of its layer stand for
-    them. ``output`` is None where the recipe has no output metric.
+    ``source`` is "identity" if no sample of the recipe's modality reached the linear but others did, "unreached" if no
+    sample did at all, and "experts" if the moments are the mean over other experts of its layer. ``output`` is None
+    if the recipe has no output metric.
     """
 
     value: torch.Tensor | None
-    source: Source
+    source: MetricSource
     output: OutputMetric | None = None
 
 
 def layer_metric(
     part: MetricPart, linear: Linear, statistics: Statistics | None, device: torch.device | str = "cpu"
 ) -> Metric:
-    """The metrics of one linear, on `device`, where the roots of its output metric are taken, too.
+    """The metrics of one linear on `device`, where the roots of its output metric are computed, too.
 
     Raises:
         RecipeError: the recipe needs statistics that were not gathered; says how to gather them.
@@ -59,24 +60,24 @@ def layer_metric(
 
 
 def _gathered(part: MetricPart, linear: Linear, statistics: Statistics, device: torch.device | str) -> Metric | None:
-    """The metric that was gathered of a linear; None where no sample of the modality reached it."""
+    """The metric from a linear's own moments; None where no sample of the modality reached it."""
     if part.kind == "fisher-rows":
         return _fisher_rows(linear, statistics, device)
-    found = _moments(part, linear, statistics)
-    if not found:
+    by_modality = _moments(part, linear, statistics)
+    if not by_modality:
         return None
-    source: Source = "joint" if len(found) == 2 else found[0][0]
-    moments = [moment for _, moment in found]
+    source: MetricSource = "joint" if len(by_modality) == 2 else by_modality[0][0]
+    moments = [moment for _, moment in by_modality]
     if part.kind == "activation-diagonal":
         # ASVD (Yuan et al., arXiv 2312.05821), section 3.2: S = diag(mean |x|)^α, so R Rᵀ = S².
         means = torch.stack([m.abs_sum for m in moments]).sum(0) / sum(m.count for m in moments)
         check_finite(f"the mean input of {linear.name}", means)
-        floor = means.max() * 1e-6  # a channel that was never on still keeps its columns
+        floor = means.max() * 1e-6  # a channel that is always zero keeps its column
         return Metric((means.clamp_min(floor) ** (2 * part.alpha)).to(device), source)
     value = check_finite(f"the second moment of {linear.name}", joint_second_moment(moments, part.gamma))
     output = None
     if part.kind == "curvature":
-        output = output_metric(part, linear, statistics, found, float(value.trace()), device)
+        output = output_metric(part, linear, statistics, by_modality, float(value.trace()), device)
     return Metric(value.to(device), source, output)
 
 
@@ -117,14 +118,14 @@ def chosen(part: MetricPart, found: Mapping[Modality, _T]) -> list[_T]:
 
 
 def _check_gathered(part: MetricPart, statistics: Statistics) -> None:
-    """Raises RecipeError where samples or gradients are missing that the metric is made of."""
+    """RecipeError where the statistics lack the samples or gradients that the metric needs."""
     if part.kind == "fisher-rows":
         if not statistics.manifest.settings.gradients:
             raise RecipeError(
                 f"metric 'fisher-rows' needs gradients and {statistics.path} has none; calibrate with --gradients"
             )
         return
-    # Joint is what there is: a language model has no images, and a vision model may be given text alone.
+    # "joint" takes what there is: a language model has no images, and a vision model may be given text alone.
     if part.modality != "joint" and part.modality not in statistics.manifest.data.modalities:
         raise RecipeError(
             f"the recipe needs {part.modality} moments and {statistics.path} has none; "
@@ -135,20 +136,19 @@ def _check_gathered(part: MetricPart, statistics: Statistics) -> None:
 def _moments(part: MetricPart, linear: Linear, statistics: Statistics) -> list[tuple[Modality, Moment]]:
     """Moments of the wanted modalities that reached the linear; text before image."""
     gathered = statistics.manifest.data.modalities
-    order: tuple[Modality, ...] = ("text", "image")
-    wanted = [m for m in order if part.modality in (m, "joint") and m in gathered]
-    found = [(m, x) for m in wanted if (x := statistics.moment(linear.name, m)) is not None]
-    if not found and part.unreached == "image" and "image" in gathered:
-        found = [("image", x)] if (x := statistics.moment(linear.name, "image")) is not None else []
-    return found
+    wanted = [m for m in _ORDER if part.modality in (m, "joint") and m in gathered]
+    moments = [(m, moment) for m in wanted if (moment := statistics.moment(linear.name, m)) is not None]
+    if not moments and part.unreached == "image" and "image" in gathered:
+        moments = [("image", moment)] if (moment := statistics.moment(linear.name, "image")) is not None else []
+    return moments
 
 
 def _fisher_rows(linear: Linear, statistics: Statistics, device: torch.device | str) -> Metric | None:
     """FWSVD (Hsu et al., ICLR 2022), section 3: input i weighs Σ_out (∂L/∂W_oi)², averaged over samples."""
-    found = statistics.gradient(linear.name, "text")
-    if found is None:
+    gradient = statistics.gradient(linear.name, "text")
+    if gradient is None:
         return None
-    value = check_finite(f"the Fisher diagonal of {linear.name}", found.fisher_cols / found.count)
+    value = check_finite(f"the Fisher diagonal of {linear.name}", gradient.fisher_cols / gradient.count)
     if float(value.max()) == 0:
         return Metric(None, "identity")
     return Metric(value.clamp_min(value.max() * 1e-12).to(device), "text")

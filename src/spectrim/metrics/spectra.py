@@ -1,4 +1,4 @@
-"""Spectra on disk: written once per model, metric and statistics; every budget afterwards is a slice."""
+"""Spectra on disk: written once per model, metric and statistics; a budget takes the first directions of each."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ from spectrim.recipe import MetricPart
 
 logger = logging.getLogger(__name__)
 
-VERSION = 4  # of what a spectrum means; a change makes earlier files unused
+VERSION = 4  # raised when the meaning of a spectrum changes; earlier files are then not used
 
 
 class Spectra:
@@ -71,7 +71,7 @@ class KeptSpectrum(Directions):
 
 
 def cache_key(metric: MetricPart, statistics: Statistics | None, parts: Anatomy) -> str:
-    """Names the spectra that a metric and statistics give; the statistics are of one model, so they stand for it."""
+    """The name of the spectra of a metric and statistics; statistics are of one model, so they stand for it."""
     state = None if statistics is None else statistics.manifest.model_dump(mode="json")
     linears = [asdict(linear) | {"dtype": str(linear.dtype)} for linear in parts.linears]
     content = [VERSION, metric.model_dump(mode="json"), state, linears]
@@ -113,7 +113,7 @@ def make_spectra(
 
 
 def _of(directory: Path, name: str) -> str:
-    """What a file is of: the linear, and by the key all that its spectrum depends on."""
+    """What identifies a file: the key, which stands for all that its spectrum depends on, and the linear."""
     return f"{directory.name}/{name}"
 
 
@@ -134,6 +134,6 @@ def _make(
     check_finite(f"the spectrum of {linear.name}", spectrum.s)
     # A projection on the inputs holds roots of the input metric, whose columns differ in size: it keeps its precision.
     kept = torch.float64 if len(spectrum.P) < len(W) and spectrum.head is None else torch.float32
-    found = {"s": spectrum.s, "loss": spectrum.loss, "head": spectrum.head, "P": spectrum.P.to(kept)}
-    found["Q"] = None if spectrum.Q is None else spectrum.Q.to(kept)
-    return {name: tensor for name, tensor in found.items() if tensor is not None}, metric.source
+    tensors = {"s": spectrum.s, "loss": spectrum.loss, "head": spectrum.head, "P": spectrum.P.to(kept)}
+    tensors["Q"] = None if spectrum.Q is None else spectrum.Q.to(kept)
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}, metric.source

@@ -18,7 +18,7 @@ from spectrim.anatomy import Anatomy, anatomy
 from spectrim.calibrate import Statistics
 from spectrim.checks import check_retain
 from spectrim.errors import StatisticsError
-from spectrim.linear import Linear, Place
+from spectrim.linear import PLACES, Linear, Place
 from spectrim.maths.decompose import decompose, sides
 from spectrim.maths.roots import check_finite
 
@@ -31,7 +31,7 @@ class Mismatch:
     """One weight in the directions u_i of its text-only decomposition; tensors [m] float64, m = min(out, in).
 
     ``s``: loss of text where direction i is dropped, per position. ``q``: the same of images, ``α u_iᵀ W C_I Wᵀ u_i``;
-    thus ``λ_i = q_i / s_i``. ``alpha = tr C_T / tr C_I`` gives both modalities one scale; 1 where either is silent.
+    thus ``λ_i = q_i / s_i``. ``alpha = tr C_T / tr C_I`` gives both modalities one scale; 1 where either is zero.
     """
 
     s: torch.Tensor
@@ -48,7 +48,7 @@ class Mismatch:
 
 
 def mismatch(W: torch.Tensor, text: torch.Tensor, image: torch.Tensor) -> Mismatch:
-    """Text-only decomposition of one weight and what its directions are worth to images.
+    """Text-only decomposition of one weight, and what dropping its directions costs images.
 
     Args:
         W: [out, in], any floating dtype.
@@ -190,10 +190,10 @@ def inspect(
         weight: Any = model.get_submodule(linear.name).weight
         W = check_finite(f"the weight of {linear.name}", weight.detach())
         text, image = (_mean(statistics, linear, modality, W.device) for modality in ("text", "image"))
-        found = None if text is None or image is None else mismatch(W, text, image)
-        if found is not None:
-            mismatches.append(_row(linear, layers[linear.name], found, retain))
-        text_s = found.s if found is not None else None if text is None else decompose(W, text).s
+        gap = None if text is None or image is None else mismatch(W, text, image)
+        if gap is not None:
+            mismatches.append(_row(linear, layers[linear.name], gap, retain))
+        text_s = gap.s if gap is not None else None if text is None else decompose(W, text).s
         ranks.append(_ranks(linear, layers[linear.name], text_s, None if image is None else decompose(W, image).s))
         if progress is not None:
             progress(done + 1, len(parts.linears))
@@ -230,21 +230,20 @@ def _mean(statistics: Statistics, linear: Linear, modality: Any, device: torch.d
 
 
 def _layers(parts: Anatomy) -> dict[str, int | None]:
-    places: tuple[Place, ...] = ("tower", "connector", "backbone")
-    numbers = {block: i for place in places for i, block in enumerate(parts.blocks(place))}
+    numbers = {block: i for place in PLACES for i, block in enumerate(parts.blocks(place))}
     return {linear.name: None if linear.block is None else numbers[linear.block] for linear in parts.linears}
 
 
-def _row(linear: Linear, layer: int | None, found: Mismatch, retain: float) -> LinearMismatch:
-    text, image = found.text_loss().cpu(), found.image_loss().cpu()
+def _row(linear: Linear, layer: int | None, gap: Mismatch, retain: float) -> LinearMismatch:
+    text, image = gap.text_loss().cpu(), gap.image_loss().cpu()
     text_total, image_total = float(text[0]), float(image[0])
     text_share, image_share = text / (text_total or 1.0), image / (image_total or 1.0)
     rank = max(1, int(retain * linear.params / (linear.out_features + linear.in_features)))
     seen = float(text[rank]) > 0 and image_total > 0
-    full = len(found.s)
+    full = len(gap.s)
     marks = sorted({round(i * full / (POINTS - 1)) for i in range(POINTS)})
     spans = [slice(a, b) for a, b in pairwise(marks)]
-    energies = [(float(found.q[span].sum()), float(found.s[span].sum())) for span in spans]
+    energies = [(float(gap.q[span].sum()), float(gap.s[span].sum())) for span in spans]
     return LinearMismatch(
         name=linear.name,
         place=linear.place,
@@ -252,7 +251,7 @@ def _row(linear: Linear, layer: int | None, found: Mismatch, retain: float) -> L
         role=linear.role,
         rank=rank,
         rho=float(image_share[rank] / text_share[rank]) if seen else None,
-        alpha=found.alpha,
+        alpha=gap.alpha,
         text_total=text_total,
         image_total=image_total,
         ranks=tuple(marks),
@@ -300,7 +299,7 @@ def _notes(statistics: Statistics, rows: list[LinearMismatch], ranks: list[Effec
     elif not rows:
         yield "no linear is reached by text and by images, so there is no λ and no ρ; only effective ranks are given"
     if undefined := sum(row.rho is None for row in rows):
-        yield f"ρ is undefined for {undefined} linears, where text loses nothing at that rank or images are silent"
+        yield f"ρ is undefined for {undefined} linears, where text loses nothing at that rank or images are zero"
     if unreached := sum(r.text is None and r.image is None for r in ranks):
         yield f"no sample reached {unreached} linears, which have no effective rank"
 

@@ -25,7 +25,6 @@ def write(inspection: Inspection, directory: str | Path, *, plots: bool = True) 
 
         files |= draw(inspection)
     try:
-        directory.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
             write_whole(directory / name, content)
     except OSError as error:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from spectrim.anatomy import Anatomy
 from spectrim.calibrate import Statistics
 from spectrim.calibrate.data import check_there
-from spectrim.calibrate.forms import Form
+from spectrim.calibrate.forms import CurvatureForm
 from spectrim.calibrate.snapshot import check_home
 from spectrim.checkpoint import check_target, read_config
 from spectrim.checks import check_directory, check_once, check_retain, check_sources
@@ -126,7 +126,7 @@ def check_samples(recipe: Recipe, statistics: Statistics | None, samples: Mappin
     if statistics is None and recipe.needs_statistics:
         options.check_together()
         for form in options.curvature_forms.values():
-            Form.read(form)
+            CurvatureForm.read(form)
         check_sources(options.text, options.images)
 
 

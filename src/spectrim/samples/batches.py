@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 
-from spectrim.errors import SampleError
-from spectrim.samples.beginning import begun
+from spectrim.errors import SampleError, first_line
+from spectrim.samples.beginning import with_beginning
 from spectrim.samples.chat import Message, as_parts, question, render
 from spectrim.samples.images import ImageSample
 from spectrim.samples.sources import check_positive
@@ -143,7 +143,7 @@ def model_tensors(
         SampleError: the processor refuses a sample; the message has its name in ``where``.
     """
     tokenizer: Any = getattr(processor, "tokenizer", None)
-    if tokenizer is not None and (written := begun(tokenizer, prompts)) is not None:
+    if tokenizer is not None and (written := with_beginning(tokenizer, prompts)) is not None:
         prompts, options["add_special_tokens"] = written, False
     call: Any = processor
     try:
@@ -151,11 +151,10 @@ def model_tensors(
     except Exception as error:  # of whatever kind a processor fails with
         for prompt, shown, name in zip(prompts, images, where, strict=True) if len(prompts) > 1 else ():
             model_tensors(processor, [prompt], [shown], [name], **options)  # says which one it is
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         sizes = ", ".join(f"{image.width}×{image.height}" for image in images[0])
         raise SampleError(
-            f"{where[0]} cannot be read by {type(processor).__name__} ({reason}; images of {sizes} pixels); correct or "
-            "remove it"
+            f"{where[0]} cannot be read by {type(processor).__name__} ({first_line(error)}; images of {sizes} pixels); "
+            "correct or remove it"
         ) from error
     return inputs
 

@@ -12,9 +12,9 @@ _PROBE = 200  # characters of a text that are enough to see what comes before th
 def beginning(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids that the tokenizer puts before ``text`` when it adds special tokens; often BOS, often none.
 
-    What it adds is looked at and not looked up, for names and settings of tokenizers contradict what they do. Tokens
-    after a text, such as EOS or SEP, are none of it. A model that is always shown these tokens never saw a text
-    without, so every window of text begins with them: in calibration, in probes and in evaluation.
+    They are read off an encoded text, since names and settings of tokenizers may contradict what they do. Tokens after
+    a text, such as EOS or SEP, do not count. A model that is always shown these tokens never saw a text without them,
+    so every window of text begins with them: in calibration, in probes and in evaluation.
 
     Raises:
         SampleError: the text cannot be found between the special tokens.
@@ -27,14 +27,21 @@ def beginning(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
             return list(whole[:start])
     raise SampleError(
         f"{type(tokenizer).__name__} changes a text when it adds special tokens, so that what it puts before one "
-        "cannot be told; repair the tokenizer"
+        "is unknown; repair the tokenizer"
     )
 
 
-def begun(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[str] | None:
-    """Texts that each begin as the tokenizer begins one, written out, where one of them has its beginning already.
+def without_beginning(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """A text without the tokens that the tokenizer puts before one, where they are written out in it."""
+    for token in tokenizer.convert_ids_to_tokens(beginning(tokenizer, text)):
+        text = text.removeprefix(str(token))
+    return text
 
-    Chat templates may write BOS themselves, and the tokenizer must then add nothing. None where no text has one.
+
+def with_beginning(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[str] | None:
+    """The texts, each with the tokenizer's beginning written out, if at least one of them has it already; else None.
+
+    Chat templates may write BOS themselves, and the tokenizer must then add nothing.
     """
     first = beginning(tokenizer, texts[0])
     written = "".join(map(str, tokenizer.convert_ids_to_tokens(first)))

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from spectrim.errors import SampleError
+from spectrim.errors import SampleError, first_line
 
 TURNS = ("messages", "conversations")  # keys of a row: the chat format of OpenAI, Hugging Face and TRL; of ShareGPT
 Message = dict[str, Any]  # {"role": ..., "content": a string, or a list of {"type": "text" or "image", ...}}
@@ -16,7 +16,7 @@ _PLACES = ("image", "image_url", "url", "path", "base64")  # keys of a part unde
 
 @dataclass(frozen=True)
 class Chat:
-    """The turns of a conversation, and what its images are named by, in the order in which they stand there."""
+    """The turns of a conversation, and its images as the row names them, in order of appearance."""
 
     turns: tuple[Message, ...]
     images: tuple[Any, ...]
@@ -24,7 +24,7 @@ class Chat:
 
 @dataclass(frozen=True)
 class _Place:
-    """Of an image that stands beside the conversation: of which one, where that is said."""
+    """The place of an image that the row gives beside the conversation; ``index`` says which one, if the row does."""
 
     index: Any = None
 
@@ -39,8 +39,8 @@ def joined(row: Mapping[str, Any]) -> dict[str, Any]:
     prompt, completion = row.get("prompt"), row.get("completion")
     if not isinstance(prompt, list) or not isinstance(completion, list | None) or row.get(TURNS[0]) is not None:
         return dict(row)
-    rest = {key: value for key, value in row.items() if key not in ("prompt", "completion")}
-    return {**rest, TURNS[0]: [*prompt, *(completion or ())]}
+    others = {key: value for key, value in row.items() if key not in ("prompt", "completion")}
+    return {**others, TURNS[0]: [*prompt, *(completion or ())]}
 
 
 def read_chat(row: Mapping[str, Any], images: Sequence[Any] | None, where: str) -> Chat | None:
@@ -66,25 +66,25 @@ def read_chat(row: Mapping[str, Any], images: Sequence[Any] | None, where: str) 
         raise SampleError(f'{where}: "{keys[0]}" must be a list of turns; write {{"role": "user", "content": "..."}}')
     if isinstance(system := row.get("system"), str) and system:
         turns = [{"role": "system", "content": system}, *turns]
-    found: list[Any] = []  # images, and places of those beside
-    read = [_turn(turn, found, where) for turn in turns]
-    given = list(images or ())
-    if given and not found:
-        read, found = _placed(read, len(given), where)
-    places = [image for image in found if isinstance(image, _Place)]
-    if len(places) != len(given):
+    shown: list[Any] = []  # images, and places of those beside
+    read = [_turn(turn, shown, where) for turn in turns]
+    beside = list(images or ())
+    if beside and not shown:
+        read, shown = _placed(read, len(beside), where)
+    places = [image for image in shown if isinstance(image, _Place)]
+    if len(places) != len(beside):
         raise SampleError(
-            f"{where} has {len(given)} images and {len(places)} places for them in its conversation; write an image "
+            f"{where} has {len(beside)} images and {len(places)} places for them in its conversation; write an image "
             "part or <image> for each"
         )
     order = [number if place.index is None else place.index for number, place in enumerate(places)]
-    if not all(isinstance(number, int) for number in order) or {*order} != {*range(len(given))}:
-        raise SampleError(f"{where} counts its {len(given)} images by the indices {order}; count each once, from 0")
-    rest = iter(order)
-    return Chat(tuple(read), tuple(given[next(rest)] if isinstance(image, _Place) else image for image in found))
+    if not all(isinstance(number, int) for number in order) or {*order} != {*range(len(beside))}:
+        raise SampleError(f"{where} counts its {len(beside)} images by the indices {order}; count each once, from 0")
+    numbers = iter(order)
+    return Chat(tuple(read), tuple(beside[next(numbers)] if isinstance(image, _Place) else image for image in shown))
 
 
-def _turn(turn: Mapping[str, Any], found: list[Any], where: str) -> Message:
+def _turn(turn: Mapping[str, Any], shown: list[Any], where: str) -> Message:
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
     if not isinstance(role, str) or role not in _ROLES:
         raise SampleError(f"{where} has a turn of {role!r}; only those of system, user and assistant can be used")
@@ -106,7 +106,7 @@ def _turn(turn: Mapping[str, Any], found: list[Any], where: str) -> Message:
             continue
         places = [key for key in held if key != "text"]
         named = part[places[0]] if places else _Place(part.get("index"))
-        found.append({"base64": named} if places[:1] == ["base64"] else named)
+        shown.append({"base64": named} if places[:1] == ["base64"] else named)
         parts.append({"type": "image"})
     return {"role": _ROLES[role], "content": parts}
 
@@ -145,8 +145,8 @@ def texts(turns: Sequence[Message]) -> list[str]:
 def render(processor: Any, turns: Sequence[Message], where: str, *, answer_next: bool = False) -> str:
     """A conversation as the chat template of a processor or tokenizer writes it.
 
-    Templates differ in whether they want strings or lists of parts, and may leave out in silence what has the other
-    form. So a form counts only if all texts come out, which is tried with marks in their places.
+    Templates want strings or lists of parts, and may silently leave out content of the other form. So a form is used
+    only if all texts come out, which is tested with marks in their places.
 
     Args:
         processor: has the template.
@@ -163,14 +163,14 @@ def render(processor: Any, turns: Sequence[Message], where: str, *, answer_next:
             "model's directory, or give single questions or plain text"
         )
     reasons = []
-    for form in (_as_it_is, as_parts, _as_string):
+    for form in (lambda content: content, as_parts, _as_string):
         shaped = [{**turn, "content": form(turn["content"])} for turn in turns]
         marked, marks = _marked(shaped)
         try:
             if all(mark in _apply(processor, marked, answer_next) for mark in marks):
                 return _apply(processor, shaped, answer_next)
         except Exception as error:  # of whatever kind a template fails with
-            reasons.append((str(error).strip() or type(error).__name__).splitlines()[0])
+            reasons.append(first_line(error))
     reason = reasons[0] if reasons else "it leaves out a text"
     raise SampleError(
         f"{where} cannot be rendered by the chat template of {type(processor).__name__} ({reason}); change its turns "
@@ -199,10 +199,6 @@ def _marked(turns: list[Message]) -> tuple[list[Message], list[str]]:
         }
         for turn in turns
     ], marks
-
-
-def _as_it_is(content: str | list[Any]) -> str | list[Any]:
-    return content
 
 
 def _as_string(content: str | list[Any]) -> str | list[Any]:

@@ -26,7 +26,7 @@ class ImageSample:
     images: tuple[Image.Image, ...]  # RGB, in the order of their places in the turns
     turns: tuple[Message, ...]
     answer: str | None = None
-    where: str = "an image sample"  # it came from
+    where: str = "an image sample"  # where it came from, for messages
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Entry:
     where: str
 
     def open(self) -> ImageSample:
-        """Raises SampleError for an image that is broken."""
-        return ImageSample(tuple(each() for each in self.openers), self.turns, self.answer, self.where)
+        """The sample with its images. Raises SampleError for an image that is broken."""
+        return ImageSample(tuple(opener() for opener in self.openers), self.turns, self.answer, self.where)
 
 
 class ImageSamples(Sequence[ImageSample]):
@@ -104,17 +104,14 @@ def load_images(
     path = local_path(source)
     if path is None:
         rows = hub_rows(source, split, columns=("image", "images"), seed=seed)
-        entries = [
-            _entry(_plain(row), None, f"data set '{source}', row {number}", instruction)
-            for number, row in enumerate(itertools.islice(rows, samples), start=1)
-        ]
+        entries = [_entry(_plain(row), None, where, instruction) for where, row in itertools.islice(rows, samples)]
     elif path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGES and file.is_file())
         entries = [
             Entry((partial(open_image, file, str(file)),), question(instruction), None, str(file)) for file in files
         ]
     elif path.suffix.lower() == ".jsonl":
-        entries = [_entry(row, path.parent, f"{path}, line {number}", instruction) for number, row in read_jsonl(path)]
+        entries = [_entry(row, path.parent, where, instruction) for where, row in read_jsonl(path)]
     else:
         raise SampleError(f"image source '{source}' is neither a folder of images nor a .jsonl file; give one of these")
     if len(entries) < samples:
@@ -135,7 +132,7 @@ def _builtin(samples: int, seed: int, split: str, instruction: str) -> list[Entr
 
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of a data set; answers of another kind, such as lists of what many people said, are none."""
+    """A row of a data set without answers that are not strings, such as lists of many people's answers."""
     return {key: value for key, value in row.items() if key not in ("answer", "caption") or isinstance(value, str)}
 
 
@@ -168,7 +165,7 @@ def _entry(row: dict[str, Any], base: Path | None, where: str, instruction: str)
 
 
 def _one_of(row: dict[str, Any], keys: Sequence[str], where: str) -> Any:
-    """What a row has under one of these keys; empty lists and null are nothing."""
+    """The value that a row has under one of these keys; empty lists and null count as missing."""
     held = [key for key in keys if row.get(key) is not None and row[key] != []]
     if len(held) > 1:
         raise SampleError(f'{where} has both "{held[0]}" and "{held[1]}"; keep one of them')

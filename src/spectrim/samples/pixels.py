@@ -12,13 +12,13 @@ from urllib.parse import unquote, urlsplit
 import numpy as np
 from PIL import Image, ImageOps
 
-from spectrim.errors import SampleError
+from spectrim.errors import SampleError, first_line
 
-_SCALES = (1.0, 255.0, 65535.0)  # what white may be where a mode does not say it
+_SCALES = (1.0, 255.0, 65535.0)  # possible values of white where the mode does not define it
 
 
 def opener(named: Any, base: Path | None, where: str) -> Callable[[], Image.Image]:
-    """What opens an image that a row names: by a path, ``file:`` or ``data:`` address, or ``{"bytes": ...}``.
+    """A function that opens an image that a row names by path, ``file:`` or ``data:`` address, or ``{"bytes": ...}``.
 
     Args:
         named: of the row.
@@ -67,12 +67,11 @@ def open_image(origin: Path | bytes, label: str) -> Image.Image:
             with Image.open(io.BytesIO(origin) if isinstance(origin, bytes) else origin) as image:
                 return to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # decoders raise errors of many kinds; the cause stays chained
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise SampleError(f"{label} cannot be read as an image ({reason}); repair or remove it") from error
+        raise SampleError(f"{label} cannot be read as an image ({first_line(error)}); repair or remove it") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An image in RGB with 8 bits; alpha is dropped. Deeper ones are scaled: Pillow would cut them off at white.
+    """An image in RGB with 8 bits; alpha is dropped. Deeper ones are scaled: Pillow would clip them.
 
     Raises:
         ValueError: the mode has no RGB, or its values no scale.

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from spectrim.errors import SampleError
+from spectrim.errors import SampleError, first_line
 from spectrim.files import parse_json, user_path
 
 # Names that a data set's author gives to the splits that this project calls by another name.
@@ -39,8 +39,8 @@ def local_path(source: str) -> Path | None:
     return None
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line number (from 1) and object of every line that is not blank.
+def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every line that is not blank: where it stands ("FILE, line 1"), for messages, and its object.
 
     Raises:
         SampleError: the file cannot be read, or a line is not UTF-8 or not a JSON object; the message names the line.
@@ -50,19 +50,30 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             for number, line in enumerate(lines, start=1):
                 if not line.strip():
                     continue
+                where = f"{path}, line {number}"
                 try:
                     row = parse_json(line)
                 except ValueError as error:
-                    raise SampleError(f"{path}, line {number} {error}; write one JSON object per line") from error
+                    raise SampleError(f"{where} {error}; write one JSON object per line") from error
                 if not isinstance(row, dict):
-                    raise SampleError(f"{path}, line {number} is not a JSON object; write one object per line")
-                yield number, row
+                    raise SampleError(f"{where} is not a JSON object; write one object per line")
+                yield where, row
     except OSError as error:
         raise SampleError(f"{path} cannot be read ({error.strerror}); name a file that you may read") from error
 
 
-def hub_rows(source: str, split: str, *, columns: tuple[str, ...], seed: int | None = None) -> Iterator[dict[str, Any]]:
-    """Rows of a Hugging Face data set, streamed, so that only what is used is fetched.
+def no_datasets(source: str) -> SampleError:
+    """The error for a data set id where the package that reads data sets is not installed."""
+    return SampleError(
+        f"'{source}' is no local file, and reading it as a data set id needs the package datasets: "
+        "pip install 'spectrim[eval]'"
+    )
+
+
+def hub_rows(
+    source: str, split: str, *, columns: tuple[str, ...], seed: int | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows of a Hugging Face data set, each after its name for messages; streamed: only what is used is fetched.
 
     Args:
         source: ``id``, ``id:config`` or ``id:config:split``; an empty config means the default one.
@@ -76,10 +87,7 @@ def hub_rows(source: str, split: str, *, columns: tuple[str, ...], seed: int | N
     try:
         import datasets
     except ImportError as error:
-        raise SampleError(
-            f"'{source}' is no local file, and reading it as a data set id needs the package datasets: "
-            "pip install 'spectrim[eval]'"
-        ) from error
+        raise no_datasets(source) from error
     name, config, wanted = (*source.split(":", 2), "", "")[:3]
     try:
         rows = datasets.load_dataset(
@@ -94,16 +102,15 @@ def hub_rows(source: str, split: str, *, columns: tuple[str, ...], seed: int | N
                 elif isinstance(getattr(feature, "feature", None), datasets.Image):  # a list of images
                     rows = rows.cast_column(column, datasets.List(encoded))
             rows = rows.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
-        for row in rows:
+        for number, row in enumerate(rows, start=1):
             if not any(column in row for column in columns):
                 names = " or ".join(f"'{column}'" for column in columns)
                 raise SampleError(f"data set '{source}' has no column {names} (it has {', '.join(row)})")
-            yield row
+            yield f"data set '{source}', row {number}", row
     except SampleError:
         raise
     except Exception as error:  # the client raises kinds of many packages; the cause stays chained
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise SampleError(
-            f"'{source}' is no local file and could not be read as a data set ({reason}); "
+            f"'{source}' is no local file and could not be read as a data set ({first_line(error)}); "
             "check the name and the connection, or give a file"
         ) from error

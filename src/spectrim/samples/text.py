@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from spectrim.errors import SampleError
-from spectrim.samples.beginning import beginning
+from spectrim.samples.beginning import beginning, without_beginning
 from spectrim.samples.chat import TURNS, read_chat, render
 from spectrim.samples.sources import check_positive, hub_rows, local_path, read_jsonl
 from spectrim.samples.tokens import refuse_media
@@ -95,19 +95,19 @@ class _Passage:
     chat: bool = False
 
     def place(self, words: Collection[str]) -> str:
-        """Where the first of these words stands, as far as it can be said."""
-        found = [self.text.find(word) for word in words if word in self.text]
-        if not found or not self.lines:
+        """Where the first of these words stands, with the line if the text has lines."""
+        starts = [self.text.find(word) for word in words if word in self.text]
+        if not starts or not self.lines:
             return self.where
-        return f"{self.where}, line {self.text.count(chr(10), 0, min(found)) + 1}"
+        return f"{self.where}, line {self.text.count(chr(10), 0, min(starts)) + 1}"
 
 
 def _read_file(path: Path, processor: Any) -> Iterator[_Passage]:
     if path.is_dir():
         raise SampleError(f"text source '{path}' is a folder; give a .txt, .md or .jsonl file")
     if path.suffix.lower() == ".jsonl":
-        for number, row in read_jsonl(path):
-            yield _row(f"{path}, line {number}", row, processor)
+        for where, row in read_jsonl(path):
+            yield _row(where, row, processor)
         return
     if path.suffix.lower() not in _SUFFIXES:
         raise SampleError(f"text source '{path}' ends in none of .txt, .md and .jsonl; rename or convert it")
@@ -135,17 +135,14 @@ def _row(where: str, row: dict[str, Any], processor: Any) -> _Passage:
         raise SampleError(f"{where} shows images; give it as an image source")
     if processor is None:
         raise SampleError(f"{where} is a conversation, which needs the model's chat template; give its tokenizer")
-    written = render(processor, chat.turns, where)
-    tokenizer = getattr(processor, "tokenizer", processor)
-    for token in tokenizer.convert_ids_to_tokens(beginning(tokenizer, written)):  # windows bring it themselves
-        written = written.removeprefix(token)
-    return _Passage(where, written, chat=True)
+    written = without_beginning(getattr(processor, "tokenizer", processor), render(processor, chat.turns, where))
+    return _Passage(where, written, chat=True)  # windows bring the beginning themselves
 
 
 def _read_hub(source: str, split: str, processor: Any) -> Iterator[_Passage]:
     size = 0
-    for number, row in enumerate(hub_rows(source, split, columns=("text", *TURNS, "prompt")), start=1):
-        passage = _row(f"data set '{source}', row {number}", row, processor)
+    for where, row in hub_rows(source, split, columns=("text", *TURNS, "prompt")):
+        passage = _row(where, row, processor)
         yield passage
         size += len(passage.text)
         if size >= _HUB_CHARACTERS:

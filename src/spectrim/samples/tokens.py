@@ -18,17 +18,17 @@ def media_ids(config: PreTrainedConfig) -> list[int]:
 
 
 def media_tokens(processor: Any, config: PreTrainedConfig | None = None) -> tuple[str, ...]:
-    """The same as they are written in a text, by a processor or tokenizer and the config of its model."""
+    """These tokens as text, for a processor or tokenizer and the config of its model."""
     tokenizer = getattr(processor, "tokenizer", processor)
-    found = {getattr(holder, name, None) for holder in (processor, tokenizer) for name in _TOKENS}
+    tokens = {getattr(holder, name, None) for holder in (processor, tokenizer) for name in _TOKENS}
     if config is not None:
         known = len(tokenizer)
-        found.update(tokenizer.convert_ids_to_tokens(token) for token in media_ids(config) if 0 <= token < known)
-    return tuple(sorted(token for token in found if isinstance(token, str) and token))
+        tokens.update(tokenizer.convert_ids_to_tokens(token) for token in media_ids(config) if 0 <= token < known)
+    return tuple(sorted(token for token in tokens if isinstance(token, str) and token))
 
 
 def refuse_media(text: str, tokens: Collection[str], where: str) -> None:
-    """Raise SampleError where a text holds one of these tokens; no tokenizer can be asked to read it as plain text."""
+    """Raise SampleError where a text holds one of these tokens; a tokenizer never reads them as plain text."""
     for token in tokens:
         if token in text:
             raise SampleError(

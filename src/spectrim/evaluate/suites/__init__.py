@@ -63,8 +63,8 @@ class Suite(BaseModel):
 
 def suite_names() -> tuple[str, ...]:
     """Names of the built-in suites, sorted."""
-    found = files(__package__).iterdir()
-    return tuple(sorted(path.name.removesuffix(".yaml") for path in found if path.name.endswith(".yaml")))
+    names = files(__package__).iterdir()
+    return tuple(sorted(file.name.removesuffix(".yaml") for file in names if file.name.endswith(".yaml")))
 
 
 @dataclass(frozen=True)
@@ -90,17 +90,15 @@ class SuiteReport:
     def write(self, path: str | Path) -> None:
         """Write JSON; the file appears whole or not at all."""
         tree = {**asdict(self), "suite": self.suite.model_dump(mode="json")}
-        path = user_path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, (json.dumps(tree, indent=2) + "\n").encode())
+        write_whole(user_path(path), (json.dumps(tree, indent=2) + "\n").encode())
 
 
-def read_scores(found: Mapping[str, Any], tasks: Sequence[str]) -> tuple[Score, ...]:
+def read_scores(output: Mapping[str, Any], tasks: Sequence[str]) -> tuple[Score, ...]:
     """The scores of `tasks` in what either harness returns; a group without scores of its own gives its members'.
 
     Raises SampleError if a task has none.
     """
-    results, members = found["results"], found.get("group_subtasks") or {}
+    results, members = output["results"], output.get("group_subtasks") or {}
     scores: list[Score] = []
     for task in tasks:
         own = _scores(task, results.get(task, {}))
