@@ -110,7 +110,7 @@ def test_a_model_that_sees_is_shown_an_image(tmp_path):
         (["--engine", "vllm", "--runtime", "speed"], "--runtime has no effect in vLLM"),
         (["--runtime", "fast"], "no runtime 'fast'"),
         (["--image"], "--image has no effect on .*dense, which reads text alone"),
-        (["--json", "/nowhere/at/all.json"], "/nowhere/at"),
+        (["--json", "/dev/null/all.json"], "/dev/null"),
     ],
 )
 def test_mistakes_are_one_sentence(directories, capsys, arguments, message):
@@ -137,3 +137,4 @@ def test_the_command_prints_a_table_and_writes_json(directories, capsys, tmp_pat
     assert code == 0
     assert "tokens/s" in table
     assert len(json.loads(out.read_text())["rows"]) == 2
+    assert run(capsys, "bench", directories[0], "--new", "2", "--prompt", "4", "--repeats", "1", "--json", out)[0] == 0
