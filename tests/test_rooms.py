@@ -10,14 +10,14 @@ import pytest
 SRC = Path(__file__).parents[1] / "src" / "spectrim"
 # From the ground up. Rooms of one line stand beside each other and do not know each other.
 FLOORS = (
-    ("errors", "linear", "public", "registration", "versions"),
+    ("errors", "kernels", "linear", "public", "registration", "versions"),
     ("dense", "files", "lazy", "maths", "settings"),
     ("demo", "disk", "recipe", "trace"),
     ("anatomy", "samples"),
     ("calibrate", "checks", "storage"),
     ("checkpoint", "metrics", "mismatch"),
     ("evaluate", "plan", "serve"),
-    ("compensate",),
+    ("bench", "compensate"),
     ("pipeline",),
     ("spectrim", "demonstration"),
     ("cli", "harness"),

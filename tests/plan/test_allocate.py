@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from spectrim.plan.allocate import spend
 
 from helpers.plans import (
     RULES,

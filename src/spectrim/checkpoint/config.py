@@ -35,7 +35,7 @@ from spectrim.errors import CheckpointError
 from spectrim.maths.decompose import Rank
 from spectrim.maths.rounding import Grid
 from spectrim.storage import Spec
-from spectrim.storage.packed import inner_config, inner_grids
+from spectrim.storage.packed import RUNTIMES, inner_config, inner_grids
 from spectrim.versions import release
 
 METHOD = "spectrim"
@@ -51,8 +51,9 @@ class SpectrimConfig(QuantizationConfigMixin):
     `ranks` maps checkpoint names of linears, without ``.weight``, to ranks, or lists of ranks by head; `pivoted` names
     those of them that are stored by pivots; `inner` is the compressed-tensors config of the integer weights, None where
     there are none; `forms` maps the names of linears in any other form to ``{"form": its name, …its spec}``;
-    `spectrim_version` is the release that wrote the checkpoint. Raises CheckpointError for another format version,
-    unknown entries, impossible ranks, pivots without a rank, an inner config of another kind, and forms without names.
+    `runtime` says how integers run once they are loaded (see ``storage.packed.set_runtime``); `spectrim_version` is the
+    release that wrote the checkpoint. Raises CheckpointError for another format version, unknown entries, impossible
+    ranks, pivots without a rank, an inner config of another kind, and forms without names.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class SpectrimConfig(QuantizationConfigMixin):
         quant_method: str = METHOD,
         inner: Mapping[str, Any] | None = None,
         forms: Mapping[str, Mapping[str, Any]] | None = None,
+        runtime: str = "auto",
         **unknown: Any,
     ) -> None:
         if version != VERSION:
@@ -109,6 +111,9 @@ class SpectrimConfig(QuantizationConfigMixin):
         self.pivoted = sorted(pivoted)
         self.inner = None if inner is None else dict(inner)
         self.forms = {name: dict(entry) for name, entry in entries.items()}
+        if runtime not in RUNTIMES:
+            raise CheckpointError(f"quantization_config has the runtime {runtime!r}; set one of {', '.join(RUNTIMES)}")
+        self.runtime = runtime
 
     @classmethod
     def of(cls, layers: Mapping[str, tuple[str, Spec]]) -> "SpectrimConfig":
@@ -147,11 +152,10 @@ class SpectrimConfig(QuantizationConfigMixin):
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON types; without `forms` where there are none, as releases before them wrote it."""
+        """JSON types; without `forms` and `runtime` that say nothing, as releases before them wrote it."""
         content: dict[str, Any] = super().to_dict()  # type: ignore[no-untyped-call]
-        if not self.forms:
-            content.pop("forms", None)
-        return content
+        silent = {"forms": {}, "runtime": "auto"}
+        return {key: value for key, value in content.items() if key not in silent or value != silent[key]}
 
     def grids(self) -> dict[str, dict[str, Grid]]:
         """Grids of the integers by linear and part: ``""`` for a dense weight, ``A``, ``A.0``, ``B`` or ``R``.

@@ -25,6 +25,7 @@ from spectrim.checkpoint.config import METHOD, SpectrimConfig
 from spectrim.checkpoint.names import compressed_layers, runtime_names, shortened, stored_layers
 from spectrim.errors import CheckpointError, ModelError
 from spectrim.storage import StoredLayer, exchange, form
+from spectrim.storage.packed import set_runtime
 
 GUARD = (
     "the layers of this checkpoint are factored: `pip install spectrim` and `import spectrim` before from_pretrained"
@@ -63,7 +64,9 @@ class SpectrimQuantizer(HfQuantizer):
         try:
             markers = {f"{name}.{form(kind).marker}" for name, (kind, _) in layers.items()}  # all forms are known
             if tensors is not None and (missing := sorted(markers - tensors.keys())):
-                raise CheckpointError(f"{self._source} lacks the tensor {shortened(missing)}; copy or compress it again")
+                raise CheckpointError(
+                    f"{self._source} lacks the tensor {shortened(missing)}; copy or compress it again"
+                )
             names = runtime_names(model, layers, tensors)
             if dense := sorted(name for name in names if (tensors or {}).get(f"{name}.weight", (0, ""))[0]):
                 raise CheckpointError(
@@ -143,6 +146,7 @@ class SpectrimQuantizer(HfQuantizer):
         for parameter in model.parameters():
             if type(parameter) is nn.Parameter and parameter.device.type == "cpu" and parameter.data_ptr() % 64:
                 parameter.data = parameter.data.clone()
+        set_runtime(model, self.quantization_config.runtime)
         vars(model)["is_quantized"] = False  # the factors are ordinary floats; half(), float() and fine-tuning are fine
         return model
 

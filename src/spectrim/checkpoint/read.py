@@ -18,6 +18,7 @@ from spectrim.checkpoint.sources import NO_MODEL, WHERE, failure, loader, read_c
 from spectrim.checkpoint.weights import check_weights, weight_files
 from spectrim.dense import quantization
 from spectrim.errors import CheckpointError, ModelError, SpectrimError, printable
+from spectrim.storage.packed import RUNTIMES, set_runtime
 
 logger = logging.getLogger(__name__)
 
@@ -30,20 +31,24 @@ def load(
     *,
     device_map: Any = None,
     dtype: torch.dtype | str | None = None,
+    runtime: str | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """Open a model directory or hub id, dense or compressed, as the image-text model or the language model that it is.
 
     A GGUF file is named by its path, or as ``DIRECTORY_OR_ID::NAME.gguf``; its weights are unpacked to dense ones.
-    `dtype` None keeps the dtype of the files; that of an unpacked GGUF file is bfloat16. Other arguments are those of
-    ``from_pretrained``. Code that a model brings is run with ``trust_remote_code=True`` only; nothing asks. The model
-    is in eval mode.
+    `dtype` None keeps the dtype of the files; that of an unpacked GGUF file is bfloat16. `runtime` says how integers
+    run: ``auto``, ``speed``, ``memory`` or ``reference`` (see ``storage.packed.PackedLinear``); None as the checkpoint
+    says. Other arguments are those of ``from_pretrained``. Code that a model brings is run with
+    ``trust_remote_code=True`` only; nothing asks. The model is in eval mode.
 
     Raises:
         ModelError: there is no such model, it is of another kind, or its files are damaged or lack weights; names the
             file and the remedy.
         CheckpointError: a compressed checkpoint is damaged or written by another version.
     """
+    if runtime not in (None, *RUNTIMES):
+        raise ModelError(f"there is no runtime {runtime!r}; choose from {', '.join(RUNTIMES)}")
     kwargs.setdefault("trust_remote_code", False)
     where = {name: kwargs[name] for name in WHERE if name in kwargs}
     config = read_config(directory, where)
@@ -96,6 +101,8 @@ def load(
         raise ModelError(f"the files of {str(directory)!r} lack {shortened(missing)}; copy or download them again")
     if gguf is not None:  # else what is saved would be named after the directory
         model.name_or_path = model.config.name_or_path = str(directory)
+    if runtime is not None:
+        set_runtime(model, runtime)
     return model
 
 

@@ -1,4 +1,4 @@
-"""The verbs that measure: evaluate, demo."""
+"""The verbs that measure: evaluate, bench, demo."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -76,6 +76,53 @@ def _run_suite(suite: str, paths: list[str], json: Path | None, **how: Any) -> N
     show(suite_table(scored))
     if json is not None:
         scored.write(json)
+        show(f"results: {json}")
+
+
+@verb("bench", after_stop="no results were written, and the same command starts again")
+def _bench(
+    models: Annotated[list[str], typer.Argument(help="Model directories, or 'demo'; the dense one first.")],
+    batch: Annotated[str, typer.Option(help="Prompts that run together; several by commas.")] = "1",
+    prompt: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 128,
+    new: Annotated[int, typer.Option(help="Tokens to generate.")] = 32,
+    image: Annotated[bool, typer.Option("--image", help="Time to the first token after an image, too.")] = False,
+    engine: Annotated[str, typer.Option(help="transformers or vllm.")] = "transformers",
+    runtime: Annotated[
+        str | None, typer.Option(help="Of integers: auto, speed, memory or reference; else as the checkpoint says.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="Turns that count.")] = 5,
+    device: Device = None,
+    dtype: Dtype = None,
+    json: Annotated[Path | None, typer.Option(help="Write the results here too.")] = None,
+) -> None:
+    """Measure latency, tokens per second, bytes and memory of models, side by side."""
+    if not all(part.strip().isdecimal() for part in batch.split(",")):
+        raise UsageError(f"--batch {batch} is no list of numbers; write it as --batch 1,8")
+    from spectrim.bench import bench
+    from spectrim.checks import check_file
+    from spectrim.demo import resolve
+
+    quiet()
+    if json is not None:
+        check_file(json, "--json")
+    with progress() as report:
+        found = bench(
+            [resolve(model) for model in models],
+            names=models,
+            engine=engine,
+            batches=[int(part) for part in batch.split(",")],
+            prompt=prompt,
+            new=new,
+            image=image,
+            repeats=repeats,
+            device=device,
+            dtype=dtype_of(dtype),
+            runtime=runtime,
+            progress=report,
+        )
+    show(found.table())
+    if json is not None:
+        found.write(json)
         show(f"results: {json}")
 
 

@@ -10,9 +10,10 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm.model_executor.utils import set_weight_attrs
 from vllm.scalar_type import ScalarType
 
+from spectrim.kernels.bits import pack, unpack
 from spectrim.maths.rounding import Grid
 from spectrim.serve.shards import take
-from spectrim.storage.packed import PackedLinear, pack, unpack
+from spectrim.storage.packed import PackedLinear
 
 
 class Matrix(nn.Module):

@@ -1,13 +1,11 @@
 """Integer linears, in the tensors of compressed-tensors' format ``pack-quantized``.
 
-The layout is that of compressed-tensors from 0.18 on, whatever release is installed, so that its own loader,
-transformers' and vLLM's read the same weight. Release 0.17, which vLLM 0.32 asks for, has the same layout for integers
-of 4 and 8 bits, but leaves bits of every word unused for those of 3.
-
 compressed-tensors is imported where it is used: it imports transformers' models, after which this module is imported to
 register the format (see ``spectrim.registration``).
 """
 
+import logging
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -17,6 +15,18 @@ from pydantic import ValidationError
 from torch import nn
 
 from spectrim.errors import CheckpointError, ModelError
+from spectrim.kernels.bits import pack, unpack
+from spectrim.kernels.cpu import (
+    ROWS,
+    int4_codes,
+    int4_group,
+    int4_layout,
+    int4_product,
+    int8_codes,
+    int8_fits,
+    int8_layout,
+    int8_product,
+)
 from spectrim.maths.rounding import Grid, Quantized
 from spectrim.storage.base import StoredLayer
 
@@ -24,18 +34,28 @@ if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationScheme
 
 
+logger = logging.getLogger("spectrim")
+
+RUNTIMES = ("auto", "speed", "memory", "reference")
+
+
 class PackedLinear(StoredLayer):
-    """A linear layer whose weight is integers: ``y = W x + bias`` with W unpacked whenever it is used.
+    """A linear layer whose weight is integers: ``y = W x + bias``.
 
     Buffers: ``weight_packed`` int32 [out, ⌈in · bits / 32⌉], ``weight_scale`` [out, groups], ``weight_shape`` int64 [2]
     and, on an asymmetric grid, ``weight_zero_point`` int32 [⌈out · bits / 32⌉, groups]. Scales start as NaN, so that a
     layer that nobody filled shows in the first logits. Raises ModelError for a group that does not divide the inputs.
+
+    W is unpacked whenever it is used, unless `run_as` has put another ``layout`` in the place of the packed words, in
+    which a kernel multiplies few rows of inputs with the integers themselves. The state dict is the same.
     """
 
     weight_packed: torch.Tensor
     weight_scale: torch.Tensor
     weight_shape: torch.Tensor
     weight_zero_point: torch.Tensor | None
+    layout_codes: torch.Tensor | None  # of another layout than packed words,
+    layout_scales: torch.Tensor | None  # with its scales and offsets
 
     def __init__(
         self,
@@ -51,6 +71,7 @@ class PackedLinear(StoredLayer):
         if grid.group is not None and in_features % grid.group:
             raise ModelError(f"groups of {grid.group} do not divide {in_features} inputs; choose another group")
         self.in_features, self.out_features, self.grid = in_features, out_features, grid
+        self.layout, self.runtime = "packed", "reference"
         groups = 1 if grid.group is None else in_features // grid.group
         words, high = -(-in_features * grid.bits // 32), -(-out_features * grid.bits // 32)
         like: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -76,19 +97,96 @@ class PackedLinear(StoredLayer):
         self.check_values()
         return self.unpacked()
 
+    def codes(self) -> torch.Tensor:
+        """The integers, int8 [out, in]."""
+        if self.layout == "packed":
+            return unpack(self.weight_packed, self.grid.bits, self.in_features)
+        assert self.layout_codes is not None
+        if self.layout == "int8":
+            return int8_codes(self.layout_codes)
+        return int4_codes(self.layout_codes, self.out_features, self.in_features)
+
+    def zeros(self) -> torch.Tensor | None:
+        """The zero points, int8 [out, groups]; None where all are zero."""
+        zero = self.weight_zero_point
+        return None if zero is None else unpack(zero.T, self.grid.bits, self.out_features).T
+
     def unpacked(self) -> torch.Tensor:
         """The weight [out, in] in the dtype of the scales."""
-        scale = self.weight_scale
-        codes = unpack(self.weight_packed, self.grid.bits, self.in_features).to(scale.dtype)
+        scale, codes, zero = self.weight_scale, self.codes(), self.zeros()
         codes = codes.unflatten(1, (scale.shape[1], -1))  # [out, groups, group]
-        if self.weight_zero_point is not None:
-            zero = unpack(self.weight_zero_point.T, self.grid.bits, self.out_features).T
-            codes = codes - zero.to(scale.dtype)[..., None]
+        if zero is not None:
+            codes = codes.short() - zero[..., None]
         return (codes * scale[..., None]).flatten(1)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # as nn.Linear calls it
         """Map inputs [..., in] to [..., out] in the dtype of the scales."""
-        return nn.functional.linear(input, self.unpacked(), self.bias)
+        rows = input.numel() // self.in_features
+        if self.layout == "packed" or rows > ROWS or input.dtype != torch.bfloat16 or input.requires_grad:
+            return nn.functional.linear(input, self.unpacked(), self.bias)
+        y = self._product(input.reshape(-1, self.in_features)).view(*input.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        """``x Wᵀ`` [rows, out] of x [rows, in] by a kernel that reads the layout."""
+        assert self.layout_codes is not None
+        assert self.layout_scales is not None
+        if self.layout == "int8":
+            return int8_product(x, self.layout_codes, self.layout_scales)
+        return int4_product(x, self.layout_codes, self.layout_scales, self.out_features)
+
+    @torch.no_grad()
+    def run_as(self, runtime: str) -> str:
+        """Choose how the layer runs; returns the layout.
+
+        ``reference``: it is unpacked in every pass. ``speed``: a kernel multiplies few rows of inputs with integers in
+        a layout of its own, which takes the place of the packed words ("int4", "int8"; bfloat16 on a CPU whose layout
+        is known); integers of 2 and 3 bits take the room of 4. ``memory``: the same where that takes no more room.
+        ``auto`` is ``speed``.
+        """
+        self._pack_again()
+        self.runtime = runtime
+        grid, scale = self.grid, self.weight_scale
+        if runtime == "reference" or scale.device.type != "cpu" or scale.dtype != torch.bfloat16:
+            return self.layout
+        if grid.bits == 8 and int8_fits(self.in_features, scale.shape[1]):
+            codes, scales = int8_layout(self.codes(), scale, self.zeros())
+            self.layout = "int8"
+        elif grid.bits == 4 or (grid.bits < 4 and runtime != "memory"):
+            if int4_group(self.in_features, grid.group) is None:
+                return self.layout
+            codes, scales = int4_layout(self.codes(), scale, self.zeros())
+            self.layout = "int4"
+        else:
+            return self.layout
+        self.register_buffer("layout_codes", codes, persistent=False)
+        self.register_buffer("layout_scales", scales, persistent=False)
+        self.weight_packed = self.weight_packed.new_empty(0)
+        return self.layout
+
+    def _pack_again(self) -> None:
+        """Put the packed words back in the place of another layout."""
+        if self.layout != "packed":
+            words = pack(self.codes(), self.grid.bits)
+            self.layout, self.weight_packed = "packed", words
+            del self.layout_codes, self.layout_scales
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.layout != "packed":
+            destination[f"{prefix}weight_packed"] = pack(self.codes(), self.grid.bits)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.run_as("reference")
+        super()._load_from_state_dict(*args)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        runtime = self.runtime  # a kernel may not be there in another dtype or on another device
+        self._pack_again()
+        super()._apply(fn, recurse)
+        if runtime != "reference":
+            self.run_as(runtime)
+        return self
 
     @torch.no_grad()
     def load(self, found: Quantized) -> None:
@@ -98,6 +196,7 @@ class PackedLinear(StoredLayer):
                 f"codes of shape {list(found.codes.shape)} on {found.grid} do not fit a layer that takes "
                 f"{[self.out_features, self.in_features]} on {self.grid}"
             )
+        self.run_as("reference")
         self.weight_packed.copy_(pack(found.codes, self.grid.bits))
         self.weight_scale.copy_(found.scale)
         if self.weight_zero_point is not None:
@@ -118,40 +217,18 @@ class PackedLinear(StoredLayer):
         )
 
 
-def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Words int32 [rows, ⌈columns · bits / 32⌉] of signed codes int8 [rows, columns], one row after the other."""
-    if 32 % bits == 0:
-        from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+def set_runtime(model: nn.Module, runtime: str) -> dict[str, int]:
+    """Choose how the integers of a model run (see :meth:`PackedLinear.run_as`); returns how many are in each layout.
 
-        return pack_to_int32(codes, bits)
-    # Eight codes are `bits` bytes; a word has its low byte first.
-    count = codes.shape[1]
-    eights = nn.functional.pad(codes.long() + (1 << bits - 1), (0, -count % 8)).unflatten(1, (-1, 8))
-    joined = (eights << _steps(8, bits, eights)).sum(2, keepdim=True)
-    stream = (joined >> _steps(bits, 8, joined) & 255).to(torch.uint8).flatten(1)
-    found = stream.new_zeros(len(codes), -(-count * bits // 32) * 4)
-    size = min(stream.shape[1], found.shape[1])
-    found[:, :size] = stream[:, :size]
-    return found.view(torch.int32)
-
-
-def unpack(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
-    """The inverse of `pack`: codes int8 [rows, count]."""
-    words = words.flatten().view(words.shape)  # a single column has any stride, and its bytes need one of 1
-    if 32 % bits == 0:
-        from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
-
-        return unpack_from_int32(words, bits, torch.Size((len(words), count)))
-    stream = words.view(torch.uint8)
-    kind = torch.int32 if bits < 4 else torch.int64
-    groups = nn.functional.pad(stream, (0, -stream.shape[1] % bits)).unflatten(1, (-1, bits)).to(kind)
-    joined = (groups << _steps(bits, 8, groups)).sum(2, keepdim=True, dtype=kind)
-    codes = joined >> _steps(8, bits, joined) & (1 << bits) - 1
-    return (codes.flatten(1)[:, :count] - (1 << bits - 1)).to(torch.int8)
-
-
-def _steps(count: int, step: int, like: torch.Tensor) -> torch.Tensor:
-    return step * torch.arange(count, dtype=like.dtype, device=like.device)
+    Logs them. Raises ModelError for a name that is none of the runtimes.
+    """
+    if runtime not in RUNTIMES:
+        raise ModelError(f"there is no runtime {runtime!r}; choose from {', '.join(RUNTIMES)}")
+    layouts = Counter(module.run_as(runtime) for module in model.modules() if isinstance(module, PackedLinear))
+    if layouts:
+        listed = ", ".join(f"{count} {name}" for name, count in sorted(layouts.items()))
+        logger.info("integers run with the runtime %s in these layouts: %s", runtime, listed)
+    return dict(layouts)
 
 
 def scheme(grid: Grid, targets: list[str]) -> "QuantizationScheme":

