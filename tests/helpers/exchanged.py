@@ -18,7 +18,7 @@ def replace_linears(model: nn.Module, ranks: Mapping[str, Rank], pivoted: Collec
 
 
 def pack_linears(model: nn.Module, grids: Mapping[str, Grid]) -> None:
-    """Exchange dense linears for integers, factors (``X.A``, ``X.A.0``, ``X.B``), or add a rest beside them (``X.R``)."""
+    """Exchange dense linears for integers, factors (``X.A``, ``X.A.0``, ``X.B``), or add a rest beside (``X.R``)."""
     for name, grid in grids.items():
         path = name.split(".")
         owners = [".".join(path[:-parts]) for parts in (1, 2)]

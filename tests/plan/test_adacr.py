@@ -1,82 +1,17 @@
-"""adaCR: importance of blocks against hidden states, the line of retentions, exact budgets, refusals."""
+"""adaCR: importance of blocks against hidden states, a plan that follows it, refusals."""
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import families
-from helpers.plans import least_and_dense, linear, models, options, price, spent
 from helpers.samples import processor
 from spectrim.anatomy import anatomy
 from spectrim.calibrate import calibrate
 from spectrim.calibrate.data import load_data
 from spectrim.errors import ModelError, NumericalError, RecipeError
 from spectrim.pipeline import compression
-from spectrim.plan.allocate import choice, spend
 from spectrim.plan.importance import block_cosines, importance
-from spectrim.recipe import AllocationPart
-
-
-def ranks_of(model, shares, floor: float, budget: int):
-    part = AllocationPart(rule="adacr", floor=floor)
-    given = {name: torch.full((len(s),), shares[name], dtype=torch.float64) for name, (_, s) in model.items()}
-    return spend({name: choice(part, one, given[name], None) for name, (one, _) in model.items()}, budget)
-
-
-@settings(max_examples=200, deadline=None)
-@given(models(), st.lists(st.sampled_from([0.0, 0.01, 0.5, 1.0, 1.3, 11.0]), min_size=5), st.floats(0, 0.9),
-       st.floats(0, 1))  # fmt: skip
-def test_budget_is_met_within_one_step(model, values, floor, share):
-    """Whatever is clipped at dense goes to the others."""
-    least, dense = least_and_dense(model)
-    budget = int(least + share * (dense - least))
-    ranks = ranks_of(model, dict(zip(model, values, strict=False)), floor, budget)
-    assert ranks.keys() == model.keys()
-    left = budget - spent(model, ranks)
-    assert left >= 0
-    for name, (one, _) in model.items():
-        if (rank := ranks[name]) is not None:
-            assert left < min(price(one, rank + 1), price(one, None)) - price(one, rank)
-
-
-def grown(count: int = 12):
-    """Linears of two shapes, with 150 to 300 ranks, so that a step is small."""
-    shapes = [(600, 300), (320, 400)]
-    return {f"l{i}": (linear(i, *shapes[i % 2]), torch.ones(min(shapes[i % 2]))) for i in range(count)}
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.floats(0.6, 1.4), min_size=12, max_size=12), st.sampled_from([0.1, 0.3]), st.floats(0.35, 0.65))
-def test_retention_follows_the_papers_line(values, floor, target):
-    """mrr + I (trr − mrr) with I of mean 1 by bytes, as long as nothing is clipped."""
-    model = grown()
-    sizes = np.array([one.nbytes for one, _ in model.values()])
-    shares = np.array(values) * sizes.sum() / (np.array(values) * sizes).sum()
-    ranks = ranks_of(model, dict(zip(model, shares, strict=True)), floor, int(target * sizes.sum()))
-    for (name, (one, _)), share in zip(model.items(), shares, strict=True):
-        wanted = floor + share * (target - floor)
-        assert abs(price(one, ranks[name]) / one.nbytes - wanted) <= 2 * price(one, 1) / one.nbytes
-
-
-def test_what_is_clipped_is_shared_along_the_lines():
-    model = grown(6)
-    shares = dict(zip(model, (9.0, 0.5, 1.0, 2.0, 0.5, 1.0), strict=True))
-    ranks = ranks_of(model, shares, 0.2, int(0.5 * least_and_dense(model)[1]))
-    assert ranks["l0"] is None
-    slopes = [(price(one, ranks[name]) / one.nbytes - 0.2) / shares[name] for name, (one, _) in list(model.items())[1:]]
-    assert max(slopes) - min(slopes) < 0.03
-    assert min(slopes) > 0.02
-
-
-def test_a_floor_above_the_retention_is_uniform():
-    model = grown(6)
-    budget = int(0.4 * least_and_dense(model)[1])
-    shares = dict(zip(model, (9.0, 0.5, 1.0, 2.0, 0.5, 1.0), strict=True))
-    assert ranks_of(model, shares, 0.45, budget) == spend(options(model, "uniform"), budget)
-    same = dict.fromkeys(model, 1.0)
-    assert ranks_of(model, same, 0.2, budget) == spend(options(model, "uniform"), budget)
 
 
 def samples(model, family: str, words: str):

@@ -1,6 +1,5 @@
 """The raw singular values that JW-SVD pools, from the inputs that the linears of a model really read."""
 
-import numpy as np
 import pytest
 import torch
 
@@ -9,7 +8,6 @@ from helpers.samples import llava_processor
 from spectrim.anatomy import anatomy
 from spectrim.calibrate import calibrate
 from spectrim.pipeline import compression
-from spectrim.plan.plan import factor_bytes
 
 GAMMA = 0.5
 
@@ -54,16 +52,24 @@ def singular_values(model, rows, rule: str) -> dict[str, torch.Tensor]:
 
 
 def expected(model, values: dict[str, torch.Tensor], quantile: float) -> tuple[dict[str, int | None], int]:
-    """Ranks, and bytes, of what is above one threshold for all; at a gap between the values."""
+    """Ranks, and bytes, of what is above one threshold for all; at a gap between the values.
+
+    The weight stays dense where its last directions are worth their bytes together: it takes fewer than they do.
+    """
     pool = torch.cat(list(values.values())).sort().values
     near = slice(int(quantile * len(pool)) - 5, int(quantile * len(pool)) + 5)
     gap = int((pool[near][1:] / pool[near][:-1]).argmax())
+    threshold = float(pool[near][gap : gap + 2].mean())
     ranks, total = {}, 0
     for linear in anatomy(model).linears:
-        rank = max(1, int((values[linear.name] > pool[near][gap]).sum()))
-        size = int(factor_bytes(linear, np.array(rank)))
-        ranks[linear.name] = rank if size < linear.nbytes else None
-        total += min(size, linear.nbytes)
+        s, step = values[linear.name], linear.dtype.itemsize * (linear.in_features + linear.out_features)
+        most = (linear.nbytes - 1) // step  # factors of a larger rank are no smaller than the weight
+        rank: int | None = max(1, int((s > threshold).sum()))
+        worth = float(s[rank : most + 1].sum()) * step
+        if rank > most or worth > threshold * (linear.nbytes - rank * step):
+            rank = None
+        ranks[linear.name] = rank
+        total += linear.nbytes if rank is None else rank * step
     return ranks, total
 
 
@@ -80,6 +86,7 @@ def test_both_rules_are_one_threshold_on_the_values_of_the_samples(read, quantil
             plan = prepared.plan((size + 0.5) / dense)
         assert {name: row.rank for name, row in plan.linears.items()} == ranks[rule]
     assert ranks["global-sigma"] != ranks["global-sigma-mean"]
+    assert {rank is None for rank in ranks["global-sigma"].values()} == {True, False}
 
 
 @pytest.mark.parametrize("recipe", ["svd", "asvd"])

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers.plans import totals
 from spectrim.errors import BudgetError
 from spectrim.plan.spend import Curve, spend
 
@@ -23,13 +24,6 @@ def curves(draw: st.DrawFn, most: int = 5, reach: bool = False) -> Curve:
 
 MODELS = st.lists(curves(), min_size=1, max_size=4)
 SHARES = st.lists(curves(reach=True), min_size=1, max_size=4)
-
-
-def totals(model, found) -> tuple[int, float]:
-    return (
-        sum(int(curve.bytes[i]) for curve, i in zip(model, found, strict=True)),
-        sum(float(curve.cost[i]) for curve, i in zip(model, found, strict=True)),
-    )
 
 
 def least(model) -> int:
@@ -81,6 +75,16 @@ def test_shares_grow_alike(model, more):
         at = front.index(now)
         if at + 1 < len(front):
             assert curve.bytes[front[at + 1]] - curve.bytes[now] > left
+
+
+@given(MODELS | SHARES)
+def test_more_bytes_never_buy_less(model):
+    """A pass over all budgets: what is spent never falls, and of linears with one price neither does what is gained."""
+    most = sum(int(curve.bytes.max()) for curve in model)
+    found = [totals(model, spend(model, budget)) for budget in range(least(model), most + 2)]
+    assert found == sorted(found, key=lambda total: total[0])
+    if model[0].reach is None:
+        assert found == sorted(found, key=lambda total: -total[1])
 
 
 def test_a_budget_below_the_least_is_refused():

@@ -18,13 +18,15 @@ from spectrim.storage import DENSE, Options, Problem, Spec, forms
 class Menu:
     """All options of one linear, form after form; none but the dense weight is as large as that.
 
-    ``left`` [m + 1] is the error after 0, 1, … directions of its ``heads``, in the unit of the options' errors.
+    ``left`` [m + 1] is the error after 0, 1, … directions of its ``heads``, in the unit of the options' errors;
+    ``pivoted`` says that float factors are stored by pivots where that is smaller.
     """
 
     linear: Linear
     parts: Sequence[Options]
     left: np.ndarray
     heads: int = 1
+    pivoted: bool = False
 
     @cached_property
     def bytes(self) -> np.ndarray:
@@ -69,7 +71,8 @@ def menu(problem: Problem, kept: Path | None = None) -> Menu:
     found = [form.options(problem) for form in quick] + [_smaller(part, dense) for part in parts]
     if not any(len(part.bytes) for part in found):  # no integers are smaller than the weight
         found = [Options.listed(DENSE, [(dense, 0.0, {})])]
-    return Menu(problem.linear, found, problem.left, problem.spectrum.heads)
+    heads = problem.spectrum.heads
+    return Menu(problem.linear, found, problem.left, heads, problem.storage.pivoted and heads == 1)
 
 
 def _smaller(part: Options, dense: int) -> Options:

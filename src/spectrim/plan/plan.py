@@ -67,7 +67,7 @@ class PlanRow(_Part):
     def rank(self) -> int | None:
         """Directions of all heads together; None where the form has no rank."""
         rank = self.spec.get("rank")
-        return sum(rank) if isinstance(rank, list) else rank
+        return sum(rank) if isinstance(rank, list | tuple) else rank
 
 
 class Plan(_Part):
@@ -176,9 +176,8 @@ def _named(where: str, name: str, row: PlanRow) -> Iterator[None]:
     try:
         yield
     except ModelError as error:
-        raise BudgetError(
-            f"{where} stores '{name}' in the form '{row.form}', but {error}; correct it, or make it {DENSE}"
-        ) from error
+        remedy = "take it out" if row.form == DENSE else f"correct it, or make it {DENSE}"
+        raise BudgetError(f"{where} stores '{name}' in the form '{row.form}', but {error}; {remedy}") from error
 
 
 def plan_row(

@@ -6,6 +6,7 @@ import torch
 from spectrim.plan.options import Menu
 from spectrim.plan.spend import Curve
 from spectrim.recipe import AllocationPart
+from spectrim.storage.low_rank import factor_bytes
 
 
 def curve(part: AllocationPart, menu: Menu, wanted: torch.Tensor | float | None = None) -> Curve:
@@ -14,10 +15,10 @@ def curve(part: AllocationPart, menu: Menu, wanted: torch.Tensor | float | None 
     ``loss-aware``: the predicted loss in nats (LASER, section 3). ``global-energy``: the error as a share of the
     linear's energy. ``global-sigma``, ``global-sigma-mean`` and ``sensitivity``: one threshold on a value of each
     direction, `wanted` [m]: singular values (JW-SVD, section 4.2) or measured losses (ASVD). A direction that is left
-    out then costs its value times its bytes, so that the step to it gains just that value by the byte; any other option
-    costs what the rank of equal error costs. ``uniform``: every linear has the same share of its bytes. ``adacr``: its
-    share follows AdaSVD's line ``floor + I (target − floor)``, where `wanted` is its importance I; below the floor all
-    grow alike.
+    out then costs its value times its bytes in float factors, so that the step to it gains just that value by the byte;
+    any other option costs what the rank of equal error costs. ``uniform``: every linear has the same share of its
+    bytes. ``adacr``: its share follows AdaSVD's line ``floor + I (target − floor)``, where `wanted` is its importance
+    I; below the floor all grow alike.
     """
     if part.rule == "loss-aware":
         return Curve(menu.bytes, menu.error)
@@ -38,11 +39,15 @@ def curve(part: AllocationPart, menu: Menu, wanted: torch.Tensor | float | None 
 def _by_direction(menu: Menu, wanted: np.ndarray) -> np.ndarray:
     """Cost of each option where directions are bought by a threshold, [n]."""
     linear, left = menu.linear, menu.left
-    price = (linear.in_features + linear.out_features // menu.heads) * linear.dtype.itemsize
+    sizes = factor_bytes(linear, np.arange(len(left)), menu.heads)
+    if menu.pivoted:
+        sizes = np.minimum(sizes, factor_bytes(linear, np.arange(len(left)), pivoted=True))
     smaller = menu.error[(menu.bytes < linear.nbytes) & (menu.error > 0)]
     # The dense weight takes the place of the first direction that no option has.
-    last = int(np.searchsorted(-left, -smaller.min(), side="left")) + 1 if len(smaller) else 1
-    falling = np.minimum.accumulate(wanted[:last])
-    costs = np.append(np.cumsum(falling[::-1])[::-1] * price, 0.0)  # after 0, 1, … `last` directions
+    last = max(1, int(np.searchsorted(-left, -smaller.min(initial=np.inf), side="right")))
+    falling = np.maximum(wanted[:last], 1e-30)  # what was measured to be worth nothing is bought last
+    falling[menu.heads :] = np.minimum.accumulate(falling[menu.heads :])  # each head's first come before all others
+    costs = np.append(np.cumsum((falling * np.diff(sizes)[:last])[::-1])[::-1], 0.0)  # after 0, 1, … `last` directions
     errors = np.append(left[: len(falling)], 0.0)
-    return np.interp(menu.error, errors[::-1], costs[::-1])
+    falls = np.append(np.diff(errors) < 0, True)  # not by the directions of a dead head
+    return np.interp(menu.error, errors[falls][::-1], costs[falls][::-1])

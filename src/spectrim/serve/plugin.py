@@ -51,8 +51,8 @@ class FactoredConfig(QuantizationConfig):
         if config.forms:
             name, entry = next(iter(config.forms.items()))
             raise CheckpointError(
-                f"spectrim's vLLM plugin does not run the form '{entry['form']}', which {name!r} is stored in; serve the "
-                "dequantized model (model.dequantize() and save_pretrained)"
+                f"spectrim's vLLM plugin does not run the form '{entry['form']}', which {name!r} is stored in; serve "
+                "the dequantized model (model.dequantize() and save_pretrained)"
             )
         self.ranks: dict[str, Rank] = dict(config.ranks)
         self.pivoted = set(config.pivoted)

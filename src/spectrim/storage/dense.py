@@ -27,9 +27,13 @@ class Dense(Form):
 
     def build(self, linear: nn.Linear, spec: Spec) -> nn.Module:
         """The linear itself."""
+        self.heads(spec)
+        return linear
+
+    def heads(self, spec: Spec) -> None:
+        """None; ModelError for a spec with anything in it."""
         if spec:
             raise ModelError(f"a dense linear has no {next(iter(spec))!r}")
-        return linear
 
     def least(self, linear: Linear, quantize: QuantizePart) -> int:
         """Bytes of the weight."""
