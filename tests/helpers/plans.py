@@ -48,16 +48,17 @@ def shaped(one: Linear, s: torch.Tensor, *, pivoted: bool = False, multiple: int
 
 
 @st.composite
-def models(draw: st.DrawFn, most: int = 24, linears: int = 4, heads: bool = True) -> Model:
-    """Linears of a few shapes and dtypes; some are silent, some have ties or are flat, and some are factored by head.
+def models(draw: st.DrawFn, least: int = 1, most: int = 24, linears: int = 4) -> Model:
+    """Linears of `least` to `most` inputs and outputs; some are silent, have ties, are flat, or are factored by head.
 
     All are stored alike: with or without pivots, in multiples or not.
     """
     storage = {"pivoted": draw(st.booleans()), "multiple": draw(st.sampled_from([1, 1, 2, 3, 8]))}
     found = []
     for number in range(draw(st.integers(1, linears))):
-        apart = draw(st.sampled_from([1, 1, 2, 3])) if heads else 1
-        out, size = apart * draw(st.integers(1, most // apart)), draw(st.integers(1, most))
+        apart = draw(st.sampled_from([1, 1, 2, 3]))
+        out = apart * draw(st.integers(-(-least // apart), most // apart))
+        size = draw(st.integers(least, most))
         one = linear(number, out, size, draw(st.sampled_from([torch.bfloat16, torch.float32])), apart)
         parts = []
         for _ in range(apart):

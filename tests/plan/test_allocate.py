@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from spectrim.plan.allocate import spend
 
 from helpers.plans import (
     RULES,
@@ -30,7 +29,7 @@ from helpers.plans import (
     spectrum,
     spent,
     values,
-)  # fmt: skip
+)
 from spectrim.errors import BudgetError
 from spectrim.plan.options import menu
 from spectrim.plan.rules import curve
@@ -129,8 +128,9 @@ def outcome(model: Model, rule: str, budget: int) -> float:
     return sum(owed(rule, x, rank) for x, rank in zip(model, bought(model, rule, budget), strict=True))
 
 
-@settings(max_examples=150, deadline=None)
-@given(models(9, 3), st.sampled_from(COSTS), st.floats(0, 1))
+@pytest.mark.parametrize("rule", COSTS)
+@settings(max_examples=100, deadline=None)
+@given(model=models(5, 10, 3), share=st.floats(0, 1))
 def test_no_plan_is_better_by_more_than_a_segment_of_the_hull(model, rule, share):
     budget, every = between(least_and_dense(model), share), plans(model, rule)
     best = every[every[:, 0] <= budget, 1].min()
@@ -139,8 +139,9 @@ def test_no_plan_is_better_by_more_than_a_segment_of_the_hull(model, rule, share
     assert best - slack <= outcome(model, rule, budget) <= best + most + slack
 
 
+@pytest.mark.parametrize("rule", COSTS)
 @settings(max_examples=100, deadline=None)
-@given(models(9, 3), st.sampled_from(COSTS))
+@given(model=models(5, 10, 3))
 def test_no_plan_is_better_where_the_hull_has_one_vertex(model, rule):
     """At the ends of runs of equally steep segments, whose order is free."""
     every, used, segments = plans(model, rule), least_and_dense(model)[0], hull(model, rule)

@@ -77,7 +77,7 @@ def scored(problem: Problem, offered: Menu, rule: str) -> Curve:
     if rule in THRESHOLDS:
         wanted = problem.spectrum.s.sqrt()
     elif rule == "adacr":
-        wanted = 0.5 + len(problem.linear.name) / 2
+        wanted = 0.5 + problem.linear.out_features % 3
     return curve(AllocationPart(rule=rule, floor=0.1), offered, wanted)
 
 

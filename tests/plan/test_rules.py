@@ -112,13 +112,13 @@ def test_recipes_in_one_call(recipe, retain, changes, calibrated, tmp_path):
 _PREPARED: dict[tuple, Compression] = {}
 
 
-def prepared_for(calibrated, family: str, places: tuple[str, ...], changes: dict) -> Compression:
+def prepared_for(calibrated, places: tuple[str, ...], changes: dict) -> Compression:
     """One compression for each recipe; its statistics stay, so that it can be asked after the block."""
-    key = (family, places, *changes.items())
+    key = (places, *changes.items())
     if key not in _PREPARED:
-        model, statistics = calibrated[family]
+        model, statistics = calibrated["llava"]
         chosen = changes | {"allocation.places": list(places)}
-        with compression(model, "curvature", stats=statistics, processor=processor(family), changes=chosen) as found:
+        with compression(model, "curvature", stats=statistics, processor=processor("llava"), changes=chosen) as found:
             _PREPARED[key] = found
     return _PREPARED[key]
 
@@ -147,7 +147,7 @@ def test_budgets_are_met_on_what_is_free(rule, places, changes, share, calibrate
     changes = {**changes, "allocation.rule": rule}
     if "backbone" not in places and changes["metric.modality"] == "text":
         changes["metric.modality"] = "joint"  # text reaches no tower
-    found = prepared_for(calibrated, "llava", places, changes)
+    found = prepared_for(calibrated, places, changes)
     free = [x for x in found.parts.linears if x.place in places and x.name not in found.unreached]
     menus = found.maker.menus(free)
     dense = sum(x.nbytes for x in found.parts.linears)
