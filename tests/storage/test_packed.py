@@ -165,7 +165,8 @@ def test_from_disk_and_back(family, dtype, tmp_path):
     expected = logits(model)
     assert expected.isfinite().all()
     first = save(model, tmp_path / "a")
-    again = load(first)
+    torch.testing.assert_close(logits(load(first)), expected, rtol=0.1, atol=0.1)  # kernels of their own
+    again = load(first, runtime="reference")
     assert torch.equal(logits(again), expected)
     kinds = {name: type(module) for name, module in model.named_modules()}
     assert {name: type(module) for name, module in again.named_modules()} == kinds

@@ -4,8 +4,6 @@ The layout is that of compressed-tensors from 0.18 on, whatever release is insta
 bits of a word first, codes across words where 32 is no multiple of the bits.
 """
 
-from functools import cache
-
 import torch
 from torch import nn
 
@@ -42,19 +40,21 @@ def unpack(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
         joined = (groups << _steps(bits, 8, groups)).sum(2, keepdim=True)
         codes = joined >> _steps(8, bits, joined) & (1 << bits) - 1
         return (codes.flatten(1)[:, :count] - (1 << bits - 1)).to(torch.int8)
-    found = _table(bits, words.device).index_select(0, index.flatten())
+    found = _TABLES[bits].to(words.device).index_select(0, index.flatten())
     return found.view(torch.int8).view(len(words), -1)[:, :count]
 
 
-@cache
-def _table(bits: int, device: torch.device) -> torch.Tensor:
+def _table(bits: int) -> torch.Tensor:
     """The codes of every byte (2 and 4 bits) or 12-bit word (3 bits), as one number of as many bytes as codes."""
     size = 12 if bits == 3 else 8
     words = torch.arange(1 << size)[:, None]
     codes = (words >> _steps(size // bits, bits, words) & (1 << bits) - 1) - (1 << bits - 1)
     kind = torch.int16 if size // bits == 2 else torch.int32
-    return codes.to(torch.int8).contiguous().view(kind).flatten().to(device)
+    return codes.to(torch.int8).contiguous().view(kind).flatten()
 
 
 def _steps(count: int, step: int, like: torch.Tensor) -> torch.Tensor:
     return step * torch.arange(count, dtype=like.dtype, device=like.device)
+
+
+_TABLES = {bits: _table(bits) for bits in (2, 3, 4)}  # some kilobytes
