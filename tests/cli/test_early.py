@@ -24,7 +24,7 @@ def no_models(monkeypatch):
     def load(*arguments, **options):
         raise AssertionError("a model was loaded")
 
-    for place in ("checkpoint", "pipeline", "evaluate.running", "evaluate.harnesses", "demo.show"):
+    for place in ("checkpoint", "pipeline.run", "evaluate.running", "evaluate.harnesses", "demonstration"):
         __import__(f"spectrim.{place}")
         monkeypatch.setattr(sys.modules[f"spectrim.{place}"], "load", load)
 
@@ -161,8 +161,10 @@ EARLY = [
 ]
 
 
-def tree(home: str) -> dict[str, bytes | None]:
-    return {str(path): path.read_bytes() if path.is_file() else None for path in Path(home).rglob("*")}
+def tree(home: str) -> dict[str, tuple[int, int] | None]:
+    """What is there; of files, when they were written last and their size."""
+    found = {str(path): (path.is_file(), path.stat()) for path in Path(home).rglob("*")}
+    return {name: (at.st_mtime_ns, at.st_size) if is_file else None for name, (is_file, at) in found.items()}
 
 
 @pytest.mark.parametrize("arguments", EARLY, ids=" ".join)

@@ -14,12 +14,12 @@ import families
 from helpers.calibrated import tiny
 from helpers.matrices import normal
 from helpers.samples import calibrated_windows, word_tokenizer
-from spectrim import spectra
 from spectrim.anatomy import anatomy
 from spectrim.calibrate import Statistics, calibrate
 from spectrim.compensate import run
 from spectrim.compensate.store import Store
 from spectrim.maths.decompose import decompose, factors
+from spectrim.metrics import spectra
 from spectrim.metrics.metric import layer_metric
 from spectrim.metrics.spectra import cache_key
 from spectrim.pipeline import compression

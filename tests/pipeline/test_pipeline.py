@@ -10,11 +10,11 @@ import families
 from compressed import logits, low_rank
 from helpers.samples import llava_processor, processor, word_tokenizer
 from helpers.streams import assert_same, weights
-from spectrim import spectra
 from spectrim.anatomy import anatomy
 from spectrim.calibrate import Statistics, calibrate
 from spectrim.checkpoint import load, read_provenance
 from spectrim.errors import BudgetError, ModelError, NumericalError, RecipeError, SpectrimError, StatisticsError
+from spectrim.metrics import spectra
 from spectrim.pipeline import compress, compression
 from spectrim.plan.plan import Plan
 
