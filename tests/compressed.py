@@ -1,8 +1,10 @@
 """Compressed few-layer models, and ways to look into and to damage a checkpoint."""
 
+import copy
 import json
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,18 @@ def factored(family: str, model: Any = None, form: str = "whole") -> hf.PreTrain
     In the form ``headwise``, each head of every q, k and v has its own rank: a third of it, and more from head to head.
     In the form ``pivoted``, all are stored by pivots.
     """
-    model = FAMILIES[family]() if model is None else model
+    if model is not None:
+        return _factored(model, form)
+    torch.manual_seed(0)  # as making a model does
+    return copy.deepcopy(_made(family, form))
+
+
+@cache
+def _made(family: str, form: str) -> hf.PreTrainedModel:
+    return _factored(FAMILIES[family](), form)
+
+
+def _factored(model: Any, form: str) -> hf.PreTrainedModel:
     linears = anatomy(model).linears
     dense = {linear.name: model.get_submodule(linear.name).weight.detach() for linear in linears}
     ranks: dict[str, Rank] = {name: max(1, min(weight.shape) // 3) for name, weight in dense.items()}

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from families import FAMILIES
+from helpers.forks import fork
 from helpers.samples import image_folder, llava_processor
 from spectrim.evaluate.suites import Suite
 
@@ -38,10 +39,14 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
 
 
-def run(folder: Path, *arguments: str) -> str:
-    done = subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True, check=False)
+def run(folder: Path, *arguments: str) -> None:
+    done = fork("-m", "spectrim", *arguments, folder=folder)
     assert done.returncode == 0, f"{arguments}: {done.stderr}"
-    return done.stdout
+
+
+def run_file(folder: Path, name: str) -> None:
+    done = subprocess.run([sys.executable, name], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{name}: {done.stderr}"
 
 
 def real(command: list[str], checkpoint: str = "small") -> list[str]:
@@ -55,7 +60,7 @@ def real(command: list[str], checkpoint: str = "small") -> list[str]:
         sources[before] if part == "SRC" else names.get(part, part)
         for before, part in zip(["", *command], command, strict=False)
     ]
-    return ["-m", "spectrim", *parts, *([] if "--stats" in parts else SMALLER.get(verb, []))]
+    return [*parts, *([] if "--stats" in parts else SMALLER.get(verb, []))]
 
 
 README = commands(PAGES[0])
@@ -114,7 +119,7 @@ def test_code_of_docs(folder, page):
         pytest.skip("has none that runs here")
     for number, block in enumerate(found):
         (folder / f"{page.stem}-{number}.py").write_text(block)
-        run(folder, f"{page.stem}-{number}.py")
+        run_file(folder, f"{page.stem}-{number}.py")
     for block in suites:
         (folder / "suite.yaml").write_text(block)
         assert Suite.read(folder / "suite.yaml").tasks
@@ -124,5 +129,5 @@ def test_code_of_docs(folder, page):
 def test_python_of_readme_as_it_stands(tmp_path):
     (block,) = blocks(PAGES[0], "python")
     (tmp_path / "block.py").write_text(block)
-    run(tmp_path, "block.py")
+    run_file(tmp_path, "block.py")
     assert {path.name for path in tmp_path.iterdir()} == {"block.py", "small", "small.stats"}

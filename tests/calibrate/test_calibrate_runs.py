@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlavaForConditionalGener
 
 import families
 from helpers.calibrated import assert_same_bits, named, tensors, tiny
+from helpers.forks import run_ranks
 from helpers.samples import WORDS, llava_processor, word_tokenizer
 from spectrim import files
 from spectrim.anatomy import anatomy
@@ -35,6 +36,12 @@ def stop_at(count):
     return progress
 
 
+@pytest.fixture(scope="module")
+def wholes():
+    """Statistics of runs that nothing stopped, by what they are of; made by the first test that needs them."""
+    return {}
+
+
 @pytest.mark.usefixtures("snapshots_after_every_batch")
 @pytest.mark.parametrize("stop", [1, 4, 6, 7, 11, 14, 22])
 @pytest.mark.parametrize(
@@ -46,20 +53,22 @@ def stop_at(count):
     ],
     ids=["plain", "gradients", "curvature"],
 )
-def test_a_killed_run_resumes_bit_for_bit(words, pictures, tmp_path, stop, extra, total):
+def test_a_killed_run_resumes_bit_for_bit(words, pictures, tmp_path, wholes, stop, extra, total):
     if stop > total:
         pytest.skip("the run has ended by then")
     model = tiny("llava", torch.float32)
     options = {"processor": llava_processor(), "text": words, "images": pictures, "samples": 6, "seqlen": 12}
     options |= {"batch_size": 2, "checkpoint_seconds": 0, **extra}
-    whole = calibrate(model, tmp_path / "whole", **options)
+    if total not in wholes:
+        wholes[total] = calibrate(model, tmp_path / "whole", **options)
+    whole = wholes[total]
     with pytest.raises(StopError):
         calibrate(model, tmp_path / "killed", **options, progress=stop_at(stop))
     with pytest.raises(StatisticsError, match="was interrupted; run the same"):
         Statistics.open(tmp_path / "killed")
     seen = []
     resumed = calibrate(model, tmp_path / "killed", **options, progress=lambda done, total: seen.append((done, total)))
-    assert_same_bits(tmp_path / "whole", tmp_path / "killed")
+    assert_same_bits(whole.path, tmp_path / "killed")
     assert resumed.manifest.gathered["image"].counts == whole.manifest.gathered["image"].counts
     assert seen[-1] == (total, total)
     # The stop comes before the snapshot of its batch, so that the batch before it counts; gradients come one by one.
@@ -70,11 +79,12 @@ def test_a_killed_run_resumes_bit_for_bit(words, pictures, tmp_path, stop, extra
 
 @pytest.mark.usefixtures("snapshots_after_every_batch")
 @pytest.mark.parametrize("write", range(1, 47, 3))
-def test_a_kill_between_two_writes_leaves_one_whole_state(words, pictures, tmp_path, monkeypatch, write):
+def test_a_kill_between_two_writes_leaves_one_whole_state(words, pictures, tmp_path, monkeypatch, wholes, write):
     model = tiny("llava", torch.float32)
     options = {"processor": llava_processor(), "text": words, "images": pictures, "samples": 6, "seqlen": 12}
-    options |= {"batch_size": 2, "checkpoint_seconds": 0}
-    calibrate(model, tmp_path / "whole", **options)
+    options |= {"batch_size": 2, "checkpoint_seconds": 0, "curvature": False}
+    if "writes" not in wholes:
+        wholes["writes"] = calibrate(model, tmp_path / "whole", **options)
     sync, calls = files.sync, []
 
     def dying(path):  # called before and after each file takes its place
@@ -89,7 +99,7 @@ def test_a_kill_between_two_writes_leaves_one_whole_state(words, pictures, tmp_p
         with pytest.raises(StopError):
             calibrate(model, tmp_path / "killed", **options)
     calibrate(model, tmp_path / "killed", **options)
-    assert_same_bits(tmp_path / "whole", tmp_path / "killed")
+    assert_same_bits(wholes["writes"].path, tmp_path / "killed")
     assert {path.name for path in (tmp_path / "killed").iterdir()} == named(tmp_path / "killed")
 
 
@@ -317,7 +327,7 @@ def _rank(rank, store, out, words):
 
 
 def test_two_processes_add_up(words, tmp_path):
-    torch.multiprocessing.spawn(_rank, (str(tmp_path / "store"), str(tmp_path / "two"), words), nprocs=2)
+    run_ranks(_rank, str(tmp_path / "store"), str(tmp_path / "two"), words)
     options = {"processor": llava_processor(), "text": words, "images": "builtin", "samples": 5, "seqlen": 8}
     one = calibrate(
         tiny("llava"), tmp_path / "one", **options, batch_size=2, gradients=True, curvature=True, answer_tokens=3

@@ -1,9 +1,6 @@
 """One writer at a time in a statistics directory, in processes of their own: locks, kills, left-overs, full disks."""
 
 import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -11,6 +8,7 @@ import pytest
 import torch
 
 from helpers.calibrated import assert_same_bits, named, tiny
+from helpers.forks import Fork, run_ranks
 from helpers.samples import word_tokenizer
 from spectrim.calibrate import Statistics, calibrate, run
 from spectrim.calibrate.manifest import MANIFEST
@@ -46,11 +44,9 @@ CALIBRATE = """
 """
 
 
-def process(words: str, body: str, **options: object) -> subprocess.Popen[str]:
+def process(words: str, body: str, **options: object) -> Fork:
     script = SCRIPT.format(tests=str(Path(__file__).parents[1]), words=words, body=body.format(**options).strip())
-    return subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    return Fork("-c", script)
 
 
 def options(words: str) -> dict:
@@ -63,7 +59,9 @@ def test_a_second_writer_is_told_at_once_and_a_dead_one_leaves_no_lock(words, tm
     first = process(words, CALIBRATE, out=str(out), sleep=600)
     try:
         assert [first.stdout.readline() for _ in range(3)] == ["0\n", "1\n", "2\n"]
-        with pytest.raises(StatisticsError, match=rf"another process \({first.pid}\) writes to .*s; wait until"):
+        with pytest.raises(
+            StatisticsError, match=rf"another process \({first.process.pid}\) writes to .*s; wait until"
+        ):
             calibrate(model, out, **{**options(words), "text": "no file of that name"})  # before samples are loaded
         with pytest.raises(StatisticsError, match="run the same spectrim calibrate command"):
             Statistics.open(out)  # readers need no lock
@@ -72,9 +70,8 @@ def test_a_second_writer_is_told_at_once_and_a_dead_one_leaves_no_lock(words, tm
             pass
         assert (out / ".manifest.json.abc.part").exists()
     finally:
-        first.send_signal(signal.SIGKILL)
-        first.wait()
-        first.stdout.close()
+        first.process.kill()
+        first.done()
     (out / "text.model.layers.0.g000099.safetensors").write_bytes(b"of a snapshot that was not finished")
     seen = []
     calibrate(model, out, **options(words), progress=lambda done, _: seen.append(done))
@@ -110,7 +107,8 @@ def test_two_compressions_of_one_directory_run_side_by_side(words, tmp_path):
         calibrate(tiny("llama", torch.float32), directory, **options(words))
     both = [process(words, COMPRESS, out=str(out)) for _ in range(2)]
     for one in both:
-        assert one.communicate()[0].splitlines()[-1] == "done"
+        done = one.done()
+        assert done.stdout.splitlines()[-1:] == ["done"], done.stderr
     given = {"changes": {"compensate.kind": "anchored"}, "processor": word_tokenizer()}
     compress(tiny("llama", torch.float32), recipe="svd-llm", retain=0.5, stats=alone, **given)
     assert {name.partition("/")[0] for name in cached(alone)} == {"spectra", "compensated"}
@@ -177,7 +175,7 @@ def test_a_full_disk_while_moments_are_written_is_a_sentence_and_leaves_the_snap
     assert before
     call = f'calibrate(tiny("llama", torch.float32), {str(out)!r}, **OPTIONS)'
     failed = process(words, FULL, calls=[(1000, call), (40_000, call)])
-    messages = failed.communicate()[0].splitlines()
+    messages = failed.done().stdout.splitlines()
     assert len(messages) == 2
     assert all(line.startswith(f"StatisticsError {out} cannot be written (") for line in messages)
     assert all("make room" in line for line in messages)
@@ -197,7 +195,7 @@ def test_a_full_disk_while_spectra_and_compensated_blocks_are_written_is_a_sente
         for kind in ("none", "anchored")
     )
     failed = process(words, FULL, calls=[(9000, plain), (-1, plain), (9000, anchored), (-1, anchored)])
-    first, second, third, fourth = failed.communicate()[0].splitlines()
+    first, second, third, fourth = failed.done().stdout.splitlines()
     assert second == fourth == "done"
     for message, part in ((first, "spectra"), (third, "compensated")):
         assert message.startswith(f"StatisticsError {out / part}/")
@@ -221,7 +219,7 @@ def _rank(rank: int, store: str, out: str, words: str) -> None:
 def test_all_processes_of_a_run_learn_that_another_writes(words, tmp_path):
     with writing(tmp_path / "s", alone=True):
         start = time.monotonic()
-        torch.multiprocessing.spawn(_rank, (str(tmp_path / "store"), str(tmp_path / "s"), words), nprocs=2)
+        run_ranks(_rank, str(tmp_path / "store"), str(tmp_path / "s"), words)
     assert time.monotonic() - start < 60
 
 

@@ -161,8 +161,10 @@ EARLY = [
 ]
 
 
-def tree(home: str) -> dict[str, bytes | None]:
-    return {str(path): path.read_bytes() if path.is_file() else None for path in Path(home).rglob("*")}
+def tree(home: str) -> dict[str, tuple[int, int] | None]:
+    """What is there; of files, when they were written last and their size."""
+    found = {str(path): (path.is_file(), path.stat()) for path in Path(home).rglob("*")}
+    return {name: (at.st_mtime_ns, at.st_size) if is_file else None for name, (is_file, at) in found.items()}
 
 
 @pytest.mark.parametrize("arguments", EARLY, ids=" ".join)

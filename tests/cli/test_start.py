@@ -5,10 +5,13 @@ import os
 import resource
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 
 import spectrim
+from helpers.command import run
+from helpers.forks import fork
 from spectrim import checkpoint
 
 SECONDS = 2.0  # of processor time, which printing help may take; it takes about 0.4
@@ -24,9 +27,7 @@ def fresh(*arguments: str) -> subprocess.CompletedProcess[str]:
 VERBS = ("anatomy", "calibrate", "compress", "demo", "evaluate", "inspect", "push", "recipes")
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--help"], ["-h"], ["--version"], *([verb, flag] for verb in VERBS for flag in ("-h", "--help"))]
-)
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([verb, "--help"] for verb in VERBS)])
 def test_help_is_there_at_once(arguments):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = fresh("-X", "importtime", "-m", "spectrim", *arguments)
@@ -38,9 +39,11 @@ def test_help_is_there_at_once(arguments):
     assert not loaded & {"torch", "transformers", "numpy", "datasets"}
 
 
-def test_every_verb_is_in_the_help():
-    text = fresh("-m", "spectrim", "--help").stdout
+def test_every_verb_is_in_the_help_and_h_is_help(capsys):
+    text = run(capsys, "--help")[1]
     assert all(f" {verb} " in text for verb in VERBS)
+    for verb in ([], *([verb] for verb in VERBS)):
+        assert run(capsys, *verb, "-h") == run(capsys, *verb, "--help")
 
 
 KNOWN = """
@@ -85,17 +88,26 @@ ORDERS = {
     "del sys.modules['spectrim.storage.layers']\nimport transformers.modeling_utils",
 }
 
-
+HEAVY = (
+    "torch._dynamo", "torch.distributed.checkpoint", "accelerate", "sklearn.metrics", "huggingface_hub.hf_api",
+    "safetensors.torch", "tokenizers", "jinja2", "PIL.Image", "datasets",
+)  # fmt: skip
 FORKS = """
 import contextlib, importlib, json, os, sys, traceback
-for name in ("torch._dynamo", "accelerate", "sklearn.metrics"):  # what transformers imports: once, before the forks
+for name in sys.argv[2:]:  # what transformers imports: once, before the forks
     with contextlib.suppress(ImportError):
         importlib.import_module(name)
 assert not {"transformers", "spectrim"} & sys.modules.keys()
-found = {}
-for name, code in json.load(sys.stdin).items():
+found, running = {}, {}
+def collect():
+    name, read = running.pop(os.wait()[0])
+    with open(read) as end:
+        found[name] = end.read()
+for name, code in json.loads(sys.argv[1]).items():
+    if len(running) == 2:
+        collect()
     read, write = os.pipe()
-    if os.fork() == 0:
+    if (process := os.fork()) == 0:
         try:
             exec(code, {"__name__": "__main__"})
             said = "done"
@@ -104,20 +116,29 @@ for name, code in json.load(sys.stdin).items():
         os.write(write, said.encode())
         os._exit(0)
     os.close(write)
-    with open(read) as end:
-        found[name] = end.read()
-    os.wait()
+    running[process] = (name, read)
+while running:
+    collect()
 json.dump(found, sys.stdout)
 """
 
 
-@pytest.fixture(scope="module")
-def outcomes() -> dict[str, str]:
-    """What each order ends with, in forks of one process that knows neither transformers nor spectrim."""
+@pytest.fixture(scope="module", autouse=True)
+def orders() -> Iterator[subprocess.Popen[str]]:
+    """Every order in a fork of a process that knows neither transformers nor spectrim, while the first tests run."""
     code = json.dumps({name: order + KNOWN for name, order in ORDERS.items()})
-    done = subprocess.run([sys.executable, "-c", FORKS], input=code, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    command = [sys.executable, "-c", FORKS, code, *HEAVY]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        yield process
+        process.kill()
+
+
+@pytest.fixture(scope="module")
+def outcomes(orders: subprocess.Popen[str]) -> dict[str, str]:
+    """What each order ends with."""
+    out, err = orders.communicate()
+    assert orders.returncode == 0, err
+    return json.loads(out)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -142,7 +163,7 @@ def test_public_names_are_there_whatever_was_imported_first():
         "assert all(callable(one) for one in (anatomy, calibrate, evaluate))\n"
         "assert anatomy.__module__ == 'spectrim.anatomy'"
     )
-    done = fresh("-c", code)
+    done = fork("-c", code)
     assert (done.returncode, done.stderr) == (0, "")
 
 

@@ -1,7 +1,6 @@
 """Suites in lm-eval with local task files, in memory and from disk; lmms-eval by what it is asked for."""
 
 import json
-import subprocess
 import sys
 from io import StringIO
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich.console import Console
 from compressed import factored
 from helpers.command import run
 from helpers.evaluated import COLOURS, make_llama, make_llava, make_processor, make_questions, make_tokenizer
+from helpers.forks import Fork
 from spectrim.checkpoint import load, load_processor, save
 from spectrim.errors import SampleError
 from spectrim.evaluate import harnesses, vqa
@@ -126,23 +126,39 @@ def share_right(folder: Path, checkpoint: Path) -> float:
     return right / len(rows)
 
 
+HARNESS = """
+import sys
+from functools import partial
+from spectrim.harness import main
+import lm_eval.tasks
+lm_eval.tasks.TaskManager = partial(lm_eval.tasks.TaskManager, include_defaults=False)  # which are thousands of files
+for sys.argv in COMMANDS:
+    main()
+"""
+
+
 @pytest.fixture(scope="module")
-def from_disk(tasks: Path, checkpoint: Path, language: Path) -> Path:
-    """Results of the harness's own command line, by both of its classes, in one fresh process."""
+def harness(tasks: Path, checkpoint: Path, language: Path) -> Fork:
+    """The harness's own command line, with both of its classes, in one process that runs beside the tests."""
     commands = []
     for kind, model, task in (("hf", language, "colours"), ("hf-multimodal", checkpoint, "shown")):
         command = ["harness", "lm_eval", "--model", kind, "--tasks", task, "--include_path", str(tasks)]
         command += ["--model_args", f"pretrained={model},dtype=float32", "--device", "cpu"]
         command += ["--output_path", str(tasks / "out" / kind)]
         commands.append(command + (["--apply_chat_template"] if kind == "hf-multimodal" else []))
-    code = "import sys\nfrom spectrim.harness import main\n"
-    code += "".join(f"sys.argv = {command!r}\nmain()\n" for command in commands)
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600, check=False)
-    assert ran.returncode == 0, ran.stderr[-2000:]
+    return Fork("-c", HARNESS.replace("COMMANDS", repr(commands)))
+
+
+@pytest.fixture(scope="module")
+def from_disk(tasks: Path, harness: Fork) -> Path:
+    """The results that it wrote."""
+    done = harness.done()
+    assert done.returncode == 0, done.stderr[-2000:]
     return tasks / "out"
 
 
 @pytest.mark.filterwarnings("ignore")  # of lm-eval and datasets
+@pytest.mark.usefixtures("harness")
 @pytest.mark.parametrize("kind", ["hf", "hf-multimodal"])
 def test_lm_eval_scores_a_checkpoint_in_memory_and_from_disk(
     kind: str, request: pytest.FixtureRequest, tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
