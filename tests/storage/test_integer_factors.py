@@ -14,8 +14,8 @@ from spectrim.anatomy import anatomy
 from spectrim.checkpoint import load, save
 from spectrim.errors import ModelError
 from spectrim.linear import Linear
-from spectrim.maths.decompose import decompose
-from spectrim.maths.rounding import Grid, error, fitting_group, quantize
+from spectrim.maths.decompose import decompose, sides
+from spectrim.maths.rounding import Grid, conditional, error, expected, fitting_group, quantize
 from spectrim.recipe import QuantizePart, StoragePart
 from spectrim.storage import Problem, filled, form, made
 from spectrim.storage.integer_factors import _balanced
@@ -59,6 +59,26 @@ def test_some_ranks_are_options_for_each_number_of_bits(size: int, multiple: int
     options = INTEGER_FACTORS.options(problem(size, size, metrics="none", **parts))
     specs = [options.spec(number) for number in range(len(options.bytes))]
     assert specs == [spec_of(size, size, k, bits) for bits in (2, 3, 4, 8) for k in ranks]
+
+
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+@pytest.mark.parametrize("shape", [(24, 32), (32, 24)])
+def test_the_predicted_error_adds_the_rounding_of_both_factors(shape: tuple[int, int], method: str) -> None:
+    """B counts by direction alike, in nats, since AᵀGA is the identity; A by the values, since B C Bᵀ has them."""
+    given = problem(*shape, quantize=QuantizePart(bits="auto", group=None, method=method, damping=0.05))
+    options, W = INTEGER_FACTORS.options(given), given.W.double()
+    found, nats = decompose(W, given.C, given.output), float(given.output.nats[0])
+    A, B = sides(W, found.P, found.Q)
+    by_input, by_output = given.C.diagonal(), given.G.diagonal()
+    if method == "gptq":
+        by_input, by_output = (conditional(M, len(M), W, 0.05) for M in (given.C, given.G))
+    for number, predicted in enumerate(options.error):
+        spec = options.spec(number)
+        grid, k = Grid(**spec["grids"]["B"]), spec["rank"]
+        rounding = expected(B[:k], grid, by_input, torch.full((k,), nats).double(), torch.float32).sum()
+        # The scales of A are those of all directions, whatever the rank.
+        rounding += expected(A, grid, found.s, by_output, torch.float32)[:, :k].sum()
+        assert predicted == pytest.approx(float(found.loss[k:].sum() + rounding), rel=1e-5)
 
 
 def test_there_are_none_by_head() -> None:
