@@ -106,7 +106,7 @@ def test_commands_of_docs(folder, page):
 
 def test_readme_names_the_verbs():
     assert {command[0] for command in README} == {
-        "anatomy", "recipes", "calibrate", "compress", "inspect", "evaluate",
+        "anatomy", "recipes", "calibrate", "compress", "inspect", "evaluate", "bench",
     }  # fmt: skip
 
 
