@@ -4,13 +4,17 @@ import pytest
 import torch
 
 import families
+from helpers.matrices import close, ranked
 from helpers.samples import processor
 from spectrim.anatomy import anatomy
 from spectrim.calibrate import calibrate
 from spectrim.checkpoint import load, read_provenance
-from spectrim.pipeline import compress
-from spectrim.plan.plan import Plan
-from spectrim.storage import stored_layers
+from spectrim.maths.decompose import decompose, factors
+from spectrim.metrics.metric import layer_metric
+from spectrim.pipeline import compress, compression
+from spectrim.plan.plan import Plan, plan_row
+from spectrim.recipe import Recipe
+from spectrim.storage import filled, stored_layers
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +70,29 @@ def test_the_predicted_loss_is_that_of_the_written_weights(recipe, retain, chang
                 expected[modality] += 0.5 * float((GD * DC).sum()) / output.labels
     assert min(expected.values()) > 0
     assert read_provenance(tmp_path / "small")["predicted_loss"] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(("recipe", "apart"), [("laser", False), ("curvature", True)])
+def test_a_plan_may_factor_heads_otherwise_than_its_recipe(recipe, apart, dense):
+    """Whole where the recipe factors head by head, and the other way round: the best in that metric either way."""
+    directory, statistics = dense[torch.float32]
+    model = load(directory)
+    linear = next(x for x in anatomy(model).in_place("backbone") if x.role == "q")
+    assert linear.heads > 1
+    rank = [2, 3, *[1] * (linear.heads - 2)] if apart else 5
+    row, module = plan_row(linear, "low-rank", {"rank": rank}), model.get_submodule(linear.name)
+    with compression(model, recipe, stats=statistics) as prepared:
+        tensors = prepared.maker.make(linear, row)
+    found = filled(module, row.form, row.spec, tensors).double().product().detach()
+    metric = layer_metric(Recipe.read("laser" if apart else "curvature").metric, linear, statistics)
+    W = module.weight.detach().double()
+    if apart:
+        spectrum = decompose(W, metric.value, metric.output, linear.heads)
+        A, B = factors(W, *spectrum.directions(tuple(rank)))
+        expected = A @ B
+    else:
+        expected = ranked(decompose(W, metric.value, metric.output), W, rank)
+    close(found, expected, 1e-4)
 
 
 def test_the_record_of_a_compensated_checkpoint_has_the_prediction_of_its_plan(dense, tmp_path):

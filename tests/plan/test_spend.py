@@ -95,6 +95,16 @@ def test_a_budget_below_the_least_is_refused():
     assert spend(model, 13) == [1, 0]
 
 
+def test_what_is_left_buys_the_step_that_saves_most_by_the_byte():
+    """Neither the smallest that fits nor the largest; steps along the hulls, to 20 and 30 bytes, are too dear."""
+    deep = Curve(np.array([1, 2, 4, 20]), np.array([10, 9.9, 9, 0]))
+    other = Curve(np.array([1, 3, 30]), np.array([10, 9.4, 0]))
+    assert spend([deep, other], 5) == [2, 0]
+    early = Curve(np.array([1, 2, 4, 20]), np.array([10, 9.5, 9.3, 0]))
+    other = Curve(np.array([1, 4, 30]), np.array([10, 9.1, 0]))
+    assert spend([early, other], 5) == [2, 0]
+
+
 def test_one_price_of_a_byte():
     steep = Curve(np.array([1, 2, 3]), np.array([9.0, 4.0, 3.0]))
     flat = Curve(np.array([1, 2, 3]), np.array([9.0, 7.0, 5.5]))
