@@ -181,7 +181,6 @@ MUTATIONS = [
     M("what is left is not spent", "plan/spend.py", "    _fill(curves, at, left)\n", "    _fill(curves, at, 0)\n"),
     M("one step too many", "plan/spend.py", "np.cumsum(price[order]), left, side=\"right\"))]", "np.cumsum(price[order]), left, side=\"right\")) + 1]"),
     M("one step too few", "plan/spend.py", "np.cumsum(price[order]), left, side=\"right\")", "np.cumsum(price[order]), left, side=\"left\")", equivalent="what is left then buys that very step"),
-    M("shares leap", "plan/spend.py", "fit = min(fit, at + 2)", "fit = min(fit, at + 3)", equivalent="the step that is taken is the next one in any case"),
     M("hull keeps inner points", "plan/spend.py", "while len(hull) > 1:", "while False:"),
     M("dominated options stay", "plan/spend.py", "return order[np.append(True, least[1:] < least[:-1])]", "return order"),
     M("steps by their savings, not by the byte", "plan/spend.py", "scores = -np.diff(costs) / prices if self.reach is None else", "scores = -np.diff(costs) if self.reach is None else"),

@@ -4,11 +4,13 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from PIL import Image
+from torch import nn
 
 from spectrim.checkpoint import load, load_processor
 from spectrim.errors import ModelError, UsageError
@@ -51,7 +53,7 @@ class Transformers:
         """See :class:`Engine`; the image is prepared once."""
         if self._image is None:
             if getattr(self._model.config, "vision_config", None) is None:
-                raise UsageError(f"--image has no effect on {self._directory}, which reads text alone; leave it out")
+                raise _blind(self._directory)
             processor = load_processor(self._directory)
             prompt = image_prompt(processor, QUESTION)
             inputs: Any = model_tensors(processor, [prompt], [[image]], [QUESTION])
@@ -59,10 +61,8 @@ class Transformers:
         self._run(self._image, new)
 
     def weights(self) -> int:
-        """Each tensor once, however many names it has."""
-        tensors = [*self._model.parameters(), *self._model.buffers()]
-        held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-        return sum(held.values())
+        """Those of the model."""
+        return _held(self._model)
 
     @torch.inference_mode()
     def _run(self, inputs: Mapping[str, torch.Tensor], new: int) -> None:
@@ -108,25 +108,31 @@ class VLLM:
     def look(self, image: Image.Image, new: int) -> None:
         """See :class:`Engine`."""
         if not self._sees:
-            raise UsageError(f"--image has no effect on {self._directory}, which reads text alone; leave it out")
+            raise _blind(self._directory)
         self._processor = self._processor or load_processor(self._directory)
         prompt = image_prompt(self._processor, QUESTION)
         self._run([{"prompt": prompt, "multi_modal_data": {"image": image}}], new)
 
     def weights(self) -> int | None:
-        """What vLLM's worker holds."""
-
-        def held(worker: Any) -> int:
-            tensors = [*worker.get_model().parameters(), *worker.get_model().buffers()]
-            return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
-
-        return int(sum(self._llm.collective_rpc(held)))
+        """What vLLM's workers hold."""
+        return int(sum(self._llm.collective_rpc(lambda worker: _held(worker.get_model()))))
 
     def _run(self, prompts: list[Any], new: int) -> None:
         from vllm import SamplingParams
 
         how = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
         self._llm.generate(prompts, how, use_tqdm=False)
+
+
+def _held(model: nn.Module) -> int:
+    """Bytes of parameters and buffers; each storage once, however many names it has."""
+    storages = [tensor.untyped_storage() for tensor in chain(model.parameters(), model.buffers())]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def _blind(directory: str) -> UsageError:
+    """Of a model that was to be shown an image."""
+    return UsageError(f"--image has no effect on {directory}, which reads text alone; leave it out")
 
 
 ENGINES = ("transformers", "vllm")

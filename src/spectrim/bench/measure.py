@@ -88,13 +88,8 @@ class Benchmark:
 
     def markdown(self) -> str:
         """For documents."""
-        lines = [f"| {' | '.join(_HEADINGS)} |", f"|{'---|' * len(_HEADINGS)}"]
-        return (
-            "\n".join(
-                [*lines, *(f"| {' | '.join(_cells(row))} |" for row in self.rows), "", f"{self.date}, {self.about}"]
-            )
-            + "\n"
-        )
+        head, *rows = (f"| {' | '.join(cells)} |" for cells in (_HEADINGS, *map(_cells, self.rows)))
+        return "\n".join([head, f"|{'---|' * len(_HEADINGS)}", *rows, "", f"{self.date}, {self.about}", ""])
 
 
 _HEADINGS = (

@@ -55,9 +55,14 @@ def int4_codes(packed: torch.Tensor, out: int, size: int) -> torch.Tensor:
     """The codes int8 [out, in] of a layout."""
     block = _block()
     assert block is not None
+    return (_unpacked(packed, block, size)[:out].to(torch.int8) - 8).contiguous()
+
+
+def _unpacked(packed: torch.Tensor, block: int, size: int) -> torch.Tensor:
+    """Numbers 0 … 15 [outputs, in] of a layout in blocks of so many outputs."""
     columns = packed.view(-1, size, block // 2)  # [blocks, in, half a block]
     halves = torch.cat([columns & 15, columns >> 4], dim=2)  # [blocks, in, block]
-    return (halves.transpose(1, 2).reshape(-1, size)[:out].to(torch.int8) - 8).contiguous()
+    return halves.transpose(1, 2).reshape(-1, size)
 
 
 @cache
@@ -69,9 +74,7 @@ def _block() -> int | None:
     except (RuntimeError, NotImplementedError):
         return None
     for block in _BLOCKS:
-        columns = packed.view(-1, 64, block // 2)
-        halves = torch.cat([columns & 15, columns >> 4], dim=2)
-        if torch.equal(halves.transpose(1, 2).reshape(codes.shape).int(), codes):
+        if torch.equal(_unpacked(packed, block, codes.shape[1]).int(), codes):
             return block
     return None
 

@@ -63,10 +63,11 @@ class Maker:
             NumericalError: a weight or a metric holds NaN or infinity; names the linear.
             StatisticsError: options cannot be read or written.
         """
-        paths = {linear.name: self._home / f"{linear.name}.safetensors" for linear in linears}
+        kept = self._home
+        paths = {linear.name: kept / f"{linear.name}.safetensors" for linear in linears}
         with ExitStack() as stack:
             if self._recipe.quantize.bits is not None and not all(path.exists() for path in paths.values()):
-                home = self._home if self._statistics is None else self._statistics.path
+                home = kept if self._statistics is None else self._statistics.path
                 stack.enter_context(writing(home, alone=False))
             for done, linear in enumerate(linears):
                 if linear.name not in self._menus:

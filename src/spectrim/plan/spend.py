@@ -61,11 +61,9 @@ class Curve:
         """
         sizes = self.bytes[self.front]
         fit = int(np.searchsorted(sizes, sizes[at] + left, side="right"))
-        if self.reach is not None:
-            fit = min(fit, at + 2)  # every linear grows step by step
         if fit <= at + 1:
             return None
-        if self.reach is not None:
+        if self.reach is not None:  # every linear grows step by step
             return -float(self.reach[self.front[at + 1]]), at + 1
         costs = self.cost[self.front]
         scores = (costs[at] - costs[at + 1 : fit]) / (sizes[at + 1 : fit] - sizes[at])

@@ -200,7 +200,7 @@ class StoredLayer(nn.Module, ABC):
 
     def expected(self) -> Tensors:
         """The same of an empty layer of this form, shape and spec, on the meta device."""
-        return tensors_of(self.form, self.in_features, self.out_features, self.spec, self.weight.dtype)
+        return tensors_of(self.form, self.in_features, self.out_features, self.spec, self.some_float().dtype)
 
     def check_values(self) -> None:
         """Raise ModelError for a layer that is offloaded, in whole or in part."""
