@@ -9,7 +9,8 @@ from torch import nn
 from spectrim.errors import ModelError
 from spectrim.kernels import cpu
 from spectrim.maths.rounding import Grid, quantize
-from spectrim.storage.packed import RUNTIMES, PackedLinear, set_runtime
+from spectrim.storage.packed import PackedLinear
+from spectrim.storage.runtime import RUNTIMES, set_runtime
 
 KNOWN = cpu._block() is not None
 GRIDS = [Grid(bits, group, even) for bits in (2, 3, 4, 8) for group in (None, 32, 128) for even in (True, False)]

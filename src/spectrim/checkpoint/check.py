@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from spectrim.errors import CheckpointError, first_line
-from spectrim.storage.packed import set_runtime
+from spectrim.storage.runtime import set_runtime
 from spectrim.trace import quiet
 
 logger = logging.getLogger("spectrim")

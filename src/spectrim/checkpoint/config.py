@@ -35,7 +35,8 @@ from spectrim.errors import CheckpointError
 from spectrim.maths.decompose import Rank
 from spectrim.maths.rounding import Grid
 from spectrim.storage import Spec
-from spectrim.storage.packed import RUNTIMES, inner_config, inner_grids
+from spectrim.storage.packed import inner_config, inner_grids
+from spectrim.storage.runtime import RUNTIMES
 from spectrim.versions import release
 
 METHOD = "spectrim"
@@ -51,9 +52,9 @@ class SpectrimConfig(QuantizationConfigMixin):
     `ranks` maps checkpoint names of linears, without ``.weight``, to ranks, or lists of ranks by head; `pivoted` names
     those of them that are stored by pivots; `inner` is the compressed-tensors config of the integer weights, None where
     there are none; `forms` maps the names of linears in any other form to ``{"form": its name, …its spec}``;
-    `runtime` says how integers run once they are loaded (see ``storage.packed.set_runtime``); `spectrim_version` is the
-    release that wrote the checkpoint. Raises CheckpointError for another format version, unknown entries, impossible
-    ranks, pivots without a rank, an inner config of another kind, and forms without names.
+    `runtime` says how layers run once they are loaded (see ``storage.runtime``); `spectrim_version` is the release that
+    wrote the checkpoint. Raises CheckpointError for another format version, unknown entries, impossible ranks, pivots
+    without a rank, an inner config of another kind, and forms without names.
     """
 
     def __init__(

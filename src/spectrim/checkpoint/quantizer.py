@@ -25,7 +25,7 @@ from spectrim.checkpoint.config import METHOD, SpectrimConfig
 from spectrim.checkpoint.names import compressed_layers, runtime_names, shortened, stored_layers
 from spectrim.errors import CheckpointError, ModelError
 from spectrim.storage import StoredLayer, exchange, form
-from spectrim.storage.packed import set_runtime
+from spectrim.storage.runtime import set_runtime
 
 GUARD = (
     "the layers of this checkpoint are factored: `pip install spectrim` and `import spectrim` before from_pretrained"

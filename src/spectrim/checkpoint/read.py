@@ -18,7 +18,7 @@ from spectrim.checkpoint.sources import NO_MODEL, WHERE, failure, loader, read_c
 from spectrim.checkpoint.weights import check_weights, weight_files
 from spectrim.dense import quantization
 from spectrim.errors import CheckpointError, ModelError, SpectrimError, printable
-from spectrim.storage.packed import RUNTIMES, set_runtime
+from spectrim.storage.runtime import RUNTIMES, set_runtime
 
 logger = logging.getLogger(__name__)
 

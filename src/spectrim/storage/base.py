@@ -169,6 +169,13 @@ class StoredLayer(nn.Module, ABC):
     def loaded(self) -> None:
         """Bring what is not stored up to date after tensors were written. Raises ModelError for impossible values."""
 
+    def run_as(self, runtime: str) -> str | None:
+        """Choose a faster or a smaller way to run; returns the name of the layout, None where there is no choice.
+
+        The state dict stays the same. `runtime` is ``auto``, ``speed``, ``memory`` or ``reference``.
+        """
+        return None
+
     @property
     def weight(self) -> torch.Tensor:
         """The weight [out, in] for code that asks for it; its values are computed whenever they are read."""

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.utils import skip_init
 
 from spectrim.errors import ModelError
+from spectrim.kernels.heads import ROWS, by_head, columns, heads_together
 from spectrim.maths.decompose import Rank, head_ranks
 from spectrim.maths.pivots import pivoted as pivoted_factors
 from spectrim.maths.pivots import row_order
@@ -45,6 +46,8 @@ class LowRankLinear(StoredLayer):
 
     pivots: torch.Tensor | None
     order: torch.Tensor | None  # int64 [out], follows from the pivots and is not stored
+    together: torch.Tensor | None  # A of all heads, [heads, out / heads, largest rank], by `run_as`
+    places: torch.Tensor | None  # of latents in its rows
 
     def __init__(
         self,
@@ -85,6 +88,10 @@ class LowRankLinear(StoredLayer):
             self.register_buffer("order", torch.arange(out_features, device=device), persistent=False)
         else:  # no buffers without values: accelerate moves all that there are
             self.pivots = self.order = None
+        self.together = self.places = None
+        self.runtime = "reference"
+        if not isinstance(rank, int):
+            self.register_state_dict_post_hook(_contiguous)
 
     @property
     def form(self) -> str:
@@ -113,6 +120,7 @@ class LowRankLinear(StoredLayer):
         shape = (self.in_features, self.out_features) if part == "R" else parts.get(part)
         if shape is None:
             raise ModelError(f"a layer of factors has no part {part!r}; its parts are {', '.join(parts)} and R")
+        self.run_as("reference")
         like = self.some_float()
         packed = PackedLinear(*shape, grid, bias=False, device=like.device, dtype=like.dtype)
         parent, _, child = part.rpartition(".")
@@ -122,17 +130,77 @@ class LowRankLinear(StoredLayer):
         """Map inputs [..., in] to [..., out] in the dtype of the factors."""
         latent: torch.Tensor = self.B(input)  # [..., sum of the ranks]
         if isinstance(self.rank, int):
+            if self.R is None and self.order is None and _is_plain(self.A):  # one product with its bias
+                return nn.functional.linear(latent, self.A.weight, self.bias)
             y: torch.Tensor = self.A(latent)
             if self.order is not None:  # one copy of each output, where joining and sorting would take two
                 p, others = self.order.split((latent.shape[-1], y.shape[-1]))
                 whole = y.new_empty(*y.shape[:-1], self.out_features)
                 y = whole.index_copy_(-1, p, latent).index_copy_(-1, others, y)
+        elif self.together is not None and self._is_together(latent):
+            y = by_head(latent, self.together, self.places)
         else:
             parts = latent.split(self.rank, dim=-1)
             y = torch.cat([A(part) for A, part in zip(self.A, parts, strict=True)], dim=-1)
         if self.R is not None:
             y = y + self.R(input)
         return y if self.bias is None else y + self.bias
+
+    @torch.no_grad()
+    def run_as(self, runtime: str) -> str | None:
+        """With ranks by head in 16 bits: A of all heads in one tensor, zero beyond a head's rank, for one product.
+
+        Weights of float heads become views of it, so that whoever writes into them writes there; integers are unpacked
+        there once, beside the packed words. ``memory``: only where that takes no more room. ``reference``: every head
+        by itself.
+        """
+        self._apart()
+        self.runtime = runtime
+        heads = [] if isinstance(self.rank, int) else list(self.A)
+        if runtime == "reference" or not heads or not all(type(head) in (nn.Linear, PackedLinear) for head in heads):
+            return None
+        more = any(isinstance(head, PackedLinear) for head in heads) or len(set(head_ranks(self.rank))) > 1
+        held = next(tensor for tensor in (*heads[0].parameters(), *heads[0].buffers()) if tensor.is_floating_point())
+        if held.dtype.itemsize != 2 or held.is_meta or (runtime == "memory" and more):
+            return None
+        del self.together, self.places
+        self.register_buffer("together", heads_together([_values(head) for head in heads]), persistent=False)
+        assert self.together is not None
+        self.register_buffer("places", columns(head_ranks(self.rank), self.together.device), persistent=False)
+        for head, slot in zip(heads, self.together, strict=True):
+            if isinstance(head, nn.Linear):
+                head.weight.data = slot[:, : head.in_features]
+        return "heads together"
+
+    def _apart(self) -> None:
+        """Give every head a weight of its own again."""
+        if self.together is not None:
+            del self.together, self.places
+            self.together = self.places = None
+            for head in self.A:
+                if isinstance(head, nn.Linear):
+                    head.weight.data = head.weight.data.contiguous()
+
+    def _is_together(self, latent: torch.Tensor) -> bool:
+        """Whether one product serves: few rows, heads as `run_as` left them, nobody to train, trace or watch one."""
+        together = self.together
+        few = latent.numel() <= ROWS * latent.shape[-1]
+        if together is None or not few or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        start, step = together.data_ptr(), together.stride(0) * together.itemsize
+        return all(
+            _is_plain(head, PackedLinear)
+            or (_is_plain(head, nn.Linear) and head.weight.data_ptr() == start + number * step)
+            for number, head in enumerate(self.A._modules.values())
+        )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        runtime = self.runtime  # every weight is changed by itself
+        self._apart()
+        super()._apply(fn, recurse)
+        if runtime != "reference":
+            self.run_as(runtime)
+        return self
 
     @torch.no_grad()
     def load_factors(self, A: torch.Tensor, B: torch.Tensor) -> None:
@@ -185,6 +253,7 @@ class LowRankLinear(StoredLayer):
             raise ModelError(f"pivots: {error}") from None
 
     def _load_from_state_dict(self, *args: Any) -> None:
+        self.run_as("reference")
         super()._load_from_state_dict(*args)
         if self.pivots is not None and not self.pivots.is_meta:
             self.loaded()
@@ -228,3 +297,17 @@ class LowRankLinear(StoredLayer):
 
 def _values(factor: nn.Linear | PackedLinear) -> torch.Tensor:
     return factor.unpacked() if isinstance(factor, PackedLinear) else factor.weight
+
+
+def _is_plain(module: Any, kind: type[nn.Module] = nn.Linear) -> bool:
+    """Whether calling a module is its product and nothing else: no adapter, nobody who watches."""
+    plain: bool = type(module) is kind and not module._forward_hooks and not module._forward_pre_hooks
+    return plain
+
+
+def _contiguous(layer: LowRankLinear, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Files take no views: give the weights of heads that are one tensor as tensors of their own."""
+    if layer.together is not None:
+        for name in [f"{prefix}A.{h}.weight" for h in range(len(layer.together))]:
+            if name in state:
+                state[name] = state[name].contiguous()

@@ -4,8 +4,6 @@ compressed-tensors is imported where it is used: it imports transformers' models
 register the format (see ``spectrim.registration``).
 """
 
-import logging
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -32,11 +30,6 @@ from spectrim.storage.base import StoredLayer
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationScheme
-
-
-logger = logging.getLogger("spectrim")
-
-RUNTIMES = ("auto", "speed", "memory", "reference")
 
 
 class PackedLinear(StoredLayer):
@@ -215,20 +208,6 @@ class PackedLinear(StoredLayer):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"bits={self.grid.bits}, group={self.grid.group}" + ", symmetric=False" * (not self.grid.symmetric)
         )
-
-
-def set_runtime(model: nn.Module, runtime: str) -> dict[str, int]:
-    """Choose how the integers of a model run (see :meth:`PackedLinear.run_as`); returns how many are in each layout.
-
-    Logs them. Raises ModelError for a name that is none of the runtimes.
-    """
-    if runtime not in RUNTIMES:
-        raise ModelError(f"there is no runtime {runtime!r}; choose from {', '.join(RUNTIMES)}")
-    layouts = Counter(module.run_as(runtime) for module in model.modules() if isinstance(module, PackedLinear))
-    if layouts:
-        listed = ", ".join(f"{count} {name}" for name, count in sorted(layouts.items()))
-        logger.info("integers run with the runtime %s in these layouts: %s", runtime, listed)
-    return dict(layouts)
 
 
 def scheme(grid: Grid, targets: list[str]) -> "QuantizationScheme":
