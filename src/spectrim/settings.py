@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from spectrim.errors import SampleError, UsageError
 
-TASKS = ("perplexity", "vqa")
+TASKS = ("perplexity", "vqa", "kl")
 
 _Count = Annotated[int, Field(ge=1)]
 _Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -128,13 +128,16 @@ class CalibrationOptions(CalibrationSettings):
 class EvaluationSettings(OptionRecord):
     """What the scores of an evaluation depend on beside the models and the samples."""
 
-    tasks: tuple[str, ...] = Field(default=TASKS, description="perplexity, vqa, or both with a comma.")
+    tasks: tuple[str, ...] = Field(
+        default=TASKS[:2], description="perplexity, vqa, kl (divergence from the dense model); several by commas."
+    )
     samples: _Count = Field(default=100, description="Questions of each task.")
     seed: _Seed = Field(default=0, description="Chooses the questions.")
     seqlen: _Count = Field(default=512, description="Tokens of a window.")
     stride: _Count | None = Field(default=None, description="Tokens between windows; as long as the window if absent.")
     max_tokens: _Count | None = Field(default=None, description="Tokens of text to read at most.")
     max_new_tokens: _Count = Field(default=8, description="Tokens of an answer at most.")
+    kl_tokens: _Count = Field(default=1024, description="Tokens of text, and of answers, that the task kl compares.")
 
 
 class EvaluationOptions(EvaluationSettings):
@@ -143,6 +146,11 @@ class EvaluationOptions(EvaluationSettings):
     text: str = Field(default="builtin", description="Text for perplexity, as for calibrate.", min_length=1)
     questions: str = Field(
         default="builtin", description="'builtin', or a .jsonl file with image, question, answer.", min_length=1
+    )
+    prompts: str | None = Field(
+        default=None,
+        description="Your own images and prompts for kl, as --images of calibrate takes them.",
+        min_length=1,
     )
     batch_size: _Count | None = Field(default=None, description="Samples that run together.")
     blind: bool = Field(default=True, description="Also ask with swapped images: the blind floor.")
@@ -168,9 +176,12 @@ class EvaluationOptions(EvaluationSettings):
             )
 
     def _effects(self) -> Iterator[_Idle]:
-        yield ("text", "seqlen", "stride", "max_tokens"), "perplexity" in self.tasks, "without the task perplexity"
-        asked = ("questions", "samples", "seed", "max_new_tokens", "blind")
-        yield asked, "vqa" in self.tasks, "without the task vqa"
+        perplexity, vqa, kl = (task in self.tasks for task in TASKS)
+        yield ("stride", "max_tokens"), perplexity, "without the task perplexity"
+        yield ("text", "seqlen"), perplexity or kl, "without the tasks perplexity and kl"
+        yield ("max_new_tokens", "blind"), vqa, "without the task vqa"
+        yield ("questions", "samples", "seed"), vqa or kl, "without the tasks vqa and kl"
+        yield ("prompts", "kl_tokens"), kl, "without the task kl"
 
 
 CALIBRATION = CalibrationOptions()

@@ -52,7 +52,7 @@ def _evaluate(
     if card and not any(is_compressed(Path(path)) for path in paths):
         raise UsageError("--card has no effect, since no model is a compressed one; leave it out, or name one that is")
     from spectrim.checkpoint import add_results
-    from spectrim.evaluate import costs, losses, markdown, table
+    from spectrim.evaluate import costs, divergences, losses, markdown, remarks, table
 
     with progress() as report:
         results = evaluate(paths, progress=report, **how, **dict(options))
@@ -60,6 +60,10 @@ def _evaluate(
     show(costs(results))
     if (predicted := losses(results)) is not None:
         show(predicted)
+    if (differing := divergences(results)) is not None:
+        show(differing)
+    for remark in remarks(results):
+        show(remark)
     if json is not None:
         results.write(json)
         show(f"results: {json}")

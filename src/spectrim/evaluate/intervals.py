@@ -7,7 +7,7 @@ from statistics import NormalDist
 
 from spectrim.errors import SampleError
 
-_Z = NormalDist().inv_cdf(0.975)  # two-sided 95 %
+Z = NormalDist().inv_cdf(0.975)  # two-sided 95 %
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ def wilson(correct: int, total: int) -> tuple[float, float]:
     """
     if total < 1:
         raise SampleError("an accuracy needs at least one question; add questions to the task")
-    rate, weight = correct / total, _Z**2 / total
+    rate, weight = correct / total, Z**2 / total
     centre = (rate + weight / 2) / (1 + weight)
-    half = _Z * sqrt(rate * (1 - rate) / total + weight / (4 * total)) / (1 + weight)
+    half = Z * sqrt(rate * (1 - rate) / total + weight / (4 * total)) / (1 + weight)
     # The end at an observed 0 or 1 is exactly 0 or 1; rounding alone would miss it.
     return (0.0 if correct == 0 else centre - half), (1.0 if correct == total else centre + half)
 
@@ -67,7 +67,7 @@ def paired_difference(model: Sequence[bool], reference: Sequence[bool]) -> Paire
     gained = sum(ours and not theirs for ours, theirs in zip(model, reference, strict=True))
     lost = sum(theirs and not ours for ours, theirs in zip(model, reference, strict=True))
     up, down = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
-    half = _Z * sqrt((up + down - (up - down) ** 2) / (n + 2))
+    half = Z * sqrt((up + down - (up - down) ** 2) / (n + 2))
     return PairedDifference(
         mean=(gained - lost) / n,
         low=max(-1.0, up - down - half),

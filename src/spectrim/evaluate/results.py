@@ -10,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from spectrim.errors import SampleError
 from spectrim.evaluate.answering import Answer
+from spectrim.evaluate.divergence import Divergence
 from spectrim.evaluate.footprint import Memory
 from spectrim.evaluate.intervals import PairedDifference, paired_difference, wilson
 from spectrim.evaluate.language import Perplexity
@@ -76,8 +77,8 @@ class DirectoryResult:
     """One evaluated model. `bytes` is what its safetensors occupy.
 
     `retention` and `predicted_loss` (nats per labelled token by modality, above the dense model's) are what its
-    spectrim.json states; `differences` is empty for the reference and where there is none. `answers` stays out of the
-    JSON.
+    spectrim.json states; `differences` and `divergence` (by modality) are empty for the reference and where there is
+    none. `answers` stays out of the JSON.
     """
 
     directory: str
@@ -92,6 +93,7 @@ class DirectoryResult:
     tokens_per_second: float | None = None
     vqa: VqaScore | None = None
     differences: tuple[TaskDifference, ...] = ()
+    divergence: tuple[Divergence, ...] = ()
     answers: tuple[Answer, ...] = field(default=(), repr=False)
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -11,14 +12,17 @@ from typing import Any
 
 import torch
 
+from spectrim.calibrate.data import Data
 from spectrim.checkpoint import load, load_processor, read_provenance
 from spectrim.checkpoint.config import METHOD
 from spectrim.checkpoint.model_files import PROVENANCE
 from spectrim.checkpoint.sources import read_config
 from spectrim.checks import check_device
 from spectrim.demo.tasks import Question
+from spectrim.disk.scratch import scratch
 from spectrim.errors import CheckpointError, SampleError, SpectrimError
 from spectrim.evaluate.answering import Answer, prompted, takes_images, vqa
+from spectrim.evaluate.divergence import Divergence, Predictions, samples_of
 from spectrim.evaluate.footprint import PeakMemory, stored_bytes
 from spectrim.evaluate.language import Perplexity, Progress, perplexity, read_text
 from spectrim.evaluate.questions import blind_questions, load_questions
@@ -50,6 +54,9 @@ class _Work:
     dtype: torch.dtype | None
     trusted: bool
     progress: StageProgress | None
+    compared: Data | None = None  # what the dense model's predictions are compared on,
+    predictions: Predictions | None = None  # which are kept here
+    dense: Path | None = None
 
 
 def evaluate(
@@ -64,6 +71,8 @@ def evaluate(
     stride: int | None = EVALUATION.stride,
     max_tokens: int | None = EVALUATION.max_tokens,
     max_new_tokens: int = EVALUATION.max_new_tokens,
+    kl_tokens: int = EVALUATION.kl_tokens,
+    prompts: str | None = EVALUATION.prompts,
     batch_size: int | None = EVALUATION.batch_size,
     blind: bool = EVALUATION.blind,
     device: str | None = None,
@@ -82,8 +91,8 @@ def evaluate(
 
     Raises:
         CheckpointError: for a directory that does not exist or holds no safetensors model.
-        SampleError: for settings that cannot be, samples that are missing or malformed or do not fit a model, and for
-            `vqa` on a text-only model.
+        SampleError: for settings that cannot be, samples that are missing or malformed or do not fit a model, for
+            `vqa` on a text-only model, and for `kl` without a dense model and another.
         ModelError: for perplexity of what is no causal language model.
         NumericalError: for logits that are not finite.
     """
@@ -97,6 +106,8 @@ def evaluate(
         stride=stride,
         max_tokens=max_tokens,
         max_new_tokens=max_new_tokens,
+        kl_tokens=kl_tokens,
+        prompts=prompts,
         batch_size=batch_size,
         blind=blind,
     )
@@ -106,29 +117,52 @@ def evaluate(
     check_directories(paths)
     for path in paths:
         stored_bytes(path), _stated(path, "retention"), _stated(path, "predicted_loss")  # each names what is wrong
-    asked = load_questions(chosen.questions, chosen.samples, chosen.seed) if "vqa" in tasks else ()
+    reference = next((path for path in paths if not is_compressed(path)), None)
+    if "kl" in tasks and (reference is None or len(paths) < 2):
+        raise SampleError("the task kl compares models with a dense one; name the dense model, and another")
     processors = [load_processor(path, trust_remote_code=trust_remote_code) for path in paths]
-    read = _text(processors, chosen) if "perplexity" in tasks else None
+    sees = all(takes_images(processor) for processor in processors)
+    if prompts is not None and not sees:
+        raise SampleError("--prompts has no effect on models that read text alone; leave it out")
+    shown = "vqa" in tasks or ("kl" in tasks and sees and prompts is None)
+    asked = load_questions(chosen.questions, chosen.samples, chosen.seed) if shown else ()
+    read = _text(processors, chosen) if {"perplexity", "kl"} & set(tasks) else None
     for path, processor in zip(paths, processors, strict=True):
         _check_samples(path, processor, chosen, read, asked, trust_remote_code)
-    work = _Work(
-        text=read,
-        questions=asked,
-        swapped=blind_questions(asked) if blind else (),
-        settings=chosen,
-        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        dtype=dtype,
-        trusted=trust_remote_code,
-        progress=progress,
-    )
-    reference = next((path for path in paths if not is_compressed(path)), None)
-    results, floor = [], None
-    for path in paths:
-        result, blind_scores = _evaluate_one(path, work, floor=path == (reference or paths[0]))
-        results.append(result)
-        floor = floor or blind_scores
-    if reference is not None and asked:
-        dense = results[paths.index(reference)].answers
+    with ExitStack() as stack:
+        compared = predictions = None
+        if "kl" in tasks and read is not None:
+            compared = samples_of(
+                processors[paths.index(reference)] if reference else None,
+                text=read,
+                questions=asked,
+                prompts=prompts,
+                seqlen=chosen.seqlen,
+                tokens=chosen.kl_tokens,
+                seed=chosen.seed,
+            )
+            predictions = Predictions(stack.enter_context(scratch()))
+        work = _Work(
+            text=read if "perplexity" in tasks else None,
+            questions=asked if "vqa" in tasks else (),
+            swapped=blind_questions(asked) if blind and "vqa" in tasks else (),
+            settings=chosen,
+            device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            dtype=dtype,
+            trusted=trust_remote_code,
+            progress=progress,
+            compared=compared,
+            predictions=predictions,
+            dense=reference,
+        )
+        found: dict[Path, DirectoryResult] = {}
+        floor = None
+        for path in sorted(paths, key=lambda path: path != reference):  # whose predictions the others are compared with
+            found[path], blind_scores = _evaluate_one(path, work, floor=path == (reference or paths[0]))
+            floor = floor or blind_scores
+    results = [found[path] for path in paths]
+    if reference is not None and work.questions:
+        dense = found[reference].answers
         results = [
             result if path == reference else replace(result, differences=differences(result.answers, dense))
             for path, result in zip(paths, results, strict=True)
@@ -179,7 +213,7 @@ def _check_samples(
     trusted: bool,
 ) -> None:
     """Raise the error of samples that this model cannot read, before any model is loaded."""
-    if questions and not takes_images(processor):
+    if "vqa" in settings.tasks and not takes_images(processor):
         raise SampleError(f"{path} holds a text-only model, which cannot do the task vqa; use tasks=['perplexity']")
     config = read_config(path, {"trust_remote_code": trusted})
     try:
@@ -229,6 +263,13 @@ def _evaluate_one(path: Path, work: _Work, *, floor: bool) -> tuple[DirectoryRes
         language = None if work.text is None else read(work.text)
         answers, scores = look("vqa", work.questions)
         _, blind = look("vqa with swapped images", work.swapped if floor else ())
+        divergence: tuple[Divergence, ...] = ()
+        if work.predictions is not None and work.compared is not None:
+            if path == work.dense:
+                gathered: dict[str, int] = {"tokens": settings.kl_tokens, "seed": settings.seed}
+                work.predictions.gather(model, work.compared, **gathered, progress=stage("kl"))
+            else:
+                divergence = work.predictions.compare(model, stage("kl"))
     return DirectoryResult(
         directory=str(path),
         compressed=is_compressed(path),
@@ -241,6 +282,7 @@ def _evaluate_one(path: Path, work: _Work, *, floor: bool) -> tuple[DirectoryRes
         perplexity=language,
         tokens_per_second=None if language is None else language.tokens / language.seconds,
         vqa=scores,
+        divergence=divergence,
         answers=tuple(answers),
     ), blind
 

@@ -106,6 +106,52 @@ def losses(report: EvaluationReport) -> Table | None:
     return grid if grid.row_count else None
 
 
+def divergences(report: EvaluationReport) -> Table | None:
+    """Divergence from the reference by model and modality, beside what was predicted; None where none was measured.
+
+    What the checkpoint predicts is the rise of the loss in nats per token, which the mean divergence measures.
+    """
+    if not any(result.divergence for result in report.results):
+        return None
+    legend = "KL divergence from the dense model, nats per token; mean with its 95 % interval, 99th percentile"
+    grid = Table(title="Divergence from the dense model", caption=legend, box=None, padding=(0, 1, 0, 0))
+    for heading in ("model", "of", "tokens", "mean", "99 %", "same token, %", "predicted"):
+        grid.add_column(heading, justify="left" if heading in ("model", "of") else "right", no_wrap=True)
+    for result, name in zip(report.results, _names([result.directory for result in report.results]), strict=True):
+        for row in result.divergence:
+            predicted = (result.predicted_loss or {}).get(row.modality)
+            grid.add_row(
+                name,
+                row.modality,
+                str(row.tokens),
+                f"{row.mean:.4f}{_bounds(row.low, row.high, 1, 4)}",
+                f"{row.p99:.3f}",
+                f"{100 * row.agreement:.1f}{_bounds(row.agreement_low, row.agreement_high, 100, 1)}",
+                _NONE if predicted is None else f"{predicted:.4f}",
+            )
+    return grid
+
+
+def remarks(report: EvaluationReport) -> list[str]:
+    """A sentence for each prediction that is off by more than a factor of two."""
+    found = []
+    for result, name in zip(report.results, _names([result.directory for result in report.results]), strict=True):
+        for row in result.divergence:
+            predicted = (result.predicted_loss or {}).get(row.modality)
+            if predicted is None or row.mean < 1e-3 or 0.5 <= predicted / row.mean <= 2:
+                continue
+            how = f"{row.mean / max(predicted, 1e-9):.1f} times" if predicted < row.mean else "less than half of"
+            found.append(
+                f"{name}: the measured divergence of {row.modality}, {row.mean:.3f} nats, is {how} the predicted "
+                f"{predicted:.3f}; trust the measured one"
+            )
+    return found
+
+
+def _bounds(low: float | None, high: float | None, factor: float, digits: int) -> str:
+    return "" if low is None or high is None else f" [{factor * low:.{digits}f}, {factor * high:.{digits}f}]"
+
+
 def markdown(report: EvaluationReport, result: DirectoryResult) -> str:
     """One model of a report beside the reference, for its model card: what was measured, on what, when and with what.
 
@@ -123,6 +169,11 @@ def markdown(report: EvaluationReport, result: DirectoryResult) -> str:
     if result.perplexity:
         cells = [f"{x.perplexity.per_token:.2f}" for x in columns.values() if x.perplexity]
         rows.append([f"perplexity, {result.perplexity.tokens} tokens", *cells])
+    for shown in result.divergence:
+        cells = [f"{shown.mean:.4f}", "0"][: len(columns)]
+        rows.append([f"KL divergence from the dense model, {shown.modality}, nats per token", *cells])
+        same = f"{100 * shown.agreement:.1f}"
+        rows.append([f"the same token most likely, {shown.modality}, %", *[same, "100"][: len(columns)]])
     rows.append(["weights, MB", *(f"{x.bytes / 1e6:.1f}" for x in columns.values())])
     lines = ["", *columns], ["---"] * (1 + len(columns)), *rows
     sources = {"questions": report.questions, "text": report.text}

@@ -73,6 +73,7 @@ def load_images(
     seed: int,
     split: str = "calibration",
     instruction: str = "Describe this image.",
+    fewer: bool = False,
 ) -> ImageSamples:
     """Image samples of a source, chosen at random without repetition; the same for the same arguments.
 
@@ -87,6 +88,7 @@ def load_images(
         seed: of the choice and the order.
         split: "train", "calibration" or "test"; local sources have one split only and ignore it.
         instruction: for samples that carry none; the built-in ones always get it.
+        fewer: a source with fewer samples gives those that it has, at least one.
 
     Returns:
         A sequence that opens the images of a sample when it is indexed; that raises SampleError when one is broken.
@@ -114,6 +116,7 @@ def load_images(
         entries = [_entry(row, path.parent, where, instruction) for where, row in read_jsonl(path)]
     else:
         raise SampleError(f"image source '{source}' is neither a folder of images nor a .jsonl file; give one of these")
+    samples = min(samples, max(1, len(entries))) if fewer else samples
     if len(entries) < samples:
         raise SampleError(
             f"image source '{source}' has {len(entries)} images and {samples} were asked for; "
