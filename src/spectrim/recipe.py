@@ -3,6 +3,7 @@
 The built-in ones are in recipes/.
 """
 
+from fnmatch import fnmatchcase
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from spectrim.errors import RecipeError
 from spectrim.files import parse_yaml, user_path
-from spectrim.linear import PLACES, Place
+from spectrim.linear import PLACES, Linear, Place
 
 
 class _Part(BaseModel):
@@ -55,7 +56,8 @@ class AllocationPart(_Part):
     ``sensitivity`` (ASVD: one threshold for the loss that is measured while a single linear is truncated), ``adacr``
     (AdaSVD: the retention of a block follows its importance) and ``loss-aware`` (LASER: one threshold for the predicted
     loss per byte; needs the metric ``curvature``). ``places`` are the parts of the model that may be compressed; others
-    stay dense and count at their full size.
+    stay dense and count at their full size, as do linears whose names match a pattern in ``keep``, or none in ``only``
+    where there is one (``*`` stands for anything, as in ``model.layers.0.*``).
 
     For ``adacr`` alone: ``importance`` is the cosine between the input and the output of a block, or one minus it, and
     ``floor`` is the retention of every block regardless of its importance, the paper's minimal retention ratio.
@@ -67,6 +69,18 @@ class AllocationPart(_Part):
     importance: Literal["cos", "1-cos"] = "cos"
     floor: float = Field(default=0.0, ge=0, lt=1)
     places: tuple[Place, ...] = Field(default=PLACES, min_length=1, strict=False)  # files have lists
+    keep: tuple[str, ...] = Field(default=(), strict=False)
+    only: tuple[str, ...] = Field(default=(), strict=False)
+
+    def reason(self, linear: Linear) -> str | None:
+        """Why a linear has to stay dense; None where it need not."""
+        if linear.place not in self.places:
+            return f"outside {', '.join(self.places)}"
+        if pattern := next((pattern for pattern in self.keep if fnmatchcase(linear.name, pattern)), None):
+            return f"kept by the pattern {pattern}"
+        if self.only and not any(fnmatchcase(linear.name, pattern) for pattern in self.only):
+            return f"matches none of {', '.join(self.only)}"
+        return None
 
 
 class StoragePart(_Part):

@@ -177,6 +177,10 @@ def _kept(record: Mapping[str, Any]) -> list[str]:
         ]
         head = "| place | linears | stored as | ranks: least / median / most | bytes |"
         texts.append("\n".join([head, "|---|---|---|---|---|", *lines]))
+    reasons = record.get("kept")
+    if isinstance(reasons, dict) and reasons:
+        listed = "; ".join(f"{count} {plain(reason)}" for reason, count in reasons.items())
+        texts.append(f"Linears that had to stay dense: {listed}.")
     unreached = record.get("unreached")
     if isinstance(unreached, list) and unreached:
         names = shortened([code(name) for name in unreached])

@@ -75,11 +75,22 @@ def _compress(
     given: dict[str, Any],
     recipe: Annotated[str, typer.Option(help="A built-in recipe or a YAML file.")] = "spectrim",
     retain: Annotated[list[float] | None, typer.Option(help="Share of the linears' bytes to keep; repeatable.")] = None,
-    plan: Annotated[Path | None, typer.Option(help="A plan.json to obey instead of a budget.")] = None,
+    size: Annotated[
+        list[str] | None,
+        typer.Option(help="The most that the weight files may take, such as 3.5GB or 900MiB; repeatable."),
+    ] = None,
+    bits: Annotated[list[float] | None, typer.Option(help="Bits per weight of the linears; repeatable.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="A plan.json to obey instead of a limit.")] = None,
     stats: Annotated[
         Path | None, typer.Option(help="A statistics directory; else samples are gathered into OUT.stats.")
     ] = None,
     changes: Annotated[list[str] | None, typer.Option("--set", help="Change the recipe: key=value.")] = None,
+    keep: Annotated[
+        list[str] | None, typer.Option(help="Keep linears dense whose names match, such as '*.layers.0.*'; repeatable.")
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Compress linears alone whose names match; repeatable.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace a checkpoint that spectrim wrote.")] = False,
     device: Device = None,
     dtype: Dtype = None,
@@ -92,8 +103,10 @@ def _compress(
     from spectrim.checkpoint import load, load_processor
     from spectrim.checks import check_device
     from spectrim.demo import resolve
+    from spectrim.evaluate.footprint import stored_bytes
     from spectrim.pipeline import job_compression
-    from spectrim.pipeline.jobs import check_job, gathered
+    from spectrim.pipeline.budget import Budget
+    from spectrim.pipeline.jobs import check_job, gathered, with_patterns
 
     quiet()
     check_device(device)
@@ -104,8 +117,12 @@ def _compress(
         source,
         out,
         recipe=recipe,
-        changes=pairs(changes or [], "--set metric.gamma=0.5"),
-        retains=retain or [],
+        changes=with_patterns(pairs(changes or [], "--set metric.gamma=0.5"), keep, only),
+        budgets=[
+            *(Budget(size=value) for value in size or []),
+            *(Budget(bits=value) for value in bits or []),
+            *(Budget(retain=value) for value in retain or []),
+        ],
         plan=plan,
         stats=stats,
         overwrite=overwrite,
@@ -126,5 +143,6 @@ def _compress(
             record = prepared.provenance(item)["retention"]
             show(
                 f"{written}: {item.bytes:,} of {item.dense_bytes:,} bytes of linears ({record['bytes']:.2%}), "
-                f"{record['params']:.2%} of their parameters, {record['checkpoint']:.2%} of the whole checkpoint"
+                f"{record['params']:.2%} of their parameters, {record['checkpoint']:.2%} of the whole checkpoint: "
+                f"{stored_bytes(written):,} bytes"
             )

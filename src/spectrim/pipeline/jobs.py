@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from spectrim.calibrate.data import check_there
 from spectrim.calibrate.forms import CurvatureForm
 from spectrim.calibrate.snapshot import check_home
 from spectrim.checkpoint import check_target, read_config
-from spectrim.checks import check_directory, check_once, check_retain, check_sources
+from spectrim.checks import check_directory, check_once, check_sources
 from spectrim.dense import check_dense
 from spectrim.errors import BudgetError, RecipeError, UsageError
 from spectrim.files import user_path
 from spectrim.linear import Linear
+from spectrim.pipeline.budget import Budget, Sizes
 from spectrim.plan.plan import Plan
 from spectrim.recipe import Recipe
 from spectrim.settings import CalibrationOptions
@@ -29,14 +31,14 @@ class Job:
     """A recipe, and what is written where.
 
     `statistics` are the opened ones, None where samples are to be gathered, which then stay in `kept` (None: nowhere).
-    `plan` is the plan to obey in place of the budgets `retains`. There is one of `targets` for each checkpoint.
+    `plan` is the plan to obey in place of the `budgets`. There is one of `targets` for each checkpoint.
     """
 
     recipe: Recipe
     statistics: Statistics | None
     kept: Path | None
     plan: str | Path | Plan | None
-    retains: tuple[float, ...]
+    budgets: tuple[Budget, ...]
     targets: tuple[Path, ...]
 
     def fitted_plan(self, parts: Anatomy) -> Plan:
@@ -44,12 +46,16 @@ class Job:
         assert self.plan is not None
         return self.plan.fitted(parts) if isinstance(self.plan, Plan) else Plan.read(self.plan, parts)
 
-    def check_parts(self, parts: Anatomy) -> None:
-        """What of the plan or the budgets the model's parts rule out, before samples run. Raises SpectrimError."""
+    def check_parts(self, model: PreTrainedModel, parts: Anatomy) -> None:
+        """What of the plan or the budgets the model rules out, before samples run. Raises SpectrimError."""
         if self.plan is not None:
             self.fitted_plan(parts)
-        for retain in self.retains:
-            shared(self.recipe, parts, retain)
+        sizes = Sizes(model, parts)
+        for budget in self.budgets:
+            free, share = shared(self.recipe, parts, budget, sizes)
+            least = sum(min(form.least(linear, self.recipe.quantize) for form in forms()) for linear in free)
+            if least > share or share <= 0:
+                raise too_small(self.recipe, budget, sizes, share, max(least, 1))
 
 
 def check_job(
@@ -58,7 +64,7 @@ def check_job(
     *,
     recipe: str | Path | Recipe,
     changes: dict[str, Any] | None,
-    retains: Sequence[float],
+    budgets: Sequence[Budget],
     plan: str | Path | Plan | None,
     stats: str | Path | Statistics | None,
     overwrite: bool,
@@ -70,11 +76,11 @@ def check_job(
     With several budgets, `out` is the parent of the checkpoints. Raises SpectrimError of the kind that says what cannot
     be.
     """
-    if bool(retains) == (plan is not None):
-        raise BudgetError("give either a retention, such as --retain 0.6, or a plan")
-    for retain in retains:
-        check_retain(retain)
-    check_once(retains, "--retain")
+    if bool(budgets) == (plan is not None):
+        raise BudgetError("give either a limit, such as --size 3.5GB or --retain 0.6, or a plan")
+    check_once([budget.label for budget in budgets], "the limit")
+    if any(budget.size is not None for budget in budgets):  # the forms that lose least at a size
+        changes = {"quantize.bits": "auto", **(changes or {})} if Recipe.read(recipe).quantize.bits is None else changes
     chosen = Recipe.read(recipe, changes)
     if isinstance(plan, str | Path):
         Plan.read(plan)
@@ -84,7 +90,7 @@ def check_job(
     targets: tuple[Path, ...] = ()
     if out is not None:
         check_directory(out := user_path(out).absolute(), "-o")
-        targets = tuple(out / f"retain-{retain}" for retain in retains) if len(retains) > 1 else (out,)
+        targets = tuple(out / budget.label for budget in budgets) if len(budgets) > 1 else (out,)
         home = str(model if isinstance(model, str) else model.name_or_path).partition("::")[0]
         read = [home, None if statistics is None else statistics.path, plan, recipe]
         protected = [Path(path) for path in read if path and isinstance(path, str | Path)]
@@ -94,7 +100,7 @@ def check_job(
             check_home(kept)
     where = {"trust_remote_code": trust_remote_code}
     check_dense(read_config(model, where) if isinstance(model, str) else model)
-    return Job(chosen, statistics, kept, plan, tuple(retains), targets)
+    return Job(chosen, statistics, kept, plan, tuple(budgets), targets)
 
 
 def check_samples(recipe: Recipe, statistics: Statistics | None, samples: Mapping[str, Any]) -> None:
@@ -131,21 +137,32 @@ def check_samples(recipe: Recipe, statistics: Statistics | None, samples: Mappin
 
 
 def shared(
-    recipe: Recipe, parts: Anatomy, retain: float, unreached: Collection[str] = (), samples: str = ""
+    recipe: Recipe,
+    parts: Anatomy,
+    budget: Budget,
+    sizes: Sizes,
+    unreached: Collection[str] = (),
+    samples: str = "",
 ) -> tuple[list[Linear], int]:
-    """The linears that a recipe may change, and the bytes that they share at a retention.
+    """The linears that a recipe may change, and the bytes that they share under a budget.
 
     `unreached` are the names of linears that none of the `samples` (their modality) reaches, which stay dense.
 
     Raises:
-        BudgetError: the retention is none, there are no such linears, or there is no room for them.
+        BudgetError: there are no such linears, or there is no room for them.
         RecipeError: the allocation cannot compare them, or no sample reaches any of them.
     """
-    check_retain(retain)
     part = recipe.allocation
-    wished = [linear for linear in parts.linears if linear.place in part.places]
+    for pattern in (*part.keep, *part.only):
+        if not any(fnmatchcase(linear.name, pattern) for linear in parts.linears):
+            raise BudgetError(
+                f"no linear that can be compressed matches the pattern '{pattern}'; `spectrim anatomy MODEL` lists them"
+            )
+    reasons = sorted({reason for linear in parts.linears if (reason := part.reason(linear)) is not None})
+    wished = [linear for linear in parts.linears if part.reason(linear) is None]
     if not wished:
-        raise BudgetError(f"the model has no linear in {' or '.join(part.places)}; name other allocation.places")
+        why = "; ".join(reasons)
+        raise BudgetError(f"every linear of the model stays dense ({why}); name other allocation.places or patterns")
     if part.rule == "sensitivity" and any(linear.place != "backbone" for linear in wished):
         raise RecipeError(
             "allocation 'sensitivity' measures text loss, to which tower and connector are nothing; "
@@ -158,21 +175,36 @@ def shared(
             "choose a recipe that needs none, such as svd"
         )
     whole = sum(linear.nbytes for linear in parts.linears)
-    budget, frozen = int(retain * whole), whole - sum(linear.nbytes for linear in free)
-    if frozen > budget:
-        kept = [f"outside {', '.join(part.places)}"] if len(wished) < len(parts.linears) else []
-        kept += [f"that no {samples} sample reaches"] if len(free) < len(wished) else []
-        remedy = "give samples that reach them" if len(free) < len(wished) else "name more allocation.places"
+    limit, frozen = budget.linear_bytes(sizes), whole - sum(linear.nbytes for linear in free)
+    if frozen > max(limit, 0):
+        kept = list(reasons)
+        kept += [f"no {samples} sample reaches them"] if len(free) < len(wished) else []
+        remedy = "give samples that reach them" if len(free) < len(wished) else "let more of them be compressed"
         raise BudgetError(
-            f"the linears {' or '.join(kept)} stay dense and take {frozen} of the {budget} bytes; "
-            f"raise the retention or {remedy}"
+            f"linears stay dense ({', '.join(kept)}) and take {frozen} of the {limit} bytes; "
+            f"{budget.remedy(sizes, frozen - limit)} or {remedy}"
         )
-    least = sum(min(form.least(linear, recipe.quantize) for form in forms()) for linear in free)
-    if least > budget - frozen:
-        raise BudgetError(
-            f"the budget of {budget - frozen} bytes is less than the {least} of the smallest options; raise --retain"
-        )
-    return free, budget - frozen
+    return free, limit - frozen
+
+
+def too_small(recipe: Recipe, budget: Budget, sizes: Sizes, share: int, least: int) -> BudgetError:
+    """Where the smallest options of the linears take `least` bytes or more, and their share is less."""
+    if budget.size is not None and share <= 0:
+        what = f"all but the linears that can be compressed takes more than {budget.size}"
+    elif budget.size is not None:
+        what = f"{budget.size} leaves {share} bytes to linears, less than the {least} of their smallest options"
+    else:
+        what = f"the budget of {share} bytes is less than the {least} of the smallest options"
+    more = ", or let weights be integers (--set quantize.bits=auto)" if recipe.quantize.bits is None else ""
+    return BudgetError(f"{what}; {budget.remedy(sizes, least - share)}{more}")
+
+
+def with_patterns(
+    changes: Mapping[str, Any] | None, keep: Sequence[str] | None, only: Sequence[str] | None
+) -> dict[str, Any]:
+    """Changes of a recipe with patterns of names that stay dense, or are compressed alone, where there are some."""
+    given = {"allocation.keep": keep, "allocation.only": only}
+    return {**(changes or {}), **{key: list(patterns) for key, patterns in given.items() if patterns}}
 
 
 def gathered(recipe: Recipe, samples: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The entry points: from a model and a recipe to statistics, spectra, plans and checkpoints."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from spectrim.dense import check_dense
 from spectrim.disk.scratch import scratch
 from spectrim.errors import RecipeError
 from spectrim.metrics.spectra import cache_key, make_spectra
-from spectrim.pipeline.jobs import Job, check_job, check_samples, gathered
+from spectrim.pipeline.budget import Budget
+from spectrim.pipeline.jobs import Job, check_job, check_samples, gathered, with_patterns
 from spectrim.pipeline.stages import Compression, Progress
 from spectrim.plan.plan import Plan
 from spectrim.recipe import Recipe
@@ -33,15 +34,15 @@ def compression(
     changes: dict[str, Any] | None = None,
     progress: Progress | None = None,
     keep: str | Path | None = None,
-    check: Callable[[Anatomy], None] | None = None,
+    check: Callable[[PreTrainedModel, Anatomy], None] | None = None,
     **calibration: Any,
 ) -> Iterator[Compression]:
     """Prepare a dense model for compression: statistics (opened, or gathered if the recipe needs them) and spectra.
 
     Statistics that are gathered now, and spectra beside them, stay in the directory `keep`, from where a run that was
-    killed goes on; without one they are in a temporary directory while the block runs. `check` gets the model's parts
-    before samples run through it, and raises where they do not fit what is to come. `calibration` are arguments of
-    :func:`spectrim.calibrate`, such as text, images, samples and seed.
+    killed goes on; without one they are in a temporary directory while the block runs. `check` gets the model and its
+    parts before samples run through it, and raises where they do not fit what is to come. `calibration` are arguments
+    of :func:`spectrim.calibrate`, such as text, images, samples and seed.
 
     Raises:
         SpectrimError: of the kind that says which input is at fault.
@@ -55,7 +56,7 @@ def compression(
     check_dense(model)
     parts = anatomy(model)
     if check is not None:
-        check(parts)
+        check(model, parts)
 
     def report(stage: str) -> Callable[[int, int], None] | None:
         return None if progress is None else lambda done, total: progress(stage, done, total)
@@ -102,10 +103,14 @@ def compress(
     *,
     recipe: str | Path | Recipe = "spectrim",
     retain: float | None = None,
+    bits: float | None = None,
+    size: str | int | None = None,
     plan: str | Path | Plan | None = None,
     stats: str | Path | Statistics | None = None,
     processor: Any = None,
     changes: dict[str, Any] | None = None,
+    keep: Sequence[str] = (),
+    only: Sequence[str] = (),
     overwrite: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -119,10 +124,14 @@ def compress(
             from where the same call goes on after it was killed.
         recipe: a built-in name, a YAML file or a Recipe; `changes` sets single values by dotted key.
         retain: share of the linears' bytes to keep, in (0, 1].
-        plan: ranks to obey in place of an allocation; a plan.json or a Plan.
+        bits: in place of it, bits per weight of the linears.
+        size: in place of it, the most that all safetensors files may take, everything counted, such as "3.5GB". Where
+            the recipe has no integers, they are allowed (``quantize.bits: auto``); set it to None to keep to ranks.
+        plan: what to obey in place of an allocation; a plan.json or a Plan.
         stats: a statistics directory; without one, samples are gathered now if the recipe needs them.
         processor: the processor or tokenizer of a loaded model, or the directory that has it; needed to gather samples
             and to make `out` complete. Found by itself where `model` is a name.
+        keep, only: patterns of names of linears that stay dense, or that alone are compressed, such as "*.layers.0.*".
         trust_remote_code: run code that the model brings; it is written into `out`, too.
         calibration: arguments of :func:`spectrim.calibrate`, such as text, images, samples and seed.
 
@@ -135,8 +144,8 @@ def compress(
         model if isinstance(model, PreTrainedModel) else str(source),
         out,
         recipe=recipe,
-        changes=changes,
-        retains=[] if retain is None else [retain],
+        changes=with_patterns(changes, keep, only),
+        budgets=[] if retain is bits is size is None else [Budget(retain, bits, size)],
         plan=plan,
         stats=stats,
         overwrite=overwrite,

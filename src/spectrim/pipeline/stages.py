@@ -1,6 +1,7 @@
 """One dense model under one recipe: spectra → plan → factors (compensated or not) → checkpoint."""
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
@@ -23,9 +24,11 @@ from spectrim.errors import RecipeError, SpectrimError
 from spectrim.metrics.curvature import predicted_loss
 from spectrim.metrics.metric import summed
 from spectrim.metrics.spectra import Spectra
-from spectrim.pipeline.jobs import Job, shared
+from spectrim.pipeline.budget import Budget, Sizes
+from spectrim.pipeline.jobs import Job, shared, too_small
 from spectrim.plan.importance import SAMPLES, block_cosines, importance
 from spectrim.plan.maker import Maker
+from spectrim.plan.options import Menu
 from spectrim.plan.plan import Plan, plan_row
 from spectrim.plan.rules import curve
 from spectrim.plan.sensitivity import WINDOWS, probe
@@ -66,36 +69,74 @@ class Compression:
         self._losses: Mapping[str, torch.Tensor] | None = None
         self._cosines: Mapping[str, float] | None = None
 
-    def plan(self, retain: float) -> Plan:
-        """The plan that keeps at most `retain` of the linears' dense bytes, and less than one step of any below it.
+    def plan(self, retain: float | None = None, *, bits: float | None = None, size: str | int | None = None) -> Plan:
+        """The plan of least loss within one limit, and less than one step of any linear below it.
+
+        Args:
+            retain: share of the linears' dense bytes, in (0, 1].
+            bits: of the linears, per weight.
+            size: of the safetensors files with everything that is in them, such as "3.5GB", "3.5GiB" or bytes.
 
         Raises:
-            BudgetError: `retain` is not in (0, 1], or cannot be met.
+            BudgetError: the limit is none, or cannot be met; says what can.
         """
-        part = self.recipe.allocation
-        free, budget = shared(self.recipe, self.parts, retain, self.unreached, self._samples)
-        wanted = self._wanted()
+        return self._plan(Budget(retain, bits, size))
+
+    def _plan(self, budget: Budget) -> Plan:
+        free, share = shared(self.recipe, self.parts, budget, self.sizes, self.unreached, self._samples)
         searching = None if self._progress is None else partial(self._progress, "options")
-        menus = self.maker.menus(free, searching)
-        numbers = spend([curve(part, menus[x.name], wanted(x.name)) for x in free], budget)
-        chosen = {linear.name: number for linear, number in zip(free, numbers, strict=True)}
+        menus, wanted = self.maker.menus(free, searching), self._wanted()
+        curves = {
+            linear.name: curve(self.recipe.allocation, menus[linear.name], wanted(linear.name)) for linear in free
+        }
+        smallest = {name: int(options.front[0]) for name, options in curves.items()}
+        least = sum(int(curves[name].bytes[number]) for name, number in smallest.items())
+        if budget.size is None:
+            if least > share:
+                raise too_small(self.recipe, budget, self.sizes, share, least)
+            return self._chosen(budget, menus, dict(zip(curves, spend(list(curves.values()), share), strict=True)))
+        limit = budget.size_bytes
+        if (over := self.sizes.of(self._chosen(budget, menus, smallest)) - limit) > 0:
+            raise too_small(self.recipe, budget, self.sizes, share, share + over)
+        best, low, high = self._chosen(budget, menus, smallest), least, share + 1
+        while high - low > 1:  # names take bytes, too: more of them where linears are made of more tensors
+            plan = self._chosen(budget, menus, dict(zip(curves, spend(list(curves.values()), share), strict=True)))
+            over = self.sizes.of(plan) - limit
+            if over > 0:
+                high = share
+            else:
+                best, low = plan, share
+                if -over <= limit // 1000 or high - low <= limit // 1000:
+                    break
+            share = share - over if low < share - over < high else (low + high) // 2
+        return best
+
+    def _chosen(self, budget: Budget, menus: Mapping[str, Menu], chosen: Mapping[str, int]) -> Plan:
+        """The plan of one option, by number, of each linear on a menu."""
         rows = {}
         for linear in self.parts.linears:
             source, priced = self.spectra.sources[linear.name], self.spectra.spectrum(linear.name).loss is not None
             spec: Spec
-            kind, spec, lost, error = DENSE, {}, 0.0, 0.0
+            kind, spec, lost, error, reason = DENSE, {}, 0.0, 0.0, None
             if (number := chosen.get(linear.name)) is not None:
                 menu = menus[linear.name]
                 (kind, spec), lost = menu.option(number), float(menu.error[number])
                 error = lost / max(float(menu.left[0]), 1e-300)
+            else:
+                reason = self.recipe.allocation.reason(linear) or f"no {self._samples} sample reaches it"
             loss = lost if priced else None
-            rows[linear.name] = plan_row(linear, kind, spec, error=error, metric=source, loss=loss)
-        return Plan(recipe=self.recipe.name, retain=retain, linears=rows)
+            rows[linear.name] = plan_row(linear, kind, spec, error=error, metric=source, loss=loss, reason=reason)
+        return Plan(recipe=self.recipe.name, retain=budget.retain, limit=budget.label, linears=rows)
+
+    @cached_property
+    def sizes(self) -> Sizes:
+        """Bytes of the model's files under any plan."""
+        return Sizes(self.model, self.parts)
 
     def plans(self, job: Job) -> list[Plan]:
         """The plans that a job asks for, one for each of its targets."""
         if job.plan is None:
-            return [self.plan(retain) for retain in job.retains]
+            return [self._plan(budget) for budget in job.budgets]
         return [job.fitted_plan(self.parts)]
 
     @cached_property
@@ -273,6 +314,7 @@ class Compression:
         data = None if self.statistics is None else self.statistics.manifest
         return {
             "recipe": self.recipe.model_dump(mode="json"),
+            "limit": plan.limit,
             "retention": {
                 "asked": plan.retain,
                 "bytes": plan.bytes / plan.dense_bytes,
@@ -281,6 +323,7 @@ class Compression:
             },
             "bytes": {"linears": plan.bytes, "linears_dense": plan.dense_bytes},
             "places": plan.by_place(self.parts),
+            "kept": dict(Counter(row.reason for row in plan.linears.values() if row.reason is not None)),
             "unreached": sorted(self.unreached - set(plan.changed)),
             "data": None if data is None else data.data.model_dump(mode="json"),
             "calibration": None if data is None else data.settings.model_dump(mode="json"),

@@ -30,8 +30,8 @@ class PlanRow(_Part):
     In the file, the entries of the spec stand beside the others: ``{"form": "low-rank", "rank": 8, "pivoted": false,
     "bytes": …}``. ``error`` is the relative error in the recipe's metric (None where no spectrum was made); ``metric``
     says which samples the metric came from; ``loss`` is the increase of the model's loss, in nats, that is predicted of
-    this row alone (None where nothing predicts it). Only the form and its spec are obeyed, all else are notes. Without
-    a form, a row with a rank is low-rank, and one without is dense.
+    this row alone (None where nothing predicts it); ``reason`` says why a dense row had to be dense. Only the form and
+    its spec are obeyed, all else are notes. Without a form, a row with a rank is low-rank, and one without is dense.
     """
 
     form: str
@@ -41,6 +41,7 @@ class PlanRow(_Part):
     error: float | None = Field(default=None, allow_inf_nan=False)
     metric: str | None = None
     loss: float | None = Field(default=None, allow_inf_nan=False)
+    reason: str | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -71,11 +72,15 @@ class PlanRow(_Part):
 
 
 class Plan(_Part):
-    """A whole plan; rows by runtime name, as `spectrim anatomy` prints them."""
+    """A whole plan; rows by runtime name, as `spectrim anatomy` prints them.
+
+    ``limit`` says what it was asked to keep to, such as ``size-3.5GB``; ``retain`` is that where it is a share.
+    """
 
     version: Literal[1, 2] = 2
     recipe: str
     retain: float | None = Field(default=None, gt=0, le=1)
+    limit: str | None = None
     linears: dict[str, PlanRow]
 
     @property
@@ -167,7 +172,7 @@ class Plan(_Part):
                 rows[name] = plan_row(linear, row.form, row.spec)
             if rows[name].bytes > linear.nbytes:
                 _log.warning("%s stores '%s' in more bytes than its dense weight has", where, name)
-        return Plan(recipe=self.recipe, retain=self.retain, linears=rows)
+        return Plan(recipe=self.recipe, retain=self.retain, limit=self.limit, linears=rows)
 
 
 @contextmanager
@@ -188,8 +193,10 @@ def plan_row(
     error: float | None = None,
     metric: str | None = None,
     loss: float | None = None,
+    reason: str | None = None,
 ) -> PlanRow:
     """The row of one linear in a form, with its bytes; the others are notes."""
     spec = dict(spec or {})
     size = form(kind).nbytes(linear, spec)
-    return PlanRow(form=kind, spec=spec, bytes=size, dense_bytes=linear.nbytes, error=error, metric=metric, loss=loss)
+    notes: dict[str, Any] = {"error": error, "metric": metric, "loss": loss, "reason": reason}
+    return PlanRow(form=kind, spec=spec, bytes=size, dense_bytes=linear.nbytes, **notes)

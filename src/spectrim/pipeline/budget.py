@@ -1,0 +1,127 @@
+"""How large a checkpoint may be, in the ways that a user may say it."""
+
+import math
+import re
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from spectrim.anatomy import Anatomy
+from spectrim.checkpoint.size import Stored, file_bytes, saved_tensors
+from spectrim.checks import check_retain
+from spectrim.errors import BudgetError
+from spectrim.plan.plan import Plan
+from spectrim.storage import DENSE
+from spectrim.storage.base import tensors_of
+
+_UNITS = {"": 1, "B": 1} | {
+    f"{letter}{kind}B": base**power
+    for power, letter in enumerate("KMGT", 1)
+    for kind, base in (("", 1000), ("i", 1024))
+}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """One limit: `retain`, the share of the linears' dense bytes; `bits`, per weight of the linears; or `size`.
+
+    `size` is as a user writes it, such as 3.5GB (10⁹ bytes) or 3.5GiB (2³⁰ bytes): of all safetensors files together,
+    with everything that is in them.
+
+    Raises BudgetError for what is no limit, and unless exactly one is given.
+    """
+
+    retain: float | None = None
+    bits: float | None = None
+    size: str | int | None = None
+
+    def __post_init__(self) -> None:
+        if sum(limit is not None for limit in (self.retain, self.bits, self.size)) != 1:
+            raise BudgetError(
+                "give one limit: a size, such as --size 3.5GB; bits per weight, such as --bits 3.2; or a share of the "
+                "linears' bytes, such as --retain 0.6"
+            )
+        if self.retain is not None:
+            check_retain(self.retain)
+        if self.bits is not None and not 0 < self.bits <= 64:
+            raise BudgetError(f"{self.bits} bits per weight are impossible; give a number such as 3.2")
+        if self.size is not None and self.size_bytes < 1:
+            raise BudgetError(f"a size of {self.size} is impossible; write it as 3.5GB, 900MB or 2GiB")
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the size. Raises BudgetError for what is none."""
+        found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*", str(self.size), re.ASCII)
+        units = {unit.casefold(): factor for unit, factor in _UNITS.items()}
+        if found is None or found[2].casefold() not in units:
+            raise BudgetError(f"{self.size!r} is no size; write it as 3.5GB, 900MB or 2GiB")
+        return int(float(found[1]) * units[found[2].casefold()])
+
+    @property
+    def unit(self) -> str:
+        """In which the size was written."""
+        letters = str(self.size).strip().lstrip("0123456789. ")
+        return next(unit for unit in _UNITS if unit.casefold() == letters.casefold())
+
+    @property
+    def label(self) -> str:
+        """A name for files, such as ``retain-0.6`` or ``size-3.5GB``."""
+        for name, value in (("retain", self.retain), ("bits", self.bits), ("size", self.size)):
+            if value is not None:
+                return f"{name}-{str(value).replace(' ', '')}"
+        raise AssertionError
+
+    def linear_bytes(self, sizes: "Sizes") -> int:
+        """Bytes that the linears of a model may take together; BudgetError where all of it is small enough already."""
+        if self.retain is not None:
+            return int(self.retain * sizes.linears)
+        if self.bits is not None:
+            return min(sizes.linears, int(self.bits * sizes.params / 8))
+        if self.size_bytes >= sizes.dense:
+            raise BudgetError(
+                f"the dense model takes {written(sizes.dense, self.unit)}, no more than {self.size}; use it as it is, "
+                "or give a smaller size"
+            )
+        return self.size_bytes - sizes.fixed
+
+    def remedy(self, sizes: "Sizes", missing: int) -> str:
+        """What to ask for in place of a limit that so many bytes are missing of."""
+        if self.retain is not None:
+            return f"raise --retain to {math.ceil(1e4 * (self.retain + missing / sizes.linears)) / 1e4:g}"
+        if self.bits is not None:
+            return f"raise --bits to {math.ceil(1e3 * (self.bits + 8 * missing / sizes.params)) / 1e3:g}"
+        return f"give at least {written(self.size_bytes + missing, self.unit)}"
+
+
+class Sizes:
+    """Bytes of the safetensors files of one model under any plan.
+
+    ``dense`` as it is, ``fixed`` without the weights of its ``linears``, of which there are ``params``.
+    """
+
+    def __init__(self, model: PreTrainedModel, parts: Anatomy) -> None:
+        self._tensors: dict[str, Stored] = saved_tensors(model)
+        self._parts = parts
+        self.dense = file_bytes(self._tensors.values())
+        self.linears = sum(linear.nbytes for linear in parts.linears)
+        self.params = sum(linear.params for linear in parts.linears)
+        self.fixed = self.dense - self.linears
+
+    def of(self, plan: Plan) -> int:
+        """Of a checkpoint that is made as a plan says; never less than what is written."""
+        tensors = dict(self._tensors)
+        for linear in self._parts.linears:
+            row = plan.linears[linear.name]
+            if row.form == DENSE:
+                continue
+            tensors[f"{linear.name}.weight"] = (f"{linear.name}.weight", linear.dtype, (0,))
+            stored = tensors_of(row.form, linear.in_features, linear.out_features, row.spec, linear.dtype)
+            tensors |= {f"{linear.name}.{key}": (f"{linear.name}.{key}", x.dtype, x.shape) for key, x in stored.items()}
+        return file_bytes(tensors.values())
+
+
+def written(size: int, unit: str) -> str:
+    """Bytes in a unit, rounded up, so that a limit that is written so holds them."""
+    if _UNITS[unit] == 1:
+        return f"{size}{unit or ' bytes'}"
+    return f"{-(-size * 1000 // _UNITS[unit]) / 1000:g}{unit}"
