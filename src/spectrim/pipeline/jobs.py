@@ -13,6 +13,7 @@ from spectrim.calibrate.data import check_there
 from spectrim.calibrate.forms import CurvatureForm
 from spectrim.calibrate.snapshot import check_home
 from spectrim.checkpoint import check_target, read_config
+from spectrim.checkpoint.plain import check_recipe, one_grid
 from spectrim.checks import check_directory, check_once, check_retain, check_sources
 from spectrim.dense import check_dense
 from spectrim.errors import BudgetError, RecipeError, UsageError
@@ -21,7 +22,7 @@ from spectrim.linear import Linear
 from spectrim.plan.plan import Plan
 from spectrim.recipe import Recipe
 from spectrim.settings import CalibrationOptions
-from spectrim.storage import forms
+from spectrim.storage import DENSE, forms
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,10 @@ class Job:
     def check_parts(self, parts: Anatomy) -> None:
         """What of the plan or the budgets the model's parts rule out, before samples run. Raises SpectrimError."""
         if self.plan is not None:
-            self.fitted_plan(parts)
+            _check_format(self.recipe, self.fitted_plan(parts))
+        elif self.recipe.quantize.plain:
+            places = self.recipe.allocation.places
+            check_recipe(self.recipe, [linear for linear in parts.linears if linear.place in places])
         for retain in self.retains:
             shared(self.recipe, parts, retain)
 
@@ -76,8 +80,8 @@ def check_job(
         check_retain(retain)
     check_once(retains, "--retain")
     chosen = Recipe.read(recipe, changes)
-    if isinstance(plan, str | Path):
-        Plan.read(plan)
+    if plan is not None:
+        _check_format(chosen, plan if isinstance(plan, Plan) else Plan.read(plan))
     statistics = stats if stats is None or isinstance(stats, Statistics) else Statistics.open(stats)
     check_samples(chosen, statistics, samples)
     kept: Path | None = None
@@ -173,6 +177,12 @@ def shared(
             f"the budget of {budget - frozen} bytes is less than the {least} of the smallest options; raise --retain"
         )
     return free, budget - frozen
+
+
+def _check_format(recipe: Recipe, plan: Plan) -> None:
+    """Raises CheckpointError where the recipe's format has no place for what the plan says."""
+    if recipe.quantize.plain:
+        one_grid({name: (row.form, row.spec) for name, row in plan.linears.items() if row.form != DENSE})
 
 
 def gathered(recipe: Recipe, samples: Mapping[str, Any]) -> dict[str, Any]:
