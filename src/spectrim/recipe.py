@@ -186,10 +186,11 @@ class Recipe(_Part):
     def _consistent(self) -> "Recipe":
         if self.allocation.rule == "loss-aware" and self.metric.kind != "curvature":
             raise ValueError("allocation 'loss-aware' needs predicted losses; set metric.kind=curvature")
-        if self.quantize.plain and self.quantize.bits not in PLAIN_BITS:
+        if self.quantize.plain and (self.quantize.bits not in PLAIN_BITS or not self.quantize.symmetric):
             raise ValueError(
-                "quantize.format 'compressed-tensors' holds dense integers on one grid, of "
-                f"{', '.join(map(str, PLAIN_BITS))} bits; set quantize.bits to one of these"
+                "quantize.format 'compressed-tensors' holds dense integers on one symmetric grid of "
+                f"{', '.join(map(str, PLAIN_BITS))} bits; set quantize.bits to one of these and quantize.symmetric to "
+                "true"
             )
         if self.quantize.bits is not None and self.compensate.kind == "adacomp":
             raise ValueError("adaComp fits factors that are no integers; set compensate.kind=anchored or none")

@@ -28,7 +28,8 @@ def one_grid(layers: Mapping[str, tuple[str, Spec]]) -> Grid:
     """The grid that all these linears are on; each has a form and its spec.
 
     Raises CheckpointError where the format has no place for them: for other forms than dense integers, several grids,
-    and bits that releases of compressed-tensors pack in different ways.
+    bits that releases of compressed-tensors pack in different ways, and zero points, for which compressed-tensors 0.20
+    makes no room of the right shape while transformers loads a model.
     """
     grids: dict[Grid, str] = {}
     for name, (form, spec) in layers.items():
@@ -51,6 +52,11 @@ def one_grid(layers: Mapping[str, tuple[str, Spec]]) -> Grid:
         raise CheckpointError(
             f"releases of compressed-tensors pack {grid.bits} bits in different ways; set quantize.bits to "
             f"{', '.join(map(str, PLAIN_BITS))}, or quantize.format=spectrim"
+        )
+    if not grid.symmetric:
+        raise CheckpointError(
+            "transformers cannot load compressed-tensors' zero points; set quantize.symmetric=true, or "
+            "quantize.format=spectrim"
         )
     return grid
 
