@@ -148,6 +148,7 @@ class FactoredLinearMethod(LinearMethodBase):
     def __init__(self, names: list[str], config: FactoredConfig, prefix: str) -> None:
         super().__init__()
         self.names, self.config, self.prefix = names, config, prefix
+        self.dtype = torch.float32  # of inputs and outputs
         self.reduces = False  # whether the sum over processes is taken here, of what the first product gives
         self.pieces: list[Piece] = []
         self.missing: set[tuple[int, str]] = set()  # tensors by piece and name
@@ -169,6 +170,7 @@ class FactoredLinearMethod(LinearMethodBase):
     ) -> None:
         """Room for what this process computes, and the slots that the loader fills."""
         self.pieces = self._pieces(layer, input_size, input_size_per_partition, output_partition_sizes)
+        self.dtype = params_dtype
         self.missing = {(i, name) for i, piece in enumerate(self.pieces) for name in piece.tensors()}
         first, spans = self._first(params_dtype)
         layer.first = nn.ModuleList(first)
@@ -205,7 +207,8 @@ class FactoredLinearMethod(LinearMethodBase):
                 if not hasattr(module, part):
                     module.add_module(part, nn.Module())
                 module = module.get_submodule(part)
-            slot = nn.Parameter(torch.empty(0, dtype=params_dtype), requires_grad=False)
+            dtype = params_dtype if last in ("weight", "weight_scale") else torch.int32  # as the file; loaders may look
+            slot = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
             slot.weight_loader = partial(self._load, layer, name)  # type: ignore[attr-defined]
             module.register_parameter(last, slot)
 
@@ -317,7 +320,7 @@ class FactoredLinearMethod(LinearMethodBase):
             return
         if part in piece.grids:
             if (i, part) not in self.held:
-                self.held[i, part] = piece.packed(part, dtype=slot.dtype, device=slot.device)
+                self.held[i, part] = piece.packed(part, dtype=self.dtype, device=slot.device)
             found = self.held[i, part]
             getattr(found, kind).copy_(tensor)
             if any((i, f"{part}.{kind}".removeprefix(".")) in self.missing for kind in found.state_dict()):
