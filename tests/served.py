@@ -25,8 +25,8 @@ SPECIAL = {
 
 
 def llama(form: str) -> hf.PreTrainedModel:
-    """In one of the forms of `compressed.factored`; or ``dense``; or ``mixed``: dense beside factored linears in merged ones; or
-    ``integers``: in all ways to have some, beside linears without.
+    """Dense, or in one of the forms of `compressed.factored`; or ``mixed``: dense beside factored linears in merged
+    ones; or ``integers``: in all ways to have some, beside linears without.
     """
     model = _seeded(hf.LlamaForCausalLM, hf.LlamaConfig(**WIDE, attention_bias=True))
     one, two = (f"model.layers.{i}" for i in range(2))

@@ -1,8 +1,8 @@
 """Greedy tokens from vLLM, in a process of its own: ``python vllm_generate.py JOBS.json RESULTS.json``.
 
 A job is ``{"directory", "parallel", "dtype", "eager", "tokens", "prompt" or "prompt_token_ids", "image"}``; the results
-are, in the same order, lists of token ids, or the traceback of what went wrong as a string. With ``"weights": true`` the
-bytes follow in which the engine holds the weights that are factored or integers.
+are, in the same order, lists of token ids, or the traceback of what went wrong as a string. With ``"weights": true``,
+the bytes follow in which the engine holds the weights that are factored or integers.
 """
 
 import json
@@ -45,10 +45,9 @@ def held(worker: Any) -> int:
     """Bytes of the linears that the plugin runs, each storage once; biases are not counted."""
     from spectrim.serve.plugin import FactoredLinearMethod
 
-    modules = [
-        m for m in worker.get_model().modules() if isinstance(getattr(m, "quant_method", None), FactoredLinearMethod)
-    ]
-    matrices = [matrix for module in modules for matrix in (*module.first, *module.second)]
+    modules = worker.get_model().modules()
+    linears = [x for x in modules if isinstance(getattr(x, "quant_method", None), FactoredLinearMethod)]
+    matrices = [matrix for linear in linears for matrix in (*linear.first, *linear.second)]
     storages = [t.untyped_storage() for matrix in matrices for t in chain(matrix.parameters(), matrix.buffers())]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
