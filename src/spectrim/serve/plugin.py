@@ -45,6 +45,8 @@ AnyMatrix = Matrix | PackedMatrix | OwnMatrix
 
 _KINDS = (ReplicatedLinear, RowParallelLinear, ColumnParallelLinear, MergedColumnParallelLinear, QKVParallelLinear)
 _SHARDS = {"q": 0, "k": 1, "v": 2}
+_WORDS = ("weight_packed", "weight_zero_point", "pivots")
+_DTYPES = {**dict.fromkeys(_WORDS, torch.int32), "weight_shape": torch.int64}  # of tensors that are no floats
 
 
 class FactoredConfig(QuantizationConfig):
@@ -207,8 +209,7 @@ class FactoredLinearMethod(LinearMethodBase):
                 if not hasattr(module, part):
                     module.add_module(part, nn.Module())
                 module = module.get_submodule(part)
-            dtype = params_dtype if last in ("weight", "weight_scale") else torch.int32  # as the file; loaders may look
-            slot = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
+            slot = nn.Parameter(torch.empty(0, dtype=_DTYPES.get(last, params_dtype)), requires_grad=False)
             slot.weight_loader = partial(self._load, layer, name)  # type: ignore[attr-defined]
             module.register_parameter(last, slot)
 
