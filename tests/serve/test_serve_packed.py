@@ -102,6 +102,24 @@ def test_packed_paths_give_what_the_reference_gives(bits, symmetric, group, dtyp
         assert error <= 2 * allowed + {torch.float32: 1e-6}.get(dtype, 2 * torch.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "runtime", "wanted"),
+    [
+        (torch.bfloat16, "speed", OwnMatrix),
+        (torch.float16, "speed", PackedMatrix),
+        (torch.float32, "speed", Matrix),
+        (torch.bfloat16, "memory", PackedMatrix),
+        (torch.float32, "memory", OwnMatrix),
+        (torch.bfloat16, "reference", Matrix),
+    ],
+)
+@pytest.mark.skipif(not kernel_here(), reason="vLLM's kernel for integers needs AVX-512 and no AMX")
+def test_the_runtime_of_the_checkpoint_chooses(dtype, runtime, wanted, process):
+    process(0, 1)
+    layer = merged(mixed_parts(4, True, dtype), dtype, runtime)
+    assert {type(matrix) for matrix in (*layer.first, *layer.second)} == {wanted}
+
+
 def test_what_is_unpacked_is_said_once(process, caplog):
     process(0, 1)
     parts = mixed_parts(4, True, torch.float32)

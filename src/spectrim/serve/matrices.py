@@ -163,16 +163,17 @@ def packed(
 ) -> PackedMatrix | OwnMatrix | None:
     """An empty matrix for these columns of a weight on a grid, in which integers stay packed; None where none can.
 
-    `runtime` is that of the checkpoint: ``reference`` unpacks all. Without a kernel of vLLM, ``speed`` keeps what a
-    kernel of ours multiplies, and ``auto`` and ``memory`` keep all, unpacking in every pass what no kernel multiplies.
+    `runtime` is that of the checkpoint: ``reference`` unpacks all. On CPUs, ``auto`` and ``memory`` take vLLM's kernel
+    where there is one, and else keep the packed words, unpacking in every pass what no kernel of ours multiplies.
+    ``speed`` takes our kernels for bfloat16 first, and unpacks at load what no kernel multiplies.
     """
     if runtime == "reference" or any(end % (grid.group or 1) for end in (columns.start, columns.stop)):
         return None
-    if (kernel := kernel_for(out, columns, grid, dtype)) is not None:
+    here, fast = current_platform.is_cpu(), runtime == "speed"
+    own = here and (dtype == torch.bfloat16 or not fast)
+    if not (own and fast) and (kernel := kernel_for(out, columns, grid, dtype)) is not None:
         return PackedMatrix(out, len(columns), grid, dtype, kernel)
-    if not current_platform.is_cpu() or (runtime == "speed" and dtype != torch.bfloat16):
-        return None
-    return OwnMatrix(out, len(columns), grid, dtype, "speed" if runtime == "speed" else "memory", name)
+    return OwnMatrix(out, len(columns), grid, dtype, "speed" if fast else "memory", name) if own else None
 
 
 def kernel_for(out: int, columns: range, grid: Grid, dtype: torch.dtype) -> type[MPLinearKernel] | None:
