@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -311,6 +312,19 @@ def test_processes_add_up_latents_where_these_are_fewer(form, process, monkeypat
         torch.testing.assert_close(output, source(x), atol=1e-4, rtol=1e-4)
 
 
+def test_columns_that_begin_inside_a_word(process):
+    """A process has 40 of 80 inputs in 3 bits: 120 bits of each row."""
+    torch.manual_seed(0)
+    source: Any = rounded(part(33, None, False, 80), [""], 3, False, None)
+    x, total = torch.randn(3, 80), source.bias.detach().clone()
+    for index in range(2):
+        process(index, 2)
+        layer = row_parallel(source, config({"x.down": source}), reduce_results=False, skip_bias_add=True)
+        assert isinstance(layer.first[0], OwnMatrix)
+        total = total + layer(x.chunk(2, dim=1)[index])[0]
+    torch.testing.assert_close(total, source(x), atol=1e-4, rtol=1e-4)
+
+
 def test_outputs_are_added_up_where_vllm_or_an_adapter_asks_for_them(process, monkeypatch):
     source = part(64, 5, False, 64)
     process(0, 2)
@@ -329,8 +343,10 @@ def test_compiled_for_any_number_of_rows(bits, process):
     torch.manual_seed(0)
     source = rounded(part(96, 32, False, 64).to(torch.bfloat16), ["A", "B"], bits, False, 32)
     layer = row_parallel(source, config({"x.down": source}), params_dtype=torch.bfloat16)
-    compiled = torch.compile(lambda x: layer(x)[0], backend="aot_eager", fullgraph=True, dynamic=True)
+    graphs = CompileCounter()
+    compiled = torch.compile(lambda x: layer(x)[0], backend=graphs, fullgraph=True, dynamic=True)
     with set_forward_context(None, get_current_vllm_config()):
-        for rows in (7, 2):
+        for rows in (70, 2):
             x = torch.randn(rows, 64, dtype=torch.bfloat16)
             assert torch.equal(compiled(x), layer(x)[0])
+    assert graphs.frame_count == 1
