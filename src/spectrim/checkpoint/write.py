@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +97,8 @@ def save(
                 if (temporary / name).exists():
                     raise CheckpointError(f"{name!r} is a file of the processor; give your file another name")
                 (temporary / name).write_text(text, encoding="utf-8")
-            write = save_plain if plain else type(model).save_pretrained
-            write(model, temporary, max_shard_size=max_shard_size)
+            write = partial(save_plain, model) if plain else model.save_pretrained
+            write(temporary, max_shard_size=max_shard_size)
             for weights in temporary.glob("*.safetensors"):  # safetensors keeps its files from other users
                 shutil.copymode(temporary / "config.json", weights)
             clean_configs(temporary)
