@@ -35,6 +35,7 @@ with warnings.catch_warnings():
 
     from helpers.vllm_layers import config, fill, part, rounded, row_parallel
 
+from spectrim.bench.engines import _held, _laid_out
 from spectrim.maths.rounding import Grid
 from spectrim.serve import matrices, plugin
 from spectrim.serve.matrices import Matrix, OwnMatrix, PackedMatrix, kernel_here
@@ -350,3 +351,12 @@ def test_compiled_for_any_number_of_rows(bits, process):
             x = torch.randn(rows, 64, dtype=torch.bfloat16)
             assert torch.equal(compiled(x), layer(x)[0])
     assert graphs.frame_count == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bench_counts_what_kernels_for_cpus_have_taken_out_of_a_module(dtype, process):
+    process(0, 1)
+    source = part(96, 32, False, 64).to(dtype)
+    layer = row_parallel(source, config({"x.down": source}), params_dtype=dtype)
+    found = _held(layer) + sum(map(_laid_out, layer.modules()))
+    assert found == sum(tensor.nbytes for tensor in source.state_dict().values())
