@@ -2,6 +2,7 @@
 
     python benchmarks/integers.py OUT                       # 1024x8, bfloat16, writes the checkpoints and the table
     python benchmarks/integers.py OUT --shape 2048x4 --batch 1,4,8 --runtime memory
+    python benchmarks/integers.py OUT --engine vllm         # in an environment with vLLM
 
 Speed asks for shapes only. Checkpoints that are in OUT already are taken.
 """
@@ -48,6 +49,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--runtime")
+    parser.add_argument("--engine", default="transformers")
     args = parser.parse_args()
     model = random_llama(args.shape)
     found = {"dense": args.out / "dense"}
@@ -60,7 +62,8 @@ def main() -> None:
                 prepared.save(prepared.plan(retain), found[name])
     batches = [int(batch) for batch in args.batch.split(",")]
     sizes = {"prompt": args.prompt, "new": args.new, "repeats": args.repeats}
-    print(bench(list(found.values()), names=list(found), batches=batches, runtime=args.runtime, **sizes).markdown())
+    how = {"engine": args.engine, "runtime": args.runtime, **sizes}
+    print(bench(list(found.values()), names=list(found), batches=batches, **how).markdown())
 
 
 if __name__ == "__main__":

@@ -25,11 +25,13 @@ SPECIAL = {
 
 
 def llama(form: str) -> hf.PreTrainedModel:
-    """In one of the forms of `compressed.factored`; or ``mixed``: dense beside factored linears in merged ones; or
-    ``integers``: in all ways to have some, beside linears without.
+    """Dense, or in one of the forms of `compressed.factored`; or ``mixed``: dense beside factored linears in merged
+    ones; or ``integers``: in all ways to have some, beside linears without.
     """
     model = _seeded(hf.LlamaForCausalLM, hf.LlamaConfig(**WIDE, attention_bias=True))
     one, two = (f"model.layers.{i}" for i in range(2))
+    if form == "dense":
+        return model
     if form == "integers":
         return with_integers(model, f"{one}.", f"{two}.")
     if form != "mixed":

@@ -14,6 +14,10 @@ from spectrim.errors import RecipeError
 from spectrim.files import parse_yaml, user_path
 from spectrim.linear import PLACES, Linear, Place
 
+Format = Literal["spectrim", "compressed-tensors"]
+PLAIN_BITS = (2, 4, 8)  # of the second; its releases pack 3 bits in different ways
+FEED_FORWARD = ("gate", "up", "down", "gate_up", "fc1", "fc2")
+
 
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)  # true is no number, and "4" is none
@@ -132,6 +136,8 @@ class QuantizePart(_Part):
     points. ``method`` gptq rounds with error feedback in the recipe's metric, rtn rounds to nearest. The dampening
     ``damping`` is the share of the mean of each metric's diagonal that is added to the diagonal for the feedback; more
     of it keeps errors out of directions that the samples do not contain. ``roles`` says which linears may be quantized.
+    ``format`` compressed-tensors makes checkpoints that others load without spectrim: all linears that may be quantized
+    become dense integers on one grid, and all others stay dense.
     """
 
     bits: Literal[2, 3, 4, 8, "auto"] | None = None
@@ -140,6 +146,16 @@ class QuantizePart(_Part):
     method: Literal["gptq", "rtn"] = "gptq"
     damping: float = Field(default=0.1, gt=0, allow_inf_nan=False)
     roles: Literal["all", "feed-forward"] = "all"
+    format: Format = "spectrim"
+
+    @property
+    def plain(self) -> bool:
+        """Whether there may be dense integers alone."""
+        return self.format != "spectrim"
+
+    def takes(self, role: str) -> bool:
+        """Whether linears of this role may be quantized."""
+        return self.bits is not None and (self.roles == "all" or role in FEED_FORWARD)
 
     @property
     def feedback(self) -> float | None:
@@ -184,6 +200,12 @@ class Recipe(_Part):
     def _consistent(self) -> "Recipe":
         if self.allocation.rule == "loss-aware" and self.metric.kind != "curvature":
             raise ValueError("allocation 'loss-aware' needs predicted losses; set metric.kind=curvature")
+        if self.quantize.plain and (self.quantize.bits not in PLAIN_BITS or not self.quantize.symmetric):
+            raise ValueError(
+                "quantize.format 'compressed-tensors' holds dense integers on one symmetric grid of "
+                f"{', '.join(map(str, PLAIN_BITS))} bits; set quantize.bits to one of these and quantize.symmetric to "
+                "true"
+            )
         if self.quantize.bits is not None and self.compensate.kind == "adacomp":
             raise ValueError("adaComp fits factors that are no integers; set compensate.kind=anchored or none")
         return self

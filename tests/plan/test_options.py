@@ -24,9 +24,9 @@ from spectrim.pipeline import compression
 from spectrim.plan.options import Menu, menu
 from spectrim.plan.rules import curve
 from spectrim.plan.spend import Curve, spend
-from spectrim.recipe import AllocationPart, QuantizePart, StoragePart
+from spectrim.recipe import FEED_FORWARD, AllocationPart, QuantizePart, StoragePart
 from spectrim.storage import DENSE, Problem, filled, form, forms, made
-from spectrim.storage.base import FEED_FORWARD, tensors_of
+from spectrim.storage.base import tensors_of
 
 SEARCHING = [x for x in forms() if x.searches]
 

@@ -18,9 +18,8 @@ from spectrim.errors import BudgetError, RecipeError
 from spectrim.pipeline import compress, compression
 from spectrim.pipeline.stages import Compression
 from spectrim.plan.plan import Plan
-from spectrim.recipe import Recipe
+from spectrim.recipe import FEED_FORWARD, Recipe
 from spectrim.storage import DENSE, stored_layers
-from spectrim.storage.base import FEED_FORWARD
 
 RETAIN = {None: 0.5, "auto": 0.2, 4: 0.11, 2: 0.07}
 

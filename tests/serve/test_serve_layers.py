@@ -1,7 +1,6 @@
 """vLLM's own linears, in one and several processes, against the layers of transformers. Needs vLLM."""
 
 import warnings
-from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
 
@@ -11,19 +10,15 @@ import torch
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     pytest.importorskip("vllm")
-    from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.model_executor.layers import linear as vllm_linear
 
-from compressed import pack_nearest, randomised
+    from helpers.vllm_layers import config, fill, part, rounded
+
 from spectrim.checkpoint import SpectrimConfig
 from spectrim.errors import CheckpointError
 from spectrim.maths.decompose import Rank
-from spectrim.maths.rounding import Grid, fitting_group
 from spectrim.serve.matrices import Matrix, PackedMatrix, kernel_here
 from spectrim.serve.plugin import FactoredConfig
-from spectrim.storage import StoredLayer
-from spectrim.storage.layers import LowRankLinear
-from spectrim.storage.packed import PackedLinear
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 HEADS, SHARED, SIZE, IN = 4, 2, 8, 20
@@ -42,54 +37,6 @@ INTEGERS: dict[str, list[tuple[Rank | None, bool, list[str]]]] = {
     "mixed": [((3, 1, 4, 2), False, ["A.1", "A.2", "B"]), (None, False, [""]), (6, True, [])],
 }
 GRIDS = [(3, False), (4, True), (8, False), (2, True), (4, False), (8, True)]  # bits, and whether symmetric
-
-
-def part(out: int, rank: Rank | None, pivoted: bool, inputs: int = IN) -> torch.nn.Module:
-    """A dense or factored linear with random values; pivots anywhere."""
-    if rank is None:
-        return torch.nn.Linear(inputs, out)
-    return randomised(LowRankLinear(inputs, out, rank, pivoted=pivoted))
-
-
-def rounded(layer: torch.nn.Module, integers: list[str], bits: int, symmetric: bool, group: int = 128) -> Any:
-    """A linear with these parts as integers."""
-    model = torch.nn.Module()
-    model.x = layer
-    grids = {}
-    for name in integers:
-        size = layer.in_features if name in ("", "B", "R") else layer.get_submodule(name).in_features
-        grids[f"x.{name}".removesuffix(".")] = Grid(bits, fitting_group(size, group), symmetric)
-    pack_nearest(model, grids)
-    return model.x
-
-
-def config(parts: dict[str, torch.nn.Module]) -> FactoredConfig:
-    stored = {name: (layer.form, layer.spec) for name, layer in parts.items() if isinstance(layer, StoredLayer)}
-    made = FactoredConfig(SpectrimConfig.of(stored))
-    made.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"]}
-    return made
-
-
-@pytest.fixture
-def process(monkeypatch) -> Iterator[Any]:
-    """``process(rank, size)``: vLLM's layers are built as in that one of `size` processes."""
-
-    def become(rank: int, size: int) -> None:
-        monkeypatch.setattr(vllm_linear, "get_tensor_model_parallel_rank", lambda: rank)
-        monkeypatch.setattr(vllm_linear, "get_tensor_model_parallel_world_size", lambda: size)
-
-    with set_current_vllm_config(VllmConfig()):
-        yield become
-
-
-def fill(layer: Any, source: torch.nn.Module, shard: str | None = None) -> None:
-    """Load the tensors of a part, and the guard that stands beside factors, as vLLM's loader does."""
-    tensors = dict(source.state_dict())
-    if isinstance(source, LowRankLinear | PackedLinear):
-        tensors["weight"] = torch.empty(0)
-    for name, tensor in tensors.items():
-        slot = layer.get_parameter(name)
-        slot.weight_loader(slot, tensor.clone(), *([] if shard is None else [shard]))
 
 
 def check_merged(parts: dict[str, Any], x: torch.Tensor, parallel: int, process: Any, size: int, **close: float) -> Any:
@@ -117,7 +64,7 @@ def check_merged(parts: dict[str, Any], x: torch.Tensor, parallel: int, process:
 def test_merged_linear_in_several_processes(form, parallel, process):
     torch.manual_seed(0)
     outs = [HEADS * SIZE, SHARED * SIZE, SHARED * SIZE]
-    parts = {f"x.{n}_proj": part(out, *each) for n, out, each in zip("qkv", outs, MERGED[form], strict=True)}
+    parts = {f"x.{n}_proj": part(out, *each, IN) for n, out, each in zip("qkv", outs, MERGED[form], strict=True)}
     check_merged(parts, torch.randn(3, IN), parallel, process, SIZE, atol=1e-4, rtol=1e-4)
 
 
@@ -147,7 +94,7 @@ def test_integers_that_stay_integers(dtype, parallel, process):
     x = torch.randn(5, inputs, dtype=dtype)
     close = {"atol": 0.05, "rtol": 0.01} if dtype == torch.float16 else {"atol": 0.4, "rtol": 0.05}
     layer = check_merged({"x.q_proj": q, "x.k_proj": k, "x.v_proj": v}, x, parallel, process, size, **close)
-    assert [type(matrix) for matrix in layer.first] == [PackedMatrix, Matrix, PackedMatrix]
+    assert [type(matrix) for matrix in layer.first] == [PackedMatrix, PackedMatrix, Matrix]
     assert [type(matrix) for matrix in layer.second] == [Matrix, PackedMatrix]
     assert layer.first[0].weight_scale.numel() == (HEADS + SHARED) * size // parallel * 2
 
@@ -182,8 +129,8 @@ def test_integers_shared_by_inputs(integers, group, symmetric, dtype, process):
 def test_linears_that_share_inputs_or_come_joined(rank, pivoted, parallel, process):
     """Row-parallel outputs of all processes add up; q, k and v in one linear of the checkpoint are taken apart."""
     torch.manual_seed(0)
-    down, x = part(32, rank, pivoted), torch.randn(3, IN)
-    joined = part(3 * HEADS * SIZE, rank, pivoted)
+    down, x = part(32, rank, pivoted, IN), torch.randn(3, IN)
+    joined = part(3 * HEADS * SIZE, rank, pivoted, IN)
     total = torch.zeros(3, 32)
     thirds = joined(x).view(3, 3, parallel, -1)
     for index in range(parallel):
@@ -208,7 +155,7 @@ def test_linears_that_share_inputs_or_come_joined(rank, pivoted, parallel, proce
 
 def test_a_tensor_that_is_missing_or_misshapen_is_an_error(process):
     process(0, 1)
-    parts = {"x.o_proj": part(16, 5, True)}
+    parts = {"x.o_proj": part(16, 5, True, IN)}
 
     made = vllm_linear.RowParallelLinear(IN, 16, quant_config=config(parts), prefix="x.o_proj")
     with pytest.raises(CheckpointError, match=r"lacks x\.o_proj\.A\.weight, x\.o_proj\.B\.weight, x\.o_proj\.pivots"):
@@ -249,7 +196,7 @@ def test_a_layer_that_loads_in_its_own_way_is_refused(process):
 
     process(0, 1)
     with pytest.raises(CheckpointError, match=r"x\.gate is a Own in vLLM, which spectrim cannot serve"):
-        Own(IN, 16, quant_config=config({"x.gate": part(16, 5, False)}), prefix="x.gate")
+        Own(IN, 16, quant_config=config({"x.gate": part(16, 5, False, IN)}), prefix="x.gate")
 
 
 def test_a_form_that_the_plugin_does_not_run_is_named():

@@ -22,11 +22,15 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     pytest.importorskip("vllm")
 
+from compressed import pack_nearest
 from served import greedy, llama, picture, qwen2_5_vl
 from spectrim import compress, load, load_processor, save
+from spectrim.anatomy import anatomy
 from spectrim.evaluate import load_questions
+from spectrim.maths.rounding import Grid
 from spectrim.samples.batches import image_prompt
 from spectrim.serve.plugin import FactoredConfig
+from spectrim.storage import stored_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 IDS = [5, 17, 33, 90, 21, 7, 64]
@@ -59,6 +63,9 @@ def llama_cases(home: Path) -> Cases:
     job = {**cases["integers"][0], "dtype": "float16", "tokens": 12}  # some matrices stay integers
     model = load(home / "integers", dtype=torch.float16)
     cases["integers, 16 bits"] = job, greedy(model, 12, input_ids=torch.tensor([IDS]))
+    for form in ("mixed", "integers"):
+        job, wanted = cases[form]
+        cases[f"{form}, compiled"] = {**job, "eager": False}, wanted
     return cases
 
 
@@ -97,15 +104,58 @@ def llava_cases(home: Path) -> Cases:
 def test_same_tokens_as_transformers(family, tmp_path):
     """One process of vLLM runs all cases of a family."""
     cases = family(tmp_path)
-    source, target = tmp_path / "jobs.json", tmp_path / "results.json"
-    source.write_text(json.dumps([job for job, _ in cases.values()]))
+    got, _ = generated([job for job, _ in cases.values()], tmp_path)
+    assert dict(zip(cases, got, strict=True)) == {name: wanted for name, (_, wanted) in cases.items()}
+
+
+def generated(jobs: list[dict[str, Any]], home: Path, **environment: str) -> tuple[list[list[int]], str]:
+    """What `vllm_generate.py` makes of the jobs in a process of its own, and what that says."""
+    source, target = home / "jobs.json", home / "results.json"
+    source.write_text(json.dumps(jobs))
     script = Path(__file__).with_name("vllm_generate.py")
-    run = subprocess.run([sys.executable, script, source, target], capture_output=True, text=True, check=False)
+    command, env = [sys.executable, script, source, target], os.environ | environment
+    run = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     assert target.exists(), run.stderr[-3000:]
-    got = dict(zip(cases, json.loads(target.read_text()), strict=True))
-    for name, tokens in got.items():
-        assert not isinstance(tokens, str), f"{name}: {tokens}"
-    assert got == {name: wanted for name, (_, wanted) in cases.items()}
+    results = json.loads(target.read_text())
+    for job, tokens in zip(jobs, results, strict=True):
+        assert not isinstance(tokens, str), f"{job}: {tokens}"
+    return results, run.stdout + run.stderr
+
+
+def all_on_grid(bits: int) -> Any:
+    model = llama("dense").to(torch.bfloat16)
+    pack_nearest(model, {linear.name: Grid(bits, 32) for linear in anatomy(model).linears})
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_engine_holds_no_more_than_the_file(dtype, tmp_path):
+    jobs, stored = [], []
+    for bits in (2, 3, 4, 8):
+        model = all_on_grid(bits).to(getattr(torch, dtype))
+        save(model, tmp_path / str(bits))
+        layers = stored_layers(model).values()
+        stored.append(sum(tensor.nbytes for layer in layers for tensor in layer.tensors().values()))
+        job = {"directory": str(tmp_path / str(bits)), "dtype": dtype, "prompt_token_ids": IDS, "tokens": 2}
+        jobs.append(job | {"weights": True})
+    results, said = generated(jobs, tmp_path)
+    for (*_, held), size in zip(results, stored, strict=True):
+        assert 0.9 * size < held <= 1.1 * size
+    assert "are unpacked" not in said
+
+
+@pytest.mark.slow
+def test_without_the_plugin_vllm_reads_plain_checkpoints(tmp_path):
+    """4 bits alone: vLLM has no other kernels for CPUs."""
+    save(all_on_grid(4), tmp_path / "plain", format="compressed-tensors")
+    save(all_on_grid(4), tmp_path / "own")
+    job = {"prompt_token_ids": IDS, "tokens": TOKENS, "dtype": "float16"}
+    (plain,), _ = generated([job | {"directory": str(tmp_path / "plain")}], tmp_path, VLLM_PLUGINS="")
+    (own,), _ = generated([job | {"directory": str(tmp_path / "own")}], tmp_path)
+    assert plain == own
+    model = load(tmp_path / "plain", dtype=torch.float16)
+    assert plain == greedy(model, TOKENS, input_ids=torch.tensor([IDS]))
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from spectrim.errors import ModelError
 from spectrim.linear import Linear
 from spectrim.maths.rounding import Grid, conditional, expected, quantize
 from spectrim.recipe import QuantizePart
-from spectrim.storage import Problem, form, made
+from spectrim.storage import Problem, form, forms, made
 from spectrim.storage.integers import checked_grid
 from spectrim.storage.packed import PackedLinear
 
@@ -22,6 +22,17 @@ def layer_of(given: Problem, spec) -> PackedLinear:
     layer = INTEGERS.build(torch.nn.Linear(size, out, bias=False, dtype=given.linear.dtype), spec)
     layer.load_state_dict(made(given, "integers", spec))
     return layer
+
+
+@pytest.mark.parametrize("roles", ["all", "feed-forward"])
+def test_plain_checkpoints_have_no_factors(roles: str) -> None:
+    """The role is `up`, or that of q; bytes that are known before are those of the option."""
+    part = QuantizePart(bits=4, group=32, roles=roles, format="compressed-tensors")
+    for given in (problem(64, 96, quantize=part), problem(64, 96, quantize=part, heads=4)):
+        found = {one.name: one.options(given) for one in forms()}
+        sizes = {name: menu.bytes.tolist() for name, menu in found.items() if len(menu.bytes)}
+        kind = "integers" if roles == "all" or given.linear.role == "up" else "dense"
+        assert sizes == {kind: [min(one.least(given.linear, part) for one in forms())]}
 
 
 @pytest.mark.parametrize("heads", [1, 4])

@@ -91,7 +91,7 @@ class VLLM:
         self._llm = LLM(
             directory,
             dtype="auto" if dtype is None else str(dtype).removeprefix("torch."),
-            enforce_eager=True,
+            enforce_eager=not torch.cuda.is_available(),  # compiling for a CPU takes minutes and gains little
             max_model_len=sizes["length"],
             max_num_seqs=sizes["batch"],
             enable_prefix_caching=False,
@@ -114,8 +114,13 @@ class VLLM:
         self._run([{"prompt": prompt, "multi_modal_data": {"image": image}}], new)
 
     def weights(self) -> int | None:
-        """What vLLM's workers hold."""
-        return int(sum(self._llm.collective_rpc(lambda worker: _held(worker.get_model()))))
+        """What vLLM's workers hold, with what its kernels for CPUs keep in layouts of their own."""
+
+        def held(worker: Any) -> int:
+            model = worker.get_model()
+            return _held(model) + sum(map(_laid_out, model.modules()))
+
+        return int(sum(self._llm.collective_rpc(held)))
 
     def _run(self, prompts: list[Any], new: int) -> None:
         from vllm import SamplingParams
@@ -128,6 +133,20 @@ def _held(model: nn.Module) -> int:
     """Bytes of parameters and buffers; each storage once, however many names it has."""
     storages = [tensor.untyped_storage() for tensor in chain(model.parameters(), model.buffers())]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def _laid_out(module: nn.Module) -> int:
+    """Bytes of the copy of a weight that vLLM's product of floats on a CPU reads: it holds it where no module does."""
+    run = vars(module).get("cpu_linear")
+    size = 0
+    for cell in getattr(run, "__closure__", None) or ():
+        found = cell.cell_contents
+        if isinstance(found, torch.Tensor):
+            size += found.untyped_storage().nbytes()
+        elif hasattr(found, "handler_tensor"):  # of oneDNN, which packs a weight [k, n]
+            weight: Any = module.weight
+            size += found.k * found.n * weight.itemsize
+    return size
 
 
 def _blind(directory: str) -> UsageError:

@@ -35,10 +35,11 @@ _MARKUP = re.compile(r"[\\`*\[\]<>#|&@]|(?<=\w)(?=://)|(?<=www)(?=\.)", re.IGNOR
 _ESCAPED = re.compile(r"\\([\\`*\[\]<>#|&@:.])")
 
 
-def model_card(model: PreTrainedModel, record: Mapping[str, Any]) -> str:
+def model_card(model: PreTrainedModel, record: Mapping[str, Any], *, standard: bool = False) -> str:
     """The text of README.md: front matter as the Hugging Face hub reads it, then what the checkpoint is.
 
-    `record` is the provenance; the card leaves out what it lacks. The base model and its licence are
+    `record` is the provenance; the card leaves out what it lacks. A `standard` checkpoint is one that loads without
+    spectrim (see ``checkpoint.plain``). The base model and its licence are
     found by ``model.name_or_path``: a hub id, a snapshot in the hub's cache, or a directory with a card of its own.
     """
     name, base, terms = _base(model.name_or_path)
@@ -51,7 +52,7 @@ def model_card(model: PreTrainedModel, record: Mapping[str, Any]) -> str:
         **({"base_model": base, "base_model_relation": "quantized"} if base else {}),
         "library_name": "transformers",
         "pipeline_tag": "image-text-to-text" if vision else "text-generation",
-        "tags": ["spectrim", "low-rank", "compressed"] if factored else ["spectrim"],
+        "tags": ["spectrim", *(["compressed-tensors" if standard else "low-rank", "compressed"] if factored else [])],
     }
     parts = [f"---\n{yaml.safe_dump(matter, sort_keys=False, allow_unicode=True)}---"]
     if factored:
@@ -59,7 +60,12 @@ def model_card(model: PreTrainedModel, record: Mapping[str, Any]) -> str:
     else:
         parts += [f"# {plain(name)}", f"Written by spectrim{_release()}; all its linear layers are dense."]
     own_code = bool(getattr(model.config, "auto_map", None)) and type(model)._auto_class is not None
-    parts += [*_kept(record), *_predicted(record), *_recipe(record), _use(vision, factored is not None, own_code)]
+    parts += [
+        *_kept(record),
+        *_predicted(record),
+        *_recipe(record),
+        _use(vision, factored is not None, standard, own_code),
+    ]
     if not terms.get("license"):
         parts.append("## Licence\n\nThe card of the base model names no licence; ask where the model came from.")
     return "\n\n".join(parts) + "\n"
@@ -220,17 +226,22 @@ def _recipe(record: Mapping[str, Any]) -> list[str]:
     return [text]
 
 
-def _use(vision: bool, factored: bool, own_code: bool) -> str:
+def _use(vision: bool, factored: bool, standard: bool, own_code: bool) -> str:
     auto = "AutoModelForImageTextToText" if vision else "AutoModelForCausalLM"
     reader = "AutoProcessor" if vision else "AutoTokenizer"
     where = '"THIS_DIRECTORY_OR_ID"' + (", trust_remote_code=True" if own_code else "")
-    first = "import spectrim  # makes the format known to transformers\n" if factored else ""
+    first = "import spectrim  # makes the format known to transformers\n" if factored and not standard else ""
     text = (
         f"## Use\n\n```python\n{first}from transformers import {auto}, {reader}\n\n"
         f"model = {auto}.from_pretrained({where})\n"
         f"{reader.removeprefix('Auto').lower()} = {reader}.from_pretrained({where})\n```"
     )
-    if factored:
+    if standard:
+        text += (
+            "\n\nThe integers are in the format `pack-quantized` of compressed-tensors, which transformers needs "
+            "(`pip install\ncompressed-tensors`). vLLM serves it as it is: `vllm serve THIS_DIRECTORY_OR_ID`."
+        )
+    elif factored:
         text += (
             "\n\nGeneration, fine-tuning and saving work as with any other model; `model.dequantize()` merges the "
             "factors into\nplain linears. Where spectrim is installed, vLLM serves it: "

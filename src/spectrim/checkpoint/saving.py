@@ -55,6 +55,15 @@ def save_pretrained(
         _save_pretrained(self, save_directory, is_main_process, state_dict, *args, **kwargs)
 
 
+def write_described(model: PreTrainedModel, directory: Any, quantization: dict[str, Any], **options: Any) -> None:
+    """Write a model by transformers' own means with another ``quantization_config``, and nothing of this format."""
+    with _described(model, describe(model)):
+        for config in all_configs(model):
+            without_guard(config)
+        model.config.quantization_config = quantization
+        _save_pretrained(model, directory, state_dict=model.state_dict(), **options)
+
+
 @contextmanager
 def _described(model: PreTrainedModel, found: SpectrimConfig | None) -> Iterator[None]:
     """Inside the block, the config of `model` says `found`, and those of its parts and parents nothing of this kind.

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,13 @@ from spectrim.checkpoint.model_files import (
     without_paths,
 )
 from spectrim.checkpoint.names import compressed_layers
+from spectrim.checkpoint.plain import plain_config, save_plain
 from spectrim.checkpoint.quantizer import attach
 from spectrim.checkpoint.read import load_processor, read_provenance
 from spectrim.checkpoint.sources import local_files, split_source
 from spectrim.errors import CheckpointError
 from spectrim.files import user_path
+from spectrim.recipe import Format
 from spectrim.versions import release
 
 # Names of the model's own files, which no other file of a checkpoint may have.
@@ -49,6 +52,7 @@ def save(
     files: Mapping[str, str] | None = None,
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
+    format: Format = "spectrim",
     verify: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write `model`, factored or dense, with everything that it needs to run; returns the directory.
@@ -60,6 +64,9 @@ def save(
     made of it; the card of the source is not copied. `files` maps names of further text files to their content; a
     ``README.md`` among them is the card. The generation config is the model's. Of paths of this machine only the last
     part is written. Code of a model that was loaded with ``trust_remote_code=True`` is written beside its config.
+
+    `format` ``compressed-tensors`` writes dense integers on one grid so that others load them without spectrim; a model
+    that holds anything else is a CheckpointError then.
 
     `verify` gets the written directory before it takes its place, and raises whatever must stop that.
 
@@ -76,8 +83,11 @@ def save(
     exists = os.path.lexists(Path(directory).expanduser())  # else nothing of the origin can be replaced
     protected = [origin] if origin is not None and exists else []
     target = check_target(directory, overwrite=overwrite, protected=protected)
+    plain = format == "compressed-tensors"
     if compressed_layers(model):
         attach(model)
+    if plain:
+        plain_config(model)  # says what cannot be before anything is written
     with _io_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         check = lambda: _check_replaceable(target, overwrite)  # noqa: E731
@@ -87,14 +97,15 @@ def save(
                 if (temporary / name).exists():
                     raise CheckpointError(f"{name!r} is a file of the processor; give your file another name")
                 (temporary / name).write_text(text, encoding="utf-8")
-            model.save_pretrained(temporary, max_shard_size=max_shard_size)
+            write = partial(save_plain, model) if plain else model.save_pretrained
+            write(temporary, max_shard_size=max_shard_size)
             for weights in temporary.glob("*.safetensors"):  # safetensors keeps its files from other users
                 shutil.copymode(temporary / "config.json", weights)
             clean_configs(temporary)
             if verify is not None:
                 verify(temporary)
             if CARD not in files:
-                (temporary / CARD).write_text(model_card(model, record), encoding="utf-8")
+                (temporary / CARD).write_text(model_card(model, record, standard=plain), encoding="utf-8")
             written = {path.relative_to(temporary).as_posix() for path in temporary.rglob("*") if path.is_file()}
             record |= {"spectrim_version": release(), "files": sorted({*written, PROVENANCE})}
             (temporary / PROVENANCE).write_text(_json(record), encoding="utf-8")

@@ -16,6 +16,7 @@ from spectrim.calibrate.data import Data
 from spectrim.checkpoint import load, load_processor, read_provenance
 from spectrim.checkpoint.config import METHOD
 from spectrim.checkpoint.model_files import PROVENANCE
+from spectrim.checkpoint.plain import METHOD as PLAIN
 from spectrim.checkpoint.sources import read_config
 from spectrim.checks import check_device
 from spectrim.demo.tasks import Question
@@ -82,7 +83,7 @@ def evaluate(
 ) -> EvaluationReport:
     """Perplexity and visual question answering of each directory, and paired differences to the dense one.
 
-    The reference is the first directory without a spectrim quantization config. :class:`EvaluationOptions` says what
+    The reference is the first directory that is not compressed (`is_compressed`). :class:`EvaluationOptions` says what
     the settings mean. `device` and `dtype` go to the loader (None: CUDA if there is one, else CPU; the stored dtype); a
     batch size of None leaves the defaults of :func:`perplexity` and :func:`vqa`. `blind` adds the blind floor, one more
     pass over the questions. `trust_remote_code` runs code that a model brings. Only one model is in memory at a time,
@@ -180,12 +181,12 @@ def evaluate(
 
 
 def is_compressed(directory: Path) -> bool:
-    """Whether the directory's config.json names spectrim as its quantization method."""
+    """Whether the directory's config.json names one of the formats that spectrim writes as its quantization method."""
     try:
         quantization = read_object(directory / "config.json").get("quantization_config")
     except ValueError as error:
         raise CheckpointError(f"{directory} is no model directory: {error}; give a directory of a model") from error
-    return isinstance(quantization, dict) and quantization.get("quant_method") == METHOD
+    return isinstance(quantization, dict) and quantization.get("quant_method") in (METHOD, PLAIN)
 
 
 def check_directories(paths: Sequence[Path]) -> None:

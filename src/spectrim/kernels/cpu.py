@@ -6,17 +6,22 @@ Both take a layout that is made once, when a model is loaded, and that takes the
   Rows of blocks of as many outputs as two vector registers hold lie column after column, which `int4_codes` undoes.
 - 8 bits: ``_weight_int8pack_mm``, a product for each group of inputs, on the codes as they are.
 
-For more rows than `ROWS`, unpacking once and a dense product take less time (`benchmarks/integers.py`).
+For more rows than `INT4_ROWS` and `int8_rows`, unpacking once and a dense product take less time.
 """
 
 from functools import cache
 
 import torch
 
-ROWS = 4  # of inputs, up to which the products of integers are faster
+INT4_ROWS = 64  # of inputs, up to which the 4-bit product is faster than unpacking
 _BLOCKS = (64, 32, 16)  # outputs of one block of the 4-bit layout: AVX-512, AVX2, others
 _OUTPUTS = 64  # outputs are padded to a multiple of this
 _GROUPS = (32, 64, 128, 256)  # sizes that the 4-bit product takes
+
+
+def int8_rows(groups: int) -> int:
+    """Rows of inputs up to which the 8-bit product, which runs once for each group, is faster than unpacking."""
+    return max(4, min(32, 64 // groups))
 
 
 def int4_group(size: int, group: int | None) -> int | None:

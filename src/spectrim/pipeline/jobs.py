@@ -14,6 +14,7 @@ from spectrim.calibrate.data import check_there
 from spectrim.calibrate.forms import CurvatureForm
 from spectrim.calibrate.snapshot import check_home
 from spectrim.checkpoint import check_target, read_config
+from spectrim.checkpoint.plain import check_recipe, one_grid
 from spectrim.checks import check_directory, check_once, check_sources
 from spectrim.dense import check_dense
 from spectrim.errors import BudgetError, RecipeError, UsageError
@@ -23,7 +24,7 @@ from spectrim.pipeline.budget import Budget, Sizes
 from spectrim.plan.plan import Plan
 from spectrim.recipe import Recipe
 from spectrim.settings import CalibrationOptions
-from spectrim.storage import forms
+from spectrim.storage import DENSE, forms
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,10 @@ class Job:
     def check_parts(self, model: PreTrainedModel, parts: Anatomy) -> None:
         """What of the plan or the budgets the model rules out, before samples run. Raises SpectrimError."""
         if self.plan is not None:
-            self.fitted_plan(parts)
+            _check_format(self.recipe, self.fitted_plan(parts))
+        elif self.recipe.quantize.plain:
+            chosen = [linear for linear in parts.linears if self.recipe.allocation.reason(linear) is None]
+            check_recipe(self.recipe, chosen)
         sizes = Sizes(model, parts)
         for budget in self.budgets:
             free, share = shared(self.recipe, parts, budget, sizes)
@@ -82,8 +86,8 @@ def check_job(
     if any(budget.size is not None for budget in budgets):  # the forms that lose least at a size
         changes = {"quantize.bits": "auto", **(changes or {})} if Recipe.read(recipe).quantize.bits is None else changes
     chosen = Recipe.read(recipe, changes)
-    if isinstance(plan, str | Path):
-        Plan.read(plan)
+    if plan is not None:
+        _check_format(chosen, plan if isinstance(plan, Plan) else Plan.read(plan))
     statistics = stats if stats is None or isinstance(stats, Statistics) else Statistics.open(stats)
     check_samples(chosen, statistics, samples)
     kept: Path | None = None
@@ -205,6 +209,12 @@ def with_patterns(
     """Changes of a recipe with patterns of names that stay dense, or are compressed alone, where there are some."""
     given = {"allocation.keep": keep, "allocation.only": only}
     return {**(changes or {}), **{key: list(patterns) for key, patterns in given.items() if patterns}}
+
+
+def _check_format(recipe: Recipe, plan: Plan) -> None:
+    """Raises CheckpointError where the recipe's format has no place for what the plan says."""
+    if recipe.quantize.plain:
+        one_grid({name: (row.form, row.spec) for name, row in plan.linears.items() if row.form != DENSE})
 
 
 def gathered(recipe: Recipe, samples: Mapping[str, Any]) -> dict[str, Any]:

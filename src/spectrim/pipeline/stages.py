@@ -367,5 +367,6 @@ class Compression:
                 provenance=record,
                 files={"plan.json": plan.json()},
                 overwrite=overwrite,
+                format=self.recipe.quantize.format,
                 verify=lambda directory: check_written(self.model, directory, samples),
             )

@@ -5,16 +5,19 @@ module and says whose they are: ``q_proj.B.weight`` becomes ``qkv_proj.B.weight`
 therefore has one slot for each name that a part may bring, and its slots put what arrives where it is computed.
 
 The product runs in two steps. ``first`` joins B of every factored part and the rows of every dense part, so that the
-input is read once; ``second`` has A of every part or head. Integers stay integers where vLLM has a kernel for them, and
-``first`` then has a matrix for each grid; else they are unpacked as soon as all tensors of a matrix have arrived.
+input is read once; ``second`` has A of every part or head. Integers stay packed where `packed` has a matrix for them,
+and ``first`` then has one for each grid; else they are unpacked as soon as all tensors of a matrix have arrived.
 """
 
+import logging
 from collections import Counter
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from vllm.config import get_current_vllm_config
+from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.model_executor.layers.linear import (
     ColumnParallelLinear,
     LinearBase,
@@ -32,12 +35,18 @@ from spectrim.checkpoint.names import shortened
 from spectrim.errors import CheckpointError, ModelError
 from spectrim.maths.decompose import Rank
 from spectrim.maths.rounding import Grid
-from spectrim.serve.matrices import Matrix, PackedMatrix, has_kernel
+from spectrim.serve.matrices import Matrix, OwnMatrix, PackedMatrix, packed
 from spectrim.serve.shards import Piece, fused, members, row_shards
 from spectrim.storage.packed import PackedLinear
 
+logger = logging.getLogger("spectrim")
+
+AnyMatrix = Matrix | PackedMatrix | OwnMatrix
+
 _KINDS = (ReplicatedLinear, RowParallelLinear, ColumnParallelLinear, MergedColumnParallelLinear, QKVParallelLinear)
 _SHARDS = {"q": 0, "k": 1, "v": 2}
+_WORDS = ("weight_packed", "weight_zero_point", "pivots")
+_DTYPES = {**dict.fromkeys(_WORDS, torch.int32), "weight_shape": torch.int64}  # of tensors that are no floats
 
 
 class FactoredConfig(QuantizationConfig):
@@ -57,6 +66,8 @@ class FactoredConfig(QuantizationConfig):
         self.ranks: dict[str, Rank] = dict(config.ranks)
         self.pivoted = set(config.pivoted)
         self.grids = config.grids()  # of the parts of each linear
+        self.runtime = config.runtime
+        self.unpacked: Counter[str] = Counter()  # bytes that unpacked integers take beyond packed ones, by linear
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "FactoredConfig":
@@ -73,7 +84,7 @@ class FactoredConfig(QuantizationConfig):
 
     @classmethod
     def get_min_capability(cls) -> int:
-        """No kernel of ours, and none for integers: any GPU will do."""
+        """Any GPU will do: integers for which vLLM has no kernel on it are unpacked."""
         return 0
 
     @staticmethod
@@ -97,17 +108,29 @@ class FactoredConfig(QuantizationConfig):
         if isinstance(layer, LinearBase):
             names = members(prefix, self.packed_modules_mapping, known)
             if any(name in known for name in names):
-                return FactoredLinearMethod(names, self)
+                return FactoredLinearMethod(names, self, prefix)
             return UnquantizedLinearMethod()
         if prefix in known:
             raise CheckpointError(f"vLLM has no linear {prefix!r} but a {type(layer).__name__}; keep it dense")
         return None
 
+    def report(self) -> None:
+        """Say, once, which integers this process has had to unpack."""
+        if self.unpacked:
+            logger.warning(
+                "integers of %d linears are unpacked, which takes %.1f MB more memory than packed ones "
+                "(docs/serving.md says which stay packed): %s",
+                len(self.unpacked),
+                sum(self.unpacked.values()) / 1e6,
+                shortened(sorted(self.unpacked)),
+            )
+        self.unpacked.clear()
+
 
 class Target(NamedTuple):
     """Where rows and columns of a matrix of the checkpoint go: one below the other in `matrix`, from `start` on."""
 
-    matrix: Matrix | PackedMatrix
+    matrix: AnyMatrix
     start: int
     rows: tuple[range, ...]
     columns: range
@@ -122,11 +145,13 @@ class Span(NamedTuple):
 
 
 class FactoredLinearMethod(LinearMethodBase):
-    """Loads and runs one vLLM linear, at least one of whose parts `names` is factored, or integers."""
+    """Loads and runs the vLLM linear `prefix`, at least one of whose parts `names` is factored, or integers."""
 
-    def __init__(self, names: list[str], config: FactoredConfig) -> None:
+    def __init__(self, names: list[str], config: FactoredConfig, prefix: str) -> None:
         super().__init__()
-        self.names, self.config = names, config
+        self.names, self.config, self.prefix = names, config, prefix
+        self.dtype = torch.float32  # of inputs and outputs
+        self.reduces = False  # whether the sum over processes is taken here, of what the first product gives
         self.pieces: list[Piece] = []
         self.missing: set[tuple[int, str]] = set()  # tensors by piece and name
         self.pivots: dict[int, torch.Tensor] = {}  # of the piece with this number
@@ -147,6 +172,7 @@ class FactoredLinearMethod(LinearMethodBase):
     ) -> None:
         """Room for what this process computes, and the slots that the loader fills."""
         self.pieces = self._pieces(layer, input_size, input_size_per_partition, output_partition_sizes)
+        self.dtype = params_dtype
         self.missing = {(i, name) for i, piece in enumerate(self.pieces) for name in piece.tensors()}
         first, spans = self._first(params_dtype)
         layer.first = nn.ModuleList(first)
@@ -161,12 +187,20 @@ class FactoredLinearMethod(LinearMethodBase):
                 # Which rows of a pivoted A' are needed is known when the pivots are.
                 rows = (range(piece.sizes()[part][0]),) if piece.pivoted else block.rows
                 columns = range(len(block.latent))
-                matrix = _matrix(sum(map(len, rows)), columns, piece.grids.get(part), params_dtype)
+                out, grid, where = sum(map(len, rows)), piece.grids.get(part), f"second.{len(layer.second)}"
+                matrix = self._packed(out, columns, grid, params_dtype, where) or Matrix(
+                    out, len(columns), params_dtype
+                )
                 self.targets.setdefault((i, part), []).append(Target(matrix, 0, rows, columns))
                 latent = Span(read.number, read.start + block.latent.start, read.start + block.latent.stop)
                 steps.append((latent, len(layer.second)))
                 layer.second.append(matrix)
             self.steps.append((steps, spans.get((i, "R"))))
+        self._count_unpacked(params_dtype.itemsize)
+        # An adapter adds outputs of its own to those of the linear, which vLLM then has to sum.
+        if isinstance(layer, RowParallelLinear) and get_current_vllm_config().lora_config is None:
+            self.reduces = layer.reduce_results and any(piece.reduces for piece in self.pieces)
+            layer.reduce_results = layer.reduce_results and not self.reduces
         names = {"weight"}.union(*(piece.tensors() for piece in self.pieces))
         for name in sorted(names):
             *path, last = name.split(".")
@@ -175,30 +209,52 @@ class FactoredLinearMethod(LinearMethodBase):
                 if not hasattr(module, part):
                     module.add_module(part, nn.Module())
                 module = module.get_submodule(part)
-            slot = nn.Parameter(torch.empty(0, dtype=params_dtype), requires_grad=False)
+            slot = nn.Parameter(torch.empty(0, dtype=_DTYPES.get(last, params_dtype)), requires_grad=False)
             slot.weight_loader = partial(self._load, layer, name)  # type: ignore[attr-defined]
             module.register_parameter(last, slot)
 
-    def _first(self, dtype: torch.dtype) -> tuple[list[Matrix | PackedMatrix], dict[tuple[int, str], Span]]:
+    def _first(self, dtype: torch.dtype) -> tuple[list[AnyMatrix], dict[tuple[int, str], Span]]:
         """The matrices of the first product, one for floats, one for each grid that stays; who has which rows."""
         parts = [(i, part, rows) for i, piece in enumerate(self.pieces) for part, rows in piece.reads().items()]
         columns = self.pieces[0].columns
         counts: Counter[Grid | None] = Counter()
         for i, part, rows in parts:
             counts[self.pieces[i].grids.get(part)] += sum(map(len, rows))
-        stays = {grid for grid, count in counts.items() if grid and has_kernel(count, columns, grid, dtype)}
-        kinds = [grid if (grid := self.pieces[i].grids.get(part)) in stays else None for i, part, _ in parts]
-        sizes: Counter[Grid | None] = Counter()
+        made: dict[Grid | None, AnyMatrix] = {}
+        for grid, count in counts.items():
+            if (matrix := self._packed(count, columns, grid, dtype, f"first.{len(made)}")) is not None:
+                made[grid] = matrix
+        if floats := sum(count for grid, count in counts.items() if grid not in made):
+            made[None] = Matrix(floats, len(columns), dtype)
+        numbers, sizes = {grid: n for n, grid in enumerate(made)}, Counter[int]()
         spans = {}
-        for (i, part, rows), grid in zip(parts, kinds, strict=True):
-            start = sizes[grid]
-            sizes[grid] += sum(map(len, rows))
-            spans[i, part] = Span(list(sizes).index(grid), start, sizes[grid])
-        first = [_matrix(count, columns, grid, dtype) for grid, count in sizes.items()]
         for i, part, rows in parts:
-            span = spans[i, part]
-            self.targets[i, part] = [Target(first[span.number], span.start, rows, columns)]
-        return first, spans
+            grid = self.pieces[i].grids.get(part)
+            grid = grid if grid in made else None
+            number = numbers[grid]
+            start = sizes[number]
+            sizes[number] += sum(map(len, rows))
+            spans[i, part] = Span(number, start, sizes[number])
+            self.targets[i, part] = [Target(made[grid], start, rows, columns)]
+        return list(made.values()), spans
+
+    def _packed(
+        self, out: int, columns: range, grid: Grid | None, dtype: torch.dtype, where: str
+    ) -> PackedMatrix | OwnMatrix | None:
+        """An empty matrix for these columns of a weight in which its integers stay packed, if that can be."""
+        if grid is None:
+            return None
+        return packed(out, columns, grid, dtype, self.config.runtime, f"{self.prefix}.{where}")
+
+    def _count_unpacked(self, itemsize: int) -> None:
+        """Note what the integers cost that are in matrices of floats."""
+        for (i, part), targets in self.targets.items():
+            grid = self.pieces[i].grids.get(part)
+            for matrix, _, rows, columns in targets:
+                if grid is not None and isinstance(matrix, Matrix):
+                    out, inputs = sum(map(len, rows)), len(columns)
+                    cost = out * inputs * itemsize - grid.nbytes(out, inputs, itemsize)
+                    self.config.unpacked[self.pieces[i].name] += cost
 
     def _pieces(self, layer: Any, inputs: int, local_inputs: int, sizes: list[int]) -> list[Piece]:
         # vLLM's own classes; a subclass that loads in a way of its own also shares its weights in another way.
@@ -265,7 +321,7 @@ class FactoredLinearMethod(LinearMethodBase):
             return
         if part in piece.grids:
             if (i, part) not in self.held:
-                self.held[i, part] = piece.packed(part, dtype=slot.dtype, device=slot.device)
+                self.held[i, part] = piece.packed(part, dtype=self.dtype, device=slot.device)
             found = self.held[i, part]
             getattr(found, kind).copy_(tensor)
             if any((i, f"{part}.{kind}".removeprefix(".")) in self.missing for kind in found.state_dict()):
@@ -281,10 +337,11 @@ class FactoredLinearMethod(LinearMethodBase):
             target.matrix.put(target.start, found, target.rows, target.columns)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Check that all is there, put pivoted rows in order, and hand the matrices to vLLM's kernels.
+        """Check that all is there, put pivoted rows in order, and hand the matrices to the kernels.
 
         Raises CheckpointError if a tensor never arrived, and for pivots that are no different rows.
         """
+        self.config.report()  # all linears are there by now
         if self.missing:
             missing = sorted(f"{self.pieces[i].name}.{name}" for i, name in self.missing)
             raise CheckpointError(f"the checkpoint lacks {shortened(missing)}; copy or compress it again")
@@ -313,6 +370,10 @@ class FactoredLinearMethod(LinearMethodBase):
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Map x [..., inputs of this process] to the outputs of this process [..., out]."""
         read = [matrix(x) for matrix in layer.first]
+        if self.reduces:
+            # Sums of latents are smaller than those of outputs. vLLM hands in the bias in one process alone.
+            read = [tensor_model_parallel_all_reduce(y) for y in read]
+            bias = None if layer.skip_bias_add else layer.bias
 
         def outputs(span: Span) -> torch.Tensor:
             return read[span.number][..., span.start : span.stop]
@@ -325,9 +386,3 @@ class FactoredLinearMethod(LinearMethodBase):
         if layer.order is not None:
             y = y.index_select(-1, layer.order)
         return y if bias is None else y + bias
-
-
-def _matrix(out: int, columns: range, grid: Grid | None, dtype: torch.dtype) -> Matrix | PackedMatrix:
-    if grid is not None and has_kernel(out, columns, grid, dtype):
-        return PackedMatrix(out, len(columns), grid, dtype)
-    return Matrix(out, len(columns), dtype)

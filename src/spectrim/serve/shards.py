@@ -3,7 +3,8 @@
 Servers merge linears that read one input (q, k, v; gate, up) and share each of them among processes (tensor
 parallelism): by rows, so that every process has some of the outputs, or by columns, so that the outputs of all
 processes add up. Both work on the factors themselves. For rows, a process has those rows of A and all of B; for
-columns, all of A and those columns of B, because A (B₁x₁) + A (B₂x₂) = A B x. Pivoted factors need no special case: the
+columns, all of A and those columns of B, because A (B₁x₁ + B₂x₂) = A B x: the sum that processes take is of latents,
+which are fewer than the outputs. Pivoted factors need no special case: the
 outputs are ``[B'x; A'B'x]`` in another order, so a process drops the rows of A' that it does not need, keeps B', and
 picks its own outputs. The rest R of a weight beside its factors is shared like a dense weight, and added.
 """
@@ -91,6 +92,12 @@ class Piece:
             return self.out
         ranks = head_ranks(self.rank)
         return sum(ranks[head] for head in self.heads)
+
+    @property
+    def reduces(self) -> bool:
+        """Whether processes that share the inputs do better to add up the first product than the outputs."""
+        reads = sum(len(part) for rows in self.reads().values() for part in rows)
+        return len(self.columns) < self.shape[1] and reads < self.out
 
     def sizes(self) -> dict[str, tuple[int, int]]:
         """Size [out, in] of every matrix of the whole linear, by part."""

@@ -26,7 +26,6 @@ from spectrim.maths.rounding import conditional
 from spectrim.recipe import QuantizePart, StoragePart
 
 DENSE = "dense"  # the form of a linear that is left as it is
-FEED_FORWARD = ("gate", "up", "down", "gate_up", "fc1", "fc2")
 
 Spec = Mapping[str, Any]
 """What a plan and a config say of one linear beside the name of its form; JSON types."""
@@ -128,8 +127,7 @@ class Problem:
     @property
     def may_be_integers(self) -> bool:
         """Whether the recipe allows integers for this linear."""
-        part = self.quantize
-        return part.bits is not None and (part.roles == "all" or self.linear.role in FEED_FORWARD)
+        return self.quantize.takes(self.linear.role)
 
     @property
     def fixed_bits(self) -> bool:

@@ -31,7 +31,7 @@ class IntegerFactors(LowRank):
     def options(self, problem: Problem) -> Options:
         """Some ranks for each number of bits that the recipe allows; none where factors are by head."""
         rows: list[tuple[int, float, Spec]] = []
-        if problem.heads > 1 or not allowed_bits(problem):
+        if problem.heads > 1 or problem.quantize.plain or not allowed_bits(problem):
             return Options.listed(self.name, rows)
         directions = problem.spectrum.directions(len(problem.left) - 1, problem.W.device)
         A, B = (part.double() for part in sides(problem.W.double(), *directions[1:]))
@@ -49,7 +49,7 @@ class IntegerFactors(LowRank):
 
     def least(self, linear: Linear, quantize: QuantizePart) -> int:
         """Bytes of the weight where the recipe has no integers."""
-        return linear.nbytes if quantize.bits is None else 0
+        return linear.nbytes if quantize.bits is None or quantize.plain else 0
 
     def spec(self, problem: Problem, count: int, bits: int) -> dict[str, Any]:
         """Factors of this rank and these bits."""

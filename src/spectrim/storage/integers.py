@@ -56,8 +56,13 @@ class Integers(Form):
         checked_grid(spec)
 
     def least(self, linear: Linear, quantize: QuantizePart) -> int:
-        """Bytes of the weight where the recipe has no integers."""
-        return linear.nbytes if quantize.bits is None else 0
+        """Bytes of the weight where the recipe has no integers; those of the integers where there is nothing else."""
+        if not quantize.plain:
+            return linear.nbytes if quantize.bits is None else 0
+        if not quantize.takes(linear.role) or not isinstance(quantize.bits, int):
+            return linear.nbytes
+        grid = Grid(quantize.bits, fitting_group(linear.in_features, quantize.group), quantize.symmetric)
+        return grid.nbytes(linear.out_features, linear.in_features, linear.dtype.itemsize)
 
     def nbytes(self, linear: Linear, spec: Spec) -> int:
         """Bytes of codes, scales, zero points and the shape."""

@@ -32,7 +32,7 @@ class LowRank(Form):
 
     def options(self, problem: Problem) -> Options:
         """Every rank, or every multiple of the recipe's, at which the factors are smaller than the weight."""
-        if problem.fixed_bits:
+        if problem.fixed_bits or problem.quantize.plain:
             return Options.listed(self.name, [])
         linear, heads, most = problem.linear, problem.spectrum.heads, len(problem.left) - 1
         step = problem.storage.multiple if heads == 1 else 1
@@ -117,6 +117,8 @@ class LowRank(Form):
 
     def least(self, linear: Linear, quantize: QuantizePart) -> int:
         """Bytes of one direction, where factors may be floats."""
+        if quantize.plain:
+            return linear.nbytes
         return int(factor_bytes(linear, 1)) if quantize.bits in (None, "auto") else 0
 
     def nbytes(self, linear: Linear, spec: Spec) -> int:

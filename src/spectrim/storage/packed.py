@@ -15,7 +15,7 @@ from torch import nn
 from spectrim.errors import CheckpointError, ModelError
 from spectrim.kernels.bits import pack, unpack
 from spectrim.kernels.cpu import (
-    ROWS,
+    INT4_ROWS,
     int4_codes,
     int4_group,
     int4_layout,
@@ -24,6 +24,7 @@ from spectrim.kernels.cpu import (
     int8_fits,
     int8_layout,
     int8_product,
+    int8_rows,
 )
 from spectrim.maths.rounding import Grid, Quantized
 from spectrim.storage.base import StoredLayer
@@ -115,10 +116,17 @@ class PackedLinear(StoredLayer):
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # as nn.Linear calls it
         """Map inputs [..., in] to [..., out] in the dtype of the scales."""
         rows = input.numel() // self.in_features
-        if self.layout == "packed" or rows > ROWS or input.dtype != torch.bfloat16 or input.requires_grad:
+        if rows > self.most_rows or input.dtype != torch.bfloat16 or input.requires_grad:
             return nn.functional.linear(input, self.unpacked(), self.bias)
         y = self._product(input.reshape(-1, self.in_features)).view(*input.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
+
+    @property
+    def most_rows(self) -> int:
+        """Rows of inputs up to which a kernel multiplies them with the integers; 0 without one."""
+        if self.layout == "packed":
+            return 0
+        return INT4_ROWS if self.layout == "int4" else int8_rows(self.weight_scale.shape[1])
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         """``x Wᵀ`` [rows, out] of x [rows, in] by a kernel that reads the layout."""
