@@ -170,6 +170,16 @@ class LowRankLinear(StoredLayer):
         return torch.block_diag(*(head.weight for head in self._heads())), self.B.weight.clone()
 
     @torch.no_grad()
+    def head_weights(self) -> list[torch.Tensor]:
+        """The factors A of the heads, [out / H, rank[h]] each, not copied unless they are integers.
+
+        Raises ModelError where they have no values (offloaded) or carry an adapter.
+        """
+        heads = self._heads()
+        self.check_values()
+        return [_values(head).detach() for head in heads]
+
+    @torch.no_grad()
     def loaded(self) -> None:
         """Bring the order of the outputs up to date with the pivots; needed after `pivots` was written to.
 
