@@ -9,10 +9,10 @@ from spectrim.public import import_when_asked as _import_when_asked
 
 if TYPE_CHECKING:
     from spectrim.latent.cache import LatentCache
-    from spectrim.latent.generation import use_latent_cache
+    from spectrim.latent.generation import use_latent_cache, use_ordinary_cache
 
-_HOMES = {"LatentCache": "cache", "use_latent_cache": "generation"}
+_HOMES = {"LatentCache": "cache", "use_latent_cache": "generation", "use_ordinary_cache": "generation"}
 
-__all__ = ["LatentCache", "use_latent_cache"]
+__all__ = ["LatentCache", "use_latent_cache", "use_ordinary_cache"]
 
 _import_when_asked(__name__, _HOMES)

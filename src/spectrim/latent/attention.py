@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -22,11 +22,25 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from spectrim.errors import ModelError
 from spectrim.kernels.latent_decode import latent_attention
-from spectrim.maths.decompose import head_ranks
-from spectrim.storage.layers import LowRankLinear
 
 PREFIX = "latent-"  # of the names of attention functions; the function from before follows
 BASES = ("sdpa", "eager")
+
+
+@runtime_checkable
+class HasLatents(Protocol):
+    """A linear layer in factors, ``y = A (B x) + bias``, such as `storage.layers.LowRankLinear`."""
+
+    out_features: int
+    B: nn.Module
+    bias: Any
+
+    @property
+    def latent_ranks(self) -> tuple[int, ...] | None:
+        """Ranks of the heads, whose parts of ``B x`` lie one after another; None where there is more to the layer."""
+
+    def head_weights(self) -> list[torch.Tensor]:
+        """A of each head, [out / H, rank]. Raises ModelError where it has no values."""
 
 
 @dataclass(frozen=True)
@@ -46,21 +60,16 @@ class Site:
     """An attention module whose keys and values are factored head by head; a copy of a cache is for the same one."""
 
     module: Any
-    k: LowRankLinear
-    v: LowRankLinear
-    heads: int
+    k: HasLatents
+    v: HasLatents
+    ranks: tuple[tuple[int, ...], tuple[int, ...]]  # of keys and of values, by head
 
     def __deepcopy__(self, memo: Any) -> "Site":
         return self
 
-    @property
-    def ranks(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Of keys and of values, by head."""
-        return head_ranks(self.k.rank), head_ranks(self.v.rank)
-
     def factors(self) -> Factors:
         """As they are now. Raises ModelError where they have no values or carry an adapter, and for other key norms."""
-        norm, epsilon, width = None, 0.0, self.k.out_features // self.heads
+        norm, epsilon, width = None, 0.0, self.k.out_features // len(self.ranks[0])
         if (layer := getattr(self.module, "k_norm", None)) is not None:
             found = getattr(layer, "variance_epsilon", getattr(layer, "eps", None))
             weight = getattr(layer, "weight", None)
@@ -200,16 +209,13 @@ def sites(model: PreTrainedModel) -> Iterator[Site]:
         if type(getattr(module, "layer_idx", None)) is not int:
             continue
         k, v, width = (getattr(module, name, None) for name in ("k_proj", "v_proj", "head_dim"))
-        if not isinstance(k, LowRankLinear) or not isinstance(v, LowRankLinear) or not isinstance(width, int):
+        if not isinstance(k, HasLatents) or not isinstance(v, HasLatents) or type(width) is not int:
             continue
-        heads = k.out_features // width
-        apart = all(
-            len(head_ranks(x.rank)) == heads and x.pivots is None and x.R is None and x.out_features == heads * width
-            for x in (k, v)
-        )
+        ranks = k.latent_ranks or (), v.latent_ranks or ()
+        apart = all(len(each) * width == x.out_features for each, x in zip(ranks, (k, v), strict=True))
         # Cross-attention and models without rotary embedding do not take positions.
         if apart and "position_embeddings" in inspect.signature(type(module).forward).parameters:
-            yield Site(module, k, v, heads)
+            yield Site(module, k, v, ranks)
 
 
 def connect(model: PreTrainedModel) -> list[Site]:

@@ -49,6 +49,7 @@ class LatentLayer(CacheLayerMixin):
         self.table: int | None = None  # its number in the cache; None without rotation
         self.factors: Factors | None = None
         self.seen = self.probed = 0
+        self.keys = self.values = None
         self.is_initialized = False
 
     @property
@@ -62,8 +63,9 @@ class LatentLayer(CacheLayerMixin):
         return sum(rows.nbytes for rows in self.rows)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Read the factors of the model."""
+        """Read the factors of the model; keys and values, at which some models look, stay empty."""
         self.factors = self.site.factors()
+        self.keys, self.values = key_states.new_empty(0), value_states.new_empty(0)
         self.is_initialized = True
 
     @torch.no_grad()

@@ -24,6 +24,11 @@ def use_latent_cache(model: PreTrainedModel, latent_dtype: str | None = None) ->
     vars(model)[_PREPARE] = MethodType(_prepare, model)  # copies of the model have a method of their own
 
 
+def use_ordinary_cache(model: PreTrainedModel) -> None:
+    """Take that back."""
+    vars(model).pop(_PREPARE, None)
+
+
 def _prepare(model: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
     """Make a latent cache where transformers would make an ordinary one."""
     given = {name for name in ("cache", "past_key_values") if model_kwargs.get(name) is not None}
