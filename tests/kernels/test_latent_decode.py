@@ -104,6 +104,12 @@ def test_query_heads_share_the_keys_of_their_group(group):
     torch.testing.assert_close(latent_attention(**x), whole(x, {}), rtol=1e-12, atol=1e-12)
 
 
+def test_queries_may_lie_by_token_as_models_have_them():
+    x = problem(steps=4)
+    moved = {**x, "q": x["q"].transpose(1, 2).contiguous().transpose(1, 2)}
+    assert torch.equal(latent_attention(**moved), latent_attention(**x))
+
+
 def test_integers_are_multiplied_by_the_scale_of_their_token_and_head():
     x = problem(integers=True)
     case = {name: torch.rand(B, T, H, dtype=torch.float64) / 20 for name in ("scale_k", "scale_v")}

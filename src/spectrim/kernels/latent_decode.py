@@ -116,7 +116,7 @@ def latent_attention(
     (batch, queries, steps, width), heads, tokens = q.shape, len(A_k), z_k.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
     group = queries // heads
-    rows = (q.to(wide) * scaling).view(batch, heads, group * steps, width)  # the queries of one head read the same keys
+    rows = (q.to(wide) * scaling).reshape(batch, heads, group * steps, width)  # these read the same keys
     tile = max(16, TILE // batch)
     found = torch.empty(batch, heads, group * steps, width, dtype=wide, device=q.device)
     columns_k, columns_v = ([A.shape[1] for A in factors] for factors in (A_k, A_v))

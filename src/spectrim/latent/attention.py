@@ -160,21 +160,14 @@ def attend(
     call, steps = running(), query.shape[2]
     if call is not None and call.layer.site.module is module:
         call.attended = True
+        _check(module, kwargs)
     else:
         call = None
     if call is None or call.layer.get_seq_length() == steps:
         function = eager_of(module) if base is None else base
         how = {"scaling": scaling, **({} if softcap is None else {"softcap": softcap}), **kwargs}
         return function(module, query, key, value, attention_mask, **how)
-    for name in ("s_aux", "position_bias", "head_mask"):
-        if kwargs.get(name) is not None:
-            raise ModelError(f"{type(module).__name__} attends with {name}, which a latent cache does not have")
-    if kwargs.get("dropout"):
-        raise ModelError("attention over a latent cache has no dropout; call model.eval() before")
-    if kwargs.get("output_attentions"):
-        raise ModelError("attention over a latent cache returns no weights; leave output_attentions out")
-    mask = attention_mask
-    count = call.layer.visible(steps)
+    mask, count = attention_mask, call.layer.visible(steps)
     if mask is None and steps > 1:
         mask = query.new_ones(steps, count, dtype=torch.bool).tril(count - steps)[None, None]
     if mask is not None and (mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[3] < count):
@@ -187,6 +180,17 @@ def attend(
         mask=None if mask is None else mask[:, 0, :, :count],
     )
     return found.transpose(1, 2), None
+
+
+def _check(module: Any, options: dict[str, Any]) -> None:
+    """Raise ModelError for options of an attention function that attention over latents does not have."""
+    for name in ("s_aux", "position_bias", "head_mask"):
+        if options.get(name) is not None:
+            raise ModelError(f"{type(module).__name__} attends with {name}, which a latent cache does not have")
+    if options.get("dropout"):
+        raise ModelError("attention over a latent cache has no dropout; call model.eval() before")
+    if options.get("output_attentions"):
+        raise ModelError("attention over a latent cache returns no weights; leave output_attentions out")
 
 
 def eager_of(module: Any) -> Callable[..., Any]:
