@@ -6,7 +6,7 @@ import torch
 from spectrim.kernels import latent_decode as module
 from spectrim.kernels.latent_decode import latent_attention, latent_decode
 
-B, T, H, D = 2, 37, 2, 8
+B, T, H, D = 2, 150, 2, 8
 RANKS_K, RANKS_V = (3, 5), (4, 2)
 
 
@@ -90,7 +90,7 @@ def options():
     }
 
 
-@pytest.mark.parametrize("tile", [16, 20, 1024])
+@pytest.mark.parametrize("tile", [64, 70, 1024])
 @pytest.mark.parametrize("name", options())
 def test_attention_over_latents_is_that_over_their_keys_and_values(name, tile, monkeypatch):
     monkeypatch.setattr(module, "TILE", tile * B)
@@ -117,11 +117,11 @@ def test_integers_are_multiplied_by_the_scale_of_their_token_and_head():
     torch.testing.assert_close(latent_attention(**x, **case), whole(x, case), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("window", [None, 1, 9])
+@pytest.mark.parametrize("window", [None, 1, 70])
 def test_a_step_sees_from_its_start_to_its_length_within_the_window(window, monkeypatch):
-    monkeypatch.setattr(module, "TILE", 16 * B)
+    monkeypatch.setattr(module, "TILE", 64 * B)
     x = problem()
-    start, length = torch.tensor([0, 20]), torch.tensor([30, 37])
+    start, length = torch.tensor([0, 90]), torch.tensor([100, 150])
     place, seen = torch.arange(T), torch.zeros(B, 1, T, dtype=torch.bool)
     for row in range(B):
         last = length[row] - (T if window is None else window)

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of the name 
 
 NO_HEADS = {"phi3"}  # q, k and v are one linear
 NOT_ROTATED = {"opt"}
-KINDS = sorted(FAMILIES.keys() - NO_HEADS - NOT_ROTATED) + ["qwen3_5", "gemma2", "granite"]
+KINDS = [*sorted(FAMILIES.keys() - NO_HEADS - NOT_ROTATED), "qwen3_5", "gemma2", "granite"]
 CLOSE = 1e-5  # of the largest logit, float32
 
 

@@ -117,41 +117,44 @@ def latent_attention(
     wide = torch.promote_types(q.dtype, torch.float32)
     group = queries // heads
     rows = (q.to(wide) * scaling).reshape(batch, heads, group * steps, width)  # these read the same keys
-    tile = max(16, TILE // batch)
-    found = torch.empty(batch, heads, group * steps, width, dtype=wide, device=q.device)
-    columns_k, columns_v = ([A.shape[1] for A in factors] for factors in (A_k, A_v))
-    parts_k, parts_v = z_k.split(columns_k, dim=2), z_v.split(columns_v, dim=2)  # views [B, T, r_h]
-    for head in range(heads):
-        A, bias = A_k[head].to(wide), None if b_k is None else b_k.view(heads, width)[head].to(wide)
-        highest = torch.full((batch, group * steps, 1), -torch.inf, dtype=wide, device=q.device)
-        total = torch.zeros_like(highest)
-        sums = torch.zeros(batch, group * steps, columns_v[head], dtype=wide, device=q.device)
-        for first in range(0, tokens, tile):
-            at = slice(first, min(first + tile, tokens))
-            K = _numbers(parts_k[head][:, at], scale_k, at, head, wide) @ A.T  # [B, tile, D]
-            if bias is not None:
-                K += bias
+    parts_k, parts_v = (  # views [B, T, r_h]
+        z.split([A.shape[1] for A in factors], dim=2) for z, factors in ((z_k, A_k), (z_v, A_v))
+    )
+    up_k, up_v = ([A.to(wide) for A in factors] for factors in (A_k, A_v))
+    bias_k, bias_v = (None if b is None else b.to(wide).view(heads, 1, width) for b in (b_k, b_v))
+    highest = [rows.new_full((batch, group * steps, 1), -torch.inf) for _ in range(heads)]
+    total = [torch.zeros_like(each) for each in highest]
+    sums = [rows.new_zeros(batch, group * steps, A.shape[1]) for A in A_v]
+    tile = max(64, TILE // batch)
+    for first in range(0, tokens, tile):
+        at = slice(first, min(first + tile, tokens))
+        turns = None if cos is None or sin is None else (cos[:, at].to(wide), sin[:, at].to(wide))
+        for head in range(heads):
+            K = _numbers(parts_k[head], scale_k, at, head, wide) @ up_k[head].T  # [B, tile, D]
+            if bias_k is not None:
+                K += bias_k[head]
             if inverse_rms is not None:
                 K *= inverse_rms[:, at, head, None].to(wide)
             if norm is not None:
                 K *= norm.to(wide)
-            if cos is not None and sin is not None:
-                rotate(K, cos[:, at].to(wide), sin[:, at].to(wide))
+            if turns is not None:
+                rotate(K, *turns)
             scores = rows[:, head] @ K.transpose(1, 2)  # [B, group · S, tile]
             if softcap is not None:
-                scores = softcap * torch.tanh(scores / softcap)
+                scores = scores.div_(softcap).tanh_().mul_(softcap)
             if mask is not None:
                 _mask(scores.view(batch, group, steps, -1), mask[:, None, :, at])
-            top = torch.maximum(highest, scores.amax(2, keepdim=True))
+            top = torch.maximum(highest[head], scores.amax(2, keepdim=True))
             base = top.masked_fill(top == -torch.inf, 0.0)  # nothing seen so far
             weights = scores.sub_(base).exp_()
-            kept = (highest - base).exp_()
-            total = total * kept + weights.sum(2, keepdim=True)
-            sums = sums * kept + weights @ _numbers(parts_v[head][:, at], scale_v, at, head, wide)
-            highest = top
-        found[:, head] = (sums / total.masked_fill(total == 0, 1.0)) @ A_v[head].to(wide).T
-    if b_v is not None:
-        found += b_v.to(wide).view(heads, 1, width)
+            kept = (highest[head] - base).exp_()
+            total[head] = total[head] * kept + weights.sum(2, keepdim=True)
+            sums[head] = sums[head] * kept + weights @ _numbers(parts_v[head], scale_v, at, head, wide)
+            highest[head] = top
+    means = (one / whole.masked_fill(whole == 0, 1.0) for one, whole in zip(sums, total, strict=True))
+    found = torch.stack([mean @ A.T for mean, A in zip(means, up_v, strict=True)], dim=1)
+    if bias_v is not None:
+        found += bias_v
     return found.view(batch, queries, steps, width).to(q.dtype)
 
 
@@ -159,14 +162,14 @@ def rotate(K: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
     """Rotate the first Drot numbers of keys [..., T, D] in place, half against half; cos, sin [..., T, Drot]."""
     low, high = K[..., : cos.shape[-1]].chunk(2, dim=-1)
     (cos_low, cos_high), (sin_low, sin_high) = cos.chunk(2, dim=-1), sin.chunk(2, dim=-1)
-    turned = high * cos_high + low * sin_high
-    low.mul_(cos_low).sub_(high * sin_low)
+    turned = (high * cos_high).addcmul_(low, sin_high)
+    low.mul_(cos_low).addcmul_(high, sin_low, value=-1)
     high.copy_(turned)
 
 
 def _numbers(z: torch.Tensor, scale: torch.Tensor | None, at: slice, head: int, dtype: torch.dtype) -> torch.Tensor:
     """Latents of one head and tile [B, tile, r] as numbers."""
-    numbers = z.to(dtype)
+    numbers = z[:, at].to(dtype)
     return numbers if scale is None else numbers * scale[:, at, head, None].to(dtype)
 
 
