@@ -82,6 +82,41 @@ def test_fifty_steps_after_an_image_or_a_text_give_the_same_logits(family):
     assert len(latent) == len(list(attention.sites(model))) > 0
 
 
+def reordered(past, *tensors):
+    order = torch.tensor([2, 0, 1])
+    past.reorder_cache(order)
+    return [x[order] for x in tensors]
+
+
+def selected(past, *tensors):
+    kept = torch.tensor([2, 1])
+    past.batch_select_indices(kept)
+    return [x[kept] for x in tensors]
+
+
+def repeated(past, *tensors):
+    past.batch_repeat_interleave(2)
+    return [x.repeat_interleave(2, 0) for x in tensors]
+
+
+@pytest.mark.parametrize("change", [reordered, selected, repeated])
+def test_sequences_change_places_with_their_positions(change):
+    """Of texts with different padding, as no beam search does it."""
+    model = model_of("qwen3")
+    inputs, found = padded(model), []
+    for past in (ordinary(model), LatentCache(model)):
+        with torch.no_grad():
+            positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+            model(**inputs, position_ids=positions, past_key_values=past)
+            mask, last, places = change(
+                past, inputs["attention_mask"], inputs["input_ids"][:, -1:], positions[:, -1:] + 1
+            )
+            mask = torch.cat([mask, torch.ones_like(last)], dim=1)
+            step = {"input_ids": last, "attention_mask": mask, "position_ids": places}
+            found.append(model(**step, past_key_values=past).logits)
+    assert (found[0] - found[1]).abs().max() <= CLOSE * found[0].abs().max()
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2_5_vl", "qwen3_vl", "gemma3", "idefics3"])
 def test_a_batch_padded_on_the_left(family):
     model = model_of(family)
@@ -107,6 +142,17 @@ def test_beams_of_padded_texts_have_positions_of_their_own():
 def test_prefill_in_chunks(family):
     model = model_of(family)
     assert_same(model, padded(model), prefill_chunk_size=5)
+
+
+def test_a_chunk_without_a_mask_is_causal():
+    model = model_of("gemma3_text")
+    ids, found = text_inputs(model)["input_ids"], []
+    for mask in (None, {"full_attention": None, "sliding_attention": None}):
+        past = LatentCache(model)
+        with torch.no_grad():
+            model(input_ids=ids[:, :6], past_key_values=past)
+            found.append(model(input_ids=ids[:, 6:], attention_mask=mask, past_key_values=past).logits)
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
