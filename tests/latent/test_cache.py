@@ -19,7 +19,6 @@ from spectrim.errors import ModelError
 from spectrim.latent import LatentCache, attention, cache
 from spectrim.latent.cache import LatentLayer, quantized
 from spectrim.samples.batches import image_prompt, model_tensors
-from spectrim.storage.layers import LowRankLinear
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of the name past_key_values
 
@@ -429,11 +428,9 @@ def test_an_adapter_is_refused_and_other_changes_of_keys_are_noticed():
     site.module.v_proj.register_forward_hook(lambda _module, _args, output: output * 1.01)
     refused(model, "changes its values")
     model = model_of("llama")
-    layer = next(m for m in model.modules() if isinstance(m, LowRankLinear) and not isinstance(m.rank, int))
     site = next(attention.sites(model))
     site.k.A[0] = torch.nn.Sequential(site.k.A[0])
     refused(model, "merge its adapter first")
-    assert layer is not None
 
 
 def test_attention_that_does_not_ask_the_interface_is_refused(monkeypatch):
