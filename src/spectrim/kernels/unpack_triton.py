@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-_ROWS, _COLUMNS = 4, 512  # of the weight, that one program writes
+ROWS, COLUMNS = 4, 256  # of the weight, that one program writes
 
 
 @triton.jit
@@ -58,7 +58,7 @@ def unpack_weight(
     """
     out, groups = scales.shape
     weight = scales.new_empty(out, size)
-    grid = (triton.cdiv(out, _ROWS), triton.cdiv(size, _COLUMNS))
+    grid = (triton.cdiv(out, ROWS), triton.cdiv(size, COLUMNS))
     unpack_kernel[grid](
         words,
         scales.contiguous(),
@@ -71,7 +71,7 @@ def unpack_weight(
         size // groups,
         BITS=bits,
         HAS_ZEROS=zeros is not None,
-        ROWS=_ROWS,
-        COLUMNS=_COLUMNS,
+        ROWS=ROWS,
+        COLUMNS=COLUMNS,
     )
     return weight
