@@ -89,6 +89,7 @@ def resources(kernel: Kernel, target: int) -> Resources:
 
 
 def main() -> None:
+    """Print the table and say by the exit code whether all fit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="JSON in place of a table")
     json_wanted = parser.parse_args().json
