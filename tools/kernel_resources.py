@@ -1,6 +1,6 @@
 """What our Triton kernels take of a GPU, without one: registers, spilled bytes and shared memory for three targets.
 
-    python tools/kernel_resources.py [--json]
+    python tools/kernel_resources.py [--json] [--all]
 
 Exits with 1 if a kernel spills or takes more shared memory than a program can have on a target.
 """
@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from spectrim.kernels import unpack_triton
+from spectrim.kernels import latent_decode_triton, unpack_triton
 
 TARGETS = {80: 163, 90: 227, 120: 99}  # KiB of shared memory that one program can have
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -57,15 +58,64 @@ class Resources:
         return not self.spilled and self.shared <= self.limit
 
 
-def kernels() -> list[Kernel]:
-    """Those of the package, in the variants that matter."""
-    found = []
-    for bits in (2, 3, 4, 8):
-        types = {"words": "*i32", "scales": "*bf16", "zeros": "*i8", "weight": "*bf16"}
-        types |= dict.fromkeys(("out", "size", "row_words", "groups", "group"), "i32")
-        constants = {"BITS": bits, "HAS_ZEROS": True, "ROWS": unpack_triton.ROWS, "COLUMNS": unpack_triton.COLUMNS}
-        found.append(Kernel(f"unpack {bits} bits", unpack_triton.unpack_kernel, types, constants, {"num_warps": 4}))
-    return found
+def kernels(every: bool) -> list[Kernel]:
+    """Those of the package, in some variants, or in all that matter."""
+    return [*unpacking(), *decoding(every)]
+
+
+def unpacking() -> list[Kernel]:
+    """Codes that lie across words, which take most."""
+    types = {"words": "*i32", "scales": "*bf16", "zeros": "*i8", "weight": "*bf16"}
+    types |= dict.fromkeys(("out", "size", "row_words", "groups", "group"), "i32")
+    constants = {"BITS": 3, "HAS_ZEROS": True, "ROWS": unpack_triton.ROWS, "COLUMNS": unpack_triton.COLUMNS}
+    return [Kernel("unpack 3 bits", unpack_triton.unpack_kernel, types, constants, {"num_warps": 4})]
+
+
+EVERY = ("cos", "sin", "b_k", "inverse_rms", "starts", "lengths", "window", "softcap")  # that a key can meet
+SHAPES = ((64, 8, 32), (80, 1, 32), (96, 1, 48), (128, 7, 32), (128, 7, 64), (128, 4, 96), (256, 2, 64), (256, 4, 256))
+
+
+def decoding(every: bool) -> list[Kernel]:
+    """Widths of heads, queries that share one, and ranks; plain, with all options, and int8."""
+    plain = ("cos", "sin", "lengths")
+    found = [
+        split(64, 4, 16, "fp16", "fp16", plain),
+        split(80, 1, 32, "bf16", "bf16", EVERY),
+        split(128, 7, 48, "bf16", "bf16", plain),
+        split(128, 7, 48, "bf16", "i8", (*plain, "scale_k", "scale_v")),
+        split(256, 4, 128, "bf16", "bf16", EVERY),
+    ]
+    if every:
+        for shape in SHAPES:
+            found.append(split(*shape, "fp16", "fp16", plain))
+            found.append(split(*shape, "bf16", "bf16", EVERY))
+            found.append(split(*shape, "bf16", "i8", (*EVERY, "scale_k", "scale_v")))
+    return [*found, merge(128, 64), merge(256, 256)]
+
+
+def split(width: int, group: int, rank: int, dtype: str, latents: str, options: Sequence[str]) -> Kernel:
+    """`split_kernel` for four key/value heads, as 8 sequences of 8192 tokens call it."""
+    block = triton.next_power_of_2(rank)
+    tiles = latent_decode_triton.Tiles.fitting(8, 8192, 4, block, 132)
+    types = dict.fromkeys(("z_k", "z_v"), f"*{latents}") | dict.fromkeys(("columns_k", "columns_v"), "*i32")
+    types |= dict.fromkeys(("q", "a_k", "cos", "sin", "b_k", "inverse_rms", "scale_k", "scale_v"), f"*{dtype}")
+    types |= dict.fromkeys(("starts", "lengths"), "*i64") | dict.fromkeys(("parts", "peaks", "totals"), "*fp32")
+    types |= dict.fromkeys(("scaling", "softcap"), "fp32") | dict.fromkeys(("tokens", "window", "split_size"), "i32")
+    types |= {f"{what}_{of}": "i32" for what in ("row", "token") for of in ("k", "v", "cos", "rms", "scale")}
+    constants: dict[str, Any] = dict.fromkeys({*EVERY, "scale_k", "scale_v"} - {*options})
+    constants |= {"TILE": tiles.tile, "CHUNK": tiles.chunk, "PROGRAM_HEADS": tiles.heads, "HEADS": 4, "GROUP": group}
+    constants |= {"GROUP_BLOCK": 16, "D": width, "HALF": width // 2, "RANK_K": block, "RANK_V": block}
+    constants |= {"ALIGNED": 16, "PRECISION": "tf32"}
+    name = f"decode {width} × {group}, rank {rank}, {latents}{', all options' * ('softcap' in options)}"
+    return Kernel(name, latent_decode_triton.split_kernel, types, constants, {"num_warps": tiles.warps})
+
+
+def merge(width: int, block: int) -> Kernel:
+    """`merge_kernel` of many splits."""
+    types = dict.fromkeys(("parts", "peaks", "totals"), "*fp32") | {"columns_v": "*i32", "splits": "i32"}
+    types |= dict.fromkeys(("a_v", "b_v", "o"), "*bf16")
+    constants = {"HEADS": 4, "GROUP": 7, "D": width, "RANK_V": block, "SPLITS_BLOCK": 1024}
+    return Kernel(f"merge {width}, rank {block}", latent_decode_triton.merge_kernel, types, constants, {"num_warps": 4})
 
 
 def resources(kernel: Kernel, target: int) -> Resources:
@@ -73,9 +123,11 @@ def resources(kernel: Kernel, target: int) -> Resources:
     signature = {
         name: "constexpr" if name in kernel.constants else kernel.types[name] for name in kernel.function.arg_names
     }
-    # Pointers and strides are multiples of 16 at run time, and Triton finds that out; so do we.
+    # As at run time, where Triton sees that pointers and the strides of rows are multiples of 16.
     attributes = {
-        (place,): [["tt.divisibility", 16]] for place, kind in enumerate(signature.values()) if kind.startswith("*")
+        (place,): [["tt.divisibility", 16]]
+        for place, (name, kind) in enumerate(signature.items())
+        if kind.startswith("*") or name.endswith(("_k", "_v", "_cos", "_size"))
     }
     source = ASTSource(kernel.function, signature, kernel.constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=kernel.options)
@@ -92,15 +144,17 @@ def main() -> None:
     """Print the table and say by the exit code whether all fit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="JSON in place of a table")
-    json_wanted = parser.parse_args().json
-    rows = [resources(kernel, target) for kernel in kernels() for target in TARGETS]
-    if json_wanted:
-        print(json.dumps([asdict(row) for row in rows]))
-    else:
+    parser.add_argument("--all", action="store_true", help="every variant; takes minutes")
+    options = parser.parse_args()
+    if not options.json:
         print("| kernel | target | registers | spilled, bytes | shared, KiB | of |\n|---|---|---|---|---|---|")
-        for r in rows:
+    rows = []
+    for kernel in kernels(options.all):
+        for target in TARGETS:
+            rows.append(r := resources(kernel, target))
             shared, limit = r.shared / 1024, r.limit // 1024
-            print(f"| {r.kernel} | {r.target} | {r.registers} | {r.spilled} | {shared:.1f} | {limit} |")
+            cells = f"| {r.kernel} | {r.target} | {r.registers} | {r.spilled} | {shared:.1f} | {limit} |"
+            print(json.dumps(asdict(r)) if options.json else cells, flush=True)
     sys.exit(not all(row.fits for row in rows))
 
 

@@ -18,7 +18,7 @@ def rows(tmp_path_factory):
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
     done = subprocess.run([sys.executable, TOOL, "--json"], env=environment, capture_output=True, text=True)
     assert done.stdout, done.stderr
-    return json.loads(done.stdout)
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def test_every_kernel_compiles_for_every_target_without_spills(rows):
