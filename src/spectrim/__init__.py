@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from spectrim.checkpoint import load, load_processor, push, read_provenance, save
     from spectrim.errors import SpectrimError
     from spectrim.evaluate import evaluate
+    from spectrim.latent import LatentCache
     from spectrim.mismatch.analysis import inspect
     from spectrim.pipeline import compress, compression
     from spectrim.pipeline.stages import Compression
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from spectrim.storage.lora import lora_targets
 
 _HOMES = {
+    "LatentCache": "latent",
     "anatomy": "anatomy",
     "Statistics": "calibrate",
     "calibrate": "calibrate",
@@ -44,6 +46,7 @@ _HOMES = {
 
 __all__ = [
     "Compression",
+    "LatentCache",
     "Plan",
     "Recipe",
     "SpectrimError",

@@ -6,7 +6,7 @@ import re
 import pytest
 from safetensors.torch import load_file
 
-from compressed import packed
+from compressed import factored, packed
 from families import FAMILIES
 from helpers.command import run
 from helpers.evaluated import make_llava, make_processor
@@ -98,9 +98,36 @@ def test_a_model_that_sees_is_shown_an_image(tmp_path):
     assert row.image.ratio == 1
 
 
+def test_steps_in_a_context_run_with_and_without_latents(directories, tmp_path):
+    save(factored("llama", form="headwise"), tmp_path / "heads")
+    home = [directories[0], tmp_path / "heads"]
+    found = bench(home, names=["dense", "heads"], batches=[2, 1], context=20, latent_cache=True, **QUICK)
+    assert [row.model for row in found.rows] == ["dense", "heads", "heads, latents"] * 2
+    dense, whole, latent = found.rows[:3]
+    assert dense.step.ratio == 1
+    assert latent.step.ratio == pytest.approx(latent.step.median / dense.step.median)
+    assert dense.cache_bytes == 2 * 2 * 2 * 2 * 20 * 16 * 2  # k and v, layers, heads, sequences, tokens, width, bytes
+    assert latent.cache_bytes < 0.7 * whole.cache_bytes
+    assert found.rows[3].step is None
+    assert "step in context" in found.markdown()
+    assert "20 tokens of context" in found.about
+    assert "step in context" not in bench(directories, **QUICK).markdown()
+
+
+def test_steps_are_taken_back(directories):
+    one = engines.opener("transformers", device=None, dtype=None, runtime=None, length=9, batch=2)(str(directories[0]))
+    size = one.fill([[5, 6, 7, 8]] * 2)
+    one.step(3)
+    one.step(2)
+    assert one._past.get_seq_length() == 4
+    assert size == one.fill([[5, 6, 7, 8]] * 2)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--context", "0"], "--context 0 is too small; give at least 1"),
+        (["--latent-cache"], "--latent-cache has no effect on these models: .* recipe laser"),
         (["--new", "1"], "--new 1 is too small; give at least 2"),
         (["--prompt", "0"], "--prompt 0 is too small"),
         (["--repeats", "0"], "--repeats 0 is too small"),

@@ -1,9 +1,11 @@
 """Engines that run a model for a benchmark: each opens a directory and generates a number of tokens."""
 
+import copy
 import json
 import os
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
+from inspect import signature
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,12 +13,15 @@ from typing import Any, Protocol
 import torch
 from PIL import Image
 from torch import nn
+from transformers import DynamicCache
 
 from spectrim.checkpoint import load, load_processor
 from spectrim.errors import ModelError, UsageError
+from spectrim.latent import LatentCache
 from spectrim.samples.batches import image_prompt, model_tensors
 
 QUESTION = "What is in the picture?"
+_CHUNK = 1024  # tokens that fill a cache at once
 
 
 class Engine(Protocol):
@@ -33,16 +38,62 @@ class Engine(Protocol):
     def weights(self) -> int | None:
         """Bytes of parameters and buffers in memory; None where the engine does not show them."""
 
+    def fill(self, prompts: list[list[int]]) -> int:
+        """Keep a cache of these tokens; returns its bytes."""
+
+    def step(self, new: int) -> None:
+        """Run so many steps after the tokens of `fill`, and take them back."""
+
 
 class Transformers:
-    """Of transformers, by `generate` with its ordinary cache."""
+    """Of transformers, by `generate` with its ordinary cache, or with latents."""
 
     def __init__(self, directory: str, *, device: str | None, dtype: torch.dtype | None, runtime: str | None) -> None:
         self._directory = directory
         self._model: Any = load(directory, device_map=device, dtype=dtype, runtime=runtime)
         self._image: Mapping[str, torch.Tensor] | None = None
+        self._latent = False
+        self._past: Any = None  # of `fill`
+        self._rows = 0
         embeddings: Any = self._model.get_input_embeddings()
         self.vocabulary: int = embeddings.num_embeddings
+
+    def with_latents(self) -> "Transformers":
+        """The same model with a latent cache. Raises ModelError for one that cannot use it."""
+        LatentCache(self._model)
+        other = copy.copy(self)
+        other._latent = True
+        return other
+
+    def _cache(self) -> Any:
+        return LatentCache(self._model) if self._latent else DynamicCache(config=self._model.config.get_text_config())
+
+    def _named(self, past: Any) -> dict[str, Any]:
+        """A cache by the name that this release of transformers has for it."""
+        return {
+            name: past for name in ("cache", "past_key_values") if name in signature(self._model.forward).parameters
+        }
+
+    @torch.inference_mode()
+    def fill(self, prompts: list[list[int]]) -> int:
+        """See :class:`Engine`."""
+        self._past, self._rows = self._cache(), len(prompts)
+        self._past.activate_past_recording()  # so that steps can be taken back
+        for ids in torch.tensor(prompts, device=self._model.device).split(_CHUNK, dim=1):
+            self._model(input_ids=ids, logits_to_keep=1, **self._named(self._past))
+        if isinstance(self._past, LatentCache):
+            return self._past.nbytes
+        kept = (getattr(layer, name, None) for layer in self._past.layers for name in ("keys", "values"))
+        return sum(x.nbytes for x in kept if x is not None)
+
+    @torch.inference_mode()
+    def step(self, new: int) -> None:
+        """See :class:`Engine`; the token is always the same."""
+        ids = torch.full((self._rows, 1), self.vocabulary // 3, device=self._model.device)
+        for _ in range(new):
+            self._model(input_ids=ids, **self._named(self._past))
+        self._past.crop(-new)
+        self._wait()
 
     def generate(self, prompts: list[list[int]], new: int) -> None:
         """See :class:`Engine`."""
@@ -67,7 +118,10 @@ class Transformers:
     @torch.inference_mode()
     def _run(self, inputs: Mapping[str, torch.Tensor], new: int) -> None:
         exactly = {"min_new_tokens": new, "max_new_tokens": new, "do_sample": False, "pad_token_id": 0}
-        self._model.generate(**inputs, **exactly)
+        self._model.generate(**inputs, **exactly, **self._named(self._cache()))
+        self._wait()
+
+    def _wait(self) -> None:
         if self._model.device.type == "cuda":
             torch.cuda.synchronize(self._model.device)
 
@@ -112,6 +166,14 @@ class VLLM:
         self._processor = self._processor or load_processor(self._directory)
         prompt = image_prompt(self._processor, QUESTION)
         self._run([{"prompt": prompt, "multi_modal_data": {"image": image}}], new)
+
+    def fill(self, prompts: list[list[int]]) -> int:
+        """Raises UsageError: vLLM keeps its own cache."""
+        raise UsageError("--context has no effect in vLLM, whose cache is its own; leave it out")
+
+    def step(self, new: int) -> None:
+        """As `fill`."""
+        self.fill([])
 
     def weights(self) -> int | None:
         """What vLLM's workers hold."""

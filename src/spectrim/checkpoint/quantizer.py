@@ -24,6 +24,7 @@ from transformers.quantizers.base import HfQuantizer
 from spectrim.checkpoint.config import METHOD, SpectrimConfig
 from spectrim.checkpoint.names import compressed_layers, runtime_names, shortened, stored_layers
 from spectrim.errors import CheckpointError, ModelError
+from spectrim.latent import use_latent_cache
 from spectrim.storage import StoredLayer, exchange, form
 from spectrim.storage.packed import set_runtime
 
@@ -147,6 +148,8 @@ class SpectrimQuantizer(HfQuantizer):
             if type(parameter) is nn.Parameter and parameter.device.type == "cpu" and parameter.data_ptr() % 64:
                 parameter.data = parameter.data.clone()
         set_runtime(model, self.quantization_config.runtime)
+        if (asked := self.quantization_config.latent_cache) and model.can_generate():
+            use_latent_cache(model, None if asked is True else str(asked))
         vars(model)["is_quantized"] = False  # the factors are ordinary floats; half(), float() and fine-tuning are fine
         return model
 

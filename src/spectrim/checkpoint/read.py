@@ -11,13 +11,14 @@ from transformers.utils import quantization_config as hf_quantization
 from transformers.utils.hub import cached_file
 
 from spectrim import files
-from spectrim.checkpoint.config import METHOD
+from spectrim.checkpoint.config import METHOD, check_latent_cache
 from spectrim.checkpoint.model_files import CONFIGS, PROVENANCE, processor_files
 from spectrim.checkpoint.names import shortened
 from spectrim.checkpoint.sources import NO_MODEL, WHERE, failure, loader, read_config, read_object, sees, split_source
 from spectrim.checkpoint.weights import check_weights, weight_files
 from spectrim.dense import quantization
 from spectrim.errors import CheckpointError, ModelError, SpectrimError, printable
+from spectrim.latent import use_latent_cache, use_ordinary_cache
 from spectrim.storage.packed import RUNTIMES, set_runtime
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ def load(
     device_map: Any = None,
     dtype: torch.dtype | str | None = None,
     runtime: str | None = None,
+    latent_cache: bool | str | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """Open a model directory or hub id, dense or compressed, as the image-text model or the language model that it is.
@@ -39,16 +41,19 @@ def load(
     A GGUF file is named by its path, or as ``DIRECTORY_OR_ID::NAME.gguf``; its weights are unpacked to dense ones.
     `dtype` None keeps the dtype of the files; that of an unpacked GGUF file is bfloat16. `runtime` says how integers
     run: ``auto``, ``speed``, ``memory`` or ``reference`` (see ``storage.packed.PackedLinear``); None as the checkpoint
-    says. Other arguments are those of ``from_pretrained``. Code that a model brings is run with
-    ``trust_remote_code=True`` only; nothing asks. The model is in eval mode.
+    says. `latent_cache` true lets every ``generate`` keep latents in place of keys and values (`spectrim.LatentCache`),
+    ``"int8"`` latents in integers; None as the checkpoint says. Other arguments are those of ``from_pretrained``. Code
+    that a model brings is run with ``trust_remote_code=True`` only; nothing asks. The model is in eval mode.
 
     Raises:
         ModelError: there is no such model, it is of another kind, or its files are damaged or lack weights; names the
-            file and the remedy.
+            file and the remedy. A latent cache was asked for that the model cannot use.
         CheckpointError: a compressed checkpoint is damaged or written by another version.
     """
     if runtime not in (None, *RUNTIMES):
         raise ModelError(f"there is no runtime {runtime!r}; choose from {', '.join(RUNTIMES)}")
+    if latent_cache is not None:
+        check_latent_cache(latent_cache)
     kwargs.setdefault("trust_remote_code", False)
     where = {name: kwargs[name] for name in WHERE if name in kwargs}
     config = read_config(directory, where)
@@ -103,6 +108,10 @@ def load(
         model.name_or_path = model.config.name_or_path = str(directory)
     if runtime is not None:
         set_runtime(model, runtime)
+    if latent_cache:
+        use_latent_cache(model, None if latent_cache is True else latent_cache)
+    elif latent_cache is not None:
+        use_ordinary_cache(model)
     return model
 
 

@@ -86,6 +86,12 @@ def _bench(
     prompt: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 128,
     new: Annotated[int, typer.Option(help="Tokens to generate.")] = 32,
     image: Annotated[bool, typer.Option("--image", help="Time to the first token after an image, too.")] = False,
+    cached: Annotated[
+        int | None, typer.Option("--context", help="Time a step with so many tokens in the cache, too.")
+    ] = None,
+    latent_cache: Annotated[
+        bool, typer.Option("--latent-cache", help="Run models with keys and values by head with latent caches, too.")
+    ] = False,
     engine: Annotated[str, typer.Option(help="transformers or vllm.")] = "transformers",
     runtime: Annotated[
         str | None, typer.Option(help="Of integers: auto, speed, memory or reference; else as the checkpoint says.")
@@ -114,6 +120,8 @@ def _bench(
             prompt=prompt,
             new=new,
             image=image,
+            context=cached,
+            latent_cache=latent_cache,
             repeats=repeats,
             device=device,
             dtype=dtype_of(dtype),

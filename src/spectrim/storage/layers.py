@@ -169,6 +169,24 @@ class LowRankLinear(StoredLayer):
         """Copies of A [out, k] and B [k, in] as `load_factors` takes them; of a layer without pivots."""
         return torch.block_diag(*(head.weight for head in self._heads())), self.B.weight.clone()
 
+    @property
+    def latent_ranks(self) -> tuple[int, ...] | None:
+        """Its ranks by head, where the outputs are the factors A of what B gives and no more; None where they are not.
+
+        A cache may then keep the outputs of B in place of the layer's own (``spectrim.latent``).
+        """
+        return head_ranks(self.rank) if self.pivots is None and self.R is None else None
+
+    @torch.no_grad()
+    def head_weights(self) -> list[torch.Tensor]:
+        """The factors A of the heads, [out / H, rank[h]] each, not copied unless they are integers.
+
+        Raises ModelError where they have no values (offloaded) or carry an adapter.
+        """
+        heads = self._heads()
+        self.check_values()
+        return [_values(head).detach() for head in heads]
+
     @torch.no_grad()
     def loaded(self) -> None:
         """Bring the order of the outputs up to date with the pivots; needed after `pivots` was written to.
