@@ -1,9 +1,9 @@
 """Attention over a key/value cache that keeps latents, for one new token, as Triton kernels; needs triton.
 
 The reference is `latent_decode.latent_decode`. A program has some tokens of one sequence, and all queries of a
-key/value head: it rebuilds keys tile by tile from their latents, in registers, rotates them at their positions, and sums
-the latents of values under an online softmax. A second kernel adds up the parts of each query by their logarithms of
-sums, and multiplies the sum by A_v once.
+key/value head: it rebuilds keys tile by tile from their latents, in registers, rotates them at their positions, and
+sums the latents of values under an online softmax. A second kernel adds up the parts of each query by their logarithms
+of sums, and multiplies the sum by A_v once.
 """
 
 from collections.abc import Sequence
@@ -243,9 +243,11 @@ class Factors:
                 b_k = (b_k.float() * norm.float().repeat(len(A_k))).to(b_k.dtype)
         ranks_k, ranks_v = ([A.shape[1] for A in factors] for factors in (A_k, A_v))
         a_k, a_v = (torch.cat([A.T for A in factors]).contiguous() for factors in (A_k, A_v))
-        columns = [torch.tensor([0, *ranks]).cumsum(0).to(a_k.device, torch.int32) for ranks in (ranks_k, ranks_v)]
+        columns_k, columns_v = (
+            torch.tensor([0, *ranks]).cumsum(0).to(a_k.device, torch.int32) for ranks in (ranks_k, ranks_v)
+        )
         aligned = 16 if all(rank % 16 == 0 for rank in (*ranks_k, *ranks_v)) else 1
-        return cls(a_k, a_v, b_k, b_v, *columns, (max(ranks_k), max(ranks_v)), aligned)
+        return cls(a_k, a_v, b_k, b_v, columns_k, columns_v, (max(ranks_k), max(ranks_v)), aligned)
 
     @property
     def blocks(self) -> tuple[int, int]:
@@ -347,63 +349,17 @@ def decode(
     peaks, totals = torch.empty(2, batch, queries, splits, dtype=torch.float32, device=q.device)
     o = torch.empty(batch, queries, width, dtype=q.dtype, device=q.device)
     split_kernel[(splits, heads // tiles.heads, batch)](
-        q.contiguous(),
-        z_k,
-        z_v,
-        factors.a_k,
-        factors.columns_k,
-        factors.columns_v,
-        cos,
-        sin,
-        factors.b_k,
-        inverse_rms,
-        scale_k,
-        scale_v,
-        start,
-        length,
-        parts,
-        peaks,
-        totals,
-        tokens,
-        window,
-        scaling,
-        softcap,
-        *_strides(z_k),
-        *_strides(z_v),
-        *_strides(cos, sin),
-        *_strides(inverse_rms),
-        *_strides(scale_k, scale_v),
-        tiles.split,
-        TILE=tiles.tile,
-        CHUNK=tiles.chunk,
-        HEADS=heads,
-        PROGRAM_HEADS=tiles.heads,
-        GROUP=group,
-        GROUP_BLOCK=max(16, triton.next_power_of_2(group)),
-        D=width,
-        HALF=half,
-        RANK_K=rank_k,
-        RANK_V=rank_v,
-        ALIGNED=factors.aligned,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-        num_warps=tiles.warps,
-    )
+        q.contiguous(), z_k, z_v, factors.a_k, factors.columns_k, factors.columns_v, cos, sin, factors.b_k,
+        inverse_rms, scale_k, scale_v, start, length, parts, peaks, totals, tokens, window, scaling, softcap,
+        *_strides(z_k), *_strides(z_v), *_strides(cos, sin), *_strides(inverse_rms), *_strides(scale_k, scale_v),
+        tiles.split, TILE=tiles.tile, CHUNK=tiles.chunk, HEADS=heads, PROGRAM_HEADS=tiles.heads, GROUP=group,
+        GROUP_BLOCK=max(16, triton.next_power_of_2(group)), D=width, HALF=half, RANK_K=rank_k, RANK_V=rank_v,
+        ALIGNED=factors.aligned, PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=tiles.warps,
+    )  # fmt: skip
     merge_kernel[(queries, batch)](
-        parts,
-        peaks,
-        totals,
-        factors.a_v,
-        factors.b_v,
-        factors.columns_v,
-        o,
-        splits,
-        HEADS=heads,
-        GROUP=group,
-        D=width,
-        RANK_V=rank_v,
-        SPLITS_BLOCK=max(64, triton.next_power_of_2(splits)),
-        num_warps=4,
-    )
+        parts, peaks, totals, factors.a_v, factors.b_v, factors.columns_v, o, splits, HEADS=heads, GROUP=group, D=width,
+        RANK_V=rank_v, SPLITS_BLOCK=max(64, triton.next_power_of_2(splits)), num_warps=4,
+    )  # fmt: skip
     return o
 
 
