@@ -17,17 +17,16 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from model import SEVEN, SMALL, Attend, Layer, Make, Shape, chain
 from timing import BANDWIDTH, ROTATED, Clock, nbytes, rotated, table, verdict
 from torch import nn
-from torch.nn.functional import rms_norm, scaled_dot_product_attention, silu
+from torch.nn.functional import scaled_dot_product_attention
 
 from spectrim.maths.rounding import Grid
 from spectrim.storage.layers import LowRankLinear
 from spectrim.storage.packed import PackedLinear
 
-WIDTH, HEADS, SHARED, HEAD, INNER, LAYERS = 3584, 28, 4, 128, 18944, 28
 ROWS = (1, 8, 64)
-Make = Callable[[int, int], nn.Module]  # of outputs and inputs
 
 
 @dataclass(frozen=True)
@@ -73,27 +72,16 @@ def forms(like: dict, multiple: int) -> dict[str, Make]:
     return made
 
 
-class Block(nn.Module):
-    """A decoder layer of Qwen2's shape for one new token, its keys and values in a cache of fixed length."""
+def attention(shape: Shape, context: int, like: dict) -> Attend:
+    """Over so many cached tokens, by torch; the new token's keys and values take the place of the last."""
+    keys, values = torch.randn(2, 1, shape.shared, context, shape.head, **like)
 
-    def __init__(self, make: Make, context: int, width: int, inner: int, like: dict) -> None:
-        super().__init__()
-        self.head, self.groups = (HEAD, SHARED) if width == WIDTH else (width // 4, 2)
-        shared = self.groups * self.head
-        self.q, self.o = make(width, width), make(width, width)
-        self.k, self.v = make(shared, width), make(shared, width)
-        self.gate, self.up, self.down = make(inner, width), make(inner, width), make(width, inner)
-        self.register_buffer("cache", torch.randn(2, 1, self.groups, context, self.head, **like))
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        keys[:, :, -1], values[:, :, -1] = (part.view(1, shape.shared, shape.head) for part in (k, v))
+        q = q.view(1, shape.heads, 1, shape.head)
+        return scaled_dot_product_attention(q, keys, values, enable_gqa=True).reshape(1, -1)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """One token, [1, width]."""
-        h = rms_norm(x, x.shape[-1:])
-        q, k, v = (part(h).view(1, -1, 1, self.head) for part in (self.q, self.k, self.v))
-        self.cache[0, :, :, -1:], self.cache[1, :, :, -1:] = k, v
-        attended = scaled_dot_product_attention(q, self.cache[0], self.cache[1], enable_gqa=True)
-        x = x + self.o(attended.reshape(1, -1))
-        h = rms_norm(x, x.shape[-1:])
-        return x + self.down(silu(self.gate(h)) * self.up(h))
+    return attend
 
 
 def measure(clock: Clock, shape: tuple[int, int], made: dict[str, Make], like: dict, late: Callable[[], bool]):
@@ -114,19 +102,11 @@ def measure(clock: Clock, shape: tuple[int, int], made: dict[str, Make], like: d
             yield Row(out, size, rows, form, us, base[rows] / us, limit)
 
 
-def step(clock: Clock, make: Make, context: int, sizes: tuple[int, int, int], like: dict) -> tuple[float, int]:
+def step(clock: Clock, make: Make, context: int, shape: Shape, like: dict) -> tuple[float, int]:
     """Seconds of a decode step, and bytes of its linears."""
-    width, inner, count = sizes
-    blocks = [Block(make, context, width, inner, like) for _ in range(count)]
-
-    def run() -> torch.Tensor:
-        x = start
-        for block in blocks:
-            x = block(x)
-        return x
-
-    start = torch.randn(1, width, **like)
-    return clock.seconds(run), sum(nbytes(block) - block.cache.nbytes for block in blocks)
+    layers = [Layer(shape, make, attention(shape, context, like)) for _ in range(shape.layers)]
+    x = torch.randn(1, shape.width, **like)
+    return clock.seconds(lambda: chain(layers, x)), sum(map(nbytes, layers))
 
 
 @torch.inference_mode()
@@ -139,9 +119,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     clock = Clock.here(options.small)
     like = {"device": clock.device, "dtype": torch.bfloat16}
-    width, shared, inner, count, multiple = (
-        (256, 128, 512, 2, 16) if options.small else (WIDTH, 512, INNER, LAYERS, 128)
-    )
+    model, multiple = (SMALL, 16) if options.small else (SEVEN, 128)
+    width, inner, shared = model.width, model.inner, model.shared * model.head
 
     def late(more: float = 0) -> bool:
         return time.monotonic() - began + more > options.limit
@@ -158,7 +137,7 @@ def main(arguments: list[str] | None = None) -> None:
         if late():
             print(f"out of time: the step of {form} is left out")
             continue
-        found[form] = step(clock, make, 64 if options.small else 1024, (width, inner, count), like)
+        found[form] = step(clock, make, 64 if options.small else 1024, model, like)
         if clock.device.type == "cuda":
             torch.cuda.empty_cache()
     for shape in shapes[1:]:
@@ -170,7 +149,7 @@ def main(arguments: list[str] | None = None) -> None:
     ]
     print(table(["weight", "rows", "form", "µs", "× dense", "of 3.0 TB/s"], cells))
     base, most = found.get("dense", (0.0, 1))
-    print(f"\nA decode step of {count} layers:\n")
+    print(f"\nA decode step of {model.layers} layers:\n")
     cells = [[form, f"{n / most:.1%}", f"{1e3 * s:.3f}", f"{base / s:.2f}"] for form, (s, n) in found.items()]
     print(table(["linears", "of the bytes", "ms", "× dense"], cells))
 

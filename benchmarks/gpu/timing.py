@@ -34,6 +34,11 @@ class Clock:
         """Of the device."""
         return torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU, a small form that says nothing"
 
+    @property
+    def processors(self) -> int:
+        """Multiprocessors of the device."""
+        return torch.cuda.get_device_properties(0).multi_processor_count if self.device.type == "cuda" else 1
+
     def seconds(self, run: Callable[[], object]) -> float:
         """Median of one call, after calls that warm up."""
         if self.device.type == "cpu":
