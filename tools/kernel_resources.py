@@ -26,6 +26,7 @@ from triton.compiler import ASTSource
 
 from spectrim.kernels import latent_decode_triton, unpack_triton
 
+STEPS = ("row_k", "token_k", "row_v", "token_v", "row_cos", "token_cos", "split_size")
 TARGETS = {80: 163, 90: 227, 120: 99}  # KiB of shared memory that one program can have
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -71,7 +72,8 @@ def unpacking() -> list[Kernel]:
     return [Kernel("unpack 3 bits", unpack_triton.unpack_kernel, types, constants, {"num_warps": 4})]
 
 
-EVERY = ("cos", "sin", "b_k", "inverse_rms", "starts", "lengths", "window", "softcap")  # that a key can meet
+ROWS = ("k", "v", "cos", "rms", "scale", "mask")
+EVERY = ("cos", "sin", "b_k", "inverse_rms", "mask", "starts", "lengths", "window", "softcap")  # that a key can meet
 SHAPES = ((64, 8, 32), (80, 1, 32), (96, 1, 48), (128, 7, 32), (128, 7, 64), (128, 4, 96), (256, 2, 64), (256, 4, 256))
 
 
@@ -93,21 +95,22 @@ def decoding(every: bool) -> list[Kernel]:
     return [*found, merge(128, 64), merge(256, 256)]
 
 
-def split(width: int, group: int, rank: int, dtype: str, latents: str, options: Sequence[str]) -> Kernel:
+def split(width: int, group: int, rank: int, dtype: str, latents: str, given: Sequence[str]) -> Kernel:
     """`split_kernel` for four key/value heads, as 8 sequences of 8192 tokens call it."""
     block = triton.next_power_of_2(rank)
     tiles = latent_decode_triton.Tiles.fitting(8, 8192, 4, block, 132)
     types = dict.fromkeys(("z_k", "z_v"), f"*{latents}") | dict.fromkeys(("columns_k", "columns_v"), "*i32")
     types |= dict.fromkeys(("q", "a_k", "cos", "sin", "b_k", "inverse_rms", "scale_k", "scale_v"), f"*{dtype}")
-    types |= dict.fromkeys(("starts", "lengths"), "*i64") | dict.fromkeys(("parts", "peaks", "totals"), "*fp32")
+    types |= {"mask": "*i1", "starts": "*i64", "lengths": "*i64"} | dict.fromkeys(("parts", "peaks", "totals"), "*fp32")
     types |= dict.fromkeys(("scaling", "softcap"), "fp32") | dict.fromkeys(("tokens", "window", "split_size"), "i32")
-    types |= {f"{what}_{of}": "i32" for what in ("row", "token") for of in ("k", "v", "cos", "rms", "scale")}
-    constants: dict[str, Any] = dict.fromkeys({*EVERY, "scale_k", "scale_v"} - {*options})
+    types |= {f"{what}_{of}": "i32" for what in ("row", "token") for of in ROWS}
+    constants: dict[str, Any] = dict.fromkeys({*EVERY, "scale_k", "scale_v"} - {*given})
     constants |= {"TILE": tiles.tile, "CHUNK": tiles.chunk, "PROGRAM_HEADS": tiles.heads, "HEADS": 4, "GROUP": group}
     constants |= {"GROUP_BLOCK": 16, "D": width, "HALF": width // 2, "RANK_K": block, "RANK_V": block}
     constants |= {"ALIGNED": 16, "PRECISION": "tf32"}
-    name = f"decode {width} × {group}, rank {rank}, {latents}{', all options' * ('softcap' in options)}"
-    return Kernel(name, latent_decode_triton.split_kernel, types, constants, {"num_warps": tiles.warps})
+    name = f"decode {width} × {group}, rank {rank}, {latents}{', all options' * ('softcap' in given)}"
+    options = {"num_warps": tiles.warps, "num_stages": latent_decode_triton.STAGES}
+    return Kernel(name, latent_decode_triton.split_kernel, types, constants, options)
 
 
 def merge(width: int, block: int) -> Kernel:
@@ -127,7 +130,7 @@ def resources(kernel: Kernel, target: int) -> Resources:
     attributes = {
         (place,): [["tt.divisibility", 16]]
         for place, (name, kind) in enumerate(signature.items())
-        if kind.startswith("*") or name.endswith(("_k", "_v", "_cos", "_size"))
+        if kind.startswith("*") or name in STEPS
     }
     source = ASTSource(kernel.function, signature, kernel.constants, attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=kernel.options)

@@ -55,6 +55,7 @@ def check(
     window=None,
     start=None,
     length=None,
+    mask=None,
     tiles=SMALL,
     within=1e-6,
 ):
@@ -82,6 +83,10 @@ def check(
         options |= {name: (random(batch, tokens, heads).abs() / 20) for name in ("scale_k", "scale_v")}
     options |= {name: torch.tensor(value) for name, value in (("start", start), ("length", length)) if value}
 
+    if mask is not None:
+        options["mask"] = random(mask, tokens) < 0.3
+        options["mask"][:, :40] = False  # whole tiles, and a split
+
     def moved(x, kind=None):
         if isinstance(x, list):
             return [moved(part, kind) for part in x]
@@ -93,7 +98,13 @@ def check(
         *map(moved, (q, z_k, z_v, A_k, A_v)), **{name: moved(value) for name, value in options.items()}, tiles=tiles
     )
     wide = {name: moved(value, torch.float64) for name, value in options.items()}
-    truth = reference.latent_decode(*(moved(x, torch.float64) for x in (q, z_k, z_v, A_k, A_v)), **wide)
+    inputs = [moved(x, torch.float64) for x in (q, z_k, z_v, A_k, A_v)]
+    if mask is None:
+        truth = reference.latent_decode(*inputs, **wide)
+    else:
+        wide |= {"mask": wide["mask"][:, None]}
+        del wide["window"]
+        truth = reference.latent_attention(inputs[0][:, :, None], *inputs[1:], **wide)[:, :, 0]
     assert found.dtype == dtype
     assert found.shape == truth.shape
     assert float((found.cpu().double() - truth).norm() / truth.norm()) < within
@@ -148,6 +159,11 @@ def test_ragged_lengths_end_inside_splits_and_tiles(length):
     check(length=length)
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_mask_hides_any_tokens(rows):
+    check(mask=rows, rotary=64)
+
+
 def test_scores_are_capped():
     check(softcap=1.5, rotary=64)
 
@@ -186,6 +202,10 @@ def test_what_the_kernels_cannot_read_is_refused():
         kernels.latent_decode(torch.randn(1, 4, 32), z, z, A, A, scaling=1.0)
     with pytest.raises(ValueError, match="side by side"):
         kernels.latent_decode(torch.randn(1, 3, 32), z, torch.randn(1, 48, 20).transpose(1, 2), A, A, scaling=1.0)
+
+    tables = {"cos": torch.randn(1, 20, 32), "sin": torch.randn(1, 32, 20).transpose(1, 2)}
+    with pytest.raises(ValueError, match="alike"):
+        kernels.latent_decode(torch.randn(1, 3, 32), z, z, A, A, scaling=1.0, **tables)
 
 
 @pytest.mark.parametrize("batch", [1, 8, 64])

@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+STAGES = 2  # of chunks on their way: with three, ptxas spills some bytes to have one more program
+
 
 @triton.jit
 def split_kernel(
@@ -29,6 +31,7 @@ def split_kernel(
     inverse_rms,
     scale_k,
     scale_v,
+    mask,
     starts,
     lengths,
     parts,
@@ -48,6 +51,8 @@ def split_kernel(
     token_rms,
     row_scale,
     token_scale,
+    row_mask,
+    token_mask,
     split_size,
     TILE: tl.constexpr,
     HEADS: tl.constexpr,
@@ -96,6 +101,9 @@ def split_kernel(
         sums = tl.zeros((RANK_V, GROUP_BLOCK), tl.float32)
         for start in range(first, last, TILE):
             seen, begin = start + t < last, first.to(tl.int64) + (start - first)
+            if mask is not None:
+                from_m = mask + (row * row_mask + begin * token_mask)
+                seen = seen & (tl.load(from_m + t * token_mask, seen, 0) != 0)
             from_k = z_k + (row * row_k + begin * token_k + column_k)
             from_v = z_v + (row * row_v + begin * token_v + column_v)
             z = tl.load(from_k + (t[:, None] * token_k + r[None, :]), seen[:, None] & (r < rank_k)[None, :], 0)
@@ -147,8 +155,8 @@ def split_kernel(
                 scores = softcap * (2 * tl.sigmoid(2 * scores / softcap) - 1)
             scores = tl.where(seen[:, None], scores * 1.4426950408889634, -float("inf"))  # for powers of two
             top = tl.maximum(peak, tl.max(scores, 0))
-            kept = tl.exp2(peak - top)
-            weights = tl.exp2(scores - top[None, :])
+            base = tl.where(top == -float("inf"), 0.0, top)  # nothing seen so far
+            kept, weights = tl.exp2(peak - base), tl.exp2(scores - base[None, :])
             total = total * kept + tl.sum(weights, 0)
             if scale_v is not None:
                 from_s = scale_v + (row * row_scale + begin * token_scale + head)
@@ -313,6 +321,7 @@ def decode(
     inverse_rms: torch.Tensor | None = None,
     scale_k: torch.Tensor | None = None,
     scale_v: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
     start: torch.Tensor | None = None,
     length: torch.Tensor | None = None,
     window: int | None = None,
@@ -326,6 +335,7 @@ def decode(
         z_k, z_v: latents [B, T, Σ r_h] of the dtype of q, or int8.
         factors: of the layer, in the dtype of q.
         cos, sin: [B or 1, T, Drot]; both halves of the last dimension are alike, and only the first is read.
+        mask: which tokens are seen, bool [B or 1, T], besides what the following say.
         scaling, inverse_rms, scale_k, scale_v, start, length, window, softcap: see the reference.
         tiles: how the work is cut; None for what fits the device.
 
@@ -334,11 +344,14 @@ def decode(
 
     Raises:
         ValueError: the queries are no multiple of the key/value heads, or tensors do not lie in memory as is needed:
-            numbers of a token side by side, and pairs (cos and sin, both scales) alike.
+            numbers of one token side by side, and pairs (cos and sin, both scales) alike.
     """
     (batch, queries, width), tokens, heads = q.shape, z_k.shape[1], len(factors.columns_k) - 1
     if queries % heads:
         raise ValueError(f"{queries} query heads cannot share {heads} key/value heads")
+    for one, other in ((cos, sin), (scale_k, scale_v)):
+        if one is not None and other is not None and one.stride() != other.stride():
+            raise ValueError("cos and sin have to lie alike in memory, and so have both scales")
     group, half = queries // heads, (width if cos is None else cos.shape[2]) // 2
     rank_k, rank_v = factors.blocks
     if tiles is None:
@@ -350,11 +363,12 @@ def decode(
     o = torch.empty(batch, queries, width, dtype=q.dtype, device=q.device)
     split_kernel[(splits, heads // tiles.heads, batch)](
         q.contiguous(), z_k, z_v, factors.a_k, factors.columns_k, factors.columns_v, cos, sin, factors.b_k,
-        inverse_rms, scale_k, scale_v, start, length, parts, peaks, totals, tokens, window, scaling, softcap,
-        *_strides(z_k), *_strides(z_v), *_strides(cos, sin), *_strides(inverse_rms), *_strides(scale_k, scale_v),
+        inverse_rms, scale_k, scale_v, mask, start, length, parts, peaks, totals, tokens, window, scaling, softcap,
+        *(stride for x in (z_k, z_v, cos, inverse_rms, scale_k, mask) for stride in _strides(x)),
         tiles.split, TILE=tiles.tile, CHUNK=tiles.chunk, HEADS=heads, PROGRAM_HEADS=tiles.heads, GROUP=group,
         GROUP_BLOCK=max(16, triton.next_power_of_2(group)), D=width, HALF=half, RANK_K=rank_k, RANK_V=rank_v,
         ALIGNED=factors.aligned, PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=tiles.warps,
+        num_stages=STAGES,
     )  # fmt: skip
     merge_kernel[(queries, batch)](
         parts, peaks, totals, factors.a_v, factors.b_v, factors.columns_v, o, splits, HEADS=heads, GROUP=group, D=width,
@@ -363,10 +377,10 @@ def decode(
     return o
 
 
-def _strides(x: torch.Tensor | None, like: torch.Tensor | None = None) -> tuple[int, int]:
-    """Numbers from one sequence and from one token to the next; 0 for a table that all sequences share."""
+def _strides(x: torch.Tensor | None) -> tuple[int, int]:
+    """Numbers from one sequence and from one token to the next; 0 for what all sequences share."""
     if x is None:
         return 0, 0
-    if x.stride(2) != 1 or (like is not None and like.stride() != x.stride()):
-        raise ValueError("numbers of one token have to lie side by side, and pairs of tensors alike")
+    if x.ndim > 2 and x.stride(2) != 1:
+        raise ValueError("the numbers of one token have to lie side by side")
     return x.stride(0) if len(x) > 1 else 0, x.stride(1)
