@@ -44,6 +44,14 @@ def test_there_is_room_for_what_comes_next_and_not_for_what_went():
     assert rows.held.untyped_storage().nbytes() <= (10 + SPARE) * 8
 
 
+def test_what_was_written_in_inference_mode_can_be_continued_outside():
+    rows = Rows()
+    with torch.inference_mode():
+        rows.append(torch.ones(1, 2))
+    rows.append(torch.zeros(1, 1))
+    assert rows.held.tolist() == [[1, 1, 0]]
+
+
 def test_one_row_becomes_many():
     rows = Rows()
     rows.append(torch.ones(1, 2, 2))

@@ -21,10 +21,10 @@ from transformers import PreTrainedConfig, PreTrainedModel, fusion_mapping
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
+from spectrim import latent
 from spectrim.checkpoint.config import METHOD, SpectrimConfig
 from spectrim.checkpoint.names import compressed_layers, runtime_names, shortened, stored_layers
 from spectrim.errors import CheckpointError, ModelError
-from spectrim.latent import use_latent_cache
 from spectrim.storage import StoredLayer, exchange, form
 from spectrim.storage.packed import set_runtime
 
@@ -149,7 +149,7 @@ class SpectrimQuantizer(HfQuantizer):
                 parameter.data = parameter.data.clone()
         set_runtime(model, self.quantization_config.runtime)
         if (asked := self.quantization_config.latent_cache) and model.can_generate():
-            use_latent_cache(model, None if asked is True else str(asked))
+            latent.use_latent_cache(model, None if asked is True else str(asked))
         vars(model)["is_quantized"] = False  # the factors are ordinary floats; half(), float() and fine-tuning are fine
         return model
 

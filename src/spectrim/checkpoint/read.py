@@ -10,7 +10,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils import quantization_config as hf_quantization
 from transformers.utils.hub import cached_file
 
-from spectrim import files
+from spectrim import files, latent
 from spectrim.checkpoint.config import METHOD, check_latent_cache
 from spectrim.checkpoint.model_files import CONFIGS, PROVENANCE, processor_files
 from spectrim.checkpoint.names import shortened
@@ -18,7 +18,6 @@ from spectrim.checkpoint.sources import NO_MODEL, WHERE, failure, loader, read_c
 from spectrim.checkpoint.weights import check_weights, weight_files
 from spectrim.dense import quantization
 from spectrim.errors import CheckpointError, ModelError, SpectrimError, printable
-from spectrim.latent import use_latent_cache, use_ordinary_cache
 from spectrim.storage.packed import RUNTIMES, set_runtime
 
 logger = logging.getLogger(__name__)
@@ -109,9 +108,9 @@ def load(
     if runtime is not None:
         set_runtime(model, runtime)
     if latent_cache:
-        use_latent_cache(model, None if latent_cache is True else latent_cache)
+        latent.use_latent_cache(model, None if latent_cache is True else latent_cache)
     elif latent_cache is not None:
-        use_ordinary_cache(model)
+        latent.use_ordinary_cache(model)
     return model
 
 

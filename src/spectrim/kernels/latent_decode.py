@@ -1,4 +1,4 @@
-"""Attention over a key/value cache that keeps latents: the plain reference (docs/methods.md, section 9).
+"""Attention over a key/value cache that keeps latents: the plain reference (docs/methods.md, section 10).
 
 The keys of key/value head h are ``K = z A_kᵀ + b_k`` with z [tokens, r_h] what the cache keeps, normalised and rotated
 where the model does so; its values are ``V = z A_vᵀ + b_v``. Keys are rebuilt for one tile of tokens at a time. Values

@@ -32,7 +32,8 @@ class Rows:
         """Add tokens [batch, new tokens, …]; a batch of one stands for all sequences."""
         if self._room is not None and len(self._room) == 1 != len(new):
             self._room = self._room.expand(len(new), *self._room.shape[1:]).clone()
-        if self._room is None or self._end + new.shape[1] > self._room.shape[1]:
+        sealed = self._room is not None and self._room.is_inference() and not torch.is_inference_mode_enabled()
+        if self._room is None or sealed or self._end + new.shape[1] > self._room.shape[1]:
             self._move(len(new) if self._room is None else len(self._room), new)
         assert self._room is not None
         self._room[:, self._end : self._end + new.shape[1]] = new
