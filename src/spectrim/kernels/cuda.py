@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -144,6 +145,16 @@ def product(x: torch.Tensor, layout: Layout) -> torch.Tensor:
         locks=layout.locks,
     )
     return y
+
+
+def latent_kernels() -> ModuleType | None:
+    """`latent_decode_triton`; None without triton, which is logged."""
+    try:
+        from spectrim.kernels import latent_decode_triton
+    except ImportError:
+        say_once("a latent cache on the GPU runs in torch's own kernels, since there is no triton")
+        return None
+    return latent_decode_triton
 
 
 def unpacked(
