@@ -74,7 +74,7 @@ def unpacking() -> list[Kernel]:
 
 ROWS = ("k", "v", "cos", "rms", "scale", "mask")
 EVERY = ("cos", "sin", "b_k", "inverse_rms", "mask", "starts", "lengths", "window", "softcap")  # that a key can meet
-SHAPES = ((64, 8, 32), (80, 1, 32), (96, 1, 48), (128, 7, 32), (128, 7, 64), (128, 4, 96), (256, 2, 64), (256, 4, 256))
+SHAPES = ((64, 8, 32), (80, 2, 32), (96, 1, 48), (128, 7, 32), (128, 7, 64), (128, 4, 96), (256, 2, 64), (256, 4, 256))
 
 
 def decoding(every: bool) -> list[Kernel]:
