@@ -361,19 +361,20 @@ def decode(
     parts = torch.empty(batch, queries, splits, rank_v, dtype=torch.float32, device=q.device)
     peaks, totals = torch.empty(2, batch, queries, splits, dtype=torch.float32, device=q.device)
     o = torch.empty(batch, queries, width, dtype=q.dtype, device=q.device)
-    split_kernel[(splits, heads // tiles.heads, batch)](
-        q.contiguous(), z_k, z_v, factors.a_k, factors.columns_k, factors.columns_v, cos, sin, factors.b_k,
-        inverse_rms, scale_k, scale_v, mask, start, length, parts, peaks, totals, tokens, window, scaling, softcap,
-        *(stride for x in (z_k, z_v, cos, inverse_rms, scale_k, mask) for stride in _strides(x)),
-        tiles.split, TILE=tiles.tile, CHUNK=tiles.chunk, HEADS=heads, PROGRAM_HEADS=tiles.heads, GROUP=group,
-        GROUP_BLOCK=max(16, triton.next_power_of_2(group)), D=width, HALF=half, RANK_K=rank_k, RANK_V=rank_v,
-        ALIGNED=factors.aligned, PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=tiles.warps,
-        num_stages=STAGES,
-    )  # fmt: skip
-    merge_kernel[(queries, batch)](
-        parts, peaks, totals, factors.a_v, factors.b_v, factors.columns_v, o, splits, HEADS=heads, GROUP=group, D=width,
-        RANK_V=rank_v, SPLITS_BLOCK=max(64, triton.next_power_of_2(splits)), num_warps=4,
-    )  # fmt: skip
+    strides = [stride for x in (z_k, z_v, cos, inverse_rms, scale_k, mask) for stride in _strides(x)]
+    with torch.cuda.device_of(q):  # Triton starts its programs on the current device
+        split_kernel[(splits, heads // tiles.heads, batch)](
+            q.contiguous(), z_k, z_v, factors.a_k, factors.columns_k, factors.columns_v, cos, sin, factors.b_k,
+            inverse_rms, scale_k, scale_v, mask, start, length, parts, peaks, totals, tokens, window, scaling, softcap,
+            *strides, tiles.split, TILE=tiles.tile, CHUNK=tiles.chunk, HEADS=heads, PROGRAM_HEADS=tiles.heads,
+            GROUP=group, GROUP_BLOCK=max(16, triton.next_power_of_2(group)), D=width, HALF=half, RANK_K=rank_k,
+            RANK_V=rank_v, ALIGNED=factors.aligned, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+            num_warps=tiles.warps, num_stages=STAGES,
+        )  # fmt: skip
+        merge_kernel[(queries, batch)](
+            parts, peaks, totals, factors.a_v, factors.b_v, factors.columns_v, o, splits, HEADS=heads, GROUP=group,
+            D=width, RANK_V=rank_v, SPLITS_BLOCK=max(64, triton.next_power_of_2(splits)), num_warps=4,
+        )  # fmt: skip
     return o
 
 

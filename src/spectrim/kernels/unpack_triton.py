@@ -59,19 +59,20 @@ def unpack_weight(
     out, groups = scales.shape
     weight = scales.new_empty(out, size)
     grid = (triton.cdiv(out, ROWS), triton.cdiv(size, COLUMNS))
-    unpack_kernel[grid](
-        words,
-        scales.contiguous(),
-        None if zeros is None else zeros.contiguous(),
-        weight,
-        out,
-        size,
-        words.shape[1],
-        groups,
-        size // groups,
-        BITS=bits,
-        HAS_ZEROS=zeros is not None,
-        ROWS=ROWS,
-        COLUMNS=COLUMNS,
-    )
+    with torch.cuda.device_of(words):  # Triton starts its programs on the current device
+        unpack_kernel[grid](
+            words,
+            scales.contiguous(),
+            None if zeros is None else zeros.contiguous(),
+            weight,
+            out,
+            size,
+            words.shape[1],
+            groups,
+            size // groups,
+            BITS=bits,
+            HAS_ZEROS=zeros is not None,
+            ROWS=ROWS,
+            COLUMNS=COLUMNS,
+        )
     return weight
