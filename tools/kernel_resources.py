@@ -85,6 +85,7 @@ def decoding(every: bool) -> list[Kernel]:
         split(80, 1, 32, "bf16", "bf16", EVERY),
         split(128, 7, 48, "bf16", "bf16", plain),
         split(128, 7, 48, "bf16", "i8", (*plain, "scale_k", "scale_v")),
+        split(96, 2, 32, "bf16", "i8", (*EVERY, "scale_k", "scale_v"), half=24),
         split(256, 4, 128, "bf16", "bf16", EVERY),
     ]
     if every:
@@ -95,8 +96,8 @@ def decoding(every: bool) -> list[Kernel]:
     return [*found, merge(128, 64), merge(256, 256)]
 
 
-def split(width: int, group: int, rank: int, dtype: str, latents: str, given: Sequence[str]) -> Kernel:
-    """`split_kernel` for four key/value heads, as 8 sequences of 8192 tokens call it."""
+def split(width: int, group: int, rank: int, dtype: str, latents: str, given: Sequence[str], half: int = 0) -> Kernel:
+    """`split_kernel` for four key/value heads, as 8 sequences of 8192 tokens call it; `half` of what is rotated."""
     block = triton.next_power_of_2(rank)
     tiles = latent_decode_triton.Tiles.fitting(8, 8192, 4, block, 132)
     types = dict.fromkeys(("z_k", "z_v"), f"*{latents}") | dict.fromkeys(("columns_k", "columns_v"), "*i32")
@@ -106,9 +107,10 @@ def split(width: int, group: int, rank: int, dtype: str, latents: str, given: Se
     types |= {f"{what}_{of}": "i32" for what in ("row", "token") for of in ROWS}
     constants: dict[str, Any] = dict.fromkeys({*EVERY, "scale_k", "scale_v"} - {*given})
     constants |= {"TILE": tiles.tile, "CHUNK": tiles.chunk, "PROGRAM_HEADS": tiles.heads, "HEADS": 4, "GROUP": group}
-    constants |= {"GROUP_BLOCK": 16, "D": width, "HALF": width // 2, "RANK_K": block, "RANK_V": block}
+    constants |= {"GROUP_BLOCK": 16, "D": width, "HALF": half or width // 2, "RANK_K": block, "RANK_V": block}
     constants |= {"ALIGNED": 16, "PRECISION": "tf32"}
-    name = f"decode {width} × {group}, rank {rank}, {latents}{', all options' * ('softcap' in given)}"
+    part = f", {2 * half} rotated" * bool(half)
+    name = f"decode {width} × {group}, rank {rank}, {latents}{part}{', all options' * ('softcap' in given)}"
     options = {"num_warps": tiles.warps, "num_stages": latent_decode_triton.STAGES}
     return Kernel(name, latent_decode_triton.split_kernel, types, constants, options)
 

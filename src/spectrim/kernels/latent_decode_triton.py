@@ -331,7 +331,8 @@ def decode(
     """One decode step of one layer over latents.
 
     Args:
-        q: rotated queries [B, Hq, D], float16, bfloat16 or float32, in which products are made; sums are in float32.
+        q: rotated queries [B, Hq, D], float16 or bfloat16, in which products are made; sums are in float32. (float32
+            is for tests: on a GPU its products do not fit into registers.)
         z_k, z_v: latents [B, T, Σ r_h] of the dtype of q, or int8.
         factors: of the layer, in the dtype of q.
         cos, sin: [B or 1, T, Drot]; both halves of the last dimension are alike, and only the first is read.
