@@ -74,11 +74,13 @@ class StoragePart(_Part):
 
     ``pivoted`` stores factors of rank k in k (in + out − k) numbers and k indices instead of k (in + out) numbers, if
     that is smaller; linears that are factored head by head are not pivoted. Ranks are multiples of ``multiple``, with
-    which some hardware is faster; ranks of heads are exempt.
+    which some hardware is faster. ``heads`` says so of layers that are factored head by head: their ranks are ``free``,
+    a ``multiple`` each, or one multiple that is ``equal`` for all heads of a layer.
     """
 
     pivoted: bool = False
     multiple: int = Field(default=1, ge=1)
+    heads: Literal["free", "multiple", "equal"] = "free"
 
 
 class CompensatePart(_Part):

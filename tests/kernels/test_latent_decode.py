@@ -104,6 +104,17 @@ def test_query_heads_share_the_keys_of_their_group(group):
     torch.testing.assert_close(latent_attention(**x), whole(x, {}), rtol=1e-12, atol=1e-12)
 
 
+def test_heads_without_factors_keep_their_keys_and_values():
+    x = problem()
+    like = {"dtype": torch.float64}
+    x |= {"z_k": torch.randn(B, T, H * D, **like), "z_v": torch.randn(B, T, H * D, **like)}
+    again = {**x, "A_k": [torch.eye(D, **like)] * H, "A_v": [torch.eye(D, **like)] * H}
+    before, turns = x["z_k"].clone(), tables(1, D)
+    found = latent_attention(**{**x, "A_k": [None] * H, "A_v": [None] * H}, **turns)
+    torch.testing.assert_close(found, latent_attention(**again, **turns))
+    assert torch.equal(x["z_k"], before)
+
+
 def test_queries_may_lie_by_token_as_models_have_them():
     x = problem(steps=4)
     moved = {**x, "q": x["q"].transpose(1, 2).contiguous().transpose(1, 2)}

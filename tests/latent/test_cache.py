@@ -164,6 +164,21 @@ def test_a_layer_that_is_not_factored_by_head_keeps_keys_and_values():
     assert [type(layer).__name__ for layer in past.layers] == ["LatentLayer", "DynamicLayer"]
 
 
+@pytest.mark.parametrize("role", ["k", "v"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_keys_or_values_in_another_form_are_kept_whole(family, role):
+    model = FAMILIES[family]()
+    parts = {x.name: (4, 3) for x in anatomy(model).linears if x.role == role}
+    cut_linears(model, parts, ())
+    past = assert_same(model, padded(model))
+    kept, whole = (past.layers[0].z_k, past.layers[0].z_v) if role == "k" else (past.layers[0].z_v, past.layers[0].z_k)
+    width = model.config.num_key_value_heads * model.model.layers[0].self_attn.head_dim
+    assert (kept.held.shape[2], whole.held.shape[2]) == (7, width)
+    past = LatentCache(model, "int8")
+    near = generated(model, text_inputs(model), past)[1], generated(model, text_inputs(model), ordinary(model))[1]
+    assert (near[0][:2] - near[1][:2]).abs().max() < 0.05 * near[1].abs().max()
+
+
 def test_bytes_are_those_of_the_ranks():
     model, tokens, batch = model_of("qwen3"), 12 + 9, 2
     past = LatentCache(model)

@@ -1,5 +1,7 @@
 """Float factors: which ranks are options, what is made of them, and head by head through checkpoints."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -233,3 +235,41 @@ def test_more_budget_means_less_predicted_loss(family, recipe, statistics):
     assert losses[-1] == 0
     for plan in found:
         assert plan.bytes <= plan.retain * plan.dense_bytes
+
+
+@pytest.mark.parametrize("multiple", [1, 3, 6])
+@pytest.mark.parametrize("heads", ["multiple", "equal"])
+def test_ranks_of_heads_grow_in_steps_and_their_errors_are_those_of_the_factors(heads, multiple):
+    one = problem(24, 32, heads=3, storage=StoragePart(multiple=multiple, heads=heads))
+    options = LOW_RANK.options(one)
+    assert len(options.bytes)
+    for number in range(len(options.bytes)):
+        ranks = options.spec(number)["rank"]
+        assert all(rank > 0 and rank % multiple == 0 for rank in ranks)
+        assert heads == "multiple" or len(set(ranks)) == 1
+        assert options.bytes[number] == LOW_RANK.nbytes(one.linear, options.spec(number)) < one.linear.nbytes
+    for number in range(0, len(options.bytes), 3):
+        layer = LOW_RANK.build(one.empty(), options.spec(number))
+        layer.load_state_dict(made(one, "low-rank", options.spec(number)))
+        assert lost(one, layer.product().detach()) == pytest.approx(
+            options.error[number], rel=1e-3, abs=1e-6 * one.left[0]
+        )
+
+
+def test_blocks_of_heads_are_taken_by_what_they_gain():
+    """No other ranks of as many blocks lose less."""
+    one = problem(12, 32, heads=3, storage=StoragePart(multiple=2, heads="multiple"))
+    spectrum, options = one.spectrum, LOW_RANK.options(one)
+    costs = [spectrum.loss[spectrum.head == head] for head in range(3)]
+    for number in range(len(options.bytes)):
+        ranks = options.spec(number)["rank"]
+        others = [r for r in product((2, 4), repeat=3) if sum(r) == sum(ranks)]
+        best = min(sum(float(c[k:].sum()) for c, k in zip(costs, r, strict=True)) for r in others)
+        assert options.error[number] == pytest.approx(best, abs=1e-9)
+
+
+def test_free_ranks_of_heads_are_as_before():
+    one, other = (problem(24, 32, heads=3, storage=StoragePart(heads=heads)) for heads in ("free", "multiple"))
+    found, blocks = (LOW_RANK.options(x) for x in (one, other))
+    assert found.bytes.tolist() == blocks.bytes.tolist()
+    assert found.error.tolist() == pytest.approx(blocks.error.tolist(), abs=1e-9)

@@ -18,8 +18,8 @@ def latent_decode(
     q: torch.Tensor,
     z_k: torch.Tensor,
     z_v: torch.Tensor,
-    A_k: Sequence[torch.Tensor],
-    A_v: Sequence[torch.Tensor],
+    A_k: Sequence[torch.Tensor | None],
+    A_v: Sequence[torch.Tensor | None],
     *,
     scaling: float,
     cos: torch.Tensor | None = None,
@@ -40,7 +40,8 @@ def latent_decode(
     Args:
         q: rotated queries [B, Hq, D], of any floating dtype. Query head i reads key/value head ``i // (Hq / H)``.
         z_k, z_v: latents [B, T, Σ r_h], floating or int8, of the H key/value heads.
-        A_k, A_v: their H factors, each [D, r_h]; ranks of keys and of values may differ.
+        A_k, A_v: their H factors, each [D, r_h]; ranks of keys and of values may differ. None where a head's latents
+            are its keys or values themselves.
         scaling: by which scores are multiplied.
         cos, sin: of each token's position, [B or 1, T, Drot] with Drot ≤ D; the first Drot numbers of a key are
             rotated, half against half. None where keys are not rotated.
@@ -86,8 +87,8 @@ def latent_attention(
     q: torch.Tensor,
     z_k: torch.Tensor,
     z_v: torch.Tensor,
-    A_k: Sequence[torch.Tensor],
-    A_v: Sequence[torch.Tensor],
+    A_k: Sequence[torch.Tensor | None],
+    A_v: Sequence[torch.Tensor | None],
     *,
     scaling: float,
     cos: torch.Tensor | None = None,
@@ -118,19 +119,20 @@ def latent_attention(
     group = queries // heads
     rows = (q.to(wide) * scaling).reshape(batch, heads, group * steps, width)  # these read the same keys
     parts_k, parts_v = (  # views [B, T, r_h]
-        z.split([A.shape[1] for A in factors], dim=2) for z, factors in ((z_k, A_k), (z_v, A_v))
+        z.split([width if A is None else A.shape[1] for A in factors], dim=2) for z, factors in ((z_k, A_k), (z_v, A_v))
     )
-    up_k, up_v = ([A.to(wide) for A in factors] for factors in (A_k, A_v))
+    up_k, up_v = ([None if A is None else A.to(wide).T for A in factors] for factors in (A_k, A_v))
     bias_k, bias_v = (None if b is None else b.to(wide).view(heads, 1, width) for b in (b_k, b_v))
     highest = [rows.new_full((batch, group * steps, 1), -torch.inf) for _ in range(heads)]
     total = [torch.zeros_like(each) for each in highest]
-    sums = [rows.new_zeros(batch, group * steps, A.shape[1]) for A in A_v]
+    sums = [rows.new_zeros(batch, group * steps, part.shape[2]) for part in parts_v]
     tile = max(64, TILE // batch)
     for first in range(0, tokens, tile):
         at = slice(first, min(first + tile, tokens))
         turns = None if cos is None or sin is None else (cos[:, at].to(wide), sin[:, at].to(wide))
         for head in range(heads):
-            K = _numbers(parts_k[head], scale_k, at, head, wide) @ up_k[head].T  # [B, tile, D]
+            z = _numbers(parts_k[head], scale_k, at, head, wide)
+            K = z.clone() if (up := up_k[head]) is None else z @ up  # [B, tile, D]
             if bias_k is not None:
                 K += bias_k[head]
             if inverse_rms is not None:
@@ -152,7 +154,7 @@ def latent_attention(
             sums[head] = sums[head] * kept + weights @ _numbers(parts_v[head], scale_v, at, head, wide)
             highest[head] = top
     means = (one / whole.masked_fill(whole == 0, 1.0) for one, whole in zip(sums, total, strict=True))
-    found = torch.stack([mean @ A.T for mean, A in zip(means, up_v, strict=True)], dim=1)
+    found = torch.stack([m if up is None else m @ up for m, up in zip(means, up_v, strict=True)], dim=1)
     if bias_v is not None:
         found += bias_v
     return found.view(batch, queries, steps, width).to(q.dtype)

@@ -44,12 +44,31 @@ class HasLatents(Protocol):
         """A of each head, [out / H, rank]. Raises ModelError where it has no values."""
 
 
+@dataclass(frozen=True, eq=False)
+class Whole:
+    """Keys or values in any other form, beside latents of the other: all of them are kept, before norm and rotation."""
+
+    B: nn.Module
+    out_features: int
+    width: int
+    bias: None = None  # is in what is kept
+
+    @property
+    def latent_ranks(self) -> tuple[int, ...]:
+        """The width of every head."""
+        return (self.width,) * (self.out_features // self.width)
+
+    def head_weights(self) -> list[None]:
+        """No factors."""
+        return [None] * len(self.latent_ranks)
+
+
 @dataclass(frozen=True)
 class Factors:
     """What turns the latents of one layer into keys and values; tensors as `latent_decode` takes them."""
 
-    A_k: list[torch.Tensor]
-    A_v: list[torch.Tensor]
+    A_k: list[torch.Tensor | None]
+    A_v: list[torch.Tensor | None]
     b_k: torch.Tensor | None
     b_v: torch.Tensor | None
     norm: torch.Tensor | None  # float32 [D]
@@ -68,8 +87,8 @@ class Site:
     """An attention module whose keys and values are factored head by head; a copy of a cache is for the same one."""
 
     module: Any
-    k: HasLatents
-    v: HasLatents
+    k: Any  # HasLatents
+    v: Any
     ranks: tuple[tuple[int, ...], tuple[int, ...]]  # of keys and of values, by head
 
     def __deepcopy__(self, memo: Any) -> "Site":
@@ -240,18 +259,26 @@ for _base in BASES:
 
 
 def sites(model: PreTrainedModel) -> Iterator[Site]:
-    """The attention modules of a model that rotate keys and have both keys and values factored head by head."""
+    """The attention modules of a model that rotate keys, and have keys or values or both factored head by head."""
     for module in model.modules():
         if type(getattr(module, "layer_idx", None)) is not int:
             continue
-        k, v, width = (getattr(module, name, None) for name in ("k_proj", "v_proj", "head_dim"))
-        if not isinstance(k, HasLatents) or not isinstance(v, HasLatents) or type(width) is not int:
+        pair: list[Any] = [getattr(module, name, None) for name in ("k_proj", "v_proj")]
+        width = getattr(module, "head_dim", None)
+        if type(width) is not int or not all(isinstance(getattr(x, "out_features", None), int) for x in pair):
             continue
-        ranks = k.latent_ranks or (), v.latent_ranks or ()
-        apart = all(len(each) * width == x.out_features for each, x in zip(ranks, (k, v), strict=True))
         # Cross-attention and models without rotary embedding do not take positions.
-        if apart and "position_embeddings" in inspect.signature(type(module).forward).parameters:
-            yield Site(module, k, v, ranks)
+        if "position_embeddings" not in inspect.signature(type(module).forward).parameters:
+            continue
+        k, v = (x if _by_head(x, width) else Whole(x, x.out_features, width) for x in pair)
+        if not (isinstance(k, Whole) and isinstance(v, Whole)):
+            yield Site(module, k, v, (k.latent_ranks, v.latent_ranks))
+
+
+def _by_head(layer: Any, width: int) -> bool:
+    """Whether a layer has latents of every head of this width."""
+    ranks = layer.latent_ranks if isinstance(layer, HasLatents) else None
+    return ranks is not None and len(ranks) * width == layer.out_features
 
 
 def connect(model: PreTrainedModel) -> list[Site]:
@@ -263,7 +290,7 @@ def connect(model: PreTrainedModel) -> list[Site]:
     found = list(sites(model))
     if not found:
         raise ModelError(
-            f"{type(model).__name__} has no layer of rotated keys with keys and values factored head by head; compress "
+            f"{type(model).__name__} has no layer of rotated keys with keys or values factored head by head; compress "
             "it with the recipe laser"
         )
     for site in found:

@@ -97,7 +97,8 @@ class LatentLayer(CacheLayerMixin):
         assert self.factors is not None
         if self.factors.norm is not None:
             scale = self.scale_k.held[:, -steps:] if len(self.scale_k) else None
-            K = rebuilt(self.z_k.held[:, -steps:], scale, self.factors.A_k, self.factors.b_k)
+            ranks = self.site.ranks[0]
+            K = rebuilt(self.z_k.held[:, -steps:], scale, self.factors.A_k, self.factors.b_k, ranks)
             self.inverse_rms.append(_inverse_rms(K, self.factors.epsilon))
         self.seen += steps
         return key_states, value_states
@@ -107,13 +108,14 @@ class LatentLayer(CacheLayerMixin):
         assert self.factors is not None
         count = min(K.shape[2], _PROBED)
         z_k, z_v = (z[:, -count:] for z in latents)
-        keys = rebuilt(z_k, None, self.factors.A_k, self.factors.b_k)  # [B, count, H, D]
+        ranks_k, ranks_v = self.site.ranks
+        keys = rebuilt(z_k, None, self.factors.A_k, self.factors.b_k, ranks_k)  # [B, count, H, D]
         if self.factors.norm is not None:
             keys = keys * _inverse_rms(keys, self.factors.epsilon)[..., None] * self.factors.norm
-        keys = keys.transpose(1, 2)
+        keys = keys.transpose(1, 2).clone()
         if call.turns is not None:
             rotate(keys, *(x[:, None, -count:].to(keys.dtype) for x in call.turns))
-        values = rebuilt(z_v, None, self.factors.A_v, self.factors.b_v).transpose(1, 2)
+        values = rebuilt(z_v, None, self.factors.A_v, self.factors.b_v, ranks_v).transpose(1, 2)
         for name, found, own in (("keys", keys, K[:, :, -count:]), ("values", values, V[:, :, -count:])):
             near = torch.finfo(own.dtype).eps ** 0.5 * own.abs().max()  # half of the digits
             if found.shape != own.shape or bool(((found - own).abs() > near).any()):
@@ -206,8 +208,9 @@ class LatentCache(Cache):
 
     Layers whose keys and values are factored head by head (recipe `laser`) keep the outputs of the factors B, of ranks
     r in place of the width of a head; normalised keys have one over their root mean square beside them, float32.
-    cos and sin of the tokens' positions are kept once for all layers that share them. Layers in other forms, and
-    cross-attention, keep keys and values as DynamicCache does. The first tokens attend with the keys and values that
+    Where only keys or only values are factored so, the others are kept whole. cos and sin of the tokens' positions are
+    kept once for all layers that share them. All other layers, and cross-attention, keep keys and values as
+    DynamicCache does. The first tokens attend with the keys and values that
     the model computed; all later ones with latents (`spectrim.kernels.latent_decode`).
 
     Args:
@@ -320,14 +323,19 @@ def _holds(table: Table, cos: torch.Tensor, sin: torch.Tensor, end: int) -> bool
 
 
 def rebuilt(
-    z: torch.Tensor, scale: torch.Tensor | None, A: list[torch.Tensor], bias: torch.Tensor | None
+    z: torch.Tensor,
+    scale: torch.Tensor | None,
+    A: list[torch.Tensor | None],
+    bias: torch.Tensor | None,
+    ranks: tuple[int, ...],
 ) -> torch.Tensor:
     """Keys or values [B, T, H, D] of latents [B, T, Σ r_h], before norm and rotation; in float32 or wider."""
-    wide = torch.promote_types(A[0].dtype, torch.float32)
-    parts = z.to(wide).split([factor.shape[1] for factor in A], dim=2)
+    wide = torch.promote_types(torch.float32, z.dtype if scale is None else scale.dtype)
+    parts = z.to(wide).split(ranks, dim=2)
     if scale is not None:
         parts = tuple(part * scale[:, :, h, None] for h, part in enumerate(parts))
-    heads = torch.stack([part @ factor.to(wide).T for part, factor in zip(parts, A, strict=True)], dim=2)
+    pairs = zip(parts, A, strict=True)
+    heads = torch.stack([part if up is None else part @ up.to(wide).T for part, up in pairs], dim=2)
     return heads if bias is None else heads + bias.to(wide).view(len(A), -1)
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from spectrim.errors import ModelError
 from spectrim.linear import Linear
 from spectrim.maths.alternating import alternate
-from spectrim.maths.decompose import Rank, factors, head_ranks
+from spectrim.maths.decompose import Directions, Rank, factors, head_ranks
 from spectrim.maths.roots import check_finite
 from spectrim.recipe import QuantizePart
 from spectrim.storage.base import Form, Options, Problem, Spec, Tensors, register
@@ -34,6 +34,8 @@ class LowRank(Form):
         """Every rank, or every multiple of the recipe's, at which the factors are smaller than the weight."""
         if problem.fixed_bits:
             return Options.listed(self.name, [])
+        if problem.spectrum.heads > 1 and problem.storage.heads != "free":
+            return self._by_blocks(problem)
         linear, heads, most = problem.linear, problem.spectrum.heads, len(problem.left) - 1
         step = problem.storage.multiple if heads == 1 else 1
         counts = np.arange(step if heads == 1 else heads, most + 1, step)
@@ -51,6 +53,17 @@ class LowRank(Form):
             return {"rank": rank if isinstance(rank, int) else list(rank), "pivoted": bool(pivoted[number])}
 
         return Options(self.name, sizes[smaller], problem.left[counts], spec)
+
+    def _by_blocks(self, problem: Problem) -> Options:
+        """Ranks by head in steps of the recipe's multiple: of the head that gains most, or of all heads together."""
+        ranks, errors = _steps(problem.spectrum, problem.storage.multiple, problem.storage.heads == "equal")
+        sizes = factor_bytes(problem.linear, ranks.sum(1), ranks.shape[1])
+        kept = np.flatnonzero(sizes < problem.linear.nbytes)
+
+        def spec(number: int) -> Spec:
+            return {"rank": ranks[kept[number]].tolist(), "pivoted": False}
+
+        return Options(self.name, sizes[kept], errors[kept], spec)
 
     def make(self, problem: Problem, spec: Spec) -> Tensors:
         """The factors of least error, values split evenly between them."""
@@ -135,6 +148,24 @@ class LowRank(Form):
         ranks = head_ranks(rank_of(spec))
         beside = linear.params if "R" in spec.get("grids", {}) else 0
         return beside + int(_factor_params(linear, sum(ranks), len(ranks), spec.get("pivoted", False)))
+
+
+def _steps(spectrum: Directions, multiple: int, equal: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Ranks by head, int64 [n, heads], that grow by `multiple` directions, and the errors that they leave [n]."""
+    each = spectrum.s if spectrum.loss is None else spectrum.loss
+    assert spectrum.head is not None
+    costs = torch.stack([each[spectrum.head == number] for number in range(spectrum.heads)]).cpu().numpy()  # [heads, d]
+    heads, blocks = len(costs), costs.shape[1] // multiple
+    gains = costs[:, : blocks * multiple].reshape(heads, blocks, multiple).sum(2)
+    if equal:
+        ranks = multiple * np.arange(1, blocks + 1)[:, None].repeat(heads, axis=1)
+        return ranks, np.maximum(costs.sum() - gains.sum(0).cumsum(), 0.0)
+    urgent = gains.copy()
+    urgent[:, :1] = np.inf  # the first block of each head comes before all others
+    order = (-urgent).ravel().argsort(kind="stable")
+    ranks = multiple * np.eye(heads, dtype=np.int64)[order // max(1, blocks)].cumsum(0)
+    errors = np.maximum(costs.sum() - gains.ravel()[order].cumsum(), 0.0)
+    return ranks[heads - 1 :], errors[heads - 1 :]
 
 
 def _factors(problem: Problem, spec: Spec) -> tuple[torch.Tensor, torch.Tensor]:
