@@ -175,6 +175,23 @@ def test_16_bits_are_as_near_as_their_rounding(dtype, within, integers):
     check(dtype=dtype, integers=integers, rotary=64, bias=True, within=within)
 
 
+@pytest.mark.parametrize("side", ["keys", "values"])
+def test_heads_whose_latents_are_their_keys_or_values(side):
+    torch.manual_seed(0)
+    A, z = [torch.randn(32, 16) for _ in range(2)], torch.randn(1, 40, 32)
+    whole = [None, None], torch.randn(1, 40, 64)
+    (A_k, z_k), (A_v, z_v) = (whole, (A, z)) if side == "keys" else ((A, z), whole)
+    q, options = torch.randn(1, 4, 32), {"scaling": 0.2, "b_k": torch.randn(64), "norm": torch.randn(32)}
+    options[f"scale_{side[0]}"] = torch.rand(1, 40, 2)  # of one side alone
+
+    def there(x):
+        return x.to(DEVICE) if isinstance(x, torch.Tensor) else [there(y) for y in x] if isinstance(x, list) else x
+
+    moved = {name: there(x) for name, x in options.items()}
+    found = kernels.latent_decode(*map(there, (q, z_k, z_v, A_k, A_v)), **moved, tiles=SMALL)
+    torch.testing.assert_close(found.cpu(), reference.latent_decode(q, z_k, z_v, A_k, A_v, **options))
+
+
 def test_a_query_that_sees_nothing_gets_the_bias():
     A = [torch.randn(32, 16)] * 2
     b_v = torch.randn(64)

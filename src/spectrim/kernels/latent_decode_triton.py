@@ -234,23 +234,26 @@ class Factors:
     @classmethod
     def of(
         cls,
-        A_k: Sequence[torch.Tensor],
-        A_v: Sequence[torch.Tensor],
+        A_k: Sequence[torch.Tensor | None],
+        A_v: Sequence[torch.Tensor | None],
         b_k: torch.Tensor | None = None,
         b_v: torch.Tensor | None = None,
         norm: torch.Tensor | None = None,
     ) -> "Factors":
         """Of each head's factors [D, r_h], biases [H · D], and the weight [D] of a norm of keys.
 
-        A norm is multiplied into factors and bias, and rounded there. Ranks that are all multiples of 16 are read
-        fastest.
+        Factors that are None are the identity; one has to be there. A norm is multiplied into factors and bias, and
+        rounded there. Ranks that are all multiples of 16 are read fastest.
         """
+        like = next(A for A in (*A_k, *A_v) if A is not None)
+        one = torch.eye(len(like), dtype=like.dtype, device=like.device)
+        keys, values = ([one if A is None else A for A in factors] for factors in (A_k, A_v))
         if norm is not None:
-            A_k = [(A.float() * norm.float()[:, None]).to(A.dtype) for A in A_k]
+            keys = [(A.float() * norm.float()[:, None]).to(A.dtype) for A in keys]
             if b_k is not None:
-                b_k = (b_k.float() * norm.float().repeat(len(A_k))).to(b_k.dtype)
-        ranks_k, ranks_v = ([A.shape[1] for A in factors] for factors in (A_k, A_v))
-        a_k, a_v = (torch.cat([A.T for A in factors]).contiguous() for factors in (A_k, A_v))
+                b_k = (b_k.float() * norm.float().repeat(len(keys))).to(b_k.dtype)
+        ranks_k, ranks_v = ([A.shape[1] for A in factors] for factors in (keys, values))
+        a_k, a_v = (torch.cat([A.T for A in factors]).contiguous() for factors in (keys, values))
         columns_k, columns_v = (
             torch.tensor([0, *ranks]).cumsum(0).to(a_k.device, torch.int32) for ranks in (ranks_k, ranks_v)
         )
@@ -297,8 +300,8 @@ def latent_decode(
     q: torch.Tensor,
     z_k: torch.Tensor,
     z_v: torch.Tensor,
-    A_k: Sequence[torch.Tensor],
-    A_v: Sequence[torch.Tensor],
+    A_k: Sequence[torch.Tensor | None],
+    A_v: Sequence[torch.Tensor | None],
     *,
     b_k: torch.Tensor | None = None,
     b_v: torch.Tensor | None = None,
@@ -362,7 +365,8 @@ def decode(
     parts = torch.empty(batch, queries, splits, rank_v, dtype=torch.float32, device=q.device)
     peaks, totals = torch.empty(2, batch, queries, splits, dtype=torch.float32, device=q.device)
     o = torch.empty(batch, queries, width, dtype=q.dtype, device=q.device)
-    strides = [stride for x in (z_k, z_v, cos, inverse_rms, scale_k, mask) for stride in _strides(x)]
+    scale = scale_v if scale_k is None else scale_k
+    strides = [stride for x in (z_k, z_v, cos, inverse_rms, scale, mask) for stride in _strides(x)]
     with torch.cuda.device_of(q):  # Triton starts its programs on the current device
         split_kernel[(splits, heads // tiles.heads, batch)](
             q.contiguous(), z_k, z_v, factors.a_k, factors.columns_k, factors.columns_v, cos, sin, factors.b_k,
