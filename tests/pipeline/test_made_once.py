@@ -1,5 +1,6 @@
 """Nothing expensive is done twice: a linear is made once for each checkpoint, and decomposed once in each metric."""
 
+import json
 import shutil
 from collections import Counter
 
@@ -12,12 +13,13 @@ from helpers.command import run
 from helpers.samples import processor
 from spectrim.calibrate import calibrate
 from spectrim.checkpoint import load
+from spectrim.errors import StatisticsError
 from spectrim.maths.decompose import decompose
 from spectrim.metrics import spectra
 from spectrim.pipeline import compress, compression
 from spectrim.plan.plan import Plan
 from spectrim.recipe import builtin_names
-from spectrim.storage import base, forms, integers_and_factors
+from spectrim.storage import base, form, forms, integers_and_factors
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +43,9 @@ def made(monkeypatch) -> Counter[str]:
 
         return count
 
-    for form in forms():
-        monkeypatch.setattr(form, "make", counting(form.make))
-        monkeypatch.setattr(form, "alternate", counting(form.alternate))
+    for known in forms():
+        monkeypatch.setattr(known, "make", counting(known.make))
+        monkeypatch.setattr(known, "alternate", counting(known.alternate))
     return counts
 
 
@@ -67,6 +69,12 @@ def forget(statistics) -> None:
     """Take away what an earlier compression left."""
     for name in ("spectra", "options", "compensated"):
         shutil.rmtree(statistics.path / name, ignore_errors=True)
+
+
+def kept_rows(plan) -> set[tuple[str, str, str]]:
+    """Name, form and spec of the linears whose stored tensors are kept for other budgets."""
+    rows = ((name, plan.linears[name]) for name in plan.changed)
+    return {(name, row.form, json.dumps(row.spec)) for name, row in rows if form(row.form).searches}
 
 
 CASES = [(recipe, bits, kind) for recipe in builtin_names() for bits in (None, "auto") for kind in ("none", "anchored")]
@@ -95,17 +103,21 @@ def test_every_recipe_makes_and_decomposes_once(recipe, bits, kind, calibrated, 
 @pytest.mark.parametrize("kind", ["none", "anchored"])
 @pytest.mark.parametrize("bits", [None, "auto"])
 def test_a_checkpoint_is_written_from_what_was_made_once(bits, kind, calibrated, made, tmp_path):
-    """By `compress` with a directory or without, by `Compression.save`, and what is compensated is not made again."""
+    """By `compress` with a directory or without, by `Compression.save`; kept integers are not made again."""
     model, statistics = calibrated
     changes = {"quantize.bits": bits, "compensate.kind": kind}
     given = {"stats": statistics, "processor": processor("llama"), "changes": changes}
     forget(statistics)
     with compression(model, "curvature", **given) as prepared:
+        before = set()
         for retain in (0.6, 0.4):
             made.clear()
             plan = prepared.plan(retain)
             prepared.save(plan, tmp_path / f"{retain}")
-            assert made == dict.fromkeys(plan.changed, 1)
+            kept = kept_rows(plan) if kind == "none" else set()
+            again = {name for name, _, _ in kept & before}
+            assert made == dict.fromkeys(set(plan.changed) - again, 1)
+            before |= kept
     for out in (None, tmp_path / "out"):
         forget(statistics)
         made.clear()
@@ -114,7 +126,27 @@ def test_a_checkpoint_is_written_from_what_was_made_once(bits, kind, calibrated,
         assert torch.equal(logits(small), logits(load(tmp_path / "0.4")))
     made.clear()
     compress(families.FAMILIES["llama"](), recipe="curvature", plan=tmp_path / "out" / "plan.json", **given)
-    assert made == (dict.fromkeys(plan.changed, 1) if kind == "none" else {})
+    kept = {name for name, _, _ in kept_rows(plan)} if kind == "none" else set(plan.changed)
+    assert made == dict.fromkeys(set(plan.changed) - kept, 1)
+
+
+def test_kept_integers_are_those_that_were_made_and_damaged_ones_are_refused(calibrated, tmp_path):
+    model, statistics = calibrated
+    given = {"stats": statistics, "processor": processor("llama"), "changes": {"quantize.bits": 4}}
+    forget(statistics)
+    with compression(model, "curvature", **given) as prepared:
+        plan = prepared.plan(0.4)
+        name = next(name for name, _, _ in sorted(kept_rows(plan)))
+        linear, row = prepared.parts.linear(name), plan.linears[name]
+        fresh, kept = (prepared.maker.make(linear, row) for _ in range(2))
+        assert kept.keys() == fresh.keys()
+        assert all(torch.equal(kept[key], fresh[key]) for key in fresh)
+        (path,) = (statistics.path / "options").glob(f"*/{name}/*.safetensors")
+        path.write_bytes(path.read_bytes()[:-1])
+        with pytest.raises(StatisticsError, match="cannot be read"):
+            prepared.maker.make(linear, row)
+        path.unlink()
+        assert torch.equal(prepared.maker.make(linear, row)[next(iter(fresh))], fresh[next(iter(fresh))])
 
 
 @pytest.mark.parametrize("kind", ["none", "anchored"])

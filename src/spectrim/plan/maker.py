@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 
 from spectrim.calibrate import Statistics
 from spectrim.disk.lock import writing
+from spectrim.disk.sealed import open_sealed, write_sealed
 from spectrim.errors import NumericalError
 from spectrim.linear import Linear
 from spectrim.maths.decompose import OutputMetric
@@ -22,7 +23,7 @@ from spectrim.plan.plan import PlanRow
 from spectrim.recipe import Recipe
 from spectrim.storage import Problem, Tensors, form, forms, made
 
-VERSION = 1  # of what options on disk mean; a change makes earlier files unused
+VERSION = 1  # of what options and tensors on disk mean; a change makes earlier files unused
 
 
 class Maker:
@@ -67,8 +68,7 @@ class Maker:
         paths = {linear.name: kept / f"{linear.name}.safetensors" for linear in linears}
         with ExitStack() as stack:
             if self._recipe.quantize.bits is not None and not all(path.exists() for path in paths.values()):
-                home = kept if self._statistics is None else self._statistics.path
-                stack.enter_context(writing(home, alone=False))
+                stack.enter_context(self._writing())
             for done, linear in enumerate(linears):
                 if linear.name not in self._menus:
                     try:
@@ -80,13 +80,34 @@ class Maker:
         return {linear.name: self._menus[linear.name] for linear in linears}
 
     def make(self, linear: Linear, row: PlanRow) -> Tensors:
-        """The stored tensors of a linear as its row of the plan says. Raises NumericalError; names the linear."""
-        heads = form(row.form).heads(row.spec)
-        return made(self.problem(linear, heads), row.form, row.spec)
+        """The stored tensors of a linear as its row of the plan says.
+
+        Those of forms that search long are kept beside the options: between two sizes most linears keep their form.
+
+        Raises:
+            NumericalError: a weight or a metric holds NaN or infinity; names the linear.
+            StatisticsError: kept tensors cannot be read or written.
+        """
+        kind = form(row.form)
+        problem = self.problem(linear, kind.heads(row.spec))
+        if not kind.searches:
+            return made(problem, row.form, row.spec)
+        of = json.dumps([linear.name, row.form, row.spec], sort_keys=True)
+        kept = self._home / linear.name / f"{hashlib.sha256(of.encode()).hexdigest()[:16]}.safetensors"
+        if kept.exists():
+            file = open_sealed(kept, of=of)
+            return {name: file.tensor(name) for name in file.digests}
+        with self._writing():
+            tensors = made(problem, row.form, row.spec)
+            write_sealed(kept, tensors, of=of)
+        return tensors
+
+    def _writing(self) -> AbstractContextManager[None]:
+        return writing(self._home if self._statistics is None else self._statistics.path, alone=False)
 
     @property
     def _home(self) -> Path:
-        """Where options are kept; named by all that they depend on."""
+        """Where options, and what was made of them, are kept; named by all that they depend on."""
         recipe, directory = self._recipe, self._spectra.directory
         parts = [part.model_dump(mode="json") for part in (recipe.storage, recipe.quantize)]
         content = [VERSION, directory.name, *parts, [x.name for x in forms() if x.searches]]
