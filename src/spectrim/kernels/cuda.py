@@ -7,7 +7,6 @@ tensor cores of the device; its layout cannot be read back, so whoever drops the
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -40,11 +39,11 @@ def takes(scale: torch.Tensor) -> bool:
 def misfit(out: int, size: int, bits: int, group: int | None) -> str | None:
     """What humming cannot do with a weight [out, in] on a grid, in words; None where it fits."""
     if bits not in BITS:
-        return f"it has {bits} bits"
+        return f"{bits} bits"
     if group not in GROUPS:
-        return f"it has groups of {group}"
+        return f"groups of {group}"
     if out % 32 or size % 32:  # its words of weights and of zero points are whole
-        return f"{out} × {size} are no multiples of 32"
+        return "outputs or inputs in no multiples of 32"
     return None
 
 
@@ -56,7 +55,7 @@ def prepare(
     shape: tuple[int, int],
     dense: Callable[[], torch.Tensor],
 ) -> Layout | None:
-    """humming's layout of a weight, or None where it cannot run; why not is logged, once for each reason.
+    """humming's layout of a weight, or None where it cannot run; why not is logged, once for each kind of reason.
 
     The layout multiplies two random rows before it is handed out: that compiles the kernel when the model is loaded,
     not at the first token, and a layout whose product is not that of the weight is refused.
@@ -69,19 +68,21 @@ def prepare(
         shape: outputs and inputs.
         dense: gives the weight [out, in].
     """
-    reason = misfit(*shape, *grid)
+    kind = reason = misfit(*shape, *grid)
     if reason is None:
         try:
             layout = humming_layout(words, scale, zero, grid, shape)
-            x = torch.randn(2, shape[1], dtype=scale.dtype, device=scale.device)
+            numbers = torch.Generator(scale.device).manual_seed(0)  # loading leaves the user's generator alone
+            x = torch.randn(2, shape[1], dtype=scale.dtype, device=scale.device, generator=numbers)
             truth = x.float() @ dense().float().T
             error = (product(x, layout).float() - truth).norm() / truth.norm().clamp_min(1e-30)
             if error < _TOLERANCE:
                 return layout
-            reason = f"its product is off by {float(error):.2g}"
+            kind, reason = "product", f"its product is off by {float(error):.2g}"
         except Exception as failed:  # no package, no compiler, a shape that it asserts away: all have the same remedy
-            reason = f"{type(failed).__name__}: {failed}".splitlines()[0]
-    say_once(f"integers on the GPU are unpacked in every pass, since humming-kernels cannot run them: {reason}")
+            kind, reason = type(failed).__name__, f"{type(failed).__name__}: {failed}".splitlines()[0]
+    named = f"{grid[0]} bits of {shape[0]} × {shape[1]}: {reason}"
+    say_once(str(kind), f"some integers are unpacked in every pass, since humming-kernels cannot run them ({named})")
     return None
 
 
@@ -152,7 +153,7 @@ def latent_kernels() -> ModuleType | None:
     try:
         from spectrim.kernels import latent_decode_triton
     except ImportError:
-        say_once("a latent cache on the GPU runs in torch's own kernels, since there is no triton")
+        say_once("latents", "a latent cache on the GPU runs in torch's own kernels, since there is no triton")
         return None
     return latent_decode_triton
 
@@ -164,12 +165,16 @@ def unpacked(
     try:
         from spectrim.kernels.unpack_triton import unpack_weight
     except ImportError:
-        say_once("integers on the GPU are unpacked in several passes over memory, since there is no triton")
+        say_once("unpack", "integers on the GPU are unpacked in several passes over memory, since there is no triton")
         return None
     return unpack_weight(words, scale, zeros, bits, size)
 
 
-@cache
-def say_once(text: str) -> None:
-    """Log a line the first time."""
-    logger.warning(text)
+def say_once(kind: str, text: str) -> None:
+    """Log a line, the first of its kind."""
+    if kind not in _SAID:
+        _SAID.add(kind)
+        logger.warning(text)
+
+
+_SAID: set[str] = set()
