@@ -7,6 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():  # before triton is imported: its kernels run in its interpreter
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import families
 from helpers.samples import WORDS, image_folder, write_jsonl

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -21,6 +21,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from spectrim.errors import ModelError
+from spectrim.kernels import cuda
 from spectrim.kernels.latent_decode import latent_attention
 
 PREFIX = "latent-"  # of the names of attention functions; the function from before follows
@@ -72,6 +73,13 @@ class Factors:
     b_v: torch.Tensor | None
     norm: torch.Tensor | None  # float32 [D]
     epsilon: float  # of the root mean square
+
+    @cached_property
+    def packed(self) -> Any:
+        """The same as the kernel for a GPU reads them."""
+        kernels = cuda.latent_kernels()
+        assert kernels is not None
+        return kernels.Factors.of(self.A_k, self.A_v, self.b_k, self.b_v, self.norm)
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,14 +199,38 @@ def attend(
         mask = query.new_ones(steps, count, dtype=torch.bool).tril(count - steps)[None, None]
     if mask is not None and (mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[3] < count):
         raise ModelError(f"a latent cache of {count} tokens does not take a mask of the shape {list(mask.shape)}")
-    found = latent_attention(
-        query,
-        **call.layer.arguments(count, call.cache),
-        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        softcap=softcap,
-        mask=None if mask is None else mask[:, 0, :, :count],
-    )
+    if mask is not None:
+        mask = mask[:, 0, :, :count]
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    arguments = call.layer.arguments(count, call.cache)
+    found = _one_step(query, call.layer.factors, arguments, mask, scaling, softcap)
+    if found is None:
+        found = latent_attention(query, **arguments, scaling=scaling, softcap=softcap, mask=mask)
     return found.transpose(1, 2), None
+
+
+def _one_step(
+    query: torch.Tensor,
+    factors: Factors,
+    arguments: dict[str, Any],
+    mask: torch.Tensor | None,
+    scaling: float,
+    softcap: float | None,
+) -> torch.Tensor | None:
+    """The same by the kernel for one new token, [B, Hq, 1, D]; None where it does not run (see `cuda.takes`)."""
+    if query.shape[2] > 1 or not cuda.takes(query) or not (mask is None or mask.dtype == torch.bool):
+        return None
+    if (kernels := cuda.latent_kernels()) is None:
+        return None
+    found: torch.Tensor = kernels.decode(
+        query[:, :, 0],
+        factors=factors.packed,
+        **{name: value for name, value in arguments.items() if not hasattr(factors, name)},
+        mask=None if mask is None else mask[:, 0],
+        scaling=scaling,
+        softcap=softcap,
+    )
+    return found[:, :, None]
 
 
 def _check(module: Any, options: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ register the format (see ``spectrim.registration``).
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from spectrim.errors import CheckpointError, ModelError
+from spectrim.kernels import cuda
 from spectrim.kernels.bits import pack, unpack
 from spectrim.kernels.cpu import (
     INT4_ROWS,
@@ -41,7 +43,8 @@ class PackedLinear(StoredLayer):
     layer that nobody filled shows in the first logits. Raises ModelError for a group that does not divide the inputs.
 
     W is unpacked whenever it is used, unless `run_as` has put another ``layout`` in the place of the packed words, in
-    which a kernel multiplies few rows of inputs with the integers themselves. The state dict is the same.
+    which a kernel multiplies inputs (on a CPU few rows of them) with the integers themselves. The state dict is the
+    same.
     """
 
     weight_packed: torch.Tensor
@@ -49,7 +52,9 @@ class PackedLinear(StoredLayer):
     weight_shape: torch.Tensor
     weight_zero_point: torch.Tensor | None
     layout_codes: torch.Tensor | None  # of another layout than packed words,
-    layout_scales: torch.Tensor | None  # with its scales and offsets
+    layout_scales: torch.Tensor | None  # with its scales and offsets,
+    layout_zeros: torch.Tensor | None  # and on a GPU zero points
+    layout_locks: torch.Tensor  # and what its programs count in
 
     def __init__(
         self,
@@ -93,8 +98,8 @@ class PackedLinear(StoredLayer):
 
     def codes(self) -> torch.Tensor:
         """The integers, int8 [out, in]."""
-        if self.layout == "packed":
-            return unpack(self.weight_packed, self.grid.bits, self.in_features)
+        if self.layout in ("packed", "humming"):
+            return unpack(self._words(), self.grid.bits, self.in_features)
         assert self.layout_codes is not None
         if self.layout == "int8":
             return int8_codes(self.layout_codes)
@@ -107,7 +112,12 @@ class PackedLinear(StoredLayer):
 
     def unpacked(self) -> torch.Tensor:
         """The weight [out, in] in the dtype of the scales."""
-        scale, codes, zero = self.weight_scale, self.codes(), self.zeros()
+        scale, zero = self.weight_scale, self.zeros()
+        if cuda.takes(scale):
+            dense = cuda.unpacked(self._words(), scale, zero, self.grid.bits, self.in_features)
+            if dense is not None:
+                return dense
+        codes = self.codes()
         codes = codes.unflatten(1, (scale.shape[1], -1))  # [out, groups, group]
         if zero is not None:
             codes = codes.short() - zero[..., None]
@@ -115,23 +125,32 @@ class PackedLinear(StoredLayer):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # as nn.Linear calls it
         """Map inputs [..., in] to [..., out] in the dtype of the scales."""
-        rows = input.numel() // self.in_features
-        if rows > self.most_rows or input.dtype != torch.bfloat16 or input.requires_grad:
+        if not self._multiplies(input):
             return nn.functional.linear(input, self.unpacked(), self.bias)
         y = self._product(input.reshape(-1, self.in_features)).view(*input.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
     @property
-    def most_rows(self) -> int:
+    def most_rows(self) -> float:
         """Rows of inputs up to which a kernel multiplies them with the integers; 0 without one."""
         if self.layout == "packed":
             return 0
+        if self.layout == "humming":
+            return inf
         return INT4_ROWS if self.layout == "int4" else int8_rows(self.weight_scale.shape[1])
+
+    def _multiplies(self, input: torch.Tensor) -> bool:
+        """Whether the kernel of the layout takes these inputs."""
+        rows = input.numel() // self.in_features
+        return 0 < rows <= self.most_rows and input.dtype == self.weight_scale.dtype and not input.requires_grad
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         """``x Wᵀ`` [rows, out] of x [rows, in] by a kernel that reads the layout."""
         assert self.layout_codes is not None
         assert self.layout_scales is not None
+        if self.layout == "humming":
+            parts = self.layout_codes, self.layout_scales, self.layout_zeros, self.layout_locks
+            return cuda.product(x, cuda.Layout(self._humming, *parts))
         if self.layout == "int8":
             return int8_product(x, self.layout_codes, self.layout_scales)
         return int4_product(x, self.layout_codes, self.layout_scales, self.out_features)
@@ -143,11 +162,14 @@ class PackedLinear(StoredLayer):
         ``reference``: it is unpacked in every pass. ``speed``: a kernel multiplies few rows of inputs with integers in
         a layout of its own, which takes the place of the packed words ("int4", "int8"; bfloat16 on a CPU whose layout
         is known); integers of 2 and 3 bits take the room of 4. ``memory``: the same where that takes no more room.
-        ``auto`` is ``speed``.
+        ``auto`` is ``speed``. On a GPU, in float16 and bfloat16, all of these are the kernels of humming-kernels
+        ("humming") where they take the weight (see `kernels.cuda.prepare`); the words then wait in the host's memory.
         """
         self._pack_again()
         self.runtime = runtime
         grid, scale = self.grid, self.weight_scale
+        if runtime != "reference" and cuda.takes(scale):
+            return self._run_on_gpu()
         if runtime == "reference" or scale.device.type != "cpu" or scale.dtype != torch.bfloat16:
             return self.layout
         if grid.bits == 8 and int8_fits(self.in_features, scale.shape[1]):
@@ -165,16 +187,38 @@ class PackedLinear(StoredLayer):
         self.weight_packed = self.weight_packed.new_empty(0)
         return self.layout
 
+    def _run_on_gpu(self) -> str:
+        """Put humming's layout in the place of the packed words where it takes them; returns the layout."""
+        words, shape = self.weight_packed, (self.out_features, self.in_features)
+        grid = self.grid.bits, self.grid.group
+        found = cuda.prepare(words, self.weight_scale, self.weight_zero_point, grid, shape, self.unpacked)
+        if found is not None:
+            self.layout, self._humming, self._host_words = "humming", found.config, words.cpu()
+            for name in ("codes", "scales", "zeros", "locks"):
+                self.register_buffer(f"layout_{name}", getattr(found, name), persistent=False)
+            self.weight_packed = words.new_empty(0)
+        return self.layout
+
+    def _words(self) -> torch.Tensor:
+        """The packed words on the device of the scales."""
+        return self._host_words.to(self.weight_scale.device) if self.layout == "humming" else self.weight_packed
+
     def _pack_again(self) -> None:
         """Put the packed words back in the place of another layout."""
+        if self.layout == "humming":
+            self.weight_packed = self._words()
+            del self._humming, self._host_words, self.layout_zeros, self.layout_locks
+        elif self.layout != "packed":
+            self.weight_packed = pack(self.codes(), self.grid.bits)
         if self.layout != "packed":
-            words = pack(self.codes(), self.grid.bits)
-            self.layout, self.weight_packed = "packed", words
+            self.layout = "packed"
             del self.layout_codes, self.layout_scales
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.layout != "packed":
+        if self.layout == "humming":
+            destination[f"{prefix}weight_packed"] = self._words()
+        elif self.layout != "packed":
             destination[f"{prefix}weight_packed"] = pack(self.codes(), self.grid.bits)
 
     def _load_from_state_dict(self, *args: Any) -> None:
