@@ -54,7 +54,7 @@ def real(command: list[str], checkpoint: str = "small") -> list[str]:
     verb = command[0]
     compressed = checkpoint if verb == "compress" else "small"
     names = {**dict.fromkeys(MODELS, "model"), **dict.fromkeys(("OUT", "SMALL", "small"), compressed)}
-    names["STATS"] = "statistics"
+    names |= {"STATS": "statistics", "3.5GB": "330kB"}
     sources = {"--text": "words.txt", "--images": "images"}
     parts = [
         sources[before] if part == "SRC" else names.get(part, part)

@@ -15,7 +15,9 @@ from spectrim.pipeline import compress, compression
 from spectrim.settings import CalibrationOptions, EvaluationOptions
 
 COMMANDS = typer.main.get_command(app).commands
-OWN = {"recipe", "retain", "plan", "stats", "changes", "overwrite", "trust_remote_code"}  # of compress, in both
+OWN = {  # of compress, in both
+    "recipe", "retain", "bits", "size", "plan", "stats", "changes", "keep", "only", "overwrite", "trust_remote_code",
+}  # fmt: skip
 
 
 def library(function, *apart):

@@ -136,7 +136,7 @@ MUTATIONS = [
     M("what is left without losses", "storage/base.py", "each = self.spectrum.s if self.spectrum.loss is None else self.spectrum.loss", "each = self.spectrum.s"),
     M("what is kept, not what is left", "storage/base.py", "each.flip(0).cumsum(0).flip(0).cpu().numpy(), 0.0)", "each.cumsum(0).cpu().numpy(), 0.0)"),
     M("residuals as if nothing were fed on", "storage/base.py", "if M is None or M.ndim == 1 or damping is not None:", "if M is None or M.ndim == 1:"),
-    M("integers for all roles", "storage/base.py", "return part.bits is not None and (part.roles == \"all\" or self.linear.role in FEED_FORWARD)", "return part.bits is not None"),
+    M("integers for all roles", "recipe.py", "return self.bits is not None and (self.roles == \"all\" or role in FEED_FORWARD)", "return self.bits is not None"),
     M("rounding ignores the outputs", "storage/integers.py", "metrics = (None, None) if damping is None else (C, G)", "metrics = (None, None) if damping is None else (C, None)"),
     M("nearest in the metric", "storage/integers.py", "metrics = (None, None) if damping is None else (C, G)", "metrics = (C, G)"),
     M("one scale for all inputs", "storage/integers.py", "return Grid(bits, fitting_group(size, problem.quantize.group), problem.quantize.symmetric)", "return Grid(bits, None, problem.quantize.symmetric)"),

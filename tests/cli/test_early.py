@@ -242,7 +242,7 @@ def test_what_only_the_model_can_say_is_said_before_samples_run(capsys, places, 
         (["--plan", f"{home}/FOREIGN.json"], "the model lacks"),
         (["--plan", f"{home}/LARGE.json"], "can have"),
         (["--retain", "1e-6"], "of the smallest options"),
-        (["--retain", "0.1", "--set", "allocation.places=[connector]"], "outside connector stay dense"),
+        (["--retain", "0.1", "--set", "allocation.places=[connector]"], "linears stay dense (outside connector)"),
         (["--retain", "0.5", "--recipe", "asvd", "--set", "allocation.rule=sensitivity"], "measures text loss"),
     ):
         code, _, err = run(capsys, "compress", "demo", "-o", places["OUT"], *arguments)

@@ -41,8 +41,8 @@ def batches(model, family: str, words: str, samples: int = 12, take: int | None 
 
 
 @torch.no_grad()
-def record(model, inputs) -> dict[str, tuple[torch.Tensor, torch.Tensor, tuple]]:
-    """By module: what it read and gave in one run."""
+def record(model, inputs, names=None) -> dict[str, tuple[torch.Tensor, torch.Tensor, tuple]]:
+    """By module, of all or of these names: what it read and gave in one run."""
     found, handles = {}, []
 
     def after(name, _module, args, kwargs, output):
@@ -50,6 +50,8 @@ def record(model, inputs) -> dict[str, tuple[torch.Tensor, torch.Tensor, tuple]]
         found[name] = (x, output[0] if isinstance(output, tuple) else output)
 
     for name, module in model.named_modules():
+        if names is not None and name not in names:
+            continue
         handles.append(module.register_forward_hook(partial(after, name), with_kwargs=True))
     try:
         model(**inputs, use_cache=False)

@@ -15,7 +15,8 @@ from torch import nn
 from spectrim.kernels import cuda
 from spectrim.kernels.bits import pack, unpack
 from spectrim.maths.rounding import Grid, quantize
-from spectrim.storage.packed import PackedLinear, set_runtime
+from spectrim.storage.packed import PackedLinear
+from spectrim.storage.runtime import set_runtime
 
 GRIDS = [Grid(bits, group, even) for bits in cuda.BITS for group in cuda.GROUPS for even in (True, False)]
 OUT, SIZE = 64, 256

@@ -54,7 +54,8 @@ def variants(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
         assert isinstance(value, BaseModel), f"tell this test how to change {part}"
         for name, info in type(value).model_fields.items():
             found = others(info.annotation, getattr(value, name))
-            assert found or (part, name) == ("allocation", "places"), f"tell this test how to change {part}.{name}"
+            named = (part, name) in {("allocation", key) for key in ("places", "keep", "only")}
+            assert found or named, f"tell this test how to change {part}.{name}"
             for other in found:
                 yield f"{part}.{name}", recipe.model_copy(update={part: value.model_copy(update={name: other})})
 

@@ -328,7 +328,7 @@ def test_what_cannot_be_done_is_said(calibrated, tmp_path):
     with pytest.raises(BudgetError, match=f"is less than the {least} of the smallest options; raise --retain"):
         compress(llama, recipe="svd", retain=0.001)
     for options in ({}, {"retain": 0.5, "plan": tmp_path / "plan.json"}):
-        with pytest.raises(BudgetError, match="either a retention"):
+        with pytest.raises(BudgetError, match="either a limit"):
             compress(llama, recipe="svd", **options)
     with pytest.raises(RecipeError, match="needs samples; give statistics, or the model's processor"):
         compress(llama, recipe="svd-llm", retain=0.5)

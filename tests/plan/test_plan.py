@@ -86,7 +86,7 @@ def test_rows_are_flat_and_read_back(parts, plan, file):
     content = json.loads(file.read_text())
     assert content["version"] == 2
     for (kind, spec), row in zip(SPECS, content["linears"].values(), strict=False):
-        notes = {"bytes", "dense_bytes", "error", "metric", "loss"}
+        notes = {"bytes", "dense_bytes", "error", "metric", "loss", "reason"}
         assert list(row) == ["form", *spec, *(key for key in row if key in notes)]
         assert row["form"] == kind
         assert {key: row[key] for key in spec} == spec

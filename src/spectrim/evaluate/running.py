@@ -158,7 +158,8 @@ def evaluate(
         )
         found: dict[Path, DirectoryResult] = {}
         floor = None
-        for path in sorted(paths, key=lambda path: path != reference):  # whose predictions the others are compared with
+        # The dense model first where the others are compared with its predictions.
+        for path in sorted(paths, key=lambda path: predictions is not None and path != reference):
             found[path], blind_scores = _evaluate_one(path, work, floor=path == (reference or paths[0]))
             floor = floor or blind_scores
     results = [found[path] for path in paths]

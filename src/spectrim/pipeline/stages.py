@@ -316,7 +316,7 @@ class Compression:
             "recipe": self.recipe.model_dump(mode="json"),
             "limit": plan.limit,
             "retention": {
-                "asked": plan.retain,
+                **({} if plan.retain is None else {"asked": plan.retain}),
                 "bytes": plan.bytes / plan.dense_bytes,
                 "params": kept / params,
                 "checkpoint": (whole - plan.dense_bytes + plan.bytes) / whole,

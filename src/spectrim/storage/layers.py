@@ -130,7 +130,7 @@ class LowRankLinear(StoredLayer):
         """Map inputs [..., in] to [..., out] in the dtype of the factors."""
         latent: torch.Tensor = self.B(input)  # [..., sum of the ranks]
         if isinstance(self.rank, int):
-            if self.R is None and self.order is None and _is_plain(self.A):  # one product with its bias
+            if self.R is None and self.order is None and self._has_plain_half():
                 return nn.functional.linear(latent, self.A.weight, self.bias)
             y: torch.Tensor = self.A(latent)
             if self.order is not None:  # one copy of each output, where joining and sorting would take two
@@ -145,6 +145,10 @@ class LowRankLinear(StoredLayer):
         if self.R is not None:
             y = y + self.R(input)
         return y if self.bias is None else y + self.bias
+
+    def _has_plain_half(self) -> bool:
+        """Whether A is floats of 16 bits, whose product may add the bias before it is rounded."""
+        return _is_plain(self.A) and self.A.weight.dtype.itemsize == 2
 
     @torch.no_grad()
     def run_as(self, runtime: str) -> str | None:
@@ -318,9 +322,9 @@ def _values(factor: nn.Linear | PackedLinear) -> torch.Tensor:
 
 
 def _is_plain(module: Any, kind: type[nn.Module] = nn.Linear) -> bool:
-    """Whether calling a module is its product and nothing else: no adapter, nobody who watches."""
-    plain: bool = type(module) is kind and not module._forward_hooks and not module._forward_pre_hooks
-    return plain
+    """Whether calling a module is its product and nothing else: no adapter, no offloading, nobody who watches."""
+    watched = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return type(module) is kind and not watched
 
 
 def _contiguous(layer: LowRankLinear, state: dict[str, Any], prefix: str, metadata: Any) -> None:
