@@ -25,6 +25,7 @@ SMALLER = {
     "calibrate": ["--samples", "6", "--batch-size", "6"],
     "compress": ["--samples", "6", "--batch-size", "6", "--text", "words.txt", "--images", "images"],
     "evaluate": ["--samples", "2", "--max-tokens", "1024"],
+    "kl": ["--samples", "2", "--kl-tokens", "32", "--seqlen", "64"],
 }
 
 
@@ -60,7 +61,7 @@ def real(command: list[str], checkpoint: str = "small") -> list[str]:
         sources[before] if part == "SRC" else names.get(part, part)
         for before, part in zip(["", *command], command, strict=False)
     ]
-    return [*parts, *([] if "--stats" in parts else SMALLER.get(verb, []))]
+    return [*parts, *([] if "--stats" in parts else SMALLER.get("kl" if "kl" in parts else verb, []))]
 
 
 README = commands(PAGES[0])
@@ -89,7 +90,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("number", range(len(OTHERS)), ids=lambda number: " ".join(OTHERS[number][:1]))
 def test_commands_of_readme(folder, number):
     run(folder, *real(OTHERS[number], f"small-{number}"))
-    if OTHERS[number][0] == "evaluate":
+    if "--json" in OTHERS[number]:
         assert (folder / "results.json").exists()
         assert "## Measured" in (folder / "small" / "README.md").read_text()
 
@@ -106,7 +107,7 @@ def test_commands_of_docs(folder, page):
 
 def test_readme_names_the_verbs():
     assert {command[0] for command in README} == {
-        "anatomy", "recipes", "calibrate", "compress", "inspect", "evaluate", "bench",
+        "anatomy", "recipes", "calibrate", "plan", "compress", "inspect", "evaluate", "bench",
     }  # fmt: skip
 
 

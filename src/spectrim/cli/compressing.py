@@ -1,13 +1,16 @@
-"""The verbs that make something: calibrate, compress."""
+"""The verbs that make something: calibrate, plan, compress."""
 
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from spectrim.cli.verbs import Device, Dtype, Model, Trust, dtype_of, pairs, progress, quiet, show, verb
 from spectrim.settings import CalibrationOptions
+
+if TYPE_CHECKING:
+    from spectrim.pipeline.budget import Budget
 
 
 @verb(
@@ -63,6 +66,98 @@ def _calibrate(
         show(f"output moments: {forms}; gradient passes of each modality: {len(manifest.groups)}")
 
 
+Size = Annotated[
+    list[str] | None, typer.Option(help="The most that the weight files may take, such as 3.5GB or 900MiB; repeatable.")
+]
+Bits = Annotated[list[float] | None, typer.Option(help="Bits per weight of the linears; repeatable.")]
+Retain = Annotated[list[float] | None, typer.Option(help="Share of the linears' bytes to keep; repeatable.")]
+Changes = Annotated[list[str] | None, typer.Option("--set", help="Change the recipe: key=value.")]
+RecipeName = Annotated[str, typer.Option(help="A built-in recipe or a YAML file.")]
+Keep = Annotated[
+    list[str] | None, typer.Option(help="Keep linears dense whose names match, such as '*.layers.0.*'; repeatable.")
+]
+Only = Annotated[list[str] | None, typer.Option(help="Compress linears alone whose names match; repeatable.")]
+
+
+@verb("plan", after_stop="what was decomposed is kept in the statistics directory, and the same command goes on")
+def _plan(
+    model: Model,
+    recipe: RecipeName = "spectrim",
+    retain: Retain = None,
+    size: Size = None,
+    bits: Bits = None,
+    stats: Annotated[Path | None, typer.Option(help="The statistics directory of the model.")] = None,
+    changes: Changes = None,
+    keep: Keep = None,
+    only: Only = None,
+    json: Annotated[Path | None, typer.Option(help="Write the plan and its figures here too.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Say what a compression would come to, without making it: bytes and predicted loss by part, and over sizes."""
+    from spectrim.checkpoint import load, load_processor
+    from spectrim.checks import check_device, check_directory
+    from spectrim.demo import resolve
+    from spectrim.errors import BudgetError, UsageError
+    from spectrim.files import write_whole
+    from spectrim.pipeline import job_compression
+    from spectrim.pipeline.jobs import check_job, with_patterns
+    from spectrim.pipeline.outlook import outlook
+
+    quiet()
+    check_device(device)
+    limits = _budgets(size, bits, retain)
+    if len(limits) != 1:
+        raise BudgetError("give one limit, such as --size 3.5GB; plan says what other sizes would come to")
+    if json is not None:
+        if json.exists():
+            raise UsageError(f"--json {json} exists; name another file")
+        check_directory(json.parent, "--json")
+    trust: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    source = resolve(model)
+    job = check_job(
+        source,
+        None,
+        recipe=recipe,
+        changes=with_patterns(pairs(changes or [], "--set metric.gamma=0.5"), keep, only),
+        budgets=limits,
+        plan=None,
+        stats=stats,
+        overwrite=False,
+        samples={},
+        **trust,
+    )
+    if job.statistics is None and job.recipe.needs_statistics:
+        raise UsageError(
+            f"a plan by the recipe '{job.recipe.name}' needs statistics; run `spectrim calibrate`, and give its "
+            "directory by --stats"
+        )
+    loaded = load(source, device_map=device, dtype=dtype_of(dtype), **trust)
+    with (
+        progress() as report,
+        job_compression(job, loaded, load_processor(source, **trust), report, {}) as prepared,
+    ):
+        found = outlook(prepared, job.budgets[0])
+    show(found.table())
+    for line in found.lines():
+        show(line)
+    if json is not None:
+        write_whole(json, found.json().encode())
+        show(f"plan: {json}")
+
+
+def _budgets(size: list[str] | None, bits: list[float] | None, retain: list[float] | None) -> "list[Budget]":
+    """The limits of the command line, in the order of the options."""
+    from spectrim.pipeline.budget import Budget
+
+    return [
+        *(Budget(size=value) for value in size or []),
+        *(Budget(bits=value) for value in bits or []),
+        *(Budget(retain=value) for value in retain or []),
+    ]
+
+
 @verb(
     "compress",
     record=CalibrationOptions,
@@ -73,24 +168,17 @@ def _compress(
     out: Annotated[Path, typer.Option("-o", "--out", help="The checkpoint; with several budgets their parent.")],
     options: CalibrationOptions,
     given: dict[str, Any],
-    recipe: Annotated[str, typer.Option(help="A built-in recipe or a YAML file.")] = "spectrim",
-    retain: Annotated[list[float] | None, typer.Option(help="Share of the linears' bytes to keep; repeatable.")] = None,
-    size: Annotated[
-        list[str] | None,
-        typer.Option(help="The most that the weight files may take, such as 3.5GB or 900MiB; repeatable."),
-    ] = None,
-    bits: Annotated[list[float] | None, typer.Option(help="Bits per weight of the linears; repeatable.")] = None,
+    recipe: RecipeName = "spectrim",
+    retain: Retain = None,
+    size: Size = None,
+    bits: Bits = None,
     plan: Annotated[Path | None, typer.Option(help="A plan.json to obey instead of a limit.")] = None,
     stats: Annotated[
         Path | None, typer.Option(help="A statistics directory; else samples are gathered into OUT.stats.")
     ] = None,
-    changes: Annotated[list[str] | None, typer.Option("--set", help="Change the recipe: key=value.")] = None,
-    keep: Annotated[
-        list[str] | None, typer.Option(help="Keep linears dense whose names match, such as '*.layers.0.*'; repeatable.")
-    ] = None,
-    only: Annotated[
-        list[str] | None, typer.Option(help="Compress linears alone whose names match; repeatable.")
-    ] = None,
+    changes: Changes = None,
+    keep: Keep = None,
+    only: Only = None,
     overwrite: Annotated[bool, typer.Option(help="Replace a checkpoint that spectrim wrote.")] = False,
     device: Device = None,
     dtype: Dtype = None,
@@ -105,7 +193,6 @@ def _compress(
     from spectrim.demo import resolve
     from spectrim.evaluate.footprint import stored_bytes
     from spectrim.pipeline import job_compression
-    from spectrim.pipeline.budget import Budget
     from spectrim.pipeline.jobs import check_job, gathered, with_patterns
 
     quiet()
@@ -118,11 +205,7 @@ def _compress(
         out,
         recipe=recipe,
         changes=with_patterns(pairs(changes or [], "--set metric.gamma=0.5"), keep, only),
-        budgets=[
-            *(Budget(size=value) for value in size or []),
-            *(Budget(bits=value) for value in bits or []),
-            *(Budget(retain=value) for value in retain or []),
-        ],
+        budgets=_budgets(size, bits, retain),
         plan=plan,
         stats=stats,
         overwrite=overwrite,

@@ -80,9 +80,10 @@ class Compression:
         Raises:
             BudgetError: the limit is none, or cannot be met; says what can.
         """
-        return self._plan(Budget(retain, bits, size))
+        return self.planned(Budget(retain, bits, size))
 
-    def _plan(self, budget: Budget) -> Plan:
+    def planned(self, budget: Budget) -> Plan:
+        """The plan of least loss within a limit. Raises BudgetError where it cannot be met; says what can."""
         free, share = shared(self.recipe, self.parts, budget, self.sizes, self.unreached, self._samples)
         searching = None if self._progress is None else partial(self._progress, "options")
         menus, wanted = self.maker.menus(free, searching), self._wanted()
@@ -136,7 +137,7 @@ class Compression:
     def plans(self, job: Job) -> list[Plan]:
         """The plans that a job asks for, one for each of its targets."""
         if job.plan is None:
-            return [self._plan(budget) for budget in job.budgets]
+            return [self.planned(budget) for budget in job.budgets]
         return [job.fitted_plan(self.parts)]
 
     @cached_property

@@ -1,0 +1,154 @@
+"""What a compression would come to, before it is made: bytes and predicted loss by part, and over sizes."""
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.table import Table
+
+from spectrim.errors import BudgetError
+from spectrim.linear import PLACES
+from spectrim.pipeline.budget import Budget
+from spectrim.pipeline.stages import Compression
+from spectrim.plan.plan import Plan, PlanRow
+
+_POINTS = 9  # of the curve between the smallest plan and the dense model
+_WIDTH = 40  # characters of its longest bar
+
+
+@dataclass(frozen=True)
+class Point:
+    """A size of all files, the linears' part of it, and the predicted rise of the loss, nats per token."""
+
+    file_bytes: int
+    linear_bytes: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class Part:
+    """The linears of one place and role: how they are stored, in which bits per weight, at which predicted loss.
+
+    ``rank`` is the median of those that have one. ``loss`` is None where the recipe predicts none.
+    """
+
+    place: str
+    role: str
+    linears: int
+    forms: dict[str, int]
+    rank: int | None
+    bits: float
+    bytes: int
+    dense_bytes: int
+    loss: float | None
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """A plan with the bytes of all files before and after, its parts, and the losses at other sizes.
+
+    ``less`` and ``more`` are the plans with a tenth less and more for the linears, where there are such. ``curve`` and
+    both are empty where the recipe predicts no loss.
+    """
+
+    plan: Plan
+    file_bytes: int
+    dense_bytes: int
+    parts: tuple[Part, ...]
+    less: Point | None
+    more: Point | None
+    curve: tuple[Point, ...]
+
+    def json(self) -> str:
+        """Indented JSON; the plan as in plan.json."""
+        content: dict[str, Any] = {name: value for name, value in vars(self).items() if name != "plan"}
+        for name in ("parts", "curve"):
+            content[name] = [asdict(item) for item in content[name]]
+        for name in ("less", "more"):
+            content[name] = None if content[name] is None else asdict(content[name])
+        whole = {"loss": self.plan.loss, "bytes": self.plan.bytes, **content, "plan": json.loads(self.plan.json())}
+        return json.dumps(whole, indent=2) + "\n"
+
+    def table(self) -> Table:
+        """The parts, for a terminal."""
+        grid = Table(box=None, pad_edge=False)
+        for heading in ("place", "role", "linears", "stored as", "rank", "bits", "bytes", "kept", "predicted loss"):
+            grid.add_column(heading, justify="left" if heading in ("place", "role", "stored as") else "right")
+        for part in self.parts:
+            grid.add_row(
+                part.place,
+                part.role,
+                str(part.linears),
+                ", ".join(f"{count} {form}" for form, count in part.forms.items()),
+                "–" if part.rank is None else str(part.rank),
+                f"{part.bits:.2f}",
+                f"{part.bytes:,}",
+                f"{part.bytes / part.dense_bytes:.1%}",
+                "–" if part.loss is None else f"{part.loss:.4f}",
+            )
+        return grid
+
+    def lines(self) -> list[str]:
+        """What the whole takes and loses, what a tenth of the linears' bytes is worth, and the curve as bars."""
+        whole = (
+            f"all files: {self.file_bytes:,} of {self.dense_bytes:,} bytes ({self.file_bytes / self.dense_bytes:.1%})"
+        )
+        if self.plan.loss is None:
+            return [f"{whole}; this recipe predicts no loss (spectrim, curvature and laser do)"]
+        found = [f"{whole}; predicted rise of the loss {self.plan.loss:.4f} nats per token"]
+        for point, words in ((self.less, "less"), (self.more, "more")):
+            if point is not None:
+                change = point.loss - self.plan.loss
+                found.append(f"a tenth {words} for linears: {point.file_bytes:,} bytes, {change:+.4f} nats")
+        most = max((point.loss for point in self.curve), default=0.0)
+        for point in self.curve:
+            bar = "█" * round(_WIDTH * point.loss / most) if most else ""
+            found.append(f"{point.file_bytes:>15,} bytes  {point.loss:8.4f} nats  {bar}".rstrip())
+        return found
+
+
+def outlook(prepared: Compression, budget: Budget) -> Outlook:
+    """What a limit would come to. Raises BudgetError where it cannot be met."""
+    plan = prepared.planned(budget)
+    sizes = prepared.sizes
+
+    def point(retain: float) -> Point | None:
+        try:
+            other = prepared.plan(retain)
+        except BudgetError:  # below the smallest
+            return None
+        return Point(sizes.of(other), other.bytes, other.loss or 0.0)
+
+    share = plan.bytes / plan.dense_bytes
+    less = more = None
+    curve: list[Point] = []
+    if plan.loss is not None:
+        less, more = point(0.9 * share), point(min(1.0, 1.1 * share)) if share < 1 else None
+        # Equal ratios of sizes: losses rise fast where few bytes are left.
+        shares = [max(0.05, share / 4) ** (1 - step / (_POINTS - 1)) for step in range(_POINTS)]
+        curve = [found for one in shares if (found := point(one)) is not None]
+    parts = []
+    for place in PLACES:
+        linears = [linear for linear in prepared.parts.linears if linear.place == place]
+        for role in dict.fromkeys(linear.role for linear in linears):
+            own = [linear for linear in linears if linear.role == role]
+            parts.append(_part(place, role, [plan.linears[linear.name] for linear in own], sum(x.params for x in own)))
+    return Outlook(plan, sizes.of(plan), sizes.dense, tuple(parts), less, more, tuple(curve))
+
+
+def _part(place: str, role: str, rows: list[PlanRow], params: int) -> Part:
+    ranks = sorted(row.rank for row in rows if row.rank is not None)
+    losses = [row.loss for row in rows if row.loss is not None]
+    size = sum(row.bytes for row in rows)
+    return Part(
+        place,
+        role,
+        len(rows),
+        dict(sorted(Counter(row.form for row in rows).items())),
+        ranks[len(ranks) // 2] if ranks else None,
+        8 * size / params,
+        size,
+        sum(row.dense_bytes for row in rows),
+        sum(losses) if losses else None,
+    )
