@@ -21,40 +21,53 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     return words.view(torch.int32)
 
 
-def unpack(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
-    """The inverse of `pack`: codes int8 [rows, count].
+def unpack(words: torch.Tensor, bits: int, count: int, dtype: torch.dtype = torch.int8) -> torch.Tensor:
+    """The inverse of `pack`: codes [rows, count] in int8, or in another dtype of numbers.
 
-    Codes of 2 and 4 bits are looked up by byte and those of 3 bits by 12-bit word, several at once; 8 bits are bytes.
+    Codes of 2 and 4 bits are looked up by byte and those of 3 bits by 12 bits, several at once, as int8 or as floats of
+    16 bits; 8 bits are bytes.
     """
     words = words.flatten().view(words.shape)  # a single column has any stride, and its bytes need one of 1
     stream = words.view(torch.uint8)
     if bits == 8:
-        return (stream ^ 128).view(torch.int8)[:, :count]
+        return (stream ^ 128).view(torch.int8)[:, :count].to(dtype)
     if bits in (2, 4):
         index = stream.int()
     elif bits == 3:
-        a, b, c = nn.functional.pad(stream, (0, -stream.shape[1] % 3)).unflatten(1, (-1, 3)).int().unbind(2)
-        index = torch.stack([a | (b & 15) << 8, b >> 4 | c << 4], dim=2)
+        index = _twelves(words)
     else:  # 5, 6 and 7 bits, which spectrim reads and does not write
         groups = nn.functional.pad(stream, (0, -stream.shape[1] % bits)).unflatten(1, (-1, bits)).long()
         joined = (groups << _steps(bits, 8, groups)).sum(2, keepdim=True)
         codes = joined >> _steps(8, bits, joined) & (1 << bits) - 1
-        return (codes.flatten(1)[:, :count] - (1 << bits - 1)).to(torch.int8)
-    found = _TABLES[bits].to(words.device).index_select(0, index.flatten())
-    return found.view(torch.int8).view(len(words), -1)[:, :count]
+        return (codes.flatten(1)[:, :count] - (1 << bits - 1)).to(dtype)
+    looked = dtype if (bits, dtype) in _TABLES else torch.int8
+    found = _TABLES[bits, looked].to(words.device).index_select(0, index.flatten())
+    return found.view(looked).view(len(words), -1)[:, :count].to(dtype)
 
 
-def _table(bits: int) -> torch.Tensor:
-    """The codes of every byte (2 and 4 bits) or 12-bit word (3 bits), as one number of as many bytes as codes."""
+def _twelves(words: torch.Tensor) -> torch.Tensor:
+    """The bits of words int32 [rows, n] by twelve, int32 [rows, 8 ⌈n / 3⌉]: three words are eight of them."""
+    a, b, c = nn.functional.pad(words, (0, -words.shape[1] % 3)).unflatten(1, (-1, 3)).unbind(2)
+    a, b, c = a.contiguous(), b.contiguous(), c.contiguous()
+    whole = [(a, 0), (a, 12), (b, 4), (b, 16), (c, 8), (c, 20)]
+    first, second, fourth, fifth, seventh, eighth = (word >> shift & 4095 for word, shift in whole)
+    third, sixth = a >> 24 & 255 | (b & 15) << 8, b >> 28 & 15 | (c & 255) << 4  # across two words
+    return torch.stack([first, second, third, fourth, fifth, sixth, seventh, eighth], dim=2).flatten(1)
+
+
+def _table(bits: int, dtype: torch.dtype) -> torch.Tensor:
+    """The codes of every byte (2 and 4 bits) or 12-bit word (3 bits), as one number of as many bytes as they take."""
     size = 12 if bits == 3 else 8
     words = torch.arange(1 << size)[:, None]
     codes = (words >> _steps(size // bits, bits, words) & (1 << bits) - 1) - (1 << bits - 1)
-    kind = torch.int16 if size // bits == 2 else torch.int32
-    return codes.to(torch.int8).contiguous().view(kind).flatten()
+    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[size // bits * dtype.itemsize]
+    return codes.to(dtype).contiguous().view(kind).flatten()
 
 
 def _steps(count: int, step: int, like: torch.Tensor) -> torch.Tensor:
     return step * torch.arange(count, dtype=like.dtype, device=like.device)
 
 
-_TABLES = {bits: _table(bits) for bits in (2, 3, 4)}  # some kilobytes
+_TABLES = {  # some kilobytes each
+    (bits, dtype): _table(bits, dtype) for bits in (2, 3, 4) for dtype in (torch.int8, torch.float16, torch.bfloat16)
+}

@@ -96,14 +96,14 @@ class PackedLinear(StoredLayer):
         self.check_values()
         return self.unpacked()
 
-    def codes(self) -> torch.Tensor:
-        """The integers, int8 [out, in]."""
+    def codes(self, dtype: torch.dtype = torch.int8) -> torch.Tensor:
+        """The integers [out, in], as numbers of a dtype."""
         if self.layout in ("packed", "humming"):
-            return unpack(self._words(), self.grid.bits, self.in_features)
+            return unpack(self._words(), self.grid.bits, self.in_features, dtype)
         assert self.layout_codes is not None
         if self.layout == "int8":
-            return int8_codes(self.layout_codes)
-        return int4_codes(self.layout_codes, self.out_features, self.in_features)
+            return int8_codes(self.layout_codes).to(dtype)
+        return int4_codes(self.layout_codes, self.out_features, self.in_features).to(dtype)
 
     def zeros(self) -> torch.Tensor | None:
         """The zero points, int8 [out, groups]; None where all are zero."""
@@ -117,10 +117,9 @@ class PackedLinear(StoredLayer):
             dense = cuda.unpacked(self._words(), scale, zero, self.grid.bits, self.in_features)
             if dense is not None:
                 return dense
-        codes = self.codes()
-        codes = codes.unflatten(1, (scale.shape[1], -1))  # [out, groups, group]
-        if zero is not None:
-            codes = codes.short() - zero[..., None]
+        codes = self.codes(scale.dtype).unflatten(1, (scale.shape[1], -1))  # [out, groups, group]
+        if zero is not None:  # at most 255, which floats of 16 bits hold exactly
+            codes = codes - zero[..., None].to(scale.dtype)
         return (codes * scale[..., None]).flatten(1)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # as nn.Linear calls it
