@@ -11,6 +11,9 @@ import torch
 
 if not torch.cuda.is_available():  # before triton is imported: its kernels run in its interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each worker and for the processes that it starts
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
 
 import families
 from helpers.samples import WORDS, image_folder, write_jsonl
