@@ -102,7 +102,8 @@ def test_the_error_falls_in_every_round(problem, stranger, weighed):
     for rounds in range(1, 5):
         after = alternate(A, B, second, cross, rounds=rounds, output=root)
         errors.append(error(L @ after[0], after[1], shift, T @ L.T))
-    slack = 1e-9 * (errors[0] + float(T.square().sum() / len(T)))
+    # Moments have half of the digits of inputs: what lies at their limit may come and go.
+    slack = 1e-7 * (errors[0] + float(T.square().sum() / len(T)))
     assert all(later <= before + slack for before, later in pairwise(errors))
 
 
