@@ -9,14 +9,11 @@ over lengths of context. `full` is a split decode of the same tiling over whole 
 result is compared with the reference in float64. What does not fit into `--limit` seconds is left out and named.
 """
 
-import argparse
 import json
 import os
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -25,7 +22,7 @@ if not torch.cuda.is_available():
 
 from full_width import full_decode
 from model import SEVEN, SMALL, Attend, Layer, Shape, chain
-from timing import BANDWIDTH, Clock, table, verdict
+from timing import BANDWIDTH, Clock, asked, table, verdict
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -178,19 +175,14 @@ def tokens_per_second(
 
 @torch.inference_mode()
 def main(arguments: list[str] | None = None) -> None:
-    began = time.monotonic()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", action="store_true", help="small shapes in Triton's interpreter")
-    parser.add_argument("--json", type=Path, help="write the rows here, too")
-    parser.add_argument("--limit", type=float, default=225, help="seconds after which nothing new begins")
-    options = parser.parse_args(arguments)
+    options, elapsed = asked(__doc__, "small shapes in Triton's interpreter", arguments)
     clock, shape = Clock.here(options.small), SMALL if options.small else SEVEN
     like = {"device": clock.device, "dtype": torch.float16 if options.small else torch.bfloat16}
     turn = turned if options.small else torch.compile(turned)
     print(f"{clock.name}, torch {torch.__version__}\n")
 
     def late() -> bool:
-        return time.monotonic() - began > options.limit
+        return elapsed() > options.limit
 
     rows: list[Row] = []
     for batch, tokens in ((1, 96), (2, 64)) if options.small else ((32, 8192), (8, 8192), (1, 32768)):
@@ -244,7 +236,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(verdict(f"{name} latents over whole keys and values", min(us["full"], us["sdpa"]) / us["latents"], 1))
     worst = max((r.error for r in rows), default=0.0)
     print(f"{'PASS' if worst < ERROR else 'FAIL'}: the largest error is {worst:.1e}, at most {ERROR}")
-    print(f"{time.monotonic() - began:.0f} seconds")
+    print(f"{elapsed():.0f} seconds")
     if options.json:
         record = {"device": clock.name, "layer": [asdict(row) for row in rows], "model": speeds}
         options.json.write_text(json.dumps(record, indent=1) + "\n")

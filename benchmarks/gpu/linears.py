@@ -8,17 +8,14 @@ head, against 1024 tokens in the cache. The first product of each kind of intege
 what does not fit into `--limit` seconds is left out, and that is said.
 """
 
-import argparse
 import json
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from model import SEVEN, SMALL, Attend, Layer, Make, Shape, chain
-from timing import BANDWIDTH, ROTATED, Clock, nbytes, rotated, table, verdict
+from timing import BANDWIDTH, ROTATED, Clock, asked, nbytes, rotated, table, verdict
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -111,19 +108,14 @@ def step(clock: Clock, make: Make, context: int, shape: Shape, like: dict) -> tu
 
 @torch.inference_mode()
 def main(arguments: list[str] | None = None) -> None:
-    began = time.monotonic()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", action="store_true", help="small shapes on the CPU")
-    parser.add_argument("--json", type=Path, help="write the rows here, too")
-    parser.add_argument("--limit", type=float, default=225, help="seconds after which nothing new begins")
-    options = parser.parse_args(arguments)
+    options, elapsed = asked(__doc__, "small shapes on the CPU", arguments)
     clock = Clock.here(options.small)
     like = {"device": clock.device, "dtype": torch.bfloat16}
     model, multiple = (SMALL, 16) if options.small else (SEVEN, 128)
     width, inner, shared = model.width, model.inner, model.shared * model.head
 
-    def late(more: float = 0) -> bool:
-        return time.monotonic() - began + more > options.limit
+    def late() -> bool:
+        return elapsed() > options.limit
 
     made = forms(like, multiple)
     print(f"{clock.name}, torch {torch.__version__}\n")
@@ -160,7 +152,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"\n{verdict(f'factors at 40 % of {inner} × {width}', ratio('factors 40 %'), 2)}")
     print(verdict(f"4 bits at {inner} × {width}", ratio("int4"), 2.5))
     print(verdict("the step at 20 % of the bytes, in its faster form,", max(fast, default=None), 3))
-    print(f"{time.monotonic() - began:.0f} seconds")
+    print(f"{elapsed():.0f} seconds")
     if options.json:
         steps_found = {form: {"seconds": s, "bytes": n} for form, (s, n) in found.items()}
         record = {"device": clock.name, "linears": [asdict(row) for row in rows], "steps": steps_found}

@@ -1,10 +1,12 @@
 """What the benchmarks of this folder share: a clock that works with and without a GPU, and rows of a table."""
 
+import argparse
 import copy
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -68,6 +70,16 @@ class Clock:
         start = time.perf_counter()
         run()
         return time.perf_counter() - start
+
+
+def asked(about: str | None, small: str, arguments: list[str] | None) -> tuple[argparse.Namespace, Callable[[], float]]:
+    """The options that every benchmark here has, and the seconds since it began; `about` is its docstring."""
+    began = time.monotonic()
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help=small)
+    parser.add_argument("--json", type=Path, help="write the rows here, too")
+    parser.add_argument("--limit", type=float, default=225, help="seconds after which nothing new begins")
+    return parser.parse_args(arguments), lambda: time.monotonic() - began
 
 
 def nbytes(layer: nn.Module) -> int:

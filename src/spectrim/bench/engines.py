@@ -18,6 +18,7 @@ from transformers import DynamicCache
 from spectrim.checkpoint import load, load_processor
 from spectrim.errors import ModelError, UsageError
 from spectrim.latent import LatentCache
+from spectrim.latent.cache import whole_bytes
 from spectrim.samples.batches import image_prompt, model_tensors
 
 QUESTION = "What is in the picture?"
@@ -81,10 +82,7 @@ class Transformers:
         self._past.activate_past_recording()  # so that steps can be taken back
         for ids in torch.tensor(prompts, device=self._model.device).split(_CHUNK, dim=1):
             self._model(input_ids=ids, logits_to_keep=1, **self._named(self._past))
-        if isinstance(self._past, LatentCache):
-            return self._past.nbytes
-        kept = (getattr(layer, name, None) for layer in self._past.layers for name in ("keys", "values"))
-        return sum(x.nbytes for x in kept if x is not None)
+        return self._past.nbytes if isinstance(self._past, LatentCache) else whole_bytes(self._past)
 
     @torch.inference_mode()
     def step(self, new: int) -> None:

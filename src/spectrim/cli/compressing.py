@@ -102,7 +102,7 @@ def _plan(
     from spectrim.errors import BudgetError, UsageError
     from spectrim.files import write_whole
     from spectrim.pipeline import job_compression
-    from spectrim.pipeline.jobs import check_job, with_patterns
+    from spectrim.pipeline.jobs import check_job
     from spectrim.pipeline.outlook import outlook
 
     quiet()
@@ -120,7 +120,7 @@ def _plan(
         source,
         None,
         recipe=recipe,
-        changes=with_patterns(pairs(changes or [], "--set metric.gamma=0.5"), keep, only),
+        changes=_changed(changes, keep, only),
         budgets=limits,
         plan=None,
         stats=stats,
@@ -145,6 +145,13 @@ def _plan(
     if json is not None:
         write_whole(json, found.json().encode())
         show(f"plan: {json}")
+
+
+def _changed(changes: list[str] | None, keep: list[str] | None, only: list[str] | None) -> dict[str, Any]:
+    """What the command line changes of the recipe."""
+    from spectrim.pipeline.jobs import with_patterns
+
+    return with_patterns(pairs(changes or [], "--set metric.gamma=0.5"), keep, only)
 
 
 def _budgets(size: list[str] | None, bits: list[float] | None, retain: list[float] | None) -> "list[Budget]":
@@ -193,7 +200,7 @@ def _compress(
     from spectrim.demo import resolve
     from spectrim.evaluate.footprint import stored_bytes
     from spectrim.pipeline import job_compression
-    from spectrim.pipeline.jobs import check_job, gathered, with_patterns
+    from spectrim.pipeline.jobs import check_job, gathered
 
     quiet()
     check_device(device)
@@ -204,7 +211,7 @@ def _compress(
         source,
         out,
         recipe=recipe,
-        changes=with_patterns(pairs(changes or [], "--set metric.gamma=0.5"), keep, only),
+        changes=_changed(changes, keep, only),
         budgets=_budgets(size, bits, retain),
         plan=plan,
         stats=stats,

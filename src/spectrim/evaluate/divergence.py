@@ -16,7 +16,7 @@ from spectrim.calibrate.passes import prepared
 from spectrim.demo.tasks import Question
 from spectrim.errors import NumericalError, SampleError
 from spectrim.evaluate.intervals import Z
-from spectrim.evaluate.language import Progress, inference
+from spectrim.evaluate.language import Progress
 from spectrim.samples import ImageSample, Modality, load_images, question, text_windows
 
 _SAMPLES = 512  # of a modality at most; the number of tokens ends it before
@@ -57,10 +57,10 @@ class Predictions:
         Positions are all those of text, and those of the answer to an image: the sample's own or, where it has none,
         one that the model draws (at most 32 tokens). Raises NumericalError for logits that are not finite.
         """
-        for modality, count in data.samples.items():
-            done = 0
-            given: dict[str, Any] = {"sampled": False, "answer_tokens": 32, "seed": seed, "numbers": range(count)}
-            with prepared(model):
+        with prepared(model):
+            for modality, count in data.samples.items():
+                done = 0
+                given: dict[str, Any] = {"sampled": False, "answer_tokens": 32, "seed": seed, "numbers": range(count)}
                 for sample in labelled_samples(model, data, modality, **given):
                     found = _predicted(model, sample.inputs, sample.labelled)[: tokens - done]
                     self._keep(sample, found)
@@ -84,27 +84,26 @@ class Predictions:
             NumericalError: its logits are not finite.
         """
         found: dict[Modality, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-        for number, (modality, path) in enumerate(self._files):
-            held = load_file(path, device=str(model.device))
-            inputs = {
-                name.removeprefix("inputs."): value.to(model.dtype) if value.is_floating_point() else value
-                for name, value in held.items()
-                if name.startswith("inputs.")
-            }
-            with prepared(model):
-                q = _predicted(model, inputs, held["labelled"])
-            p = held["predicted"]
-            q = q[: len(p)]
-            if q.shape != p.shape:
-                raise SampleError(
-                    f"{type(model).__name__} knows {q.shape[1]} tokens and the dense model {p.shape[1]}, so that their "
-                    "predictions cannot be compared; leave out the task kl"
-                )
-            divergence = (p.exp() * (p - q)).sum(-1).clamp(min=0).double().cpu()  # rounding may fall below zero
-            same = (p.argmax(-1) == q.argmax(-1)).double().cpu()
-            found.setdefault(modality, []).append((divergence, same))
-            if progress is not None:
-                progress(number + 1, len(self._files))
+        with prepared(model):
+            for number, (modality, path) in enumerate(self._files):
+                held = load_file(path, device=str(model.device))
+                inputs = {
+                    name.removeprefix("inputs."): value.to(model.dtype) if value.is_floating_point() else value
+                    for name, value in held.items()
+                    if name.startswith("inputs.")
+                }
+                p = held["predicted"]
+                q = _predicted(model, inputs, held["labelled"])[: len(p)]
+                if q.shape != p.shape:
+                    raise SampleError(
+                        f"{type(model).__name__} knows {q.shape[1]} tokens and the dense model {p.shape[1]}, so that "
+                        "their predictions cannot be compared; leave out the task kl"
+                    )
+                divergence = (p.exp() * (p - q)).sum(-1).clamp(min=0).double().cpu()  # rounding may fall below zero
+                same = (p.argmax(-1) == q.argmax(-1)).double().cpu()
+                found.setdefault(modality, []).append((divergence, same))
+                if progress is not None:
+                    progress(number + 1, len(self._files))
         return tuple(_summary(modality, pairs) for modality, pairs in found.items())
 
 
@@ -130,10 +129,10 @@ def samples_of(
     return Data(windows, shown, processor if shown else None)
 
 
+@torch.no_grad()
 def _predicted(model: PreTrainedModel, inputs: dict[str, torch.Tensor], labelled: torch.Tensor) -> torch.Tensor:
     """Log-probabilities float32 [positions, vocabulary] of the tokens after the labelled positions."""
-    with inference(model):
-        logits = model(**inputs, use_cache=False).logits[0, :-1][labelled.to(model.device)]
+    logits = model(**inputs, use_cache=False).logits[0, :-1][labelled.to(model.device)]
     if not torch.isfinite(logits).all():
         raise NumericalError(
             "logits that are compared with the dense model's are not finite; check the model's weights or use a wider "

@@ -8,6 +8,7 @@ Head h has its own columns of the latents, in order: those of head 0 come first,
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -21,37 +22,18 @@ def latent_decode(
     A_k: Sequence[torch.Tensor | None],
     A_v: Sequence[torch.Tensor | None],
     *,
-    scaling: float,
-    cos: torch.Tensor | None = None,
-    sin: torch.Tensor | None = None,
-    b_k: torch.Tensor | None = None,
-    b_v: torch.Tensor | None = None,
-    inverse_rms: torch.Tensor | None = None,
-    norm: torch.Tensor | None = None,
-    scale_k: torch.Tensor | None = None,
-    scale_v: torch.Tensor | None = None,
     start: torch.Tensor | None = None,
     length: torch.Tensor | None = None,
     window: int | None = None,
-    softcap: float | None = None,
+    **options: Any,
 ) -> torch.Tensor:
     """One decode step of one layer: a query for each sequence, whose own token is the last one in the cache.
 
     Args:
-        q: rotated queries [B, Hq, D], of any floating dtype. Query head i reads key/value head ``i // (Hq / H)``.
-        z_k, z_v: latents [B, T, Σ r_h], floating or int8, of the H key/value heads.
-        A_k, A_v: their H factors, each [D, r_h]; ranks of keys and of values may differ. None where a head's latents
-            are its keys or values themselves.
-        scaling: by which scores are multiplied.
-        cos, sin: of each token's position, [B or 1, T, Drot] with Drot ≤ D; the first Drot numbers of a key are
-            rotated, half against half. None where keys are not rotated.
-        b_k, b_v: biases [H · D].
-        inverse_rms, norm: of keys that are normalised before rotation: one over the root mean square of each key,
-            [B, T, H], and the weight [D] by which the result is multiplied.
-        scale_k, scale_v: by which int8 latents are multiplied, [B, T, H].
+        q: rotated queries [B, Hq, D], of any floating dtype.
+        z_k, z_v, A_k, A_v, options: see `latent_attention`; what is seen is said by the following, not by a mask.
         start, length: tokens of sequence b are those in ``start[b] … length[b] − 1``, int [B]; None: 0 and T.
         window: how many last tokens are seen, the query's own among them.
-        softcap: c of ``c · tanh(score / c)``.
 
     Returns:
         [B, Hq, D] in the dtype of q.
@@ -63,24 +45,8 @@ def latent_decode(
         seen = seen & (place >= start[:, None])
     if window is not None:
         seen = seen & (place >= end - window)
-    return latent_attention(
-        q[:, :, None],
-        z_k,
-        z_v,
-        A_k,
-        A_v,
-        scaling=scaling,
-        cos=cos,
-        sin=sin,
-        b_k=b_k,
-        b_v=b_v,
-        inverse_rms=inverse_rms,
-        norm=norm,
-        scale_k=scale_k,
-        scale_v=scale_v,
-        mask=None if start is None and length is None and window is None else seen[:, None],
-        softcap=softcap,
-    )[:, :, 0]
+    mask = None if start is None and length is None and window is None else seen[:, None]
+    return latent_attention(q[:, :, None], z_k, z_v, A_k, A_v, **options, mask=mask)[:, :, 0]
 
 
 def latent_attention(
@@ -102,13 +68,22 @@ def latent_attention(
     mask: torch.Tensor | None = None,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """The same for S queries of each sequence, and any mask.
+    """Attention of S queries of each sequence over latents, under any mask.
 
     Args:
-        q: rotated queries [B, Hq, S, D].
+        q: rotated queries [B, Hq, S, D], of any floating dtype. Query head i reads key/value head ``i // (Hq / H)``.
+        z_k, z_v: latents [B, T, Σ r_h], floating or int8, of the H key/value heads.
+        A_k, A_v: their H factors, each [D, r_h]; ranks of keys and of values may differ. None where a head's latents
+            are its keys or values themselves.
+        scaling: by which scores are multiplied.
+        cos, sin: of each token's position, [B or 1, T, Drot] with Drot ≤ D; the first Drot numbers of a key are
+            rotated, half against half. None where keys are not rotated.
+        b_k, b_v: biases [H · D].
+        inverse_rms, norm: of keys that are normalised before rotation: one over the root mean square of each key,
+            [B, T, H], and the weight [D] by which the result is multiplied.
+        scale_k, scale_v: by which int8 latents are multiplied, [B, T, H].
         mask: which tokens a query sees, bool [B or 1, S, T], or what is added to its scores, floating; None: all.
-        z_k, z_v, A_k, A_v, scaling, cos, sin, b_k, b_v, inverse_rms, norm, scale_k, scale_v, softcap:
-            see `latent_decode`.
+        softcap: c of ``c · tanh(score / c)``.
 
     Returns:
         [B, Hq, S, D] in the dtype of q. Sums are in float32 (float64 for float64 queries). A query that sees nothing

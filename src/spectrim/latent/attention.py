@@ -65,7 +65,7 @@ class Whole:
 
 @dataclass(frozen=True)
 class Factors:
-    """What turns the latents of one layer into keys and values; tensors as `latent_decode` takes them."""
+    """What turns the latents of one layer into keys and values; tensors as `latent_attention` takes them."""
 
     A_k: list[torch.Tensor | None]
     A_v: list[torch.Tensor | None]

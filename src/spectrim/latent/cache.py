@@ -247,9 +247,8 @@ class LatentCache(Cache):
     def nbytes(self) -> int:
         """Bytes of all tokens that are kept: latents, what is beside them, cos and sin, and others' keys and values."""
         kept = (layer.nbytes for layer in self.layers if isinstance(layer, LatentLayer))
-        others = (getattr(layer, name, None) for layer in self.layers for name in ("keys", "values"))
         turns = (rows.nbytes for table in self.tables for rows in (table.cos, table.sin))
-        return sum(kept) + sum(turns) + sum(x.nbytes for x in others if isinstance(x, torch.Tensor))
+        return sum(kept) + sum(turns) + whole_bytes(self)
 
     def add_turns(self, layer: LatentLayer, call: Call, steps: int) -> int | None:
         """The number of the table that holds cos and sin of this call's tokens; they are added where they are not yet.
@@ -310,6 +309,12 @@ class LatentCache(Cache):
             for rows in (table.cos, table.sin):
                 if len(rows) and len(rows.held) > 1:
                     rows.choose(choice)
+
+
+def whole_bytes(cache: Cache) -> int:
+    """Bytes of the keys and values that a cache keeps as they are."""
+    found = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values"))
+    return sum(x.nbytes for x in found if isinstance(x, torch.Tensor))
 
 
 def _holds(table: Table, cos: torch.Tensor, sin: torch.Tensor, end: int) -> bool:

@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import dataclass
+from functools import cached_property
 
 from transformers import PreTrainedModel
 
@@ -48,20 +49,25 @@ class Budget:
         if self.size is not None and self.size_bytes < 1:
             raise BudgetError(f"a size of {self.size} is impossible; write it as 3.5GB, 900MB or 2GiB")
 
+    @cached_property
+    def _read(self) -> tuple[float, str]:
+        """Number and unit of the size. Raises BudgetError for what is none."""
+        found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*", str(self.size), re.ASCII)
+        unit = None if found is None else next((x for x in _UNITS if x.casefold() == found[2].casefold()), None)
+        if found is None or unit is None:
+            raise BudgetError(f"{self.size!r} is no size; write it as 3.5GB, 900MB or 2GiB")
+        return float(found[1]), unit
+
     @property
     def size_bytes(self) -> int:
-        """Bytes of the size. Raises BudgetError for what is none."""
-        found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*", str(self.size), re.ASCII)
-        units = {unit.casefold(): factor for unit, factor in _UNITS.items()}
-        if found is None or found[2].casefold() not in units:
-            raise BudgetError(f"{self.size!r} is no size; write it as 3.5GB, 900MB or 2GiB")
-        return int(float(found[1]) * units[found[2].casefold()])
+        """Bytes of the size."""
+        number, unit = self._read
+        return int(number * _UNITS[unit])
 
     @property
     def unit(self) -> str:
         """In which the size was written."""
-        letters = str(self.size).strip().lstrip("0123456789. ")
-        return next(unit for unit in _UNITS if unit.casefold() == letters.casefold())
+        return self._read[1]
 
     @property
     def label(self) -> str:

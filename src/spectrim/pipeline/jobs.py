@@ -51,7 +51,8 @@ class Job:
         """What of the plan or the budgets the model rules out, before samples run. Raises SpectrimError."""
         if self.plan is not None:
             _check_format(self.recipe, self.fitted_plan(parts))
-        elif self.recipe.quantize.plain:
+            return
+        if self.recipe.quantize.plain:
             chosen = [linear for linear in parts.linears if self.recipe.allocation.reason(linear) is None]
             check_recipe(self.recipe, chosen)
         sizes = Sizes(model, parts)
@@ -178,8 +179,7 @@ def shared(
             f"no {samples} sample reaches any linear that the recipe may change; give samples that do, or "
             "choose a recipe that needs none, such as svd"
         )
-    whole = sum(linear.nbytes for linear in parts.linears)
-    limit, frozen = budget.linear_bytes(sizes), whole - sum(linear.nbytes for linear in free)
+    limit, frozen = budget.linear_bytes(sizes), sizes.linears - sum(linear.nbytes for linear in free)
     if frozen > max(limit, 0):
         kept = list(reasons)
         kept += [f"no {samples} sample reaches them"] if len(free) < len(wished) else []

@@ -1,9 +1,7 @@
 """What a compression would come to, before it is made: bytes and predicted loss by part, and over sizes."""
 
 import json
-from collections import Counter
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from rich.table import Table
 
@@ -11,7 +9,7 @@ from spectrim.errors import BudgetError
 from spectrim.linear import PLACES
 from spectrim.pipeline.budget import Budget
 from spectrim.pipeline.stages import Compression
-from spectrim.plan.plan import Plan, PlanRow
+from spectrim.plan.plan import Plan, PlanRow, summed_up
 
 _POINTS = 9  # of the curve between the smallest plan and the dense model
 _WIDTH = 40  # characters of its longest bar
@@ -62,11 +60,8 @@ class Outlook:
 
     def json(self) -> str:
         """Indented JSON; the plan as in plan.json."""
-        content: dict[str, Any] = {name: value for name, value in vars(self).items() if name != "plan"}
-        for name in ("parts", "curve"):
-            content[name] = [asdict(item) for item in content[name]]
-        for name in ("less", "more"):
-            content[name] = None if content[name] is None else asdict(content[name])
+        content = asdict(self)
+        del content["plan"]  # no dataclass; it comes last, as it stands in its own file
         whole = {"loss": self.plan.loss, "bytes": self.plan.bytes, **content, "plan": json.loads(self.plan.json())}
         return json.dumps(whole, indent=2) + "\n"
 
@@ -138,17 +133,13 @@ def outlook(prepared: Compression, budget: Budget) -> Outlook:
 
 
 def _part(place: str, role: str, rows: list[PlanRow], params: int) -> Part:
-    ranks = sorted(row.rank for row in rows if row.rank is not None)
-    losses = [row.loss for row in rows if row.loss is not None]
-    size = sum(row.bytes for row in rows)
+    whole, losses = summed_up(rows), [row.loss for row in rows if row.loss is not None]
+    ranks = whole.pop("ranks")
     return Part(
-        place,
-        role,
-        len(rows),
-        dict(sorted(Counter(row.form for row in rows).items())),
-        ranks[len(ranks) // 2] if ranks else None,
-        8 * size / params,
-        size,
-        sum(row.dense_bytes for row in rows),
-        sum(losses) if losses else None,
+        place=place,
+        role=role,
+        rank=ranks[1] if ranks else None,
+        bits=8 * whole["bytes"] / params,
+        loss=sum(losses) if losses else None,
+        **whole,
     )

@@ -90,18 +90,23 @@ class Compression:
         curves = {
             linear.name: curve(self.recipe.allocation, menus[linear.name], wanted(linear.name)) for linear in free
         }
+
+        def within(share: int) -> Plan:
+            numbers = spend(list(curves.values()), share)
+            return self._chosen(budget, menus, dict(zip(curves, numbers, strict=True)))
+
         smallest = {name: int(options.front[0]) for name, options in curves.items()}
         least = sum(int(curves[name].bytes[number]) for name, number in smallest.items())
         if budget.size is None:
             if least > share:
                 raise too_small(self.recipe, budget, self.sizes, share, least)
-            return self._chosen(budget, menus, dict(zip(curves, spend(list(curves.values()), share), strict=True)))
-        limit = budget.size_bytes
-        if (over := self.sizes.of(self._chosen(budget, menus, smallest)) - limit) > 0:
+            return within(share)
+        limit, best = budget.size_bytes, self._chosen(budget, menus, smallest)
+        if (over := self.sizes.of(best) - limit) > 0:
             raise too_small(self.recipe, budget, self.sizes, share, share + over)
-        best, low, high = self._chosen(budget, menus, smallest), least, share + 1
+        low, high = least, share + 1
         while high - low > 1:  # names take bytes, too: more of them where linears are made of more tensors
-            plan = self._chosen(budget, menus, dict(zip(curves, spend(list(curves.values()), share), strict=True)))
+            plan = within(share)
             over = self.sizes.of(plan) - limit
             if over > 0:
                 high = share

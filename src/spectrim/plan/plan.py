@@ -4,7 +4,7 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -105,23 +105,11 @@ class Plan(_Part):
         return tuple(name for name, row in self.linears.items() if row.form != DENSE)
 
     def by_place(self, parts: Anatomy) -> dict[str, dict[str, Any]]:
-        """What the plan does to the linears of each place that has some: counts by form, ranks and bytes.
-
-        ``ranks`` are the least, the median and the most of those that have one, those of heads added up; none of none.
-        """
+        """What the plan does to the linears of each place that has some, as `summed_up` has it."""
         summary = {}
         for place in PLACES:
-            rows = [self.linears[linear.name] for linear in parts.linears if linear.place == place]
-            if not rows:
-                continue
-            ranks = sorted(row.rank for row in rows if row.rank is not None)
-            summary[str(place)] = {
-                "linears": len(rows),
-                "forms": dict(sorted(Counter(row.form for row in rows).items())),
-                "ranks": [ranks[0], ranks[len(ranks) // 2], ranks[-1]] if ranks else [],
-                "bytes": sum(row.bytes for row in rows),
-                "dense_bytes": sum(row.dense_bytes for row in rows),
-            }
+            if rows := [self.linears[linear.name] for linear in parts.linears if linear.place == place]:
+                summary[str(place)] = summed_up(rows)
         return summary
 
     def json(self) -> str:  # type: ignore[override]
@@ -173,6 +161,21 @@ class Plan(_Part):
             if rows[name].bytes > linear.nbytes:
                 _log.warning("%s stores '%s' in more bytes than its dense weight has", where, name)
         return Plan(recipe=self.recipe, retain=self.retain, limit=self.limit, linears=rows)
+
+
+def summed_up(rows: Sequence[PlanRow]) -> dict[str, Any]:
+    """How many rows there are, counts by form, ranks and bytes.
+
+    ``ranks`` are the least, the median and the most of those that have one, those of heads added up; none of none.
+    """
+    ranks = sorted(row.rank for row in rows if row.rank is not None)
+    return {
+        "linears": len(rows),
+        "forms": dict(sorted(Counter(row.form for row in rows).items())),
+        "ranks": [ranks[0], ranks[len(ranks) // 2], ranks[-1]] if ranks else [],
+        "bytes": sum(row.bytes for row in rows),
+        "dense_bytes": sum(row.dense_bytes for row in rows),
+    }
 
 
 @contextmanager

@@ -85,13 +85,7 @@ class PackedMatrix(nn.Module):
 
     def put(self, start: int, found: torch.Tensor | PackedLinear, rows: Sequence[range], columns: range) -> None:
         """Copy these rows and columns of integers, one below the other from `start` on."""
-        part = _part(found, rows, columns)
-        here = slice(start, start + len(part.words))
-        self.weight_packed.data[here] = part.words
-        self.weight_scale.data[here] = part.scale
-        if self._zeros is not None:
-            assert part.zero is not None
-            self._zeros[here] = part.zero
+        _part(found, rows, columns).copy_to(start, self.weight_packed.data, self.weight_scale.data, self._zeros)
 
     def prepare(self) -> None:
         """Hand the integers to the kernel, which lays them out anew."""
@@ -120,13 +114,8 @@ class OwnMatrix(nn.Module):
 
     def put(self, start: int, found: torch.Tensor | PackedLinear, rows: Sequence[range], columns: range) -> None:
         """Copy these rows and columns of integers, one below the other from `start` on."""
-        part = _part(found, rows, columns)
-        here = slice(start, start + len(part.words))
-        self.layer.weight_packed[here] = part.words
-        self.layer.weight_scale[here] = part.scale
-        if self._zeros is not None:
-            assert part.zero is not None
-            self._zeros[here] = part.zero
+        held = self.layer.weight_packed, self.layer.weight_scale, self._zeros
+        _part(found, rows, columns).copy_to(start, *held)
 
     def prepare(self) -> None:
         """Choose the layout that the kernels read."""
@@ -206,6 +195,14 @@ class _Part(NamedTuple):
     words: torch.Tensor  # int32 [rows, words]
     scale: torch.Tensor  # [rows, groups]
     zero: torch.Tensor | None  # int8 [rows, groups]
+
+    def copy_to(self, start: int, words: torch.Tensor, scale: torch.Tensor, zeros: torch.Tensor | None) -> None:
+        """Into the rows from `start` on of the tensors of a whole matrix."""
+        here = slice(start, start + len(self.words))
+        words[here], scale[here] = self.words, self.scale
+        if zeros is not None:
+            assert self.zero is not None
+            zeros[here] = self.zero
 
 
 def _part(found: Any, rows: Sequence[range], columns: range) -> _Part:

@@ -146,6 +146,7 @@ class StoredLayer(nn.Module, ABC):
     in_features: int
     out_features: int
     bias: nn.Parameter | None
+    runtime = "reference"  # what `run_as` was asked for last
 
     @property
     @abstractmethod
@@ -170,9 +171,22 @@ class StoredLayer(nn.Module, ABC):
     def run_as(self, runtime: str) -> str | None:
         """Choose a faster or a smaller way to run; returns the name of the layout, None where there is no choice.
 
-        The state dict stays the same. `runtime` is ``auto``, ``speed``, ``memory`` or ``reference``.
+        The state dict stays the same. `runtime` is ``auto``, ``speed``, ``memory`` or ``reference``. Layers that have a
+        choice keep it in ``runtime``.
         """
         return None
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self.run_as("reference")  # whose tensors are those of files
+        super()._load_from_state_dict(*args)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        runtime = self.runtime  # a layout may not be there in another dtype or on another device
+        self.run_as("reference")
+        super()._apply(fn, recurse)
+        if runtime != "reference":
+            self.run_as(runtime)
+        return self
 
     @property
     def weight(self) -> torch.Tensor:

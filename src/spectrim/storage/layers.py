@@ -89,7 +89,6 @@ class LowRankLinear(StoredLayer):
         else:  # no buffers without values: accelerate moves all that there are
             self.pivots = self.order = None
         self.together = self.places = None
-        self.runtime = "reference"
         if not isinstance(rank, int):
             self.register_state_dict_post_hook(_contiguous)
 
@@ -198,14 +197,6 @@ class LowRankLinear(StoredLayer):
             for number, head in enumerate(self.A._modules.values())
         )
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        runtime = self.runtime  # every weight is changed by itself
-        self._apart()
-        super()._apply(fn, recurse)
-        if runtime != "reference":
-            self.run_as(runtime)
-        return self
-
     @torch.no_grad()
     def load_factors(self, A: torch.Tensor, B: torch.Tensor) -> None:
         """Copy A [out, k] and B [k, in], of any floating dtype and device, into the factors; k is the sum of the ranks.
@@ -275,7 +266,6 @@ class LowRankLinear(StoredLayer):
             raise ModelError(f"pivots: {error}") from None
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        self.run_as("reference")
         super()._load_from_state_dict(*args)
         if self.pivots is not None and not self.pivots.is_meta:
             self.loaded()

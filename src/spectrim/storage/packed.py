@@ -70,7 +70,7 @@ class PackedLinear(StoredLayer):
         if grid.group is not None and in_features % grid.group:
             raise ModelError(f"groups of {grid.group} do not divide {in_features} inputs; choose another group")
         self.in_features, self.out_features, self.grid = in_features, out_features, grid
-        self.layout, self.runtime = "packed", "reference"
+        self.layout = "packed"
         groups = 1 if grid.group is None else in_features // grid.group
         words, high = -(-in_features * grid.bits // 32), -(-out_features * grid.bits // 32)
         like: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -219,18 +219,6 @@ class PackedLinear(StoredLayer):
             destination[f"{prefix}weight_packed"] = self._words()
         elif self.layout != "packed":
             destination[f"{prefix}weight_packed"] = pack(self.codes(), self.grid.bits)
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        self.run_as("reference")
-        super()._load_from_state_dict(*args)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        runtime = self.runtime  # a kernel may not be there in another dtype or on another device
-        self._pack_again()
-        super()._apply(fn, recurse)
-        if runtime != "reference":
-            self.run_as(runtime)
-        return self
 
     @torch.no_grad()
     def load(self, found: Quantized) -> None:
