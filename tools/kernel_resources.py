@@ -99,7 +99,7 @@ def decoding(every: bool) -> list[Kernel]:
 def split(width: int, group: int, rank: int, dtype: str, latents: str, given: Sequence[str], half: int = 0) -> Kernel:
     """`split_kernel` for four key/value heads, as 8 sequences of 8192 tokens call it; `half` of what is rotated."""
     block = triton.next_power_of_2(rank)
-    tiles = latent_decode_triton.Tiles.fitting(8, 8192, 4, block, 132)
+    tiles = latent_decode_triton.Tiles.fitting(8, 8192, 4, block, half or width // 2, "b_k" in given, 132)
     types = dict.fromkeys(("z_k", "z_v"), f"*{latents}") | dict.fromkeys(("columns_k", "columns_v"), "*i32")
     types |= dict.fromkeys(("q", "a_k", "cos", "sin", "b_k", "inverse_rms", "scale_k", "scale_v"), f"*{dtype}")
     types |= {"mask": "*i1", "starts": "*i64", "lengths": "*i64"} | dict.fromkeys(("parts", "peaks", "totals"), "*fp32")
@@ -107,11 +107,17 @@ def split(width: int, group: int, rank: int, dtype: str, latents: str, given: Se
     types |= {f"{what}_{of}": "i32" for what in ("row", "token") for of in ROWS}
     constants: dict[str, Any] = dict.fromkeys({*EVERY, "scale_k", "scale_v"} - {*given})
     constants |= {"TILE": tiles.tile, "CHUNK": tiles.chunk, "PROGRAM_HEADS": tiles.heads, "HEADS": 4, "GROUP": group}
-    constants |= {"GROUP_BLOCK": 16, "D": width, "HALF": half or width // 2, "RANK_K": block, "RANK_V": block}
+    constants |= {
+        "GROUP_BLOCK": latent_decode_triton.QUERIES,
+        "D": width,
+        "HALF": half or width // 2,
+        "RANK_K": block,
+        "RANK_V": block,
+    }
     constants |= {"ALIGNED": 16, "PRECISION": "tf32"}
     part = f", {2 * half} rotated" * bool(half)
     name = f"decode {width} × {group}, rank {rank}, {latents}{part}{', all options' * ('softcap' in given)}"
-    options = {"num_warps": tiles.warps, "num_stages": latent_decode_triton.STAGES}
+    options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
     return Kernel(name, latent_decode_triton.split_kernel, types, constants, options)
 
 

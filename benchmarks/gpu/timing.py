@@ -72,13 +72,20 @@ class Clock:
         return time.perf_counter() - start
 
 
-def asked(about: str | None, small: str, arguments: list[str] | None) -> tuple[argparse.Namespace, Callable[[], float]]:
-    """The options that every benchmark here has, and the seconds since it began; `about` is its docstring."""
+def asked(
+    about: str | None, small: str, arguments: list[str] | None, **flags: str
+) -> tuple[argparse.Namespace, Callable[[], float]]:
+    """The options that every benchmark here has, and its own flags with their help, and the seconds since it began.
+
+    `about` is its docstring, `small` the help of ``--small``.
+    """
     began = time.monotonic()
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help=small)
     parser.add_argument("--json", type=Path, help="write the rows here, too")
     parser.add_argument("--limit", type=float, default=225, help="seconds after which nothing new begins")
+    for name, text in flags.items():
+        parser.add_argument(f"--{name}", action="store_true", help=text)
     return parser.parse_args(arguments), lambda: time.monotonic() - began
 
 

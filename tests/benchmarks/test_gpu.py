@@ -53,3 +53,13 @@ def test_latent_decode(run, tmp_path):
     assert [row["tokens"] for row in record["model"]] == [32, 64]
     assert "the largest error is" in text
     assert text.count("PASS") + text.count("FAIL") == 9
+
+
+def test_scale(run, tmp_path):
+    text = run("scale", "--small", "--json", str(tmp_path / "rows.json"))
+    record = json.loads((tmp_path / "rows.json").read_text())
+    assert all(row["spectrum"] > 0 and row["rounding"] > 0 for row in record["linears"].values())
+    assert sum(row["count"] for row in record["linears"].values()) == 7
+    assert all(parts["passes"] > 0 for parts in record["calibration"].values())
+    assert list(record["calibration"]) == ["without", "with curvature"]
+    assert "rounding of 2 blocks" in text

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-STAGES = 2  # of chunks on their way: with three, ptxas spills some bytes to have one more program
+QUERIES = 8  # at least, of one head, that a product has on the tensor cores
 
 
 @triton.jit
@@ -272,7 +272,7 @@ class Tiles:
     """How the work is cut.
 
     Tokens of one program, and of one tile of it; numbers of a key that are rebuilt at once, of each half; key/value
-    heads of one program, one after the other; and its warps.
+    heads of one program, one after the other; its warps; and tiles on their way at once.
     """
 
     split: int
@@ -280,20 +280,22 @@ class Tiles:
     chunk: int
     heads: int
     warps: int
+    stages: int = 2
 
     @classmethod
-    def fitting(cls, batch: int, tokens: int, heads: int, rank: int, processors: int) -> "Tiles":
-        """For a shape, with ranks up to `rank` and so many multiprocessors.
+    def fitting(cls, batch: int, tokens: int, heads: int, rank: int, half: int, bias: bool, processors: int) -> "Tiles":
+        """For a shape, with ranks up to `rank`, `half` the rotated numbers, biases or not, and so many multiprocessors.
 
-        There are about four programs for each of them, but no program has less than one tile or more than 32. Heads
-        share a program where there are enough: they read the same rows of the rotary table, from the nearest cache. The
-        tile, the chunk and the warps are such that nothing is spilled (`tools/kernel_resources.py`).
+        There are about four programs for each of them, but no program has less than one tile or more than 64. Tiles
+        have 32 tokens: with 64, products become asynchronous ones of Hopper (wgmma), and the code that Triton 3.6 made
+        of these read outside its memory on an H200. Halves of 64 numbers are rebuilt at once, since Triton then keeps
+        their factors in shared memory; with biases, or factors of higher ranks, they would not fit into the registers
+        (`tools/kernel_resources.py`).
         """
-        tile, warps = (64, 4) if rank <= 64 else (64, 8) if rank <= 128 else (32, 8)
-        wanted = 4 * processors
-        together = heads if batch * tokens >= 4 * tile * wanted else 1
-        tiles = min(max(batch * tokens * (heads // together) // (wanted * tile), 1), 32)
-        return cls(max(tiles, triton.cdiv(tokens, 1024 * tile)) * tile, tile, 16, together, warps)
+        tile, warps = 32, 4 if rank <= 64 else 8
+        chunk, stages = (64, 3) if 32 < half <= 64 and rank <= 64 and not bias else (16, 2)
+        tiles = min(max(batch * tokens * heads // (4 * processors * tile), 1), 64)
+        return cls(max(tiles, triton.cdiv(tokens, 1024 * tile)) * tile, tile, chunk, 1, warps, stages)
 
 
 def latent_decode(
@@ -360,7 +362,7 @@ def decode(
     rank_k, rank_v = factors.blocks
     if tiles is None:
         processors = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 2
-        tiles = Tiles.fitting(batch, tokens, heads, max(rank_k, rank_v), processors)
+        tiles = Tiles.fitting(batch, tokens, heads, max(rank_k, rank_v), half, factors.b_k is not None, processors)
     splits = triton.cdiv(tokens if window is None else min(window, tokens), tiles.split)
     parts = torch.empty(batch, queries, splits, rank_v, dtype=torch.float32, device=q.device)
     peaks, totals = torch.empty(2, batch, queries, splits, dtype=torch.float32, device=q.device)
@@ -372,9 +374,9 @@ def decode(
             q.contiguous(), z_k, z_v, factors.a_k, factors.columns_k, factors.columns_v, cos, sin, factors.b_k,
             inverse_rms, scale_k, scale_v, mask, start, length, parts, peaks, totals, tokens, window, scaling, softcap,
             *strides, tiles.split, TILE=tiles.tile, CHUNK=tiles.chunk, HEADS=heads, PROGRAM_HEADS=tiles.heads,
-            GROUP=group, GROUP_BLOCK=max(16, triton.next_power_of_2(group)), D=width, HALF=half, RANK_K=rank_k,
+            GROUP=group, GROUP_BLOCK=max(QUERIES, triton.next_power_of_2(group)), D=width, HALF=half, RANK_K=rank_k,
             RANK_V=rank_v, ALIGNED=factors.aligned, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-            num_warps=tiles.warps, num_stages=STAGES,
+            num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
         merge_kernel[(queries, batch)](
             parts, peaks, totals, factors.a_v, factors.b_v, factors.columns_v, o, splits, HEADS=heads, GROUP=group,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -28,7 +28,6 @@ PREFIX = "latent-"  # of the names of attention functions; the function from bef
 BASES = ("sdpa", "eager")
 
 
-@runtime_checkable
 class HasLatents(Protocol):
     """A linear layer in factors, ``y = A (B x) + bias``, such as `storage.layers.LowRankLinear`."""
 
@@ -277,7 +276,7 @@ def sites(model: PreTrainedModel) -> Iterator[Site]:
 
 def _by_head(layer: Any, width: int) -> bool:
     """Whether a layer has latents of every head of this width."""
-    ranks = layer.latent_ranks if isinstance(layer, HasLatents) else None
+    ranks = getattr(layer, "latent_ranks", None)  # of a HasLatents
     return ranks is not None and len(ranks) * width == layer.out_features
 
 

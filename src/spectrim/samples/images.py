@@ -129,7 +129,7 @@ def _builtin(samples: int, seed: int, split: str, instruction: str) -> list[Entr
     from spectrim.demo.tasks import TASKS, questions
 
     per_task = -(-samples // len(TASKS))
-    pooled = [question.image for task in TASKS for question in questions(task, split, per_task, seed)]
+    pooled = [asked.image for task in TASKS for asked in questions(task, split, per_task, seed)]
     chosen = random.Random(seed).sample(pooled, samples)
     return [Entry((partial(to_rgb, image),), question(instruction), None, "a built-in image") for image in chosen]
 
