@@ -229,7 +229,7 @@ def test_what_the_kernels_cannot_read_is_refused():
 @pytest.mark.parametrize("tokens", [1, 1000, 8192, 131072])
 def test_the_default_cut_covers_the_tokens_with_few_splits(batch, tokens):
     for rank in (16, 64, 128, 256):
-        tiles = Tiles.fitting(batch, tokens, 4, rank, 132)
+        tiles = Tiles.fitting(batch, tokens, 4, rank, 64, rank == 16, 132)
         assert tiles.split % tiles.tile == 0
         assert -(-tokens // tiles.split) <= 1024
         assert tiles.heads in (1, 4)
