@@ -2,7 +2,7 @@
 
     python tools/kernel_resources.py [--json] [--all]
 
-Exits with 1 if a kernel spills or takes more shared memory than a program can have on a target.
+Exits with 1 if a kernel spills more than 16 bytes or takes more shared memory than a program can have on a target.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from spectrim.kernels import latent_decode_triton, unpack_triton
 
 STEPS = ("row_k", "token_k", "row_v", "token_v", "row_cos", "token_cos", "split_size")
 TARGETS = {80: 163, 90: 227, 120: 99}  # KiB of shared memory that one program can have
+SPILLED = 16  # bytes by thread that are let pass: some versions of Triton put a constant or two of a loop there
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
@@ -55,8 +56,8 @@ class Resources:
 
     @property
     def fits(self) -> bool:
-        """Whether nothing is spilled and shared memory suffices."""
-        return not self.spilled and self.shared <= self.limit
+        """Whether nothing to speak of is spilled and shared memory suffices."""
+        return self.spilled <= SPILLED and self.shared <= self.limit
 
 
 def kernels(every: bool) -> list[Kernel]:
