@@ -24,11 +24,11 @@ SPECIAL = {
 }
 
 
-def llama(form: str) -> hf.PreTrainedModel:
+def llama(form: str, **changes: Any) -> hf.PreTrainedModel:
     """Dense, or in one of the forms of `compressed.factored`; or ``mixed``: dense beside factored linears in merged
-    ones; or ``integers``: in all ways to have some, beside linears without.
+    ones; or ``integers``: in all ways to have some, beside linears without. `changes` are those of the config.
     """
-    model = _seeded(hf.LlamaForCausalLM, hf.LlamaConfig(**WIDE, attention_bias=True))
+    model = _seeded(hf.LlamaForCausalLM, hf.LlamaConfig(**WIDE, attention_bias=True, **changes))
     one, two = (f"model.layers.{i}" for i in range(2))
     if form == "dense":
         return model

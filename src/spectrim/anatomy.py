@@ -75,6 +75,8 @@ class Anatomy:
 
     ``linears`` run tower, connector, backbone, and in the order of the module tree within each. ``tower`` (None if
     there is none), ``connector`` and ``backbone`` are dotted prefixes; a backbone of ``""`` is the model itself.
+    ``tables`` are input embedding and output head of the backbone where they can be integers; they stand among ``kept``
+    all the same.
     """
 
     linears: tuple[Linear, ...]
@@ -82,6 +84,7 @@ class Anatomy:
     tower: str | None
     connector: tuple[str, ...]
     backbone: str
+    tables: tuple[Linear, ...] = ()
 
     @cached_property
     def _by_name(self) -> dict[str, Linear]:
@@ -177,7 +180,7 @@ def anatomy(model: nn.Module) -> Anatomy:
             f"{type(model).__name__} has no plain nn.Linear to compress; choose a model whose projections are nn.Linear"
         )
     linears.sort(key=lambda linear: PLACES.index(linear.place))
-    return Anatomy(tuple(linears), tuple(kept), tower, connector, backbone)
+    return Anatomy(tuple(linears), tuple(kept), tower, connector, backbone, tuple(_tables(model, tree, heads, holders)))
 
 
 def _within(name: str, prefix: str) -> bool:
@@ -203,6 +206,25 @@ def _output_heads(tree: dict[str, nn.Module]) -> set[str]:
     getters: list[Any] = [m.get_output_embeddings for m in tree.values() if isinstance(m, PreTrainedModel)]
     heads = [getter() for getter in getters]
     return {name for name, module in tree.items() if any(module is head for head in heads)}
+
+
+def _tables(
+    model: nn.Module, tree: dict[str, nn.Module], heads: set[str], holders: dict[int, list[str]]
+) -> Iterator[Linear]:
+    """The model's input embedding and output head, where they are plain and share weights with nothing else."""
+    if not isinstance(model, PreTrainedModel):
+        return
+    first, last = model.get_input_embeddings(), model.get_output_embeddings()
+    pair: list[tuple[Any, Any, str]] = [(first, nn.Embedding, "embedding"), (last, nn.Linear, "head")]
+    for module, kind, role in pair:
+        name = next((name for name, other in tree.items() if other is module), None)
+        if name is None or type(module) is not kind or getattr(module, "max_norm", None) is not None:
+            continue
+        sharers = holders.get(id(module.weight), [])
+        tied = role == "embedding" and len(sharers) == 2 and tree[sharers[1]] is last and last.bias is None
+        if sharers == [name] or (sharers[:1] == [name] and tied):
+            rows, size = module.weight.shape
+            yield Linear(name, "backbone", None, role + "+head" * tied, rows, size, None, module.weight.dtype)
 
 
 def _submodel(model: nn.Module, config: Any) -> str | None:

@@ -13,6 +13,8 @@ PLACES: tuple[Place, ...] = ("tower", "connector", "backbone")
 class Linear:
     """One compressible ``nn.Linear``: ``model.get_submodule(name)``.
 
+    Also a matrix that is no such linear and may be integers all the same (see `Anatomy.tables`): an input embedding, of
+    the role ``embedding`` or, where an output head is tied to it, ``embedding+head``; and an output head, ``head``.
     ``block`` is the transformer block that holds it (None outside blocks and in the connector). ``heads`` counts query
     heads for roles q, qkv and o (its input side) and key/value heads for k and v; None elsewhere, and where the model
     does not tell.
@@ -31,6 +33,11 @@ class Linear:
     def per_head(self) -> int | None:
         """Number of heads that the outputs are made of (q, k and v with known heads); None for other linears."""
         return self.heads if self.role in ("q", "k", "v") else None
+
+    @property
+    def shared(self) -> bool:
+        """Whether an input embedding is the output head as well."""
+        return self.role == "embedding+head"
 
     @property
     def params(self) -> int:

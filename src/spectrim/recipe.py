@@ -139,7 +139,8 @@ class QuantizePart(_Part):
     ``damping`` is the share of the mean of each metric's diagonal that is added to the diagonal for the feedback; more
     of it keeps errors out of directions that the samples do not contain. ``roles`` says which linears may be quantized.
     ``format`` compressed-tensors makes checkpoints that others load without spectrim: all linears that may be quantized
-    become dense integers on one grid, and all others stay dense.
+    become dense integers on one grid, and all others stay dense. ``embeddings`` says in how many bits input embedding
+    and output head are stored; with ``auto`` a size decides, and None leaves them dense.
     """
 
     bits: Literal[2, 3, 4, 8, "auto"] | None = None
@@ -149,6 +150,7 @@ class QuantizePart(_Part):
     damping: float = Field(default=0.1, gt=0, allow_inf_nan=False)
     roles: Literal["all", "feed-forward"] = "all"
     format: Format = "spectrim"
+    embeddings: Literal[4, 8, "auto"] | None = None
 
     @property
     def plain(self) -> bool:

@@ -28,9 +28,12 @@ from spectrim import compress, load, load_processor, save
 from spectrim.anatomy import anatomy
 from spectrim.evaluate import load_questions
 from spectrim.maths.rounding import Grid
+from spectrim.pipeline.tables import Tables
+from spectrim.recipe import Recipe
 from spectrim.samples.batches import image_prompt
 from spectrim.serve.plugin import FactoredConfig
-from spectrim.storage import stored_layers
+from spectrim.storage import filled, share, stored_layers
+from spectrim.storage.base import checked_linear
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 IDS = [5, 17, 33, 90, 21, 7, 64]
@@ -50,6 +53,18 @@ FORMS = ("whole", "headwise", "pivoted", "mixed", "integers")
 Cases = dict[str, tuple[dict[str, Any], list[int]]]  # what vLLM is to do, and the tokens of transformers
 
 
+def tables_in_integers(model):
+    """Embedding and output head rounded to 8 bits, in place."""
+    recipe = Recipe.read("svd", {"quantize.embeddings": 8, "quantize.group": 32})
+    parts = anatomy(model)
+    tables = Tables(model, parts, recipe, None, None, None)
+    assert parts.tables
+    for name, row in tables.rows({}).items():
+        linear = checked_linear(model, name, row.form)
+        model.set_submodule(name, filled(linear, row.form, row.spec, tables.make(name, row)))
+    share(model)
+
+
 def llama_cases(home: Path) -> Cases:
     cases: Cases = {}
     for form in FORMS:
@@ -57,7 +72,13 @@ def llama_cases(home: Path) -> Cases:
         save(model, home / form)
         job = {"directory": str(home / form), "prompt_token_ids": IDS, "tokens": TOKENS}
         cases[form] = job, greedy(model, TOKENS, input_ids=torch.tensor([IDS]))
-    for form in ("mixed", "pivoted", "integers"):
+    for form, tied in (("tied", True), ("untied", False)):
+        model = llama("integers", tie_word_embeddings=tied)
+        tables_in_integers(model)
+        save(model, home / form)
+        job = {"directory": str(home / form), "prompt_token_ids": IDS, "tokens": TOKENS}
+        cases[form] = job, greedy(model, TOKENS, input_ids=torch.tensor([IDS]))
+    for form in ("mixed", "pivoted", "integers", "tied", "untied"):
         job, wanted = cases[form]
         cases[f"{form}, two processes"] = {**job, "parallel": 2}, wanted
     job = {**cases["integers"][0], "dtype": "float16", "tokens": 12}  # some matrices stay integers

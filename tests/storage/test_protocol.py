@@ -26,7 +26,7 @@ from spectrim.recipe import QuantizePart, StoragePart
 from spectrim.storage import DENSE, Form, Problem, Spec, StoredLayer, base, filled, forms, made
 from spectrim.storage.packed import PackedLinear
 
-FORMS = (*(form.name for form in forms()), "columns")
+FORMS = (*(form.name for form in forms() if form.replaces is nn.Linear), "columns")
 STORED = tuple(name for name in FORMS if name != DENSE)
 RECIPES: dict[str, tuple[StoragePart, QuantizePart]] = {
     "floats": (StoragePart(), QuantizePart()),

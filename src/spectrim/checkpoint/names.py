@@ -142,10 +142,11 @@ def shortened(names: Sequence[str], limit: int = 5) -> str:
 
 
 def _linears(model: nn.Module) -> dict[str, nn.Module]:
-    """Dense linears and stored layers by run-time name, without the linears inside stored layers."""
+    """Dense linears, embeddings and stored layers by run-time name, without the linears inside stored layers."""
     layers: dict[str, nn.Module] = dict(layers_in(model))
     inside = tuple(f"{name}." for name in layers)
-    dense = {name: x for name, x in model.named_modules() if isinstance(x, nn.Linear) and not name.startswith(inside)}
+    kinds = nn.Linear | nn.Embedding
+    dense = {name: x for name, x in model.named_modules() if isinstance(x, kinds) and not name.startswith(inside)}
     return {_unwrapped(name): module for name, module in (layers | dense).items()}
 
 

@@ -25,7 +25,7 @@ from spectrim import latent
 from spectrim.checkpoint.config import METHOD, SpectrimConfig
 from spectrim.checkpoint.names import compressed_layers, runtime_names, shortened, stored_layers
 from spectrim.errors import CheckpointError, ModelError
-from spectrim.storage import StoredLayer, exchange, form
+from spectrim.storage import StoredLayer, exchange, form, share, unshare
 from spectrim.storage.runtime import set_runtime
 
 GUARD = (
@@ -75,6 +75,7 @@ class SpectrimQuantizer(HfQuantizer):
                     "or packed; copy or compress it again"
                 )
             exchange(model, {names[name]: layer for name, layer in layers.items()})
+            share(model)
         except ModelError as error:
             raise CheckpointError(
                 f"quantization_config does not fit the model: {error}; copy config.json of {self._source} again"
@@ -85,7 +86,7 @@ class SpectrimQuantizer(HfQuantizer):
         inside = tuple(f"{name}." for name in names.values())
         # Some models initialize `module.q_proj.weight` from the parent, where there is no such weight any more. Parents
         # without buffers of their own need no initialization: all their parameters come from the file or are reported.
-        parents = {name.rpartition(".")[0] for name in names.values()}
+        parents = {name.rpartition(".")[0] for name in names.values()} - {""}
         ready = {name for name in parents if not any(True for _ in model.get_submodule(name).buffers(recurse=False))}
         for name in ready:
             vars(model.get_submodule(name))["_is_hf_initialized"] = True
@@ -170,6 +171,7 @@ class SpectrimQuantizer(HfQuantizer):
         dense = {name: layer.to_dense() for name, layer in compressed_layers(model).items()}
         for name, linear in dense.items():
             model.set_submodule(name, linear if dtype is None else linear.to(dtype))
+        unshare(model)
         self.remove_quantization_config(model)
         return model
 
@@ -229,7 +231,7 @@ def describe(model: PreTrainedModel, keys: Collection[str] | None = None) -> Spe
     if not layers:
         raise ModelError("the model holds no factored layer and no packed one; save it with its own save_pretrained")
     tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
-    if shared := [name for name in layers if f"{name}.weight" in tied]:
+    if shared := [name for name, x in layers.items() if f"{name}.weight" in tied and not getattr(x, "shared", False)]:
         raise CheckpointError(f"{shortened(shared)} shares its weight with another layer; keep it dense")
     stored = stored_layers(model, keys)
     return SpectrimConfig.of({name: (layer.form, layer.spec) for name, layer in stored.items()})

@@ -174,7 +174,9 @@ def scales(
     for shrink in torch.linspace(1, 0.5, _SHRINKS).tolist():
         step = ((high - low) * shrink / levels).to(dtype).double()
         step = torch.where(step > 0, step, torch.ones_like(step))
-        zero = zeros if grid.symmetric else (grid.low - low * shrink / step).round().clamp(grid.low, grid.high)
+        zero = zeros
+        if not grid.symmetric:  # zeros need no zero point, whose product would be taken off again
+            zero = (grid.low - low * shrink / step).round().clamp(grid.low, grid.high).where(high > low, zeros)
         narrow, origin = (step / unit).clamp_max(1e30).float(), zero.float()  # a group of zeros has step 1
         residual = (X / narrow).round_().add_(origin).clamp_(grid.low, grid.high).sub_(origin).mul_(narrow).sub_(X)
         cost = (residual.square_() * weights).sum(-1, keepdim=True)

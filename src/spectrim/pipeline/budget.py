@@ -116,9 +116,9 @@ class Sizes:
     def of(self, plan: Plan) -> int:
         """Of a checkpoint that is made as a plan says; never less than what is written."""
         tensors = dict(self._tensors)
-        for linear in self._parts.linears:
-            row = plan.linears[linear.name]
-            if row.form == DENSE:
+        for linear in (*self._parts.linears, *self._parts.tables):
+            row = plan.rows.get(linear.name)
+            if row is None or row.form == DENSE:
                 continue
             tensors[f"{linear.name}.weight"] = (f"{linear.name}.weight", linear.dtype, (0,))
             stored = tensors_of(row.form, linear.in_features, linear.out_features, row.spec, linear.dtype)

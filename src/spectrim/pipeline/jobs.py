@@ -21,6 +21,7 @@ from spectrim.errors import BudgetError, RecipeError, UsageError
 from spectrim.files import user_path
 from spectrim.linear import Linear
 from spectrim.pipeline.budget import Budget, Sizes
+from spectrim.pipeline.tables import least_bytes
 from spectrim.plan.plan import Plan
 from spectrim.recipe import Recipe
 from spectrim.settings import CalibrationOptions
@@ -55,10 +56,13 @@ class Job:
         if self.recipe.quantize.plain:
             chosen = [linear for linear in parts.linears if self.recipe.allocation.reason(linear) is None]
             check_recipe(self.recipe, chosen)
-        sizes = Sizes(model, parts)
+        sizes, quantize = Sizes(model, parts), self.recipe.quantize
         for budget in self.budgets:
             free, share = shared(self.recipe, parts, budget, sizes)
-            least = sum(min(form.least(linear, self.recipe.quantize) for form in forms()) for linear in free)
+            least = sum(min(form.least(linear, quantize) for form in forms()) for linear in free)
+            tables = priced_tables(self.recipe, parts, budget)
+            least += sum(least_bytes(table, quantize) for table in tables)
+            share += sum(table.nbytes for table in tables)
             if least > share or share <= 0:
                 raise too_small(self.recipe, budget, sizes, share, max(least, 1))
 
@@ -85,7 +89,12 @@ def check_job(
         raise BudgetError("give either a limit, such as --size 3.5GB or --retain 0.6, or a plan")
     check_once([budget.label for budget in budgets], "the limit")
     if any(budget.size is not None for budget in budgets):  # the forms that lose least at a size
-        changes = {"quantize.bits": "auto", **(changes or {})} if Recipe.read(recipe).quantize.bits is None else changes
+        base = Recipe.read(recipe)
+        sized = {} if base.quantize.bits is not None else {"quantize.bits": "auto"}
+        ranks = (changes or {}).get("quantize.bits", "") is None  # asked for nothing but ranks
+        if base.allocation.rule == "loss-aware" and base.quantize.format == "spectrim" and not ranks:
+            sized["quantize.embeddings"] = "auto"
+        changes = {**sized, **(changes or {})}
     chosen = Recipe.read(recipe, changes)
     if plan is not None:
         _check_format(chosen, plan if isinstance(plan, Plan) else Plan.read(plan))
@@ -180,7 +189,8 @@ def shared(
             "choose a recipe that needs none, such as svd"
         )
     limit, frozen = budget.linear_bytes(sizes), sizes.linears - sum(linear.nbytes for linear in free)
-    if frozen > max(limit, 0):
+    tables = priced_tables(recipe, parts, budget)
+    if frozen > max(limit + sum(table.nbytes - least_bytes(table, recipe.quantize) for table in tables), 0):
         kept = list(reasons)
         kept += [f"no {samples} sample reaches them"] if len(free) < len(wished) else []
         remedy = "give samples that reach them" if len(free) < len(wished) else "let more of them be compressed"
@@ -189,6 +199,12 @@ def shared(
             f"{budget.remedy(sizes, frozen - limit)} or {remedy}"
         )
     return free, limit - frozen
+
+
+def priced_tables(recipe: Recipe, parts: Anatomy, budget: Budget) -> tuple[Linear, ...]:
+    """Input embedding and output head, where they share the bytes of a size with the linears."""
+    wanted = recipe.quantize.embeddings is not None and budget.size is not None
+    return parts.tables if wanted and recipe.allocation.rule == "loss-aware" else ()
 
 
 def too_small(recipe: Recipe, budget: Budget, sizes: Sizes, share: int, least: int) -> BudgetError:

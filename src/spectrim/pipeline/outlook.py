@@ -110,7 +110,7 @@ def outlook(prepared: Compression, budget: Budget) -> Outlook:
 
     def point(retain: float) -> Point | None:
         try:
-            other = prepared.plan(retain)
+            other = prepared.plan(retain).model_copy(update={"tables": plan.tables})
         except BudgetError:  # below the smallest
             return None
         return Point(sizes.of(other), other.bytes, other.loss or 0.0)
@@ -129,6 +129,9 @@ def outlook(prepared: Compression, budget: Budget) -> Outlook:
         for role in dict.fromkeys(linear.role for linear in linears):
             own = [linear for linear in linears if linear.role == role]
             parts.append(_part(place, role, [plan.linears[linear.name] for linear in own], sum(x.params for x in own)))
+    for table in prepared.parts.tables:
+        if (row := plan.tables.get(table.name)) is not None:
+            parts.append(_part(table.place, table.role, [row], table.params))
     return Outlook(plan, sizes.of(plan), sizes.dense, tuple(parts), less, more, tuple(curve))
 
 

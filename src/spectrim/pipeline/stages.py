@@ -25,7 +25,8 @@ from spectrim.metrics.curvature import predicted_loss
 from spectrim.metrics.metric import summed
 from spectrim.metrics.spectra import Spectra
 from spectrim.pipeline.budget import Budget, Sizes
-from spectrim.pipeline.jobs import Job, shared, too_small
+from spectrim.pipeline.jobs import Job, priced_tables, shared, too_small
+from spectrim.pipeline.tables import Tables
 from spectrim.plan.importance import SAMPLES, block_cosines, importance
 from spectrim.plan.maker import Maker
 from spectrim.plan.options import Menu
@@ -35,7 +36,7 @@ from spectrim.plan.sensitivity import WINDOWS, probe
 from spectrim.plan.spend import spend
 from spectrim.recipe import Recipe
 from spectrim.samples import load_text, text_windows
-from spectrim.storage import DENSE, Spec, Tensors, filled, form
+from spectrim.storage import DENSE, Spec, Tensors, filled, form, share, unshare
 from spectrim.storage.base import checked_linear
 from spectrim.trace import few_tokens
 
@@ -66,6 +67,7 @@ class Compression:
         self.parts = parts
         self._progress = progress
         self.maker = Maker(model, recipe, statistics, spectra)
+        self._tables = Tables(model, parts, recipe, statistics, processor, progress)
         self._losses: Mapping[str, torch.Tensor] | None = None
         self._cosines: Mapping[str, float] | None = None
 
@@ -90,6 +92,11 @@ class Compression:
         curves = {
             linear.name: curve(self.recipe.allocation, menus[linear.name], wanted(linear.name)) for linear in free
         }
+        if tables := priced_tables(self.recipe, self.parts, budget):
+            curves |= {
+                table.name: curve(self.recipe.allocation, self._tables.menus[table.name], None) for table in tables
+            }
+            share += sum(table.nbytes for table in tables)
 
         def within(share: int) -> Plan:
             numbers = spend(list(curves.values()), share)
@@ -132,7 +139,8 @@ class Compression:
                 reason = self.recipe.allocation.reason(linear) or f"no {self._samples} sample reaches it"
             loss = lost if priced else None
             rows[linear.name] = plan_row(linear, kind, spec, error=error, metric=source, loss=loss, reason=reason)
-        return Plan(recipe=self.recipe.name, retain=budget.retain, limit=budget.label, linears=rows)
+        tables = self._tables.rows(chosen)
+        return Plan(recipe=self.recipe.name, retain=budget.retain, limit=budget.label, linears=rows, tables=tables)
 
     @cached_property
     def sizes(self) -> Sizes:
@@ -218,7 +226,7 @@ class Compression:
         without compensation.
         """
         total = self._no_losses()
-        for name in plan.changed:
+        for name in plan.exchanged:
             self._add_losses(total, name, self._layer(plan, name, {}))
         return total
 
@@ -232,6 +240,10 @@ class Compression:
         if total is None:
             return
         assert self.statistics is not None
+        if (measured := self._tables.losses(name, layer)) is not None:
+            for modality, nats in measured.items():
+                total[modality] += nats
+            return
         W: Any = self.model.get_submodule(name).weight
         exact: Any = deepcopy(layer).double()
         change = exact.product() - W.double()
@@ -242,9 +254,12 @@ class Compression:
 
     def _layer(self, plan: Plan, name: str, solved: Mapping[str, Tensors]) -> nn.Module:
         """The layer that takes the place of a dense linear; made here unless it is among the `solved`."""
-        row, linear = plan.linears[name], checked_linear(self.model, name)
-        tensors = solved[name] if name in solved else self.maker.make(self.parts.linear(name), row)
-        return filled(linear, row.form, row.spec, tensors)
+        row = plan.rows[name]
+        if name in plan.tables:
+            tensors = self._tables.make(name, row)
+        else:
+            tensors = solved[name] if name in solved else self.maker.make(self.parts.linear(name), row)
+        return filled(checked_linear(self.model, name, row.form), row.form, row.spec, tensors)
 
     @torch.no_grad()
     def _put(self, plan: Plan) -> dict[str, float] | None:
@@ -255,11 +270,12 @@ class Compression:
         """
         compensates = self.recipe.compensate.kind != "none"
         solved, losses = self._compensated(plan), None if compensates else self._no_losses()
-        for name in plan.changed:
+        for name in plan.exchanged:
             layer = self._layer(plan, name, solved)
             self._add_losses(losses, name, layer)
             self.model.set_submodule(name, layer)
-        if plan.changed:
+        share(self.model)
+        if plan.exchanged:
             attach(self.model)
         return {str(self.recipe.metric.modality): plan.loss} if compensates and plan.loss is not None else losses
 
@@ -295,11 +311,12 @@ class Compression:
     @contextmanager
     def _dense_after(self, plan: Plan, *, failure: bool = False) -> Iterator[None]:
         """Put the dense linears back after the block; with `failure`, only if it fails."""
-        dense: dict[str, nn.Module] = {name: self.model.get_submodule(name) for name in plan.changed}
+        dense: dict[str, nn.Module] = {name: self.model.get_submodule(name) for name in plan.exchanged}
 
         def restore() -> None:
             for name, linear in dense.items():
                 self.model.set_submodule(name, linear)
+            unshare(self.model)
             if quantizer := getattr(self.model, "hf_quantizer", None):
                 quantizer.remove_quantization_config(self.model)
 
@@ -317,6 +334,7 @@ class Compression:
             for linear, row in zip(self.parts.linears, plan.linears.values(), strict=True)
         )
         whole = sum(p.numel() * p.dtype.itemsize for p in self.model.parameters())
+        saved = plan.dense_bytes - plan.bytes + sum(row.dense_bytes - row.bytes for row in plan.tables.values())
         data = None if self.statistics is None else self.statistics.manifest
         return {
             "recipe": self.recipe.model_dump(mode="json"),
@@ -325,10 +343,11 @@ class Compression:
                 **({} if plan.retain is None else {"asked": plan.retain}),
                 "bytes": plan.bytes / plan.dense_bytes,
                 "params": kept / params,
-                "checkpoint": (whole - plan.dense_bytes + plan.bytes) / whole,
+                "checkpoint": (whole - saved) / whole,
             },
             "bytes": {"linears": plan.bytes, "linears_dense": plan.dense_bytes},
             "places": plan.by_place(self.parts),
+            **({"tables": plan.model_dump(mode="json")["tables"]} if plan.tables else {}),
             "kept": dict(Counter(row.reason for row in plan.linears.values() if row.reason is not None)),
             "unreached": sorted(self.unreached - set(plan.changed)),
             "data": None if data is None else data.data.model_dump(mode="json"),

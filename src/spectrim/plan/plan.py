@@ -75,6 +75,7 @@ class Plan(_Part):
     """A whole plan; rows by runtime name, as `spectrim anatomy` prints them.
 
     ``limit`` says what it was asked to keep to, such as ``size-3.5GB``; ``retain`` is that where it is a share.
+    ``tables`` are input embedding and output head, where they do not stay dense as a matter of course.
     """
 
     version: Literal[1, 2] = 2
@@ -82,6 +83,12 @@ class Plan(_Part):
     retain: float | None = Field(default=None, gt=0, le=1)
     limit: str | None = None
     linears: dict[str, PlanRow]
+    tables: dict[str, PlanRow] = {}
+
+    @property
+    def rows(self) -> dict[str, PlanRow]:
+        """Those of linears and tables together."""
+        return {**self.linears, **self.tables}
 
     @property
     def bytes(self) -> int:
@@ -96,13 +103,18 @@ class Plan(_Part):
     @property
     def loss(self) -> float | None:
         """Predicted increase of the loss, in nats: the sum over the rows that predict one; None if no row does."""
-        losses = [row.loss for row in self.linears.values() if row.loss is not None]
+        losses = [row.loss for row in self.rows.values() if row.loss is not None]
         return sum(losses) if losses else None
 
     @property
     def changed(self) -> tuple[str, ...]:
         """Names of the linears that do not stay dense, in the order of the plan."""
         return tuple(name for name, row in self.linears.items() if row.form != DENSE)
+
+    @property
+    def exchanged(self) -> tuple[str, ...]:
+        """The same of linears and tables."""
+        return tuple(name for name, row in self.rows.items() if row.form != DENSE)
 
     def by_place(self, parts: Anatomy) -> dict[str, dict[str, Any]]:
         """What the plan does to the linears of each place that has some, as `summed_up` has it."""
@@ -114,7 +126,8 @@ class Plan(_Part):
 
     def json(self) -> str:  # type: ignore[override]
         """The text of plan.json; ranks by head stand on one line."""
-        text = json.dumps(self.model_dump(mode="json"), indent=2) + "\n"
+        content = self.model_dump(mode="json", exclude=set() if self.tables else {"tables"})
+        text = json.dumps(content, indent=2) + "\n"
         return re.sub(r"\[\n[\d,\s]*\]", lambda ranks: json.dumps(json.loads(ranks[0])), text)
 
     @classmethod
@@ -129,7 +142,7 @@ class Plan(_Part):
         try:
             content = parse_json(Path(path).read_bytes())
             plan = cls.model_validate_json(json.dumps(content), strict=True)
-            for name, row in plan.linears.items():
+            for name, row in plan.rows.items():
                 with _named(str(path), name, row):
                     form(row.form).heads(row.spec)
         except (OSError, ValueError) as error:  # a ValidationError is a ValueError
@@ -149,18 +162,20 @@ class Plan(_Part):
             BudgetError: it does not fit the model; names the linear.
         """
         known = {linear.name: linear for linear in parts.linears}
-        if strange := sorted(self.linears.keys() - known.keys()):
+        tables = {table.name: table for table in parts.tables if table.name in self.tables}
+        if strange := sorted((self.linears.keys() - known.keys()) | (self.tables.keys() - tables.keys())):
             raise BudgetError(f"{where} plans for {strange[0]!r}, which the model lacks; use a plan of this model")
         rows = {}
-        for name, linear in known.items():
-            row = self.linears.get(name, PlanRow(form=DENSE, bytes=0, dense_bytes=0))
+        for name, linear in (known | tables).items():
+            row = self.rows.get(name, PlanRow(form=DENSE, bytes=0, dense_bytes=0))
             with _named(where, name, row):
                 form(row.form).check(linear, row.spec)
                 # The notes of a row may be those of another spec.
                 rows[name] = plan_row(linear, row.form, row.spec)
             if rows[name].bytes > linear.nbytes:
                 _log.warning("%s stores '%s' in more bytes than its dense weight has", where, name)
-        return Plan(recipe=self.recipe, retain=self.retain, limit=self.limit, linears=rows)
+        found = {name: rows.pop(name) for name in tables}
+        return Plan(recipe=self.recipe, retain=self.retain, limit=self.limit, linears=rows, tables=found)
 
 
 def summed_up(rows: Sequence[PlanRow]) -> dict[str, Any]:

@@ -29,14 +29,18 @@ from vllm.model_executor.layers.linear import (
     UnquantizedLinearMethod,
 )
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from spectrim.checkpoint.config import METHOD, SpectrimConfig
 from spectrim.checkpoint.names import shortened
 from spectrim.errors import CheckpointError, ModelError
 from spectrim.maths.decompose import Rank
 from spectrim.maths.rounding import Grid
+from spectrim.serve.embeddings import embedding_method
 from spectrim.serve.matrices import Matrix, OwnMatrix, PackedMatrix, packed
 from spectrim.serve.shards import Piece, fused, members, row_shards
+from spectrim.storage.embedding import IntegerEmbedding
+from spectrim.storage.integers import checked_grid
 from spectrim.storage.packed import PackedLinear
 
 logger = logging.getLogger("spectrim")
@@ -57,8 +61,11 @@ class FactoredConfig(QuantizationConfig):
 
     def __init__(self, config: SpectrimConfig) -> None:
         super().__init__()
-        if config.forms:
-            name, entry = next(iter(config.forms.items()))
+        self.embeddings: dict[str, Grid] = {}
+        for name, entry in config.forms.items():
+            if entry["form"] == IntegerEmbedding.name:
+                self.embeddings[name] = checked_grid({k: v for k, v in entry.items() if k not in ("form", "shared")})
+                continue
             raise CheckpointError(
                 f"vLLM does not run the form '{entry['form']}', which {name!r} is stored in; serve the "
                 "dequantized model (model.dequantize() and save_pretrained)"
@@ -110,6 +117,8 @@ class FactoredConfig(QuantizationConfig):
             if any(name in known for name in names):
                 return FactoredLinearMethod(names, self, prefix)
             return UnquantizedLinearMethod()
+        if isinstance(layer, VocabParallelEmbedding):
+            return embedding_method(layer, prefix, self.embeddings, self.grids, self.unpacked)
         if prefix in known:
             raise CheckpointError(f"vLLM has no linear {prefix!r} but a {type(layer).__name__}; keep it dense")
         return None

@@ -1,6 +1,13 @@
 """The forms in which a linear can be stored: one file each, all of one protocol (:mod:`spectrim.storage.base`)."""
 
-from spectrim.storage import dense, integer_factors, integers, integers_and_factors, low_rank  # noqa: F401 - registers
+from spectrim.storage import (  # noqa: F401 - registers
+    dense,
+    embedding,
+    integer_factors,
+    integers,
+    integers_and_factors,
+    low_rank,
+)
 from spectrim.storage.base import (
     DENSE,
     Form,
@@ -17,6 +24,7 @@ from spectrim.storage.base import (
     register,
     stored_layers,
 )
+from spectrim.storage.embedding import share, unshare
 
 __all__ = [
     "DENSE",
@@ -32,5 +40,7 @@ __all__ = [
     "forms",
     "made",
     "register",
+    "share",
     "stored_layers",
+    "unshare",
 ]

@@ -234,6 +234,7 @@ class Form(ABC):
     marker: str  # a tensor that every layer of the form stores, such as "B.weight": by it files find their layers
     searches = False  # options take long to find, and are kept on disk
     alternates = False  # has factors that adaComp can fit
+    replaces: type[nn.Module] = nn.Linear  # exactly what modules its layers take the place of
 
     @abstractmethod
     def options(self, problem: Problem) -> Options:
@@ -330,15 +331,19 @@ def tensors_of(
     return form(name).build(empty_linear(in_features, out_features, dtype), spec).state_dict()
 
 
-def checked_linear(model: nn.Module, name: str) -> nn.Linear:
-    """The dense linear of that name. Raises ModelError where there is none, or one of a subclass."""
+def checked_linear(model: nn.Module, name: str, kind: str = DENSE) -> Any:
+    """The dense module of that name, of the class that a form replaces: an nn.Linear for almost all of them.
+
+    Raises ModelError where there is none, or one of a subclass.
+    """
     try:
-        linear = model.get_submodule(name)
+        module = model.get_submodule(name)
     except AttributeError:
         raise ModelError(f"the model has no module {name!r}; forms are keyed by the names of its linears") from None
-    if type(linear) is not nn.Linear:  # a subclass may compute something else
-        raise ModelError(f"{name!r} is a {type(linear).__name__}, not an nn.Linear; keep it dense")
-    return linear
+    wanted = form(kind).replaces
+    if type(module) is not wanted:  # a subclass may compute something else
+        raise ModelError(f"{name!r} is a {type(module).__name__}, not an nn.{wanted.__name__}; keep it dense")
+    return module
 
 
 def exchange(model: nn.Module, layers: Mapping[str, tuple[str, Spec]]) -> None:
@@ -350,9 +355,13 @@ def exchange(model: nn.Module, layers: Mapping[str, tuple[str, Spec]]) -> None:
     """
     built: dict[str, nn.Module] = {}
     for name, (kind, spec) in layers.items():
-        linear = checked_linear(model, name)
         try:
-            built[name] = form(kind).build(linear, spec)
+            wanted = form(kind)
+        except ModelError as error:
+            raise ModelError(f"{name!r}: {error}") from None
+        linear = checked_linear(model, name, kind)
+        try:
+            built[name] = wanted.build(linear, spec)
         except ModelError as error:
             raise ModelError(f"{name!r}: {error}") from None
     for name, layer in built.items():
