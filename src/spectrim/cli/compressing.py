@@ -70,6 +70,10 @@ Size = Annotated[
     list[str] | None, typer.Option(help="The most that the weight files may take, such as 3.5GB or 900MiB; repeatable.")
 ]
 Bits = Annotated[list[float] | None, typer.Option(help="Bits per weight of the linears; repeatable.")]
+Tokens = Annotated[
+    int | None, typer.Option("--context", help="Let --size hold the key/value cache of so many tokens, too.")
+]
+Batch = Annotated[int, typer.Option(help="Sequences in the cache of --context.")]
 Retain = Annotated[list[float] | None, typer.Option(help="Share of the linears' bytes to keep; repeatable.")]
 Changes = Annotated[list[str] | None, typer.Option("--set", help="Change the recipe: key=value.")]
 RecipeName = Annotated[str, typer.Option(help="A built-in recipe or a YAML file.")]
@@ -85,6 +89,8 @@ def _plan(
     recipe: RecipeName = "spectrim",
     retain: Retain = None,
     size: Size = None,
+    cached: Tokens = None,
+    batch: Batch = 1,
     bits: Bits = None,
     stats: Annotated[Path | None, typer.Option(help="The statistics directory of the model.")] = None,
     changes: Changes = None,
@@ -107,7 +113,7 @@ def _plan(
 
     quiet()
     check_device(device)
-    limits = _budgets(size, bits, retain)
+    limits = _budgets(size, bits, retain, cached, batch)
     if len(limits) != 1:
         raise BudgetError("give one limit, such as --size 3.5GB; plan says what other sizes would come to")
     if json is not None:
@@ -154,15 +160,18 @@ def _changed(changes: list[str] | None, keep: list[str] | None, only: list[str] 
     return with_patterns(pairs(changes or [], "--set metric.gamma=0.5"), keep, only)
 
 
-def _budgets(size: list[str] | None, bits: list[float] | None, retain: list[float] | None) -> "list[Budget]":
+def _budgets(
+    size: list[str] | None, bits: list[float] | None, retain: list[float] | None, cached: int | None, batch: int
+) -> "list[Budget]":
     """The limits of the command line, in the order of the options."""
-    from spectrim.pipeline.budget import Budget
+    from spectrim.pipeline.run import limits
 
-    return [
-        *(Budget(size=value) for value in size or []),
-        *(Budget(bits=value) for value in bits or []),
-        *(Budget(retain=value) for value in retain or []),
+    asked = [
+        *((None, None, value) for value in size or []),
+        *((None, value, None) for value in bits or []),
+        *((value, None, None) for value in retain or []),
     ]
+    return [limit for one in asked or [(None, None, None)] for limit in limits(*one, cached, batch)]
 
 
 @verb(
@@ -178,6 +187,8 @@ def _compress(
     recipe: RecipeName = "spectrim",
     retain: Retain = None,
     size: Size = None,
+    cached: Tokens = None,
+    batch: Batch = 1,
     bits: Bits = None,
     plan: Annotated[Path | None, typer.Option(help="A plan.json to obey instead of a limit.")] = None,
     stats: Annotated[
@@ -212,7 +223,7 @@ def _compress(
         out,
         recipe=recipe,
         changes=_changed(changes, keep, only),
-        budgets=_budgets(size, bits, retain),
+        budgets=_budgets(size, bits, retain, cached, batch),
         plan=plan,
         stats=stats,
         overwrite=overwrite,

@@ -11,6 +11,7 @@ from spectrim.anatomy import Anatomy
 from spectrim.checkpoint.size import Stored, file_bytes, saved_tensors
 from spectrim.checks import check_retain
 from spectrim.errors import BudgetError
+from spectrim.pipeline.context import CacheBytes, Context
 from spectrim.plan.plan import Plan
 from spectrim.storage import DENSE
 from spectrim.storage.base import tensors_of
@@ -27,7 +28,7 @@ class Budget:
     """One limit: `retain`, the share of the linears' dense bytes; `bits`, per weight of the linears; or `size`.
 
     `size` is as a user writes it, such as 3.5GB (10⁹ bytes) or 3.5GiB (2³⁰ bytes): of all safetensors files together,
-    with everything that is in them.
+    with everything that is in them; and with the key/value cache of a `context`, where there is one.
 
     Raises BudgetError for what is no limit, and unless exactly one is given.
     """
@@ -35,8 +36,13 @@ class Budget:
     retain: float | None = None
     bits: float | None = None
     size: str | int | None = None
+    context: Context | None = None
 
     def __post_init__(self) -> None:
+        if self.context is not None and self.size is None:
+            raise BudgetError(
+                "a cache is counted in a size alone; give --size beside --context, or leave out --context"
+            )
         if sum(limit is not None for limit in (self.retain, self.bits, self.size)) != 1:
             raise BudgetError(
                 "give one limit: a size, such as --size 3.5GB; bits per weight, such as --bits 3.2; or a share of the "
@@ -74,19 +80,25 @@ class Budget:
         """A name for files, such as ``retain-0.6`` or ``size-3.5GB``."""
         for name, value in (("retain", self.retain), ("bits", self.bits), ("size", self.size)):
             if value is not None:
-                return f"{name}-{str(value).replace(' ', '')}"
+                more = "" if self.context is None else f"-context-{self.context.tokens}x{self.context.batch}"
+                return f"{name}-{str(value).replace(' ', '')}{more}"
         raise AssertionError
 
     def linear_bytes(self, sizes: "Sizes") -> int:
-        """Bytes that the linears of a model may take together; BudgetError where all of it is small enough already."""
+        """Bytes that the linears of a model may take together, and the cache where it is counted.
+
+        Raises BudgetError where all of it is small enough already.
+        """
         if self.retain is not None:
             return int(self.retain * sizes.linears)
         if self.bits is not None:
             return min(sizes.linears, int(self.bits * sizes.params / 8))
-        if self.size_bytes >= sizes.dense:
+        whole = sizes.dense + sizes.cache(self).dense if self.context is not None else sizes.dense
+        if self.size_bytes >= whole:
+            beside = "" if self.context is None else f" with a cache of {self.context}"
             raise BudgetError(
-                f"the dense model takes {written(sizes.dense, self.unit)}, no more than {self.size}; use it as it is, "
-                "or give a smaller size"
+                f"the dense model{beside} takes {written(whole, self.unit)}, no more than {self.size}; use it as it "
+                "is, or give a smaller size"
             )
         return self.size_bytes - sizes.fixed
 
@@ -106,6 +118,7 @@ class Sizes:
     """
 
     def __init__(self, model: PreTrainedModel, parts: Anatomy) -> None:
+        self._model = model
         self._tensors: dict[str, Stored] = saved_tensors(model)
         self._parts = parts
         self.dense = file_bytes(self._tensors.values())
@@ -124,6 +137,15 @@ class Sizes:
             stored = tensors_of(row.form, linear.in_features, linear.out_features, row.spec, linear.dtype)
             tensors |= {f"{linear.name}.{key}": (f"{linear.name}.{key}", x.dtype, x.shape) for key, x in stored.items()}
         return file_bytes(tensors.values())
+
+    def cache(self, budget: Budget) -> CacheBytes:
+        """Bytes of the cache that a budget counts. Raises BudgetError where they are not known."""
+        assert budget.context is not None
+        return CacheBytes(self._model, self._parts, budget.context)
+
+    def counted(self, plan: Plan, budget: Budget) -> int:
+        """What a budget's size counts: the files, and the cache of its context."""
+        return self.of(plan) + (0 if budget.context is None else self.cache(budget).under(plan))
 
 
 def written(size: int, unit: str) -> str:

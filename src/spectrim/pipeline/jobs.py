@@ -60,6 +60,9 @@ class Job:
         for budget in self.budgets:
             free, share = shared(self.recipe, parts, budget, sizes)
             least = sum(min(form.least(linear, quantize) for form in forms()) for linear in free)
+            if budget.context is not None:  # that of linears which stay dense is out of the share already
+                cache = sizes.cache(budget)
+                least += sum(cache.of(x) for x in free) - (cache.dense - cache.least(self.recipe.metric.per_head))
             tables = priced_tables(self.recipe, parts, budget)
             least += sum(least_bytes(table, quantize) for table in tables)
             share += sum(table.nbytes for table in tables)
@@ -189,6 +192,9 @@ def shared(
             "choose a recipe that needs none, such as svd"
         )
     limit, frozen = budget.linear_bytes(sizes), sizes.linears - sum(linear.nbytes for linear in free)
+    if budget.context is not None:
+        cache = sizes.cache(budget)
+        frozen += cache.dense - sum(cache.of(linear) for linear in free)
     tables = priced_tables(recipe, parts, budget)
     if frozen > max(limit + sum(table.nbytes - least_bytes(table, recipe.quantize) for table in tables), 0):
         kept = list(reasons)
@@ -212,7 +218,8 @@ def too_small(recipe: Recipe, budget: Budget, sizes: Sizes, share: int, least: i
     if budget.size is not None and share <= 0:
         what = f"all but the linears that can be compressed takes more than {budget.size}"
     elif budget.size is not None:
-        what = f"{budget.size} leaves {share} bytes to linears, less than the {least} of their smallest options"
+        cache = "" if budget.context is None else f" and a cache of {budget.context}"
+        what = f"{budget.size} leaves {share} bytes to linears{cache}, less than the {least} of their smallest options"
     else:
         what = f"the budget of {share} bytes is less than the {least} of the smallest options"
     more = ", or let weights be integers (--set quantize.bits=auto)" if recipe.quantize.bits is None else ""

@@ -46,6 +46,7 @@ class Part:
 class Outlook:
     """A plan with the bytes of all files before and after, its parts, and the losses at other sizes.
 
+    ``cache_bytes`` and ``dense_cache_bytes`` are those of the key/value cache that a size was to hold, if any.
     ``less`` and ``more`` are the plans with a tenth less and more for the linears, where there are such. ``curve`` and
     both are empty where the recipe predicts no loss.
     """
@@ -57,6 +58,8 @@ class Outlook:
     less: Point | None
     more: Point | None
     curve: tuple[Point, ...]
+    cache_bytes: int | None = None
+    dense_cache_bytes: int | None = None
 
     def json(self) -> str:
         """Indented JSON; the plan as in plan.json."""
@@ -89,6 +92,9 @@ class Outlook:
         whole = (
             f"all files: {self.file_bytes:,} of {self.dense_bytes:,} bytes ({self.file_bytes / self.dense_bytes:.1%})"
         )
+        if self.cache_bytes is not None and self.dense_cache_bytes is not None:
+            share = self.cache_bytes / self.dense_cache_bytes
+            whole += f"; key/value cache: {self.cache_bytes:,} of {self.dense_cache_bytes:,} bytes ({share:.1%})"
         if self.plan.loss is None:
             return [f"{whole}; this recipe predicts no loss (spectrim, curvature and laser do)"]
         found = [f"{whole}; predicted rise of the loss {self.plan.loss:.4f} nats per token"]
@@ -132,7 +138,11 @@ def outlook(prepared: Compression, budget: Budget) -> Outlook:
     for table in prepared.parts.tables:
         if (row := plan.tables.get(table.name)) is not None:
             parts.append(_part(table.place, table.role, [row], table.params))
-    return Outlook(plan, sizes.of(plan), sizes.dense, tuple(parts), less, more, tuple(curve))
+    cached: list[int] = []
+    if budget.context is not None:
+        cache = sizes.cache(budget)
+        cached = [cache.under(plan), cache.dense]
+    return Outlook(plan, sizes.of(plan), sizes.dense, tuple(parts), less, more, tuple(curve), *cached)
 
 
 def _part(place: str, role: str, rows: list[PlanRow], params: int) -> Part:

@@ -13,9 +13,10 @@ from spectrim.checkpoint import load, load_processor
 from spectrim.demo import resolve
 from spectrim.dense import check_dense
 from spectrim.disk.scratch import scratch
-from spectrim.errors import RecipeError
+from spectrim.errors import BudgetError, RecipeError
 from spectrim.metrics.spectra import cache_key, make_spectra
 from spectrim.pipeline.budget import Budget
+from spectrim.pipeline.context import Context
 from spectrim.pipeline.jobs import Job, check_job, check_samples, gathered, with_patterns
 from spectrim.pipeline.stages import Compression, Progress
 from spectrim.plan.plan import Plan
@@ -92,6 +93,16 @@ def job_compression(
     )
 
 
+def limits(
+    retain: float | None, bits: float | None, size: str | int | None, context: int | None, batch: int
+) -> list[Budget]:
+    """The one limit of a call, none where it has none. Raises BudgetError."""
+    if batch != 1 and context is None:
+        raise BudgetError("a batch is one of sequences in a cache; give --context beside --batch, or leave out --batch")
+    cached = None if context is None else Context(context, batch)
+    return [] if retain is bits is size is None and cached is None else [Budget(retain, bits, size, cached)]
+
+
 def _check_names(calibration: Mapping[str, Any]) -> None:
     if unknown := sorted(calibration.keys() - CalibrationOptions.model_fields.keys()):
         raise TypeError(f"calibrate() has no argument '{unknown[0]}'")
@@ -105,6 +116,8 @@ def compress(
     retain: float | None = None,
     bits: float | None = None,
     size: str | int | None = None,
+    context: int | None = None,
+    batch: int = 1,
     plan: str | Path | Plan | None = None,
     stats: str | Path | Statistics | None = None,
     processor: Any = None,
@@ -127,6 +140,8 @@ def compress(
         bits: in place of it, bits per weight of the linears.
         size: in place of it, the most that all safetensors files may take, everything counted, such as "3.5GB". Where
             the recipe has no integers, they are allowed (``quantize.bits: auto``); set it to None to keep to ranks.
+        context, batch: tokens of each of so many sequences, whose key/value cache the size is to hold as well; ranks of
+            keys and values by head (recipe ``laser``) are then bought against it.
         plan: what to obey in place of an allocation; a plan.json or a Plan.
         stats: a statistics directory; without one, samples are gathered now if the recipe needs them.
         processor: the processor or tokenizer of a loaded model, or the directory that has it; needed to gather samples
@@ -145,7 +160,7 @@ def compress(
         out,
         recipe=recipe,
         changes=with_patterns(changes, keep, only),
-        budgets=[] if retain is bits is size is None else [Budget(retain, bits, size)],
+        budgets=limits(retain, bits, size, context, batch),
         plan=plan,
         stats=stats,
         overwrite=overwrite,

@@ -71,24 +71,26 @@ class Compression:
         self._losses: Mapping[str, torch.Tensor] | None = None
         self._cosines: Mapping[str, float] | None = None
 
-    def plan(self, retain: float | None = None, *, bits: float | None = None, size: str | int | None = None) -> Plan:
+    def plan(self, retain: float | None = None, **limit: Any) -> Plan:
         """The plan of least loss within one limit, and less than one step of any linear below it.
 
         Args:
             retain: share of the linears' dense bytes, in (0, 1].
-            bits: of the linears, per weight.
-            size: of the safetensors files with everything that is in them, such as "3.5GB", "3.5GiB" or bytes.
+            limit: in its place, one of the others of :class:`Budget`: bits, or size and what it is to hold.
 
         Raises:
             BudgetError: the limit is none, or cannot be met; says what can.
         """
-        return self.planned(Budget(retain, bits, size))
+        return self.planned(Budget(retain, **limit))
 
     def planned(self, budget: Budget) -> Plan:
         """The plan of least loss within a limit. Raises BudgetError where it cannot be met; says what can."""
         free, share = shared(self.recipe, self.parts, budget, self.sizes, self.unreached, self._samples)
         searching = None if self._progress is None else partial(self._progress, "options")
-        menus, wanted = self.maker.menus(free, searching), self._wanted()
+        menus: Mapping[str, Menu] = self.maker.menus(free, searching)
+        wanted = self._wanted()
+        if budget.context is not None:
+            menus = self.sizes.cache(budget).added(menus)
         curves = {
             linear.name: curve(self.recipe.allocation, menus[linear.name], wanted(linear.name)) for linear in free
         }
@@ -109,12 +111,12 @@ class Compression:
                 raise too_small(self.recipe, budget, self.sizes, share, least)
             return within(share)
         limit, best = budget.size_bytes, self._chosen(budget, menus, smallest)
-        if (over := self.sizes.of(best) - limit) > 0:
+        if (over := self.sizes.counted(best, budget) - limit) > 0:
             raise too_small(self.recipe, budget, self.sizes, share, share + over)
         low, high = least, share + 1
         while high - low > 1:  # names take bytes, too: more of them where linears are made of more tensors
             plan = within(share)
-            over = self.sizes.of(plan) - limit
+            over = self.sizes.counted(plan, budget) - limit
             if over > 0:
                 high = share
             else:
