@@ -74,7 +74,9 @@ def test_sliding_layers_keep_their_window():
     parts = anatomy(model)
     k = [x for x in parts.linears if x.role == "k"]
     cache = CacheBytes(model, parts, Context(100, 3))
-    assert [cache.of(x) for x in k] == [x.out_features * x.dtype.itemsize * 3 * n for x, n in zip(k, (8, 100), strict=True)]
+    assert [cache.of(x) for x in k] == [
+        x.out_features * x.dtype.itemsize * 3 * n for x, n in zip(k, (8, 100), strict=True)
+    ]
     assert cache.of(next(x for x in parts.linears if x.role == "q")) == 0
 
 
