@@ -195,14 +195,16 @@ def shared(
     if budget.context is not None:
         cache = sizes.cache(budget)
         frozen += cache.dense - sum(cache.of(linear) for linear in free)
-    tables = priced_tables(recipe, parts, budget)
-    if frozen > max(limit + sum(table.nbytes - least_bytes(table, recipe.quantize) for table in tables), 0):
+    room = limit + sum(
+        table.nbytes - least_bytes(table, recipe.quantize) for table in priced_tables(recipe, parts, budget)
+    )
+    if frozen > max(room, 0):
         kept = list(reasons)
         kept += [f"no {samples} sample reaches them"] if len(free) < len(wished) else []
         remedy = "give samples that reach them" if len(free) < len(wished) else "let more of them be compressed"
         raise BudgetError(
-            f"linears stay dense ({', '.join(kept)}) and take {frozen} of the {limit} bytes; "
-            f"{budget.remedy(sizes, frozen - limit)} or {remedy}"
+            f"linears stay dense ({', '.join(kept)}) and take {frozen} bytes, of which there are {max(room, 0)}; "
+            f"{budget.remedy(sizes, frozen - room)} or {remedy}"
         )
     return free, limit - frozen
 
