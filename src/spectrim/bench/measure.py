@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from pydantic import TypeAdapter
 from rich.table import Table
 
 from spectrim.bench.engines import Engine, Transformers, opener
@@ -73,6 +74,11 @@ class Benchmark:
     def write(self, path: str | Path) -> None:
         """Write the JSON, whole or not at all."""
         write_whole(Path(path), self.json().encode())
+
+    @classmethod
+    def of(cls, content: Any) -> "Benchmark":
+        """The benchmark that its JSON stands for. Raises pydantic's ValidationError."""
+        return TypeAdapter(cls).validate_python(content)
 
     def table(self) -> Table:
         """For a terminal."""

@@ -1,11 +1,11 @@
-"""The verbs that measure: evaluate, bench, demo."""
+"""The verbs that measure: evaluate, bench, pareto, demo."""
 
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from spectrim.cli.verbs import Device, Dtype, Trust, dtype_of, progress, quiet, refuse, show, verb
+from spectrim.cli.verbs import Device, Dtype, Trust, dtype_of, pairs, progress, quiet, refuse, show, verb
 from spectrim.errors import SampleError, UsageError
 from spectrim.settings import EvaluationOptions
 
@@ -136,6 +136,50 @@ def _bench(
     if json is not None:
         found.write(json)
         show(f"results: {json}")
+
+
+@verb(
+    "pareto",
+    record=EvaluationOptions,
+    after_stop="checkpoints that are finished stay, and the same command goes on with the others",
+)
+def _pareto(
+    model: Annotated[str, typer.Argument(help="The directory of a dense model, or 'demo'.")],
+    stats: Annotated[Path, typer.Option(help="The statistics directory of the model.")],
+    sizes: Annotated[str, typer.Option(help="Of all files, such as 6MB, or of the linears, such as 40%; by commas.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The directory for checkpoints and results.json.")],
+    options: EvaluationOptions,
+    given: dict[str, Any],
+    recipes: Annotated[str, typer.Option(help="Built-in recipes or YAML files; several by commas.")] = "spectrim",
+    changes: Annotated[list[str] | None, typer.Option("--set", help="Change the recipes: key=value.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Compress a model by several recipes to several sizes, evaluate and time all, and compare them."""
+    from spectrim.pipeline import pareto
+    from spectrim.pipeline.pareto import RESULTS
+
+    quiet()
+    options.check_effect(given)
+    with progress() as report:
+        found = pareto(
+            model,
+            out,
+            stats=stats,
+            sizes=sizes.split(","),
+            recipes=recipes.split(","),
+            changes=pairs(changes or [], "--set metric.gamma=0.5"),
+            device=device,
+            dtype=dtype_of(dtype),
+            trust_remote_code=trust_remote_code,
+            progress=report,
+            **given,
+        )
+    show(found.table())
+    for line in found.lines():
+        show(line)
+    show(f"results: {out / RESULTS}")
 
 
 @verb("demo", after_stop="the same command goes on from what it has made so far")
