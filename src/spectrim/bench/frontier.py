@@ -67,7 +67,10 @@ class Frontier:
         """Indented JSON."""
         tree = json.loads(self.evaluation.to_json())
         examples = tree.pop("examples")  # images come last
-        more = {"bench": None if self.bench is None else asdict(self.bench), "attempts": list(map(asdict, self.attempts))}
+        more = {
+            "bench": None if self.bench is None else asdict(self.bench),
+            "attempts": list(map(asdict, self.attempts)),
+        }
         return json.dumps({**tree, **more, "examples": examples}, indent=2, ensure_ascii=False) + "\n"
 
     def write(self, path: str | Path) -> None:

@@ -1,4 +1,4 @@
-"""The verbs that measure: evaluate, bench, pareto, demo."""
+"""The verbs that measure: evaluate, bench, pareto, report, demo."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -180,6 +180,24 @@ def _pareto(
     for line in found.lines():
         show(line)
     show(f"results: {out / RESULTS}")
+
+
+@verb("report", after_stop="no page was written, and the same command starts again")
+def _report(
+    results: Annotated[
+        list[Path],
+        typer.Argument(help="Of evaluate, pareto or bench: results.json; checkpoints; statistics directories."),
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The page.")],
+    model: Annotated[str | None, typer.Option(help="The dense model of the statistics, if no results name it.")] = None,
+) -> None:
+    """Write one HTML page that shows results, without anything from the network."""
+    from spectrim.report import report
+
+    quiet()
+    with progress() as bars:
+        path = report(results, out, model=model, progress=bars)
+    show(f"page: {path}")
 
 
 @verb("demo", after_stop="the same command goes on from what it has made so far")

@@ -218,9 +218,7 @@ def _compress(
     for recipe in dict.fromkeys(trial.job.recipe.model_dump_json() for trial in missing):
         own = [trial for trial in missing if trial.job.recipe.model_dump_json() == recipe]
         job = own[0].job
-        with compression(
-            model, job.recipe, stats=job.statistics, processor=processor, progress=progress
-        ) as prepared:
+        with compression(model, job.recipe, stats=job.statistics, processor=processor, progress=progress) as prepared:
             for trial in own:
                 try:
                     plan = prepared.planned(trial.budget)
