@@ -31,7 +31,8 @@ class Attempt:
 class Point:
     """One model: what is known of its quality and of its cost; what was not measured is None.
 
-    `name` is the last part of its directory. `accuracy` is the mean VQA accuracy in [0, 1] and `kept` its share of the
+    `name` is the last part of its directory, and `limit` the kind of limit that it keeps to: size, bits or retain.
+    `accuracy` is the mean VQA accuracy in [0, 1] and `kept` its share of the
     dense model's; `divergence` is the KL divergence from the dense model by modality, nats per token. `bytes` are those
     of the weight files, `memory_bytes` those of the weights in memory, and `decode` seconds per token; `speed` is how
     many times as fast as the dense model it decodes.
@@ -40,6 +41,7 @@ class Point:
     name: str
     result: DirectoryResult
     recipe: str | None
+    limit: str | None
     accuracy: float | None
     kept: float | None
     perplexity: float | None
@@ -102,10 +104,10 @@ class Frontier:
         rows: dict[str, Row] = {}
         for row in (*(self.bench.rows if self.bench else ()), *more):
             rows.setdefault(last_part(row.model), row)
-        recipes = {last_part(one.directory): one.recipe for one in self.attempts if one.directory is not None}
+        made = {last_part(one.directory): one for one in self.attempts if one.directory is not None}
         dense = next((result for result in report.results if result.directory == report.reference), None)
         ordered = sorted(report.results, key=lambda result: result is not dense)
-        return tuple(_point(result, dense, rows, recipes) for result in ordered)
+        return tuple(_point(result, dense, rows, made) for result in ordered)
 
     def table(self) -> Table:
         """The models and, below them, what could not be made; for a terminal."""
@@ -156,15 +158,17 @@ def last_part(directory: str) -> str:
 
 
 def _point(
-    result: DirectoryResult, dense: DirectoryResult | None, rows: dict[str, Row], recipes: dict[str, str]
+    result: DirectoryResult, dense: DirectoryResult | None, rows: dict[str, Row], made: dict[str, Attempt]
 ) -> Point:
     name = last_part(result.directory)
-    row, own = rows.get(name), None if result.vqa is None else result.vqa.mean
+    row, attempt = rows.get(name), made.get(name)
+    own = None if result.vqa is None else result.vqa.mean
     full = None if dense is None or dense.vqa is None else dense.vqa.mean
     return Point(
         name=name,
         result=result,
-        recipe=recipes.get(name),
+        recipe=None if attempt is None else attempt.recipe,
+        limit=None if attempt is None else attempt.limit.partition("-")[0],
         accuracy=own,
         kept=own / full if own is not None and full else None,
         perplexity=None if result.perplexity is None else result.perplexity.per_token,

@@ -158,7 +158,7 @@ def _pareto(
 ) -> None:
     """Compress a model by several recipes to several sizes, evaluate and time all, and compare them."""
     from spectrim.pipeline import pareto
-    from spectrim.pipeline.pareto import RESULTS
+    from spectrim.pipeline.trials import RESULTS
 
     quiet()
     options.check_effect(given)
@@ -207,15 +207,13 @@ def _demo(
 ) -> None:
     """Compress the built-in model by spectrim, LASER, JW-SVD and text-only baselines, and compare the results."""
     from spectrim.demonstration import show as run
-    from spectrim.evaluate import losses, table
 
     quiet()
     with progress() as report:
         result = run(out, samples=samples, progress=report)
-    show(table(result.report))
-    if (predicted := losses(result.report)) is not None:
-        show(predicted)
-    show(result.answers)
-    show(f"checkpoints: {', '.join(str(path) for path in result.checkpoints)}")
+    show(result.table())
+    show(result.lesson())
+    show(f"checkpoints: {out}, such as {result.checkpoints[0]}")
     show(f"statistics:  {result.statistics}\nresults:     {result.results}")
+    show(f"page:        {result.page if result.hint is None else f'none, since {result.hint}'}")
     show(f"{result.seconds:.0f} seconds in all")

@@ -1,9 +1,9 @@
 """The stages in order: what a job is (`jobs`), the stages of one model (`stages`), and the entry points (`run`).
 
-`pareto` runs several jobs and measures what they make.
+`trials` runs several jobs and measures what they make.
 """
 
-from spectrim.pipeline.pareto import pareto
+from spectrim.pipeline.trials import pareto
 from spectrim.pipeline.run import compress, compression, job_compression
 
 __all__ = ["compress", "compression", "job_compression", "pareto"]

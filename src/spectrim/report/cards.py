@@ -1,6 +1,7 @@
 """Questions about images with what each model answered, those that models answer wrong first."""
 
 import re
+from collections.abc import Sequence
 from html import escape
 
 from spectrim.bench.frontier import last_part
@@ -20,8 +21,18 @@ def cards(report: EvaluationReport) -> str:
         "Some of the questions that were asked, first those that the dense model answers and most compressed models do "
         "not. ✓ and ✗ say which answers count as right."
     )
-    shown = "".join(_card(example, names, dense) for example in report.examples)
-    return f'<p>{text}</p><div class="cards">{shown}</div>'
+    apart = [example for example in report.examples if not all(example.correct)]
+    alike = [example for example in report.examples if all(example.correct)]
+    shown = _grid(apart, names, dense)
+    if alike:
+        title = f"{len(alike)} questions that all models answer right"
+        shown += f"<details><summary>{title}</summary>{_grid(alike, names, dense)}</details>"
+    return f"<p>{text}</p>{shown}"
+
+
+def _grid(examples: Sequence[Example], names: list[str], dense: int | None) -> str:
+    cards = "".join(_card(example, names, dense) for example in examples)
+    return f'<div class="cards">{cards}</div>' if cards else ""
 
 
 def _card(example: Example, names: list[str], dense: int | None) -> str:
@@ -31,7 +42,7 @@ def _card(example: Example, names: list[str], dense: int | None) -> str:
         groups.setdefault((example.given[number], example.correct[number]), []).append(names[number])
     answers = "".join(
         f"<dt class={'right' if correct else 'wrong'}>{escape(given) or '(nothing)'}</dt>"
-        f"<dd>{escape(', '.join(models))}</dd>"
+        f"<dd>{escape(_together(models, len(names)))}</dd>"
         for (given, correct), models in groups.items()
     )
     image = ""
@@ -41,3 +52,7 @@ def _card(example: Example, names: list[str], dense: int | None) -> str:
         f'<article class="card">{image}<p class="question">{escape(example.question)}</p>'
         f'<p class="small">{escape(example.task)}; right: {escape(example.expected)}</p><dl>{answers}</dl></article>'
     )
+
+
+def _together(models: list[str], most: int) -> str:
+    return f"all {most} models" if len(models) == most > 1 else ", ".join(models)

@@ -99,12 +99,13 @@ def pareto(points: Sequence[Point], dense: str | None, series: Series, floor: fl
                 across, up = x(point), y(point)
                 if across is not None and up is not None and (up > 0 or not logarithmic):
                     name = series_of(point, dense)
-                    rows.append({"x": across, "y": up, "series": name, "model": point.name})
+                    row = {"x": across, "y": up, "series": name, "model": point.name}
+                    rows.append({**row, "bytes": point.bytes, "limit": point.limit})
             if len(rows) < 2:
                 continue
             title = f"{quality} by {cost}"
             line = floor if quality == "VQA accuracy" else None
-            yield Chart(title, f"{note}; {'left' if rows else ''} is cheaper", styled(
+            yield Chart(title, f"{note}; further left is cheaper", styled(
                 _quality(rows, series, f"{cost.capitalize()}, {measure}", quality, form, logarithmic, line)
             ))  # fmt: skip
 
@@ -112,14 +113,16 @@ def pareto(points: Sequence[Point], dense: str | None, series: Series, floor: fl
 def _quality(
     rows: list[dict[str, Any]], series: Series, x: str, y: str, form: str, logarithmic: bool, floor: float | None
 ) -> Any:
-    scale = alt.Scale(type="log" if logarithmic else "linear", zero=False, nice=True, padding=12)
+    across = alt.Scale(zero=False, nice=True, padding=12)
+    scale = alt.Scale(type="log", nice=False, padding=12) if logarithmic else across
     base = alt.Chart(alt.Data(values=rows)).encode(
-        x=alt.X("x:Q", title=x, scale=alt.Scale(zero=False, nice=True, padding=12), axis=alt.Axis(tickCount=6)),
+        x=alt.X("x:Q", title=x, scale=across, axis=alt.Axis(tickCount=6)),
         y=alt.Y("y:Q", title=y, scale=scale, axis=alt.Axis(format=form, tickCount=6)),
         color=series.colour(),
     )
+    lines = base.transform_filter(alt.datum.series != DENSE).mark_line(strokeWidth=1.5, opacity=0.7)
     layers = [
-        base.transform_filter(alt.datum.series != DENSE).mark_line(strokeWidth=1.5, opacity=0.7),
+        lines.encode(detail="limit:N", order="bytes:Q"),
         base.mark_point(size=90, filled=True, opacity=0.95, stroke="white", strokeWidth=0.8).encode(
             shape=series.shape(),
             tooltip=[
@@ -131,13 +134,13 @@ def _quality(
         ),
     ]
     if (whole := next((row["y"] for row in rows if row["series"] == DENSE), None)) is not None:
-        layers.insert(0, _level(whole, logarithmic))
+        layers.insert(0, _level(whole))
     if floor is not None:
-        layers += [_level(floor, logarithmic), _label(floor, "without looking at the image")]
+        layers += [_level(floor), _label(floor, "without looking at the image")]
     return alt.layer(*layers)
 
 
-def _level(value: float, logarithmic: bool) -> Any:
+def _level(value: float) -> Any:
     rule = alt.Chart(alt.Data(values=[{"y": value}])).mark_rule(strokeDash=[5, 4], color="#555")
     return rule.encode(y="y:Q")
 
@@ -151,7 +154,7 @@ def _label(value: float, text: str) -> Any:
 def prediction(points: Sequence[Point], dense: str | None, series: Series) -> Chart | None:
     """Predicted rise of the loss over what was measured, by modality; None where no model has both."""
     whole = next((point.perplexity for point in points if point.result.directory == dense), None)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for point in points:
         predicted = point.result.predicted_loss or {}
         measured = dict(point.divergence)
@@ -195,7 +198,7 @@ def prediction(points: Sequence[Point], dense: str | None, series: Series) -> Ch
         ),
     )
     note = (
-        "On the dashed line both are equal; above it the loss rose more than predicted. Measured is the KL divergence from "
-        "the dense model, or the rise of the text loss where that was not measured."
+        "On the dashed line both are equal; above it the loss rose more than predicted. Measured is the KL divergence "
+        "from the dense model, or the rise of the text loss where that was not measured."
     )
     return Chart("Predicted and measured rise of the loss", note, styled(chart, 320))

@@ -6,6 +6,7 @@ from typing import Any
 import altair as alt
 import numpy as np
 
+from spectrim.anatomy import ROLES
 from spectrim.mismatch.analysis import Inspection
 from spectrim.report.charts import COLOURS, SHAPES, Chart, styled
 from spectrim.report.layout import Layout
@@ -13,15 +14,18 @@ from spectrim.report.layout import Layout
 _TEXT, _IMAGE = COLOURS[:2]
 _SAMPLES = alt.Scale(domain=["text", "image"], range=[_TEXT, _IMAGE])
 _LABELLED = 14  # blocks up to which cells have room for their ranks
+_ROLES = (*dict.fromkeys(ROLES.values()),)  # in the order of a block
 _GRID = np.linspace(0, 1, 33)
 
 
 def heat_maps(layout: Layout) -> Iterator[Chart]:
     """One chart for each part of a model: bits per weight by block and role, with the ranks."""
     top = max(cell.bits * cell.dense_bytes / max(1, cell.bytes) for cell in layout.cells)  # bits of dense weights
-    for part in dict.fromkeys(cell.part for cell in layout.cells):
+    parts = list(dict.fromkeys(cell.part for cell in layout.cells))
+    for part in parts:
         cells = [cell for cell in layout.cells if cell.part == part]
-        roles = list(dict.fromkeys(cell.role for cell in cells))
+        present = dict.fromkeys(cell.role for cell in cells)
+        roles = sorted(present, key=lambda role: _ROLES.index(role) if role in _ROLES else len(_ROLES))
         blocks = sorted({cell.block for cell in cells if cell.block is not None})
         rows = [
             {
@@ -64,7 +68,7 @@ def heat_maps(layout: Layout) -> Iterator[Chart]:
             "bits:Q",
             title="bits per weight",
             scale=alt.Scale(scheme="cividis", domain=[0, top], reverse=True),
-            legend=alt.Legend(orient="bottom", gradientLength=180, columns=1),
+            legend=alt.Legend(orient="bottom", gradientLength=180) if part == parts[-1] else None,
         )
         layers = [base.mark_rect(stroke="white").encode(color=colour)]
         if len(order) <= _LABELLED:
@@ -101,7 +105,10 @@ def _effective_rank(inspection: Inspection, place: str) -> Chart | None:
             "mean(share):Q", title="Effective rank / full rank", axis=alt.Axis(format="%"), scale=alt.Scale(zero=True)
         ),
     )
-    note = f"Share of the directions that hold {inspection.energy:.0%} of the output's energy, mean over the linears of a block."
+    note = (
+        f"Share of the directions that hold {inspection.energy:.0%} of the output's energy, mean over the linears of a "
+        "block."
+    )
     return Chart(f"Effective rank, {place}", note, styled(chart))
 
 
@@ -115,11 +122,14 @@ def _rho(inspection: Inspection) -> Chart:
     colours = [COLOURS[number % len(COLOURS)] for number in range(len(roles))]
     shapes = [SHAPES[number % len(SHAPES)] for number in range(len(roles))]
     base = alt.Chart(alt.Data(values=rows))
-    title = {"title": None, "sort": roles}
+    title: dict[str, Any] = {"title": None, "sort": roles}
     lines = base.mark_line(point=alt.OverlayMarkDef(size=60, filled=True)).encode(
         x=_layers(sorted({row["layer"] for row in rows})),
         y=alt.Y(
-            "mean(rho):Q", title="ρ (log scale)", scale=alt.Scale(type="log"), axis=alt.Axis(format="~g", tickCount=5)
+            "mean(rho):Q",
+            title="ρ (log scale)",
+            scale=alt.Scale(type="log", nice=False),
+            axis=alt.Axis(format="~g", tickCount=5),
         ),
         color=alt.Color("role:N", scale=alt.Scale(domain=roles, range=colours), **title),
         shape=alt.Shape("role:N", scale=alt.Scale(domain=roles, range=shapes), **title),
@@ -148,13 +158,16 @@ def _errors(inspection: Inspection, place: str, role: str) -> Chart:
         y=alt.Y(
             "loss:Q",
             title="Relative loss (log scale)",
-            scale=alt.Scale(type="log"),
+            scale=alt.Scale(type="log", nice=False),
             axis=alt.Axis(format="~%", tickCount=4),
         ),
     )
     cut = float(np.mean([x.rank / x.ranks[-1] for x in linears]))
     rule = alt.Chart(alt.Data(values=[{"cut": cut}])).mark_rule(color="#555", strokeDash=[2, 3]).encode(x="cut:Q")
-    note = f"Mean over {len(linears)} linears; the gap is loss of images that text does not show. Dotted: {inspection.retain:.0%} retention."
+    note = (
+        f"Mean over {len(linears)} linears; the gap is loss of images that text does not show. "
+        f"Dotted: {inspection.retain:.0%} retention."
+    )
     return Chart(f"Loss by rank, {place} {role}", note, styled(alt.layer(rule, lines), 200))
 
 

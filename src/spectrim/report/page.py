@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable, Sequence
 from html import escape
 from importlib.resources import files
+from typing import Any
 
 import vl_convert
 
@@ -12,7 +13,7 @@ from spectrim.bench.frontier import Point, cells
 from spectrim.bench.measure import Row
 from spectrim.evaluate.tables import remarks
 from spectrim.report.cards import cards
-from spectrim.report.charts import DENSE, Chart, Series, pareto, prediction, series_of
+from spectrim.report.charts import Chart, Series, pareto, prediction, series_of
 from spectrim.report.layout import Layout
 from spectrim.report.maps import heat_maps, mismatches
 from spectrim.report.reading import Material
@@ -56,18 +57,17 @@ class Page:
         """Figures of charts, in as many columns as there is room for (`grid`) or one (`wide`); "" of none."""
         figures = []
         for chart in charts:
-            figures.append(
-                f"<figure><{level}>{escape(chart.title)}</{level}>"
-                f'<div class="chart" role="img" aria-label="{escape(chart.title)}" data-chart="{len(self._specs)}"></div>'
-                f"<figcaption>{escape(chart.note)}</figcaption></figure>"
-            )
+            title, number = escape(chart.title), len(self._specs)
+            place = f'<div class="chart" role="img" aria-label="{title}" data-chart="{number}"></div>'
+            note = f"<figcaption>{escape(chart.note)}</figcaption>"
+            figures.append(f"<figure><{level}>{title}</{level}>{place}{note}</figure>")
             self._specs.append(chart.spec)
         return f"<div class={kind}>{''.join(figures)}</div>" if figures else ""
 
     def html(self, title: str, about: Sequence[str]) -> str:
         """The whole file."""
         here = files("spectrim.report")
-        links = "".join(f'<a href="#s{n}">{escape(name)}</a>' for n, (name, _) in enumerate(self._sections))
+        links = " ".join(f'<a href="#s{n}">{escape(name)}</a>' for n, (name, _) in enumerate(self._sections))
         sections = [
             f'<section><h2 id="s{n}">{escape(name)}</h2>{content}</section>'
             for n, (name, content) in enumerate(self._sections)
@@ -86,11 +86,17 @@ class Page:
             f"<nav>{links}</nav>",
             *sections,
             f'<script type="application/json" id="charts">{specs}</script>',
-            f"<script>{vl_convert.javascript_bundle()}</script>" if self._specs else "",
+            f"<script>{_vega()}</script>" if self._specs else "",
             f"<script>{script}</script>" if self._specs else "",
             "</body></html>",
         ]
         return "\n".join(lines) + "\n"
+
+
+def _vega() -> str:
+    """The scripts of Vega, as Altair has them."""
+    bundle: Any = vl_convert.javascript_bundle
+    return str(bundle())
 
 
 def page(material: Material) -> str:
@@ -157,7 +163,7 @@ def _overview(points: Sequence[Point], dense: str | None) -> str:
         little = point.kept is not None and point.kept < _LITTLE
         worse = full is not None and point.perplexity is not None and full / point.perplexity < _LITTLE
         values = [point.name, *cells(point)]
-        low = [number in (3, 4) and little or number == 5 and worse for number in range(len(values))]
+        low = [(number in (3, 4) and little) or (number == 5 and worse) for number in range(len(values))]
         row = "".join(
             f"<td{_LOW if marked else ''}>{escape(value)}</td>" for value, marked in zip(values, low, strict=True)
         )
@@ -200,6 +206,3 @@ def _layouts(made: Page, layouts: Sequence[Layout]) -> str:
         "there are several linears); 4.1b are integers of 4.1 bits with their scales, or a dense matrix at 16."
     )
     return f"<p>{text}</p>{''.join(shown)}"
-
-
-__all__ = ["DENSE", "MARK", "page"]

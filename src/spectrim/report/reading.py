@@ -34,7 +34,9 @@ class Material:
     inspections: tuple[Inspection, ...] = ()
 
 
-def read(results: Sequence[str | Path], *, model: str | Path | None, progress: Progress | None) -> Material:
+def read(
+    results: Sequence[str | Path], *, model: str | Path | None = None, progress: Progress | None = None
+) -> Material:
     """Read what is named; of results also the checkpoints that they are of, where these are still there.
 
     Statistics are analysed with the dense model: `model`, or else the one that the results name. Everything is read and

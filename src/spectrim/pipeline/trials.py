@@ -93,7 +93,7 @@ def pareto(
         SpectrimError: of the kind that says which input is at fault.
     """
     source, out = resolve(model), user_path(out)
-    where = {"trust_remote_code": trust_remote_code}
+    where: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     check_device(device)
     trials = _trials(source, out, stats, sizes, recipes, changes, trust_remote_code)
     seeing = sees(read_config(source, where))
@@ -208,7 +208,7 @@ def _compress(
     trust_remote_code: bool,
 ) -> dict[Path, str]:
     """Make the checkpoints that are not there; why there can be none, by their place, of those that cannot be made."""
-    where = {"trust_remote_code": trust_remote_code}
+    where: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     missing = [trial for trial in trials if not trial.finished()]
     reasons: dict[Path, str] = {}
     if not missing:
