@@ -9,7 +9,7 @@ import torch
 from rich.table import Table
 
 from spectrim.bench import Attempt, Frontier, bench
-from spectrim.bench.frontier import Point
+from spectrim.bench.frontier import Point, last_part
 from spectrim.calibrate import calibrate
 from spectrim.calibrate.snapshot import check_home
 from spectrim.checkpoint import check_target, load, load_processor
@@ -134,7 +134,7 @@ def show(out: Path, *, samples: int, progress: Callable[[str, int, int], None]) 
         progress=progress,
     )
     names = [source, *map(str, checkpoints)]
-    timed = bench(names, repeats=REPEATS, progress=progress)
+    timed = bench(names, names=list(map(last_part, names)), repeats=REPEATS, progress=progress)
     attempts = [Attempt(recipe, f"retain-{retain}", str(target), None) for (recipe, retain), target in targets.items()]
     frontier = Frontier(report, timed, tuple(attempts))
     frontier.write(out / "results.json")

@@ -10,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 from rich.table import Table
 
 from spectrim.bench.measure import Benchmark, Row
+from spectrim.demo import resolve
 from spectrim.errors import SampleError
 from spectrim.evaluate.results import DirectoryResult, EvaluationReport
 from spectrim.files import read_object, user_path, write_whole
@@ -154,7 +155,7 @@ def cells(point: Point) -> tuple[str, ...]:
 
 def last_part(directory: str) -> str:
     """The name of a model: the last part of its path."""
-    return Path(directory).name or directory
+    return Path(resolve(directory)).name or directory
 
 
 def _point(

@@ -3,7 +3,7 @@
 `trials` runs several jobs and measures what they make.
 """
 
-from spectrim.pipeline.trials import pareto
 from spectrim.pipeline.run import compress, compression, job_compression
+from spectrim.pipeline.trials import pareto
 
 __all__ = ["compress", "compression", "job_compression", "pareto"]

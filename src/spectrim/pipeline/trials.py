@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from spectrim.bench import Attempt, Benchmark, Frontier, bench
-from spectrim.bench.frontier import beside_dense
+from spectrim.bench.frontier import beside_dense, last_part
 from spectrim.calibrate import Statistics
 from spectrim.checkpoint import load, load_processor, read_provenance
 from spectrim.checkpoint.sources import read_config, sees
@@ -119,7 +119,7 @@ def pareto(
     report = evaluate(paths, **how, **where, **evaluation)
     pairs: list[Benchmark] = []
     for path in paths[1:]:  # two at a time, since models may be large
-        pairs.append(bench([source, path], **how))
+        pairs.append(bench([source, path], names=[last_part(source), last_part(path)], **how))
     found = Frontier(report, beside_dense(pairs), attempts)
     found.write(out / RESULTS)
     return found

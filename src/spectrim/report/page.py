@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from html import escape
 from importlib.resources import files
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import vl_convert
 
 from spectrim.bench import Frontier
-from spectrim.bench.frontier import Point, cells
+from spectrim.bench.frontier import Point, cells, last_part
 from spectrim.bench.measure import Row
 from spectrim.evaluate.tables import remarks
 from spectrim.report.cards import cards
@@ -115,11 +116,9 @@ def page(material: Material) -> str:
         made.section("What text-only whitening misses", f"<p>{text}</p>", notes, made.charts(mismatches(inspection)))
     benches = [*material.benches, *(f.bench for f in material.frontiers if f.bench is not None)]
     for bench in benches:
-        made.section(
-            "Speed and memory",
-            _table(bench.cells()),
-            f'<p class="small">{escape(bench.date)}, {escape(bench.about)}</p>',
-        )
+        named = replace(bench, rows=tuple(replace(row, model=last_part(row.model)) for row in bench.rows))
+        about = f'<p class="small">{escape(bench.date)}, {escape(bench.about)}</p>'
+        made.section("Speed and memory", _table(named.cells()), about)
     return made.html("spectrim report", about)
 
 
