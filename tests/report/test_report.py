@@ -44,7 +44,8 @@ def front(tmp_path_factory):
 def test_the_record_has_quality_cost_and_what_cannot_be(front):
     home, found, _ = front
     dense, *small = found.points()
-    assert (dense.kept, dense.speed, dense.share, dense.divergence) == (1, 1, 1, {})
+    assert (dense.speed, dense.share, dense.divergence) == (1, 1, {})
+    assert dense.kept == (1 if dense.accuracy else None)  # a random model may know nothing
     assert [(point.name, point.recipe) for point in small] == [
         ("svd-retain-0.4", "svd"),
         ("laser-retain-0.4", "laser"),

@@ -42,7 +42,7 @@ def _card(example: Example, names: list[str], dense: int | None) -> str:
         groups.setdefault((example.given[number], example.correct[number]), []).append(names[number])
     answers = "".join(
         f"<dt class={'right' if correct else 'wrong'}>{escape(given) or '(nothing)'}</dt>"
-        f"<dd>{escape(_together(models, len(names)))}</dd>"
+        f"<dd>{_together(models, len(names))}</dd>"
         for (given, correct), models in groups.items()
     )
     image = ""
@@ -55,4 +55,7 @@ def _card(example: Example, names: list[str], dense: int | None) -> str:
 
 
 def _together(models: list[str], most: int) -> str:
-    return f"all {most} models" if len(models) == most > 1 else ", ".join(models)
+    """Names, none of them broken at the end of a line."""
+    if len(models) == most > 1:
+        return f"all {most} models"
+    return ", ".join(f"<span>{escape(model)}</span>" for model in models)

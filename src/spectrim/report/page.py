@@ -117,8 +117,8 @@ def page(material: Material) -> str:
     benches = [*material.benches, *(f.bench for f in material.frontiers if f.bench is not None)]
     for bench in benches:
         named = replace(bench, rows=tuple(replace(row, model=last_part(row.model)) for row in bench.rows))
-        about = f'<p class="small">{escape(bench.date)}, {escape(bench.about)}</p>'
-        made.section("Speed and memory", _table(named.cells()), about)
+        how = f'<p class="small">{escape(bench.date)}, {escape(bench.about)}</p>'
+        made.section("Speed and memory", _table(named.cells()), how)
     return made.html("spectrim report", about)
 
 
