@@ -53,7 +53,7 @@ class Demonstration:
             side = "left" if heading in ("model", "loses") else "right"
             grid.add_column(heading, justify=side, no_wrap=True)  # type: ignore[arg-type]
         dense, *others = self.frontier.points()
-        for point in (dense, *sorted(others, key=lambda point: (-point.bytes // 10**5, -min(_kept(point, dense))))):
+        for point in (dense, *sorted(others, key=lambda point: (-_share(point.name), -min(_kept(point, dense))))):
             values = f"{point.bytes / 1e6:.1f}", f"{100 * _kept(point, dense)[0]:.0f}", f"{point.perplexity:.1f}"
             grid.add_row(point.name, *values, f"{point.speed or 0:.2f}", _losses(point, dense))
         return grid
@@ -70,6 +70,11 @@ class Demonstration:
                 f"(perplexity {point.perplexity:.1f})"
             )
         return f"{said[0][0].upper()}{'; '.join(said)[1:]}. Dense: {dense.perplexity:.1f}."
+
+
+def _share(name: str) -> float:
+    """Of which the linears' bytes are kept, in per cent, by the name of a checkpoint."""
+    return float(name.rpartition("-")[2].rstrip("%"))
 
 
 def _kept(point: Point, dense: Point) -> tuple[float, float]:
@@ -123,7 +128,7 @@ def show(out: Path, *, samples: int, progress: Callable[[str, int, int], None]) 
             for retain in BUDGETS:
                 target = targets[recipe, retain]
                 checkpoints.append(prepared.save(prepared.plan(retain), target, processor=source, overwrite=True))
-    checkpoints.sort(key=lambda path: -float(path.name.rpartition("-")[2].rstrip("%")))
+    checkpoints.sort(key=lambda path: -_share(path.name))
     report = evaluate(
         [source, *checkpoints],
         samples=samples,

@@ -1,6 +1,7 @@
 """The page: what it shows of which files, in a real browser, and what it refuses."""
 
 import json
+import math
 import re
 import sys
 from dataclasses import replace
@@ -56,7 +57,9 @@ def test_the_record_has_quality_cost_and_what_cannot_be(front):
         assert None not in (point.accuracy, point.perplexity, point.decode, point.memory_bytes)
     assert [one.directory is None for one in found.attempts] == [True, False] * 2
     assert all("give at least" in line for line in found.lines())
-    assert Frontier.read(home / "out" / "results.json").points() == found.points()
+    again, silent = Frontier.read(home / "out" / "results.json"), found.evaluation.results
+    silent = tuple(replace(result, answers=()) for result in silent)  # the file has examples alone
+    assert again == replace(found, evaluation=replace(found.evaluation, results=silent))
     assert EvaluationReport.read(home / "out" / "results.json").reference == found.evaluation.reference
 
 
@@ -145,6 +148,18 @@ def test_names_and_answers_are_text_and_no_markup(front, tmp_path):
     assert "<script>alert" not in text
     assert 'onerror="alert' not in text
     assert "&lt;script&gt;alert" in text
+
+
+def test_a_perplexity_beyond_all_numbers_is_in_the_table_and_in_no_chart(front, tmp_path):
+    _, found, _ = front
+    dense, first, last = found.evaluation.results
+    lost = replace(last, perplexity=replace(last.perplexity, per_token=math.inf), divergence=())
+    Frontier(replace(found.evaluation, results=(dense, first, lost)), found.bench).write(tmp_path / "results.json")
+    text = report(tmp_path / "results.json", tmp_path / "page.html").read_text()
+    charts = re.search(r'<script type="application/json" id="charts">(.*?)</script>', text)[1]
+    assert "Infinity" not in charts
+    assert len(json.loads(charts)) > 10
+    assert ">inf</td>" in text
 
 
 def test_cells_are_the_linears_of_the_plan(front):

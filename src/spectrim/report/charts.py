@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from math import log
+from math import inf, isfinite, log
 from typing import Any
 
 import altair as alt
@@ -97,7 +97,7 @@ def pareto(points: Sequence[Point], dense: str | None, series: Series, floor: fl
             rows = []
             for point in points:
                 across, up = x(point), y(point)
-                if across is not None and up is not None and (up > 0 or not logarithmic):
+                if across is not None and up is not None and isfinite(up) and (up > 0 or not logarithmic):
                     name = series_of(point, dense)
                     row = {"x": across, "y": up, "series": name, "model": point.name}
                     rows.append({**row, "bytes": point.bytes, "limit": point.limit})
@@ -164,7 +164,7 @@ def prediction(points: Sequence[Point], dense: str | None, series: Series) -> Ch
             measured["joint"] = (measured["text"] + measured["image"]) / 2
         name = series_of(point, dense)
         for modality, words in (("text", "text"), ("image", "images"), ("joint", "both, before compensation")):
-            if modality in predicted and modality in measured:
+            if modality in predicted and isfinite(measured.get(modality, inf)):
                 pair = {"predicted": predicted[modality], "measured": measured[modality]}
                 held = {key: max(_LEAST, value) for key, value in pair.items()}
                 said = {f"{key}_said": value for key, value in pair.items()}

@@ -75,7 +75,7 @@ class Page:
         ]
         style, script = (here.joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
         # "<" cannot end the script: it is an escape inside of JSON.
-        specs = json.dumps(self._specs, ensure_ascii=False, sort_keys=True).replace("<", "\\u003c")
+        specs = json.dumps(self._specs, ensure_ascii=False, sort_keys=True, allow_nan=False).replace("<", "\\u003c")
         lines = [
             "<!DOCTYPE html>",
             f'<html lang="en"><head><meta charset="utf-8">{MARK}',
