@@ -18,7 +18,7 @@ FLOORS = (
     ("checkpoint", "metrics", "mismatch"),
     ("evaluate", "plan", "serve"),
     ("bench", "compensate"),
-    ("pipeline",),
+    ("pipeline", "report"),
     ("spectrim", "demonstration"),
     ("cli", "harness"),
     ("__main__",),

@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from spectrim.evaluate import evaluate
     from spectrim.latent import LatentCache
     from spectrim.mismatch.analysis import inspect
-    from spectrim.pipeline import compress, compression
+    from spectrim.pipeline import compress, compression, pareto
     from spectrim.pipeline.stages import Compression
     from spectrim.plan.plan import Plan
     from spectrim.recipe import Recipe
+    from spectrim.report import report
     from spectrim.storage.lora import lora_targets
 
 _HOMES = {
@@ -40,8 +41,10 @@ _HOMES = {
     "Compression": "pipeline.stages",
     "compress": "pipeline",
     "compression": "pipeline",
+    "pareto": "pipeline",
     "Plan": "plan",
     "Recipe": "recipe",
+    "report": "report",
 }
 
 __all__ = [
@@ -60,8 +63,10 @@ __all__ = [
     "load",
     "load_processor",
     "lora_targets",
+    "pareto",
     "push",
     "read_provenance",
+    "report",
     "save",
 ]
 

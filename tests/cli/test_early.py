@@ -24,7 +24,15 @@ def no_models(monkeypatch):
     def load(*arguments, **options):
         raise AssertionError("a model was loaded")
 
-    for place in ("checkpoint", "pipeline.run", "evaluate.running", "evaluate.harnesses", "demonstration"):
+    for place in (
+        "checkpoint",
+        "pipeline.run",
+        "evaluate.running",
+        "evaluate.harnesses",
+        "demonstration",
+        "pipeline.trials",
+        "report.reading",
+    ):
         __import__(f"spectrim.{place}")
         monkeypatch.setattr(sys.modules[f"spectrim.{place}"], "load", load)
 
@@ -54,6 +62,7 @@ def places(tmp_path_factory) -> dict[str, str]:
     return {path.name: str(path) for path in home.iterdir()} | {"OUT": str(home / "OUT"), "HOME": str(home)}
 
 
+PARETO = ["pareto", "demo", "-o", "OUT", "--stats", "STATS", "--recipes", "svd"]
 COMPRESS = ["compress", "demo", "-o", "OUT"]
 EARLY = [
     *([*COMPRESS, "--retain", value] for value in ("5", "0", "-1", "nan", "inf")),
@@ -121,6 +130,29 @@ EARLY = [
     ["calibrate", "demo", "-o", "OUT", "--curvature-gib", "nan"],
     ["calibrate", "demo", "-o", "OUT", "--curvature-form", "gate=full", "--curvature-form", "gate=diagonal"],
     ["calibrate", "QUANTIZED", "-o", "OUT"],
+    *([*PARETO, "--sizes", sizes] for sizes in ("", "6MB,6MB", "6 apples", "140%", "x%", "0.4")),
+    ["pareto", "demo", "-o", "FILE", "--stats", "STATS", "--sizes", "40%", "--recipes", "svd"],
+    ["pareto", "demo", "-o", "OUT", "--stats", "empty", "--sizes", "40%"],
+    ["pareto", "demo", "-o", "OUT", "--stats", "STATS", "--sizes", "40%"],
+    [*PARETO, "--sizes", "40%", "--recipes", "svd,svd"],
+    [*PARETO, "--sizes", "40%", "--recipes", "none"],
+    [*PARETO, "--sizes", "40%", "--tasks", "chess"],
+    [*PARETO, "--sizes", "40%", "--questions", "none.jsonl"],
+    [*PARETO, "--sizes", "40%", "--text", "none.txt"],
+    [*PARETO, "--sizes", "40%", "--device", "foo"],
+    ["pareto", "empty", "-o", "OUT", "--stats", "STATS", "--sizes", "40%", "--recipes", "svd"],
+    ["pareto", "SMALL", "-o", "OUT", "--stats", "STATS", "--sizes", "40%", "--recipes", "svd"],
+    ["report", "HOME/none.json", "-o", "OUT"],
+    ["report", "BAD.json", "-o", "OUT"],
+    ["report", "FILE", "-o", "OUT"],
+    ["report", "empty", "-o", "OUT"],
+    ["report", "SMALL", "-o", "OUT"],
+    ["report", "STATS", "-o", "OUT"],
+    ["report", "STATS", "STATS", "-o", "OUT"],
+    ["report", "IMAGES", "-o", "OUT", "--model", "demo"],
+    ["report", "STATS", "-o", "FILE", "--model", "demo"],
+    ["report", "STATS", "-o", "empty", "--model", "demo"],
+    ["report", "STATS", "-o", "FILE/x.html", "--model", "demo"],
     ["inspect", "demo", "--stats", "STATS", "-o", "FILE"],
     ["inspect", "demo", "--stats", "STATS", "-o", "OUT", "--retain", "2"],
     ["inspect", "demo", "--stats", "empty", "-o", "OUT"],

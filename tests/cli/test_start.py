@@ -24,7 +24,7 @@ def fresh(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-VERBS = ("anatomy", "calibrate", "compress", "demo", "evaluate", "inspect", "push", "recipes")
+VERBS = ("anatomy", "calibrate", "compress", "demo", "evaluate", "inspect", "pareto", "push", "recipes", "report")
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([verb, "--help"] for verb in VERBS)])

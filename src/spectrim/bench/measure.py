@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from pydantic import TypeAdapter
 from rich.table import Table
 
 from spectrim.bench.engines import Engine, Transformers, opener
@@ -74,6 +75,11 @@ class Benchmark:
         """Write the JSON, whole or not at all."""
         write_whole(Path(path), self.json().encode())
 
+    @classmethod
+    def of(cls, content: Any) -> "Benchmark":
+        """The benchmark that its JSON stands for. Raises pydantic's ValidationError."""
+        return TypeAdapter(cls).validate_python(content)
+
     def table(self) -> Table:
         """For a terminal."""
         grid = Table(
@@ -83,7 +89,7 @@ class Benchmark:
             caption=f"{self.date}, {self.about}",
             caption_justify="left",
         )
-        head, *rows = self._cells()
+        head, *rows = self.cells()
         for heading in head:
             grid.add_column(heading, justify="left" if heading == "model" else "right")
         for row in rows:
@@ -92,11 +98,11 @@ class Benchmark:
 
     def markdown(self) -> str:
         """For documents."""
-        cells = self._cells()
+        cells = self.cells()
         head, *rows = (f"| {' | '.join(row)} |" for row in cells)
         return "\n".join([head, f"|{'---|' * len(cells[0])}", *rows, "", f"{self.date}, {self.about}", ""])
 
-    def _cells(self) -> list[tuple[str, ...]]:
+    def cells(self) -> list[tuple[str, ...]]:
         """Headings and rows; those of the context where there is one."""
         lines = [_HEADINGS, *(tuple(_cells(row)) for row in self.rows)]
         return lines if any(row.step for row in self.rows) else [line[: -len(_CONTEXT)] for line in lines]

@@ -1,11 +1,11 @@
-"""The verbs that measure: evaluate, bench, demo."""
+"""The verbs that measure: evaluate, bench, pareto, report, demo."""
 
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from spectrim.cli.verbs import Device, Dtype, Trust, dtype_of, progress, quiet, refuse, show, verb
+from spectrim.cli.verbs import Device, Dtype, Trust, dtype_of, pairs, progress, quiet, refuse, show, verb
 from spectrim.errors import SampleError, UsageError
 from spectrim.settings import EvaluationOptions
 
@@ -138,6 +138,68 @@ def _bench(
         show(f"results: {json}")
 
 
+@verb(
+    "pareto",
+    record=EvaluationOptions,
+    after_stop="checkpoints that are finished stay, and the same command goes on with the others",
+)
+def _pareto(
+    model: Annotated[str, typer.Argument(help="The directory of a dense model, or 'demo'.")],
+    stats: Annotated[Path, typer.Option(help="The statistics directory of the model.")],
+    sizes: Annotated[str, typer.Option(help="Of all files, such as 6MB, or of the linears, such as 40%; by commas.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The directory for checkpoints and results.json.")],
+    options: EvaluationOptions,
+    given: dict[str, Any],
+    recipes: Annotated[str, typer.Option(help="Built-in recipes or YAML files; several by commas.")] = "spectrim",
+    changes: Annotated[list[str] | None, typer.Option("--set", help="Change the recipes: key=value.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Compress a model by several recipes to several sizes, evaluate and time all, and compare them."""
+    from spectrim.pipeline import pareto
+    from spectrim.pipeline.trials import RESULTS
+
+    quiet()
+    options.check_effect(given)
+    with progress() as report:
+        found = pareto(
+            model,
+            out,
+            stats=stats,
+            sizes=sizes.split(","),
+            recipes=recipes.split(","),
+            changes=pairs(changes or [], "--set metric.gamma=0.5"),
+            device=device,
+            dtype=dtype_of(dtype),
+            trust_remote_code=trust_remote_code,
+            progress=report,
+            **given,
+        )
+    show(found.table())
+    for line in found.lines():
+        show(line)
+    show(f"results: {out / RESULTS}")
+
+
+@verb("report", after_stop="no page was written, and the same command starts again")
+def _report(
+    results: Annotated[
+        list[Path],
+        typer.Argument(help="Of evaluate, pareto or bench: results.json; checkpoints; statistics directories."),
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The page.")],
+    model: Annotated[str | None, typer.Option(help="The dense model of the statistics, if no results name it.")] = None,
+) -> None:
+    """Write one HTML page that shows results, without anything from the network."""
+    from spectrim.report import report
+
+    quiet()
+    with progress() as bars:
+        path = report(results, out, model=model, progress=bars)
+    show(f"page: {path}")
+
+
 @verb("demo", after_stop="the same command goes on from what it has made so far")
 def _demo(
     out: Annotated[Path, typer.Option("-o", "--out", help="Where checkpoints and results go.")] = Path("spectrim-demo"),
@@ -145,15 +207,13 @@ def _demo(
 ) -> None:
     """Compress the built-in model by spectrim, LASER, JW-SVD and text-only baselines, and compare the results."""
     from spectrim.demonstration import show as run
-    from spectrim.evaluate import losses, table
 
     quiet()
     with progress() as report:
         result = run(out, samples=samples, progress=report)
-    show(table(result.report))
-    if (predicted := losses(result.report)) is not None:
-        show(predicted)
-    show(result.answers)
-    show(f"checkpoints: {', '.join(str(path) for path in result.checkpoints)}")
+    show(result.table())
+    show(result.lesson())
+    show(f"checkpoints: {out}, such as {result.checkpoints[0]}")
     show(f"statistics:  {result.statistics}\nresults:     {result.results}")
+    show(f"page:        {result.page if result.hint is None else f'none, since {result.hint}'}")
     show(f"{result.seconds:.0f} seconds in all")

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from spectrim.errors import SampleError
 from spectrim.evaluate.answering import Answer
 from spectrim.evaluate.divergence import Divergence
+from spectrim.evaluate.examples import Example
 from spectrim.evaluate.footprint import Memory
 from spectrim.evaluate.intervals import PairedDifference, paired_difference, wilson
 from spectrim.evaluate.language import Perplexity
@@ -78,7 +79,7 @@ class DirectoryResult:
 
     `retention` and `predicted_loss` (nats per labelled token by modality, above the dense model's) are what its
     spectrim.json states; `differences` and `divergence` (by modality) are empty for the reference and where there is
-    none. `answers` stays out of the JSON.
+    none. `answers` stays out of the JSON, but for those that are examples of the report.
     """
 
     directory: str
@@ -102,7 +103,7 @@ class EvaluationReport:
     """Results of all directories, in the order given. `reference` is the dense one that the others are compared to.
 
     `blind` scores the reference (without one: the first directory) on images swapped inside each task: the floor that
-    the question alone reaches.
+    the question alone reaches. `examples` are a few questions with the answers of all models.
     """
 
     date: str  # UTC, ISO 8601
@@ -113,6 +114,7 @@ class EvaluationReport:
     reference: str | None
     blind: VqaScore | None
     results: tuple[DirectoryResult, ...]
+    examples: tuple[Example, ...] = ()
     schema: int = SCHEMA
 
     def to_json(self) -> str:

@@ -24,6 +24,7 @@ from spectrim.disk.scratch import scratch
 from spectrim.errors import CheckpointError, SampleError, SpectrimError
 from spectrim.evaluate.answering import Answer, prompted, takes_images, vqa
 from spectrim.evaluate.divergence import Divergence, Predictions, samples_of
+from spectrim.evaluate.examples import chosen as examples
 from spectrim.evaluate.footprint import PeakMemory, stored_bytes
 from spectrim.evaluate.language import Perplexity, Progress, perplexity, read_text
 from spectrim.evaluate.questions import blind_questions, load_questions
@@ -121,15 +122,7 @@ def evaluate(
     reference = next((path for path in paths if not is_compressed(path)), None)
     if "kl" in tasks and (reference is None or len(paths) < 2):
         raise SampleError("the task kl compares models with a dense one; name the dense model, and another")
-    processors = [load_processor(path, trust_remote_code=trust_remote_code) for path in paths]
-    sees = all(takes_images(processor) for processor in processors)
-    if prompts is not None and not sees:
-        raise SampleError("--prompts has no effect on models that read text alone; leave it out")
-    shown = "vqa" in tasks or ("kl" in tasks and sees and prompts is None)
-    asked = load_questions(chosen.questions, chosen.samples, chosen.seed) if shown else ()
-    read = _text(processors, chosen) if {"perplexity", "kl"} & set(tasks) else None
-    for path, processor in zip(paths, processors, strict=True):
-        _check_samples(path, processor, chosen, read, asked, trust_remote_code)
+    processors, asked, read = readable(paths, chosen, trusted=trust_remote_code)
     with ExitStack() as stack:
         compared = predictions = None
         if "kl" in tasks and read is not None:
@@ -178,7 +171,32 @@ def evaluate(
         reference=None if reference is None else str(reference),
         blind=floor,
         results=tuple(results),
+        examples=examples(
+            work.questions,
+            [result.answers for result in results],
+            None if reference is None else paths.index(reference),
+        ),
     )
+
+
+def readable(
+    paths: Sequence[Path], chosen: EvaluationOptions, *, trusted: bool
+) -> tuple[list[Any], Sequence[Question], str | None]:
+    """The processors of models, and the questions and the text of an evaluation, where each model can read them.
+
+    Raises SampleError for samples that are missing or malformed, or do not fit a model; no model is loaded.
+    """
+    tasks = chosen.tasks
+    processors = [load_processor(path, trust_remote_code=trusted) for path in paths]
+    sees = all(takes_images(processor) for processor in processors)
+    if chosen.prompts is not None and not sees:
+        raise SampleError("--prompts has no effect on models that read text alone; leave it out")
+    shown = "vqa" in tasks or ("kl" in tasks and sees and chosen.prompts is None)
+    asked = load_questions(chosen.questions, chosen.samples, chosen.seed) if shown else ()
+    read = _text(processors, chosen) if {"perplexity", "kl"} & set(tasks) else None
+    for path, processor in zip(paths, processors, strict=True):
+        _check_samples(path, processor, chosen, read, asked, trusted)
+    return processors, asked, read
 
 
 def is_compressed(directory: Path) -> bool:

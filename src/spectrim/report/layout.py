@@ -1,0 +1,133 @@
+"""How the linears of a checkpoint are stored, in the order of its blocks and roles."""
+
+import re
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from spectrim.anatomy import ROLES, anatomy
+from spectrim.checkpoint import read_provenance
+from spectrim.checkpoint.sources import loader, read_config
+from spectrim.errors import SpectrimError
+from spectrim.plan.plan import Plan, PlanRow
+
+PLAN = "plan.json"
+PARTS = ("tower", "connector", "backbone", "experts", "embeddings")  # further ones follow under their own names
+_ITEMSIZE = 2  # bytes of a dense weight, where the model does not tell
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The linears of one part, block and role: how many, how they are stored, and what it costs.
+
+    `block` is None outside blocks. `rank` is the median of those that have one, `bits` are per weight, and `loss` is
+    the predicted rise of the loss in nats, None where nothing predicts it.
+    """
+
+    part: str
+    block: int | None
+    role: str
+    linears: int
+    forms: str
+    rank: int | None
+    bits: float
+    bytes: int
+    dense_bytes: int
+    loss: float | None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All cells of one checkpoint, part by part; `name` is the last part of its path."""
+
+    name: str
+    recipe: str
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True)
+class _Spot:
+    part: str
+    block: int | None
+    role: str
+    params: int | None
+
+
+def layout(directory: Path) -> Layout:
+    """The layout of a checkpoint. Raises BudgetError or CheckpointError where its plan or its record is damaged."""
+    record, plan = read_provenance(directory), Plan.read(directory / PLAN)
+    spots = _spots(directory)
+    groups: dict[tuple[str, int | None, str], list[tuple[PlanRow, int]]] = defaultdict(list)
+    for name, row in plan.linears.items():
+        spot = spots.get(name) or _by_name(name)
+        groups[spot.part, spot.block, spot.role].append((row, spot.params or row.dense_bytes // _ITEMSIZE))
+    order = [*PARTS, *sorted({part for part, _, _ in groups} - {*PARTS})]
+    keys = sorted(groups, key=lambda key: order.index(key[0]))
+    recipe = record.get("recipe")
+    title = recipe.get("name") if isinstance(recipe, dict) else None
+    return Layout(directory.name, str(title or plan.recipe), tuple(_cell(*key, groups[key]) for key in keys))
+
+
+def _cell(part: str, block: int | None, role: str, rows: list[tuple[PlanRow, int]]) -> Cell:
+    forms = Counter(row.form for row, _ in rows)
+    ranks = [row.rank for row, _ in rows if row.rank is not None]
+    losses = [row.loss for row, _ in rows if row.loss is not None]
+    size = sum(row.bytes for row, _ in rows)
+    return Cell(
+        part=part,
+        block=block,
+        role=role,
+        linears=len(rows),
+        forms=", ".join(name if len(rows) == 1 else f"{count} {name}" for name, count in sorted(forms.items())),
+        rank=round(median(ranks)) if ranks else None,
+        bits=8 * size / max(1, sum(params for _, params in rows)),
+        bytes=size,
+        dense_bytes=sum(row.dense_bytes for row, _ in rows),
+        loss=sum(losses) if losses else None,
+    )
+
+
+def _spots(directory: Path) -> dict[str, _Spot]:
+    """Where the linears of a model are, from its config alone; nothing where the model cannot be built from it."""
+    try:
+        config = read_config(directory, {"trust_remote_code": False})
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with torch.device("meta"):
+            parts = anatomy(loader(directory, config, trusted=False).from_config(config))
+    except (SpectrimError, Exception):  # a config is somebody else's, and what builds models may raise anything
+        return {}
+    numbers = {
+        block: number
+        for place in ("tower", "connector", "backbone")
+        for number, block in enumerate(parts.blocks(place))
+    }
+    found = {}
+    for linear in parts.linears:
+        inside = "" if linear.block is None else linear.name.removeprefix(f"{linear.block}.")
+        stacked = any(part.isdecimal() for part in inside.split("."))  # in a list inside a block: one of its experts
+        block = None if linear.block is None else numbers[linear.block]
+        found[linear.name] = _Spot("experts" if stacked else linear.place, block, linear.role, linear.params)
+    for kept in parts.kept:
+        if kept.name not in found:
+            found[kept.name] = _Spot(*_kept(kept.name, kept.reason), kept.params or None)
+    return found
+
+
+def _kept(name: str, reason: str) -> tuple[str, int | None, str]:
+    """Part, block and role of a matrix that is no plain linear, should a plan store it in another form."""
+    guess = _by_name(name)
+    return ("experts" if "experts" in reason else "embeddings"), guess.block, guess.role
+
+
+def _by_name(name: str) -> _Spot:
+    """A guess from the name alone."""
+    found = re.search(r"\.(\d+)\.", name)
+    last = name.rpartition(".")[2]
+    part = "experts" if ".experts" in name else "tower" if "vis" in name else "backbone"
+    if found is None:
+        part = "embeddings" if part == "backbone" else part
+    return _Spot(part, int(found[1]) if found else None, ROLES.get(last, last), None)
