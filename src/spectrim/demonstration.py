@@ -41,13 +41,8 @@ def show(out: Path, *, samples: int, progress: Callable[[str, int, int], None]) 
     something else is in the way.
     """
     started = time.perf_counter()
-    targets = {(recipe, retain): out / f"{recipe}-{retain:.0%}" for recipe in RECIPES for retain in BUDGETS}
-    EvaluationOptions.checked(samples=samples)
-    check_directory(out, "-o")
-    check_home(out / "statistics")
-    check_file(out / "results.json", "-o")
-    for target in targets.values():
-        check_target(target, overwrite=True)
+    check(out, samples)
+    targets = _targets(out)
     source = resolve("demo")
     model, processor = load(source), load_processor(source)
     statistics = calibrate(
@@ -86,6 +81,23 @@ def show(out: Path, *, samples: int, progress: Callable[[str, int, int], None]) 
         out / "results.json",
         time.perf_counter() - started,
     )
+
+
+def check(out: Path, samples: int) -> tuple[Path, ...]:
+    """The checkpoints that the demo would write. Raises SpectrimError where something else is in the way."""
+    targets = tuple(_targets(out).values())
+    EvaluationOptions.checked(samples=samples)
+    check_directory(out, "-o")
+    check_home(out / "statistics")
+    check_file(out / "results.json", "-o")
+    for target in targets:
+        check_target(target, overwrite=True)
+    return targets
+
+
+def _targets(out: Path) -> dict[tuple[str, float], Path]:
+    """The checkpoints by recipe and budget."""
+    return {(recipe, retain): out / f"{recipe}-{retain:.0%}" for recipe in RECIPES for retain in BUDGETS}
 
 
 def _answers(report: EvaluationReport, samples: int) -> Table:

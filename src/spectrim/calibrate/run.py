@@ -1,5 +1,6 @@
 """Calibration: samples through the model, moments into the statistics directory."""
 
+import logging
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -32,6 +33,8 @@ from spectrim.linear import Linear
 from spectrim.samples.sources import local_path
 from spectrim.settings import CALIBRATION, CalibrationOptions, CalibrationSettings
 from spectrim.versions import release
+
+_log = logging.getLogger(__name__)
 
 _SNAPSHOT_SHARE = 0.1  # of the time at most goes into snapshots
 
@@ -134,7 +137,9 @@ def calibrate(
     shown = images if data.images else None
     source = DataPrint(text=_absolute(text), images=_absolute(shown), fingerprint=data.fingerprint())
     fresh = _manifest(model, parts, data, source, options.settings)
-    if not SnapshotStore(out, fresh).manifest.complete:
+    if SnapshotStore(out, fresh).manifest.complete:
+        _log.info("calibrate: complete already, in %s", out)
+    else:
         with _sole_writer(out):
             store = SnapshotStore(out, fresh)  # as the last writer left it
             if not store.manifest.complete:
@@ -181,6 +186,8 @@ def _gather(
     total = sum(data.samples[unit.modality] for unit in manifest.units)
     # Snapshots hold the sums of one process, so that only one alone can continue from them.
     done = sum(gathered.samples for gathered in manifest.gathered.values()) if processes == 1 else 0
+    if done:
+        _log.info("calibrate: resuming after sample %d of %d", done, total)
     progress(done, total)
     if processes > 1:
         distributed.barrier()  # all have looked at the directory before one writes to it

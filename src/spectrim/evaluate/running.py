@@ -80,6 +80,7 @@ def evaluate(
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
     progress: StageProgress | None = None,
+    dry_run: bool = False,
 ) -> EvaluationReport:
     """Perplexity and visual question answering of each directory, and paired differences to the dense one.
 
@@ -88,7 +89,7 @@ def evaluate(
     batch size of None leaves the defaults of :func:`perplexity` and :func:`vqa`. `blind` adds the blind floor, one more
     pass over the questions. `trust_remote_code` runs code that a model brings. Only one model is in memory at a time,
     and every input is checked before the first loads. Conversations in a text source are rendered by the first model's
-    chat template.
+    chat template. With `dry_run` the inputs are checked and nothing runs: the report has no results.
 
     Raises:
         CheckpointError: for a directory that does not exist or holds no safetensors model.
@@ -130,6 +131,8 @@ def evaluate(
     read = _text(processors, chosen) if {"perplexity", "kl"} & set(tasks) else None
     for path, processor in zip(paths, processors, strict=True):
         _check_samples(path, processor, chosen, read, asked, trust_remote_code)
+    found: dict[Path, DirectoryResult] = {}
+    floor = None
     with ExitStack() as stack:
         compared = predictions = None
         if "kl" in tasks and read is not None:
@@ -156,14 +159,12 @@ def evaluate(
             predictions=predictions,
             dense=reference,
         )
-        found: dict[Path, DirectoryResult] = {}
-        floor = None
         # The dense model first where the others are compared with its predictions.
-        for path in sorted(paths, key=lambda path: predictions is not None and path != reference):
+        for path in () if dry_run else sorted(paths, key=lambda path: predictions is not None and path != reference):
             found[path], blind_scores = _evaluate_one(path, work, floor=path == (reference or paths[0]))
             floor = floor or blind_scores
-    results = [found[path] for path in paths]
-    if reference is not None and work.questions:
+    results = [found[path] for path in paths if path in found]
+    if reference is not None and work.questions and results:
         dense = found[reference].answers
         results = [
             result if path == reference else replace(result, differences=differences(result.answers, dense))
