@@ -79,6 +79,7 @@ def _calibrate(
             out,
             processor=processor,
             progress=lambda done, total: report("calibrate", done, total),
+            estimate=True,
             **dict(options),
         )
     manifest = statistics.manifest
@@ -267,7 +268,9 @@ def _compress(
         show(f"statistics: {job.kept}")
     with (
         progress() as report,
-        job_compression(job, load(source, **loaded_as), load_processor(source, **trust), report, given) as prepared,
+        job_compression(
+            job, load(source, **loaded_as), load_processor(source, **trust), report, given, estimate=True
+        ) as prepared,
     ):
         for item, target in zip(prepared.plans(job), job.targets, strict=True):
             # A processor that is saved by transformers brings its code; a directory's is copied without.

@@ -31,7 +31,6 @@ from spectrim.recipe import Recipe
 from spectrim.samples import Modality
 from spectrim.storage import Problem, Tensors, form, made
 
-
 _log = logging.getLogger(__name__)
 
 
