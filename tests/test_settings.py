@@ -16,8 +16,10 @@ from spectrim.settings import CalibrationOptions, EvaluationOptions, RunOptions
 
 COMMANDS = typer.main.get_command(app).commands
 RUN = {"device", "dtype", "trust_remote_code", "help", "json", "dry_run", *RunOptions.model_fields}  # of a run
+CALIBRATE = ("model", "out", "processor", "progress", "estimate")  # arguments of the library alone
 OWN = {  # of compress, in both
-    "recipe", "retain", "bits", "size", "plan", "stats", "changes", "keep", "only", "overwrite", "trust_remote_code",
+    "recipe", "retain", "bits", "size", "plan", "stats", "changes", "keep", "only", "effort", "overwrite",
+    "trust_remote_code",
 }  # fmt: skip
 
 
@@ -37,8 +39,8 @@ def command_line(verb, record):
 @pytest.mark.parametrize(
     ("record", "function", "apart", "verb", "more"),
     [
-        (CalibrationOptions, calibrate, ("model", "out", "processor", "progress"), "calibrate", {"model", "out"}),
-        (CalibrationOptions, calibrate, ("model", "out", "processor", "progress"), "compress", {"model", "out", *OWN}),
+        (CalibrationOptions, calibrate, CALIBRATE, "calibrate", {"model", "out", "effort"}),
+        (CalibrationOptions, calibrate, CALIBRATE, "compress", {"model", "out", *OWN}),
         (
             EvaluationOptions, evaluate, ("directories", "device", "dtype", "trust_remote_code", "progress", "dry_run"),
             "evaluate", {"models", "suite", "limit", "card"},
@@ -59,7 +61,7 @@ def test_compress_has_the_same_options_of_its_own():
     there = command_line("compress", CalibrationOptions)
     for name, default in found.items():
         assert there[name] == default or (not there[name] and not default), name
-    shared = library(compression, "model", "processor", "progress", "calibration", "keep", "check")
+    shared = library(compression, "model", "processor", "progress", "calibration", "keep", "check", "foresee")
     assert shared.items() <= found.items()
 
 

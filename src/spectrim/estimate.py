@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 WRITE = 250e6  # bytes of tensors in a second that are hashed, written and synced, and read again
-_WALK = 6.0  # forward passes that a batch of compensation takes: both models, sums, and blocks up to each group
+_WALK = 10.0  # forward passes that a batch of compensation takes: both models, sums, and blocks up to each group
 
 Shape = tuple[int, int]  # outputs and inputs of a linear
 _Key = TypeVar("_Key")

@@ -126,6 +126,33 @@ class CalibrationOptions(CalibrationSettings):
         yield ("curvature_gib", "curvature_passes", "curvature_forms"), self.curvature, "without curvature"
 
 
+class Effort(BaseModel):
+    """What one level of ``--effort`` sets where nothing else is said: samples, compensation and refinement together.
+
+    ``compensation`` are changes of a recipe that compensates; one that does not is left as it is.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    samples: _Count
+    compensation: dict[str, str | int]
+
+
+EFFORTS = {
+    "quick": Effort(samples=32, compensation={"compensate.kind": "none"}),
+    "standard": Effort(samples=CalibrationSettings().samples, compensation={}),
+    "thorough": Effort(samples=256, compensation={"compensate.samples": 128, "compensate.refine": 50}),
+}
+EFFORT = "standard"
+
+
+def effort(name: str) -> Effort:
+    """The level of this name. Raises UsageError where there is none."""
+    if name not in EFFORTS:
+        raise UsageError(f"there is no effort '{name}'; choose from {', '.join(EFFORTS)}")
+    return EFFORTS[name]
+
+
 class EvaluationSettings(OptionRecord):
     """What the scores of an evaluation depend on beside the models and the samples."""
 

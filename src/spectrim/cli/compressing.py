@@ -23,10 +23,16 @@ from spectrim.cli.verbs import (
     verb,
     write_results,
 )
-from spectrim.settings import CalibrationOptions
+from spectrim.settings import EFFORT, CalibrationOptions
+from spectrim.settings import effort as effort_of
 
 if TYPE_CHECKING:
     from spectrim.pipeline.budget import Budget
+
+
+Level = Annotated[
+    str, typer.Option("--effort", help="quick, standard or thorough: samples, compensation and refinement together.")
+]
 
 
 @verb(
@@ -42,9 +48,12 @@ def _calibrate(
     device: Device = None,
     dtype: Dtype = None,
     trust_remote_code: Trust = False,
+    effort: Level = EFFORT,
     dry_run: Dry = False,
 ) -> None:
     """Run samples through a model and keep the moments of what its linears read."""
+    level = effort_of(effort)
+    options = options if "samples" in given else options.model_copy(update={"samples": level.samples})
     options.check_together()
     options.check_effect(given)
     from spectrim.calibrate import calibrate
@@ -220,6 +229,7 @@ def _compress(
     keep: Keep = None,
     only: Only = None,
     overwrite: Annotated[bool, typer.Option(help="Replace a checkpoint that spectrim wrote.")] = False,
+    effort: Level = EFFORT,
     json: Json = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -235,7 +245,7 @@ def _compress(
     from spectrim.demo import resolve
     from spectrim.evaluate.footprint import stored_bytes
     from spectrim.pipeline import job_compression
-    from spectrim.pipeline.jobs import check_job, gathered
+    from spectrim.pipeline.jobs import check_job, gathered, with_effort
 
     quiet()
     check_device(device)
@@ -243,11 +253,12 @@ def _compress(
     trust = {"trust_remote_code": trust_remote_code}
     loaded_as: dict[str, Any] = {"device_map": device, "dtype": dtype_of(dtype), **trust}
     source = resolve(model)
+    changed, given = with_effort(effort, recipe, _changed(changes, keep, only), given, gathers=stats is None)
     job = check_job(
         source,
         out,
         recipe=recipe,
-        changes=_changed(changes, keep, only),
+        changes=changed,
         budgets=_budgets(size, bits, retain),
         plan=plan,
         stats=stats,

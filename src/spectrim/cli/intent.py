@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from spectrim.samples import Modality
     from spectrim.settings import CalibrationOptions
 
-Item = tuple[str, int | None]
-"""Something in words, and its bytes where they are known."""
+Item = tuple[str, int | None] | tuple[str, int | None, str]
+"""Something in words, its bytes where they are known, and how nearly they are: about, or at most."""
 
 
 def would(read: Sequence[Item] = (), gather: Sequence[str] = (), write: Sequence[Item] = ()) -> None:
@@ -24,8 +24,8 @@ def would(read: Sequence[Item] = (), gather: Sequence[str] = (), write: Sequence
     from spectrim.estimate import amount
 
     for verb, items in (("read", read), ("gather", [(what, None) for what in gather]), ("write", write)):
-        for what, nbytes in items:
-            show(f"would {verb:6} {what}{'' if nbytes is None else f': {amount(nbytes)}'}")
+        for what, nbytes, *nearly in items:
+            show(f"would {verb:6} {what}{'' if nbytes is None else ': ' + ' '.join([*nearly, amount(nbytes)])}")
     show("dry run: nothing was run or written")
 
 
@@ -123,7 +123,7 @@ def calibration_items(
     ]
     size = statistics_bytes(parts, options.settings, tuple(counts))
     read = source_items(text=options.text, images=images)
-    return read, gather, [(f"statistics {out}, about", size)], (model, parts)
+    return read, gather, [(f"statistics {out}", size, "about")], (model, parts)
 
 
 def compression_items(

@@ -21,11 +21,11 @@ from spectrim.errors import RecipeError
 from spectrim.estimate import Cost, Estimate
 from spectrim.metrics.spectra import cache_key, make_spectra
 from spectrim.pipeline.budget import Budget
-from spectrim.pipeline.jobs import Job, check_job, check_samples, gathered, with_patterns
+from spectrim.pipeline.jobs import Job, check_job, check_samples, gathered, with_effort, with_patterns
 from spectrim.pipeline.stages import Compression, Progress
 from spectrim.plan.plan import Plan
 from spectrim.recipe import Recipe
-from spectrim.settings import CalibrationOptions
+from spectrim.settings import EFFORT, CalibrationOptions
 from spectrim.storage import stored_layers
 
 _log = logging.getLogger(__name__)
@@ -149,6 +149,7 @@ def compress(
     changes: dict[str, Any] | None = None,
     keep: Sequence[str] = (),
     only: Sequence[str] = (),
+    effort: str = EFFORT,
     overwrite: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -170,6 +171,7 @@ def compress(
         processor: the processor or tokenizer of a loaded model, or the directory that has it; needed to gather samples
             and to make `out` complete. Found by itself where `model` is a name.
         keep, only: patterns of names of linears that stay dense, or that alone are compressed, such as "*.layers.0.*".
+        effort: "quick", "standard" or "thorough": samples, compensation and refinement where nothing else sets them.
         trust_remote_code: run code that the model brings; it is written into `out`, too.
         calibration: arguments of :func:`spectrim.calibrate`, such as text, images, samples and seed.
 
@@ -177,12 +179,14 @@ def compress(
         SpectrimError: of the kind that says which input is at fault.
     """
     _check_names(calibration)
+    changes = with_patterns(changes, keep, only)
+    changes, calibration = with_effort(effort, recipe, changes, calibration, gathers=stats is None)
     source = None if isinstance(model, PreTrainedModel) else resolve(model)
     job = check_job(
         model if isinstance(model, PreTrainedModel) else str(source),
         out,
         recipe=recipe,
-        changes=with_patterns(changes, keep, only),
+        changes=changes,
         budgets=[] if retain is bits is size is None else [Budget(retain, bits, size)],
         plan=plan,
         stats=stats,
