@@ -95,7 +95,8 @@ class Checkpoints:
     """What is left of a compression: linears by kind to decompose and to make, and what is written.
 
     ``decompose`` counts the linears without a spectrum, ``make`` those that may change, for each of `targets`
-    checkpoints of ``bytes`` in all. ``spectra`` are the bytes that a decomposed linear of a kind takes on disk.
+    checkpoints of ``bytes`` in all. ``spectra`` are the bytes that a decomposed linear of a kind takes on disk,
+    ``kept`` those of compensated linears that stay beside the statistics.
     """
 
     decompose: Mapping[Any, int]
@@ -103,6 +104,7 @@ class Checkpoints:
     spectra: Mapping[Any, int]
     targets: int
     bytes: int
+    kept: int
     compensates: bool
 
 
@@ -120,7 +122,7 @@ def compression(job: Checkpoints, rates: Mapping[Any, Rates], *, walk: float, he
     seconds += sum(count * (rates[kind].options + job.targets * rates[kind].make) for kind, count in job.make.items())
     seconds += job.targets * walk * _WALK if job.compensates else 0.0
     spectra = sum(count * job.spectra[kind] for kind, count in job.decompose.items())
-    disk = spectra + job.bytes * (2 if job.compensates else 1)  # what was compensated is kept beside the statistics
+    disk = spectra + job.kept + job.bytes
     return Estimate(seconds + 2 * disk / WRITE, held + work, disk)
 
 

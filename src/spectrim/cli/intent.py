@@ -154,7 +154,6 @@ def compression_items(
         most = [sizes.of(job.fitted_plan(parts))] * len(job.targets)
     else:
         most = [sizes.fixed + budget.linear_bytes(sizes) for budget in job.budgets]
-    write += [
-        (f"the checkpoint {target}, weights of at most", size) for target, size in zip(job.targets, most, strict=True)
-    ]
+    places = zip(job.targets, most, strict=True)
+    write += [(f"the weights of the checkpoint {target}", size, "at most") for target, size in places]
     return read, gather, write

@@ -76,9 +76,10 @@ def foresee(
     done = Checkpoints(
         decompose=Counter(_kind(recipe, linear) for linear in fresh),
         make=Counter(_kind(recipe, linear) for linear in changed),
-        spectra={kind: 2 * 4 * max(kind[:2]) * min(kind[:2]) // kind[2] for kind in first},
+        spectra={kind: _spectrum_bytes(recipe, kind) for kind in first},
         targets=len(most),
         bytes=sum(most) + len(most) * sizes.fixed,
+        kept=sum(most) if compensates else 0,
         compensates=compensates,
     )
     rates = by_work(measured, {kind: kind[:2] for kind in first})
@@ -89,6 +90,15 @@ def foresee(
 def _kind(recipe: Recipe, linear: Linear) -> Kind:
     heads = linear.per_head or 1 if recipe.metric.per_head else 1
     return linear.out_features, linear.in_features, heads, recipe.quantize.takes(linear.role)
+
+
+def _spectrum_bytes(recipe: Recipe, kind: Kind) -> int:
+    """Of a spectrum in its file: directions of the smaller side of the weight, or of each part (see ``Spectrum``)."""
+    out, size, heads, _ = kind
+    sides = 2 if recipe.metric.kind == "curvature" else 1
+    if heads > 1:
+        return sides * 4 * out * min(out // heads, size)
+    return sides * (8 * size**2 if out > size else 4 * out**2)
 
 
 def _try(model: PreTrainedModel, linear: Linear, recipe: Recipe, statistics: Statistics | None, share: float) -> Rates:
