@@ -54,7 +54,7 @@ def nbytes(line: str) -> float:
         (["compress", "demo", "-o", "new", "--retain", "0.3"], ["the built-in text", "new.stats", "at most 5.4 MB"]),
         (
             ["compress", "demo", "-o", "new", "--size", "4MB", "--stats", "stats"],
-            ["statistics stats", "at most 4.0 MB"],
+            ["stats: ", "at most 4.0 MB"],
         ),
         (["plan", "demo", "--retain", "0.3", "--stats", "stats"], ["statistics stats", "spectra and options"]),
         (["inspect", "demo", "--stats", "stats", "-o", "new", "--no-plots"], ["inspection.json in"]),

@@ -30,8 +30,8 @@ def test_a_page_has_every_option_with_type_default_and_help(reference):
     assert "spectrim calibrate MODEL --out PATH [OPTIONS]" in text
     for row in (
         "| `-o`, `--out` | path | required | The statistics directory to write or to finish. |",
-        "| `--labels` | `given` or `sampled` | `given` | Of gradients: the samples' own tokens, or drawn from the model "
-        "(true Fisher). |",
+        "| `--labels` | `given` or `sampled` | `given` | Of gradients: the samples' own tokens, or drawn from the "
+        "model (true Fisher). |",
         "| `--curvature`, `--no-curvature` | flag | `true` | Gather output gradients as well (spectrim, laser and "
         "curvature need them). |",
         "| `--log-file` | path | – | Append everything to this file, with the time. |",

@@ -74,6 +74,7 @@ def speaking(options: RunOptions, *, json_out: bool) -> Iterator[None]:
             handlers.append(logging.FileHandler(options.log_file, encoding="utf-8"))
         except OSError as error:
             raise UsageError(f"--log-file {options.log_file} cannot be written ({error}); name another file") from error
+        handlers[-1].setLevel(logging.DEBUG)
         handlers[-1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     if options.quiet or not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries, which are imported later
