@@ -60,7 +60,7 @@ def test_the_time_is_that_of_the_steps(words, tmp_path, monkeypatch):
 
 
 def test_what_is_left_of_a_stopped_run_is_estimated(words, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "run_batch", lambda *a, step=run.run_batch, **o: (time.sleep(0.1), step(*a, **o)))
+    monkeypatch.setattr(run, "run_batch", lambda *a, step=run.run_batch, **o: (time.sleep(0.2), step(*a, **o)))
     options = {"processor": processor("llama"), "text": words, **OPTIONS, "batch_size": 1, "curvature": False}
 
     def stop(done, total):
@@ -70,7 +70,7 @@ def test_what_is_left_of_a_stopped_run_is_estimated(words, tmp_path, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         calibrate(FAMILIES["llama"](), tmp_path / "s", **options, checkpoint_seconds=0, progress=stop)
     left = calibrate(FAMILIES["llama"](), tmp_path / "s", **options, estimate=True).cost()["estimate"]
-    assert 0.15 < left["seconds"] < 0.35  # of six, three or two are left
+    assert 0.35 < left["seconds"] < 1.0  # of six, two or three are left; all would take 1.2
 
 
 @pytest.mark.parametrize("family", ["llama", "llava"])
