@@ -12,11 +12,14 @@ from spectrim.cli.verbs import _value
 from spectrim.errors import SampleError, UsageError
 from spectrim.evaluate import evaluate
 from spectrim.pipeline import compress, compression
-from spectrim.settings import CalibrationOptions, EvaluationOptions
+from spectrim.settings import CalibrationOptions, EvaluationOptions, RunOptions
 
 COMMANDS = typer.main.get_command(app).commands
+RUN = {"device", "dtype", "trust_remote_code", "help", "json", "dry_run", *RunOptions.model_fields}  # of a run
+CALIBRATE = ("model", "out", "processor", "progress", "estimate")  # arguments of the library alone
 OWN = {  # of compress, in both
-    "recipe", "retain", "bits", "size", "plan", "stats", "changes", "keep", "only", "overwrite", "trust_remote_code",
+    "recipe", "retain", "bits", "size", "plan", "stats", "changes", "keep", "only", "effort", "overwrite",
+    "trust_remote_code",
 }  # fmt: skip
 
 
@@ -36,11 +39,11 @@ def command_line(verb, record):
 @pytest.mark.parametrize(
     ("record", "function", "apart", "verb", "more"),
     [
-        (CalibrationOptions, calibrate, ("model", "out", "processor", "progress"), "calibrate", {"model", "out"}),
-        (CalibrationOptions, calibrate, ("model", "out", "processor", "progress"), "compress", {"model", "out", *OWN}),
+        (CalibrationOptions, calibrate, CALIBRATE, "calibrate", {"model", "out", "effort"}),
+        (CalibrationOptions, calibrate, CALIBRATE, "compress", {"model", "out", *OWN}),
         (
-            EvaluationOptions, evaluate, ("directories", "device", "dtype", "trust_remote_code", "progress"),
-            "evaluate", {"models", "suite", "limit", "json", "card"},
+            EvaluationOptions, evaluate, ("directories", "device", "dtype", "trust_remote_code", "progress", "dry_run"),
+            "evaluate", {"models", "suite", "limit", "card"},
         ),
     ],
 )  # fmt: skip
@@ -48,7 +51,7 @@ def test_both_surfaces_have_the_options_of_the_record(record, function, apart, v
     options = dict(record())
     assert library(function, *apart) == options
     found = command_line(verb, record)
-    assert found.keys() - more - {"device", "dtype", "trust_remote_code", "help"} == options.keys()
+    assert found.keys() - more - RUN == options.keys()
     assert {name: found[name] for name in options} == options
 
 
@@ -58,7 +61,7 @@ def test_compress_has_the_same_options_of_its_own():
     there = command_line("compress", CalibrationOptions)
     for name, default in found.items():
         assert there[name] == default or (not there[name] and not default), name
-    shared = library(compression, "model", "processor", "progress", "calibration", "keep", "check")
+    shared = library(compression, "model", "processor", "progress", "calibration", "keep", "check", "foresee")
     assert shared.items() <= found.items()
 
 

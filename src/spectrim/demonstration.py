@@ -96,19 +96,13 @@ def show(out: Path, *, samples: int, progress: Callable[[str, int, int], None]) 
     something else is in the way.
     """
     started = time.perf_counter()
-    targets = {(recipe, retain): out / f"{recipe}-{retain:.0%}" for recipe in RECIPES for retain in BUDGETS}
-    EvaluationOptions.checked(samples=samples)
-    check_directory(out, "-o")
-    check_home(out / "statistics")
-    check_file(out / "results.json", "-o")
-    hint = None
+    check(out, samples)
+    targets, hint = _targets(out), None
     try:
         check_packages()
         check_page(out / "report.html")
     except ReportError as error:
         hint = str(error)
-    for target in targets.values():
-        check_target(target, overwrite=True)
     source = resolve("demo")
     model, processor = load(source), load_processor(source)
     statistics = calibrate(
@@ -156,3 +150,20 @@ def show(out: Path, *, samples: int, progress: Callable[[str, int, int], None]) 
         hint,
         time.perf_counter() - started,
     )
+
+
+def check(out: Path, samples: int) -> tuple[Path, ...]:
+    """The checkpoints that the demo would write. Raises SpectrimError where something else is in the way."""
+    targets = tuple(_targets(out).values())
+    EvaluationOptions.checked(samples=samples)
+    check_directory(out, "-o")
+    check_home(out / "statistics")
+    check_file(out / "results.json", "-o")
+    for target in targets:
+        check_target(target, overwrite=True)
+    return targets
+
+
+def _targets(out: Path) -> dict[tuple[str, float], Path]:
+    """The checkpoints by recipe and budget."""
+    return {(recipe, retain): out / f"{recipe}-{retain:.0%}" for recipe in RECIPES for retain in BUDGETS}

@@ -5,6 +5,7 @@ Nothing heavy is imported, so that the command line can print its help at once.
 """
 
 from collections.abc import Collection, Iterator
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -125,6 +126,33 @@ class CalibrationOptions(CalibrationSettings):
         yield ("curvature_gib", "curvature_passes", "curvature_forms"), self.curvature, "without curvature"
 
 
+class Effort(BaseModel):
+    """What one level of ``--effort`` sets where nothing else is said: samples, compensation and refinement together.
+
+    ``compensation`` are changes of a recipe that compensates; one that does not is left as it is.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    samples: _Count
+    compensation: dict[str, str | int]
+
+
+EFFORTS = {
+    "quick": Effort(samples=32, compensation={"compensate.kind": "none"}),
+    "standard": Effort(samples=CalibrationSettings().samples, compensation={}),
+    "thorough": Effort(samples=256, compensation={"compensate.samples": 128, "compensate.refine": 50}),
+}
+EFFORT = "standard"
+
+
+def effort(name: str) -> Effort:
+    """The level of this name. Raises UsageError where there is none."""
+    if name not in EFFORTS:
+        raise UsageError(f"there is no effort '{name}'; choose from {', '.join(EFFORTS)}")
+    return EFFORTS[name]
+
+
 class EvaluationSettings(OptionRecord):
     """What the scores of an evaluation depend on beside the models and the samples."""
 
@@ -182,6 +210,23 @@ class EvaluationOptions(EvaluationSettings):
         yield ("max_new_tokens", "blind"), vqa, "without the task vqa"
         yield ("questions", "samples", "seed"), vqa or kl, "without the tasks vqa and kl"
         yield ("prompts", "kl_tokens"), kl, "without the task kl"
+
+
+class RunOptions(OptionRecord):
+    """What a verb that runs a while says, and where; of the command line alone."""
+
+    quiet: bool = Field(
+        default=False, description="Say nothing but errors and results.", json_schema_extra=_flag("--quiet")
+    )
+    verbose: bool = Field(
+        default=False, description="Say everything that the logger spectrim has.", json_schema_extra=_flag("--verbose")
+    )
+    log_file: Path | None = Field(default=None, description="Append everything to this file, with the time.")
+
+    def check_together(self) -> None:
+        """UsageError where options contradict each other."""
+        if self.quiet and self.verbose:
+            raise UsageError("--quiet and --verbose contradict each other; leave one out")
 
 
 CALIBRATION = CalibrationOptions()

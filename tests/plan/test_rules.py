@@ -175,7 +175,8 @@ def test_what_stays_dense_counts_at_its_full_size(calibrated):
         plan = prepared.plan(0.7)
         kept = sum(x.nbytes for x in prepared.parts.linears if x.place != "backbone")
         with pytest.raises(
-            BudgetError, match=rf"linears stay dense \(outside backbone\) and take {kept} bytes, of which there are .*; raise"
+            BudgetError,
+            match=rf"linears stay dense \(outside backbone\) and take {kept} bytes, of which there are .*; raise",
         ):
             prepared.plan(0.9 * kept / plan.dense_bytes)
     assert kept < plan.bytes <= 0.7 * plan.dense_bytes

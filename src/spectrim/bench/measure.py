@@ -174,19 +174,11 @@ def bench(
         UsageError: an option is out of its limits or has no effect.
         SpectrimError: a model cannot be opened; names it.
     """
-    limits = (("--prompt", prompt, 1), ("--new", new, 2), ("--repeats", repeats, 1), ("--context", context, 1))
-    for flag, value, least in limits:
-        if value is not None and value < least:
-            raise UsageError(f"{flag} {value} is too small; give at least {least}")
-    if not models or not batches or min(batches) < 1:
-        raise UsageError("give at least one model, and batches of at least 1")
-    check_device(device)
+    names = [str(model) for model in models] if names is None else names
+    check_bench(names, batches, prompt=prompt, new=new, repeats=repeats, context=context, device=device)
     length, largest = prompt + new + (1024 if image else 0), max(batches)
     opens = opener(engine, device=device, dtype=dtype, runtime=runtime, length=length, batch=largest)
-    names = [str(model) for model in models] if names is None else names
     engines: dict[str, Engine] = dict(zip(names, map(opens, map(str, models)), strict=True))
-    if len(engines) < len(models):
-        raise UsageError("two models have one name; name each model once")
     directories = dict(zip(names, models, strict=True))
     if latent_cache:
         engines, directories = _with_latents(engines, directories)
@@ -228,6 +220,28 @@ def bench(
         "in turn; × is how many times as fast as the first model, peak what one generation takes besides"
     )
     return Benchmark(tuple(rows), f"{datetime.now(UTC):%Y-%m-%d}", versions, about)
+
+
+def check_bench(
+    names: Sequence[str],
+    batches: Sequence[int],
+    *,
+    prompt: int,
+    new: int,
+    repeats: int,
+    context: int | None,
+    device: str | None,
+) -> None:
+    """What of :func:`bench` can be known before any model is opened. Raises UsageError."""
+    limits = (("--prompt", prompt, 1), ("--new", new, 2), ("--repeats", repeats, 1), ("--context", context, 1))
+    for flag, value, least in limits:
+        if value is not None and value < least:
+            raise UsageError(f"{flag} {value} is too small; give at least {least}")
+    if not names or not batches or min(batches) < 1:
+        raise UsageError("give at least one model, and batches of at least 1")
+    check_device(device)
+    if len(set(names)) < len(names):
+        raise UsageError("two models have one name; name each model once")
 
 
 def _generate(prompts: list[list[int]], new: int, one: Engine) -> None:

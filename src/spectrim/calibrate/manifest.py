@@ -22,6 +22,7 @@ from spectrim.samples import Modality
 from spectrim.settings import CalibrationSettings
 
 MANIFEST = "manifest.json"
+COST_FILE = "cost.json"  # beside it: what the calibration was to take and took; no part of the statistics
 FORMAT: Literal["spectrim-statistics"] = "spectrim-statistics"
 VERSION: Literal[3] = 3
 

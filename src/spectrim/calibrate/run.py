@@ -1,9 +1,12 @@
 """Calibration: samples through the model, moments into the statistics directory."""
 
+import json
+import logging
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,20 +21,24 @@ from spectrim.calibrate.fingerprint import model_print
 from spectrim.calibrate.forms import CurvatureForm, choose_forms
 from spectrim.calibrate.gradients import run_gradients
 from spectrim.calibrate.labels import labelled_samples
-from spectrim.calibrate.manifest import MANIFEST, CalibrationUnit, DataPrint, Gathered, Manifest
+from spectrim.calibrate.manifest import COST_FILE, MANIFEST, CalibrationUnit, DataPrint, Gathered, Manifest
 from spectrim.calibrate.moments import Sums
 from spectrim.calibrate.passes import prepared, run_batch
 from spectrim.calibrate.positions import image_token
+from spectrim.calibrate.probe import foresee, peak_memory, written_bytes
 from spectrim.calibrate.snapshot import SnapshotStore, check_home
 from spectrim.calibrate.statistics import Statistics
 from spectrim.dense import check_dense
 from spectrim.disk.lock import LOCK, writing
 from spectrim.errors import SampleError, StatisticsError
-from spectrim.files import user_path
+from spectrim.estimate import Cost, compared
+from spectrim.files import user_path, write_whole
 from spectrim.linear import Linear
 from spectrim.samples.sources import local_path
 from spectrim.settings import CALIBRATION, CalibrationOptions, CalibrationSettings
 from spectrim.versions import release
+
+_log = logging.getLogger(__name__)
 
 _SNAPSHOT_SHARE = 0.1  # of the time at most goes into snapshots
 
@@ -59,6 +66,7 @@ def calibrate(
     curvature_forms: Mapping[str, str] = CALIBRATION.curvature_forms,
     checkpoint_seconds: float = CALIBRATION.checkpoint_seconds,
     progress: Callable[[int, int], None] | None = None,
+    estimate: bool = False,
 ) -> Statistics:
     """Gather the moments of every compressible linear from text and from images with an instruction.
 
@@ -92,6 +100,8 @@ def calibrate(
         curvature_forms: form by role, such as ``{"gate": "sketch:256"}``; for roles that should not choose themselves.
         checkpoint_seconds: time between snapshots; they are rarer where they would take over a tenth of the time.
         progress: called with samples done and samples in all.
+        estimate: time a few batches first, and log what the run will take, and at its end what it took; both are kept
+            in ``cost.json`` beside the statistics.
 
     Raises:
         SampleError: samples are missing, malformed or too few, or do not fit the model.
@@ -134,12 +144,17 @@ def calibrate(
     shown = images if data.images else None
     source = DataPrint(text=_absolute(text), images=_absolute(shown), fingerprint=data.fingerprint())
     fresh = _manifest(model, parts, data, source, options.settings)
-    if not SnapshotStore(out, fresh).manifest.complete:
+    if SnapshotStore(out, fresh).manifest.complete:
+        _log.info("calibrate: complete already, in %s", out)
+    else:
         with _sole_writer(out):
             store = SnapshotStore(out, fresh)  # as the last writer left it
             if not store.manifest.complete:
                 store.check()
+                cost = _cost(model, parts, data, store, out) if estimate else None
                 _gather(model, parts, data, store, checkpoint_seconds, progress or (lambda done, total: None))
+                if cost is not None:
+                    _compare(cost, out)
     return Statistics.open(out)
 
 
@@ -181,6 +196,8 @@ def _gather(
     total = sum(data.samples[unit.modality] for unit in manifest.units)
     # Snapshots hold the sums of one process, so that only one alone can continue from them.
     done = sum(gathered.samples for gathered in manifest.gathered.values()) if processes == 1 else 0
+    if done:
+        _log.info("calibrate: resuming after sample %d of %d", done, total)
     progress(done, total)
     if processes > 1:
         distributed.barrier()  # all have looked at the directory before one writes to it
@@ -205,6 +222,24 @@ def _gather(
             done += sums.samples
     if processes > 1:
         distributed.barrier()
+
+
+def _cost(model: PreTrainedModel, parts: Anatomy, data: Data, store: SnapshotStore, out: Path) -> Cost:
+    """What is left to gather will take, said; the clock runs from here."""
+    linears = {linear.name: linear for linear in parts.linears}
+    with prepared(model):
+        found = foresee(
+            store.manifest, data.samples, model.device, partial(_steps, model, linears, data, store.manifest)
+        )
+    _log.info("calibrate: will take about %s", found)
+    return Cost(found, time.monotonic, partial(peak_memory, model.device), partial(written_bytes, out))
+
+
+def _compare(cost: Cost, out: Path) -> None:
+    """Say and keep what the calibration took, beside what it was to take."""
+    found = cost.so_far()
+    _log.info("calibrate: took %s; estimated were %s", found, cost.estimate)
+    write_whole(out / COST_FILE, json.dumps(compared(cost.estimate, found), indent=2).encode())
 
 
 def _steps(

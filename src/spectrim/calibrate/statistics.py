@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 
 from spectrim.calibrate.fingerprint import model_print
 from spectrim.calibrate.forms import CurvatureForm
-from spectrim.calibrate.manifest import Gathered, Manifest, TensorFile
+from spectrim.calibrate.manifest import COST_FILE, Gathered, Manifest, TensorFile
 from spectrim.calibrate.moments import GradMoment, Moment, OutputMoment
 from spectrim.errors import StatisticsError
+from spectrim.files import read_object
 from spectrim.maths.roots import check_finite
 from spectrim.samples import Modality
 
@@ -162,6 +163,13 @@ class Statistics:
                 sums = {part: self._read(gathered, linear, part) for part in form.parts}
                 return OutputMoment(form, sums, self._read(gathered, linear, "traces"), count, gathered.labels)
         return None
+
+    def cost(self) -> dict[str, Any] | None:
+        """What the calibration was to take and took; None where that was not asked for, or is gone."""
+        try:
+            return read_object(self.path / COST_FILE)
+        except ValueError:
+            return None
 
     def check_model(self, model: PreTrainedModel) -> None:
         """Raises StatisticsError that names what differs when these are another model's statistics."""

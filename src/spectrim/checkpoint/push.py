@@ -19,6 +19,15 @@ from spectrim.errors import CheckpointError, first_line, printable
 logger = logging.getLogger(__name__)
 
 
+def uploaded_files(directory: str | Path) -> dict[str, int]:
+    """What `push` would upload: names, and bytes. Raises CheckpointError where the directory is no whole checkpoint."""
+    path = Path(directory)
+    wanted = checkpoint_files(path, read_provenance(path))
+    if not (path / "config.json").is_file():
+        raise CheckpointError(f"{path} has no config.json, so it is no whole checkpoint; compress the model again")
+    return {name: (path / name).stat().st_size for name in wanted}
+
+
 def push(directory: str | Path, repo_id: str, *, private: bool = False, revision: str | None = None) -> str:
     """Upload a checkpoint that spectrim wrote to the model repository `repo_id`, in one commit; returns its address.
 
@@ -29,9 +38,7 @@ def push(directory: str | Path, repo_id: str, *, private: bool = False, revision
     for an id that is none, for a hub that refuses, and for `private` where the repository is public already.
     """
     path = Path(directory)
-    wanted = checkpoint_files(path, read_provenance(path))
-    if not (path / "config.json").is_file():
-        raise CheckpointError(f"{path} has no config.json, so it is no whole checkpoint; compress the model again")
+    wanted = uploaded_files(path)
     if get_token() is None:
         raise CheckpointError("nobody is logged in to the Hugging Face hub; run `hf auth login`, or set HF_TOKEN")
     left = [name for name in all_files(path) if name not in wanted]

@@ -114,6 +114,26 @@ def load(
     return model
 
 
+def load_empty(
+    directory: str | Path, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """The model without values, on the meta device: of its files the config alone is read. Sources as for `load`.
+
+    `dtype` None is the one that `load` chooses. Raises ModelError for a config that makes no model.
+    """
+    config = read_config(directory, {"trust_remote_code": trust_remote_code})
+    auto = loader(directory, config, trusted=trust_remote_code)
+    unpacked = torch.bfloat16 if split_source(directory)[1] is not None else getattr(config, "dtype", None)
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = auto.from_config(
+                config, dtype=dtype or unpacked or torch.float32, trust_remote_code=trust_remote_code
+            )
+    except Exception as error:  # as in `load`
+        raise failure("model", directory, error) from error
+    return model.eval()
+
+
 def load_processor(directory: str | Path, **kwargs: Any) -> Any:
     """The processor of an image-text model, or the tokenizer of a language model; sources as for `load`.
 

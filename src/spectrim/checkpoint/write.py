@@ -53,7 +53,7 @@ def save(
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
     format: Format = "spectrim",
-    verify: Callable[[Path], None] | None = None,
+    verify: Callable[[Path], Mapping[str, Any] | None] | None = None,
 ) -> Path:
     """Write `model`, factored or dense, with everything that it needs to run; returns the directory.
 
@@ -68,7 +68,8 @@ def save(
     `format` ``compressed-tensors`` writes dense integers on one grid so that others load them without spectrim; a model
     that holds anything else is a CheckpointError then.
 
-    `verify` gets the written directory before it takes its place, and raises whatever must stop that.
+    `verify` gets the written directory before it takes its place, and raises whatever must stop that. What it returns
+    is added to the provenance.
 
     All is written and synced in a hidden directory beside the target, which then replaces it in one step. A target that
     `check_target` refuses is a CheckpointError, and so is one that the model was loaded from; so are names in `files`
@@ -103,7 +104,7 @@ def save(
                 shutil.copymode(temporary / "config.json", weights)
             clean_configs(temporary)
             if verify is not None:
-                verify(temporary)
+                record |= verify(temporary) or {}
             if CARD not in files:
                 (temporary / CARD).write_text(model_card(model, record, standard=plain), encoding="utf-8")
             written = {path.relative_to(temporary).as_posix() for path in temporary.rglob("*") if path.is_file()}

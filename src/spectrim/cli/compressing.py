@@ -6,11 +6,33 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from spectrim.cli.verbs import Device, Dtype, Model, Trust, dtype_of, pairs, progress, quiet, show, verb
-from spectrim.settings import CalibrationOptions
+from spectrim.cli.verbs import (
+    Device,
+    Dry,
+    Dtype,
+    Json,
+    Model,
+    Trust,
+    check_results,
+    dtype_of,
+    pairs,
+    progress,
+    quiet,
+    show,
+    stamped,
+    verb,
+    write_results,
+)
+from spectrim.settings import EFFORT, CalibrationOptions
+from spectrim.settings import effort as effort_of
 
 if TYPE_CHECKING:
     from spectrim.pipeline.budget import Budget
+
+
+Level = Annotated[
+    str, typer.Option("--effort", help="quick, standard or thorough: samples, compensation and refinement together.")
+]
 
 
 @verb(
@@ -26,8 +48,12 @@ def _calibrate(
     device: Device = None,
     dtype: Dtype = None,
     trust_remote_code: Trust = False,
+    effort: Level = EFFORT,
+    dry_run: Dry = False,
 ) -> None:
     """Run samples through a model and keep the moments of what its linears read."""
+    level = effort_of(effort)
+    options = options if "samples" in given else options.model_copy(update={"samples": level.samples})
     options.check_together()
     options.check_effect(given)
     from spectrim.calibrate import calibrate
@@ -49,6 +75,12 @@ def _calibrate(
         CurvatureForm.read(form)
     source = resolve(model)
     check_dense(read_config(source, trust))
+    if dry_run:
+        from spectrim.cli.intent import calibration_items, model_item, would
+
+        read, gather, write, _ = calibration_items(source, options, out, dtype=dtype_of(dtype), **trust)
+        would([model_item(source), *read], gather, write)
+        return
     with progress() as report:
         processor = load_processor(source, **trust)
         statistics = calibrate(
@@ -56,6 +88,7 @@ def _calibrate(
             out,
             processor=processor,
             progress=lambda done, total: report("calibrate", done, total),
+            estimate=True,
             **dict(options),
         )
     manifest = statistics.manifest
@@ -96,17 +129,18 @@ def _plan(
     changes: Changes = None,
     keep: Keep = None,
     only: Only = None,
-    json: Annotated[Path | None, typer.Option(help="Write the plan and its figures here too.")] = None,
+    json: Json = None,
     device: Device = None,
     dtype: Dtype = None,
     trust_remote_code: Trust = False,
+    dry_run: Dry = False,
 ) -> None:
     """Say what a compression would come to, without making it: bytes and predicted loss by part, and over sizes."""
     from spectrim.checkpoint import load, load_processor
     from spectrim.checks import check_device, check_directory
+    from spectrim.cli.console import is_standard
     from spectrim.demo import resolve
     from spectrim.errors import BudgetError, UsageError
-    from spectrim.files import write_whole
     from spectrim.pipeline import job_compression
     from spectrim.pipeline.jobs import check_job
     from spectrim.pipeline.outlook import outlook
@@ -116,7 +150,7 @@ def _plan(
     limits = _budgets(size, bits, retain, cached, batch)
     if len(limits) != 1:
         raise BudgetError("give one limit, such as --size 3.5GB; plan says what other sizes would come to")
-    if json is not None:
+    if json is not None and not is_standard(json):
         if json.exists():
             raise UsageError(f"--json {json} exists; name another file")
         check_directory(json.parent, "--json")
@@ -139,6 +173,16 @@ def _plan(
             f"a plan by the recipe '{job.recipe.name}' needs statistics; run `spectrim calibrate`, and give its "
             "directory by --stats"
         )
+    if dry_run:
+        from spectrim.cli.intent import model_item, path_item, results_items, shapes, would
+
+        job.check_parts(*shapes(source, dtype=dtype_of(dtype), **trust))
+        read, write = [model_item(source)], results_items(json)
+        if job.statistics is not None:
+            read.append(path_item("statistics", job.statistics.path))
+            write.insert(0, (f"spectra and options in {job.statistics.path}, where they are missing", None))
+        would(read, (), write)
+        return
     loaded = load(source, device_map=device, dtype=dtype_of(dtype), **trust)
     with (
         progress() as report,
@@ -148,9 +192,7 @@ def _plan(
     show(found.table())
     for line in found.lines():
         show(line)
-    if json is not None:
-        write_whole(json, found.json().encode())
-        show(f"plan: {json}")
+    write_results(json, found.json())
 
 
 def _changed(changes: list[str] | None, keep: list[str] | None, only: list[str] | None) -> dict[str, Any]:
@@ -198,9 +240,12 @@ def _compress(
     keep: Keep = None,
     only: Only = None,
     overwrite: Annotated[bool, typer.Option(help="Replace a checkpoint that spectrim wrote.")] = False,
+    effort: Level = EFFORT,
+    json: Json = None,
     device: Device = None,
     dtype: Dtype = None,
     trust_remote_code: Trust = False,
+    dry_run: Dry = False,
 ) -> None:
     """Compress a model to one or more budgets and write the checkpoints.
 
@@ -211,18 +256,20 @@ def _compress(
     from spectrim.demo import resolve
     from spectrim.evaluate.footprint import stored_bytes
     from spectrim.pipeline import job_compression
-    from spectrim.pipeline.jobs import check_job, gathered
+    from spectrim.pipeline.jobs import check_job, gathered, with_effort
 
     quiet()
     check_device(device)
+    check_results(json)
     trust = {"trust_remote_code": trust_remote_code}
     loaded_as: dict[str, Any] = {"device_map": device, "dtype": dtype_of(dtype), **trust}
     source = resolve(model)
+    changed, given = with_effort(effort, recipe, _changed(changes, keep, only), given, gathers=stats is None)
     job = check_job(
         source,
         out,
         recipe=recipe,
-        changes=_changed(changes, keep, only),
+        changes=changed,
         budgets=_budgets(size, bits, retain, cached, batch),
         plan=plan,
         stats=stats,
@@ -230,12 +277,22 @@ def _compress(
         samples=given,
         trust_remote_code=trust_remote_code,
     )
-    CalibrationOptions.checked(**gathered(job.recipe, given)).check_effect(given)
+    samples = CalibrationOptions.checked(**gathered(job.recipe, given))
+    samples.check_effect(given)
+    if dry_run:
+        from spectrim.cli.intent import compression_items, model_item, results_items, would
+
+        read, gather, write = compression_items(source, job, samples, dtype=dtype_of(dtype), **trust)
+        would([model_item(source), *read], gather, [*write, *results_items(json)])
+        return
+    made = []
     if job.kept is not None:
         show(f"statistics: {job.kept}")
     with (
         progress() as report,
-        job_compression(job, load(source, **loaded_as), load_processor(source, **trust), report, given) as prepared,
+        job_compression(
+            job, load(source, **loaded_as), load_processor(source, **trust), report, given, estimate=True
+        ) as prepared,
     ):
         for item, target in zip(prepared.plans(job), job.targets, strict=True):
             # A processor that is saved by transformers brings its code; a directory's is copied without.
@@ -247,3 +304,17 @@ def _compress(
                 f"{record['params']:.2%} of their parameters, {record['checkpoint']:.2%} of the whole checkpoint: "
                 f"{stored_bytes(written):,} bytes"
             )
+            made.append(_checkpoint_result(written))
+    if json is not None:
+        kept = job.kept if job.statistics is None else job.statistics.path
+        write_results(json, stamped({"statistics": None if kept is None else str(kept), "checkpoints": made}))
+
+
+def _checkpoint_result(written: Path) -> dict[str, Any]:
+    """What ``--json`` says of a checkpoint: its place and bytes, and of its record what a user asks for first."""
+    from spectrim.checkpoint import read_provenance
+    from spectrim.evaluate.footprint import stored_bytes
+
+    record = read_provenance(written)
+    kept = {key: record[key] for key in ("limit", "retention", "places", "kept", "predicted_loss")}
+    return {"directory": str(written), "bytes": stored_bytes(written), "linears": record["bytes"], **kept}

@@ -1,16 +1,29 @@
 """The verbs that look: anatomy, recipes, inspect."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
-from spectrim.cli.verbs import Model, Trust, progress, quiet, show, verb
+from spectrim.cli.verbs import (
+    Dry,
+    Json,
+    Model,
+    Trust,
+    check_results,
+    progress,
+    quiet,
+    show,
+    stamped,
+    verb,
+    write_results,
+)
 
 
 @verb("anatomy", after_stop="nothing was written")
-def _anatomy(model: Model, trust_remote_code: Trust = False) -> None:
+def _anatomy(model: Model, json: Json = None, trust_remote_code: Trust = False, dry_run: Dry = False) -> None:
     """Print what a model is made of: tower, connector, backbone, linears by role, and what is kept dense."""
     from spectrim.anatomy import anatomy
     from spectrim.checkpoint import load
@@ -18,7 +31,15 @@ def _anatomy(model: Model, trust_remote_code: Trust = False) -> None:
     from spectrim.linear import PLACES
 
     quiet()
-    parts = anatomy(load(resolve(model), trust_remote_code=trust_remote_code))
+    check_results(json)
+    source = resolve(model)
+    if dry_run:
+        from spectrim.cli.intent import model_item, results_items, shapes, would
+
+        shapes(source, dtype=None, trust_remote_code=trust_remote_code)
+        would([model_item(source)], write=results_items(json))
+        return
+    parts = anatomy(load(source, trust_remote_code=trust_remote_code))
     show(
         f"tower: {parts.tower or '–'}   connector: {', '.join(parts.connector) or '–'}   "
         f"backbone: {parts.backbone or '(the whole model)'}"
@@ -34,18 +55,28 @@ def _anatomy(model: Model, trust_remote_code: Trust = False) -> None:
     for item in parts.kept:
         kept.add_row(item.name, f"{item.params:,}", item.reason)
     show(kept)
+    if json is not None:
+        groups = [asdict(group) for group in parts.describe()]
+        blocks = {place: len(parts.blocks(place)) for place in PLACES}
+        linears = [asdict(linear) | {"dtype": str(linear.dtype).removeprefix("torch.")} for linear in parts.linears]
+        whole = {"tower": parts.tower, "connector": parts.connector, "backbone": parts.backbone, "blocks": blocks}
+        rest = {"groups": groups, "linears": linears, "kept": [asdict(item) for item in parts.kept]}
+        write_results(json, stamped({"model": model, **whole, **rest}))
 
 
-@verb("recipes", after_stop="nothing was written")
-def _recipes() -> None:
+@verb("recipes", after_stop="nothing was written", runs=False)
+def _recipes(json: Json = None) -> None:
     """List the built-in recipes."""
     from spectrim.recipe import Recipe, builtin_names
 
+    check_results(json)
     rows = Table("recipe", "what it does", "paper", box=None, pad_edge=False)
-    for name in builtin_names():
-        recipe = Recipe.read(name)
+    recipes = [Recipe.read(name) for name in builtin_names()]
+    for recipe in recipes:
         rows.add_row(recipe.name, recipe.summary, recipe.paper)
     show(rows)
+    if json is not None:
+        write_results(json, stamped({"recipes": [recipe.model_dump(mode="json") for recipe in recipes]}))
 
 
 @verb("inspect", after_stop="nothing was written, and the same command starts again")
@@ -56,6 +87,7 @@ def _inspect(
     retain: Annotated[float, typer.Option(help="The retention at which modalities are compared.")] = 0.4,
     plots: Annotated[bool, typer.Option(help="Draw plots (needs the extra 'report').")] = True,
     trust_remote_code: Trust = False,
+    dry_run: Dry = False,
 ) -> None:
     """Show how far text-only whitening is from what images need, layer by layer."""
     from spectrim.calibrate import Statistics
@@ -74,6 +106,12 @@ def _inspect(
     statistics, source = Statistics.open(stats), resolve(model)
     check_text(statistics)
     check_dense(read_config(source, {"trust_remote_code": trust_remote_code}))
+    if dry_run:
+        from spectrim.cli.intent import model_item, path_item, would
+
+        shown = ["inspection.json", *(["plots"] if plots else [])]
+        would([model_item(source), path_item("statistics", stats)], (), [(f"{' and '.join(shown)} in {out}", None)])
+        return
     with progress() as report:
         inspection = inspect(
             load(source, trust_remote_code=trust_remote_code),

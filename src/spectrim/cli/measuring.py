@@ -5,7 +5,22 @@ from typing import Annotated, Any
 
 import typer
 
-from spectrim.cli.verbs import Device, Dtype, Trust, dtype_of, pairs, progress, quiet, refuse, show, verb
+from spectrim.cli.verbs import (
+    Device,
+    Dry,
+    Dtype,
+    Json,
+    Trust,
+    check_results,
+    dtype_of,
+    pairs,
+    progress,
+    quiet,
+    refuse,
+    show,
+    verb,
+    write_results,
+)
 from spectrim.errors import SampleError, UsageError
 from spectrim.settings import EvaluationOptions
 
@@ -24,9 +39,10 @@ def _evaluate(
         str | None, typer.Option(help="Benchmarks of a paper in place of tasks: adasvd, jw-svd or a .yaml file.")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Samples of each task of a suite at most.")] = None,
-    json: Annotated[Path | None, typer.Option(help="Write the results here too.")] = None,
+    json: Json = None,
     card: Annotated[bool, typer.Option(help="Write them into the card of each compressed checkpoint too.")] = False,
     trust_remote_code: Trust = False,
+    dry_run: Dry = False,
 ) -> None:
     """Measure perplexity and VQA accuracy of models, and their differences to the dense one."""
     if suite is None:
@@ -37,23 +53,29 @@ def _evaluate(
         raise SampleError("a card holds the results of --tasks, not those of a suite; leave --card or --suite out")
     else:
         refuse(context, _NOT_OF_SUITES, "on a suite, which has its own tasks and samples")
-    from spectrim.checks import check_file
+    from spectrim.cli.intent import model_item, results_items, source_items, would
     from spectrim.demo import resolve
     from spectrim.evaluate.running import evaluate, is_compressed
 
     quiet()
-    if json is not None:
-        check_file(json, "--json")
+    check_results(json)
     paths = [resolve(model) for model in models]
     how: dict[str, Any] = {"device": device, "dtype": dtype_of(dtype), "trust_remote_code": trust_remote_code}
     if suite is not None:
-        _run_suite(suite, paths, json, limit=limit, batch_size=options.batch_size, **how)
+        _run_suite(suite, paths, json, limit=limit, batch_size=options.batch_size, dry_run=dry_run, **how)
         return
     if card and not any(is_compressed(Path(path)) for path in paths):
         raise UsageError("--card has no effect, since no model is a compressed one; leave it out, or name one that is")
     from spectrim.checkpoint import add_results
     from spectrim.evaluate import costs, divergences, losses, markdown, remarks, table
 
+    if dry_run:
+        evaluate(paths, **how, **dict(options), dry_run=True)
+        reads = {"text": bool({"perplexity", "kl"} & {*options.tasks}), "questions": "vqa" in options.tasks}
+        sources = source_items(**{kind: getattr(options, kind) for kind, used in reads.items() if used})
+        cards = [(f"the card of {path}", None) for path in paths if card and is_compressed(Path(path))]
+        would([*map(model_item, paths), *sources], (), [*results_items(json), *cards])
+        return
     with progress() as report:
         results = evaluate(paths, progress=report, **how, **dict(options))
     show(table(results))
@@ -64,23 +86,26 @@ def _evaluate(
         show(differing)
     for remark in remarks(results):
         show(remark)
-    if json is not None:
-        results.write(json)
-        show(f"results: {json}")
+    write_results(json, results.to_json())
     for result in results.results if card else ():
         if result.compressed:
             show(f"card: {add_results(result.directory, markdown(results, result))}")
 
 
-def _run_suite(suite: str, paths: list[str], json: Path | None, **how: Any) -> None:
-    from spectrim.evaluate.harnesses import run_suite
+def _run_suite(suite: str, paths: list[str], json: Path | None, *, dry_run: bool, **how: Any) -> None:
+    from spectrim.cli.intent import model_item, results_items, would
+    from spectrim.evaluate.harnesses import check_run, run_suite
     from spectrim.evaluate.suites import Suite, suite_table
 
-    scored = run_suite(Suite.read(suite), paths, **how)
+    chosen = Suite.read(suite)
+    if dry_run:
+        check_run(chosen, paths, limit=how["limit"], batch_size=how["batch_size"], device=how["device"])
+        tasks = f"the data sets of {', '.join(chosen.tasks)}, from the Hugging Face hub or its cache here"
+        would([*map(model_item, paths), (tasks, None)], (), results_items(json))
+        return
+    scored = run_suite(chosen, paths, **how)
     show(suite_table(scored))
-    if json is not None:
-        scored.write(json)
-        show(f"results: {json}")
+    write_results(json, scored.json())
 
 
 @verb("bench", after_stop="no results were written, and the same command starts again")
@@ -103,39 +128,45 @@ def _bench(
     repeats: Annotated[int, typer.Option(help="Turns that count.")] = 5,
     device: Device = None,
     dtype: Dtype = None,
-    json: Annotated[Path | None, typer.Option(help="Write the results here too.")] = None,
+    json: Json = None,
+    dry_run: Dry = False,
 ) -> None:
     """Measure latency, tokens per second, bytes and memory of models, side by side."""
     if not all(part.strip().isdecimal() for part in batch.split(",")):
         raise UsageError(f"--batch {batch} is no list of numbers; write it as --batch 1,8")
     from spectrim.bench import bench
-    from spectrim.checks import check_file
+    from spectrim.bench.measure import check_bench
     from spectrim.demo import resolve
 
     quiet()
-    if json is not None:
-        check_file(json, "--json")
+    check_results(json)
+    paths, batches = [resolve(model) for model in models], [int(part) for part in batch.split(",")]
+    turns: dict[str, Any] = {"prompt": prompt, "new": new, "repeats": repeats, "context": cached, "device": device}
+    if dry_run:
+        from spectrim.checkpoint import read_config
+        from spectrim.cli.intent import model_item, results_items, would
+
+        check_bench(models, batches, **turns)
+        for path in paths:
+            read_config(path, {})
+        dtype_of(dtype)
+        would([model_item(path) for path in paths], (), results_items(json))
+        return
     with progress() as report:
         found = bench(
-            [resolve(model) for model in models],
+            paths,
             names=models,
             engine=engine,
-            batches=[int(part) for part in batch.split(",")],
-            prompt=prompt,
-            new=new,
+            batches=batches,
             image=image,
-            context=cached,
             latent_cache=latent_cache,
-            repeats=repeats,
-            device=device,
             dtype=dtype_of(dtype),
             runtime=runtime,
             progress=report,
+            **turns,
         )
     show(found.table())
-    if json is not None:
-        found.write(json)
-        show(f"results: {json}")
+    write_results(json, found.json())
 
 
 @verb(
@@ -204,11 +235,23 @@ def _report(
 def _demo(
     out: Annotated[Path, typer.Option("-o", "--out", help="Where checkpoints and results go.")] = Path("spectrim-demo"),
     samples: Annotated[int, typer.Option(help="Questions of each task.")] = 40,
+    dry_run: Dry = False,
 ) -> None:
     """Compress the built-in model by spectrim, LASER, JW-SVD and text-only baselines, and compare the results."""
+    from spectrim.demonstration import SAMPLES, check
     from spectrim.demonstration import show as run
 
     quiet()
+    if dry_run:
+        from spectrim.cli.intent import model_item, source_items, would
+        from spectrim.demo import resolve
+
+        read = [model_item(resolve("demo")), *source_items(text="builtin", images="builtin", questions="builtin")]
+        places = [("statistics", out / "statistics"), *(("the checkpoint", target) for target in check(out, samples))]
+        places += [("the results", out / "results.json")]
+        gather = [f"moments and gradients of {SAMPLES} text and {SAMPLES} image samples"]
+        would(read, gather, [(f"{words} {path}", None) for words, path in places])
+        return
     with progress() as report:
         result = run(out, samples=samples, progress=report)
     show(result.table())

@@ -1,9 +1,8 @@
-"""What all verbs share: the application, options made from a record of settings, the console, and Ctrl-C."""
+"""What all verbs share: the application, options made from a record of settings, and Ctrl-C."""
 
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from functools import reduce, wraps
 from inspect import Parameter, signature
@@ -12,15 +11,35 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import typer
-from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from spectrim.cli.console import is_standard, progress, quiet, show, speaking, stamped, write_results
 from spectrim.errors import UsageError
 from spectrim.files import parse_yaml, user_path
-from spectrim.settings import OptionRecord
+from spectrim.settings import OptionRecord, RunOptions
 
 if TYPE_CHECKING:
     import torch
+
+__all__ = [
+    "Device",
+    "Dry",
+    "Dtype",
+    "Json",
+    "Model",
+    "Trust",
+    "app",
+    "check_results",
+    "dtype_of",
+    "is_given",
+    "pairs",
+    "progress",
+    "quiet",
+    "refuse",
+    "show",
+    "stamped",
+    "verb",
+    "write_results",
+]  # fmt: skip
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -35,38 +54,49 @@ Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; t
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code that the model brings; only if you have read it.")
 ]
+Json = Annotated[
+    Path | None, typer.Option(help="Write the results here too; '-' is standard output, with nothing else on it.")
+]
+Dry = Annotated[
+    bool, typer.Option("--dry-run", help="Say what would be read, gathered and written, and do nothing of it.")
+]
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
 def verb(
-    name: str, *, after_stop: str, record: type[OptionRecord] | None = None
+    name: str, *, after_stop: str, record: type[OptionRecord] | None = None, runs: bool = True
 ) -> Callable[[Callable[..., None]], Any]:
     """Make a function a command.
 
     With a `record` of settings, the command has an option for each field, with its default and help, and the function
     gets all of them as `options`, and as `given` the values of those that the command line names. `after_stop` ends the
-    sentence that Ctrl-C leaves: how to go on.
+    sentence that Ctrl-C leaves: how to go on. What `runs` a while has the options of :class:`RunOptions`.
     """
+    records: list[type[OptionRecord]] = [] if record is None else [record]
+    records += [RunOptions] if runs else []
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         @wraps(function)
         def run(context: typer.Context, **values: Any) -> None:
-            if record is not None:
-                read = {field: _value(record, field, values.pop(field)) for field in record.model_fields}
-                values["options"] = record.checked(**read)
-                values["given"] = {field: read[field] for field in read if is_given(context, field)}
-            values = {name: user_path(value) if isinstance(value, Path) else value for name, value in values.items()}
-            if "context" in signature(function).parameters:
-                values["context"] = context
-            try:
-                function(**values)
-            except KeyboardInterrupt as stop:
-                code = 128 + (stop.args[0] if stop.args else signal.SIGINT)
-                print(f"spectrim: stopped; {after_stop}", file=sys.stderr)
-                raise SystemExit(code) from stop
+            said = {field: values.pop(field) for field in RunOptions.model_fields} if runs else {}
+            said = {field: user_path(value) if isinstance(value, Path) else value for field, value in said.items()}
+            with speaking(RunOptions.checked(**said), json_out=is_standard(values.get("json"))):
+                if record is not None:
+                    read = {field: _value(record, field, values.pop(field)) for field in record.model_fields}
+                    values["options"] = record.checked(**read)
+                    values["given"] = {field: read[field] for field in read if is_given(context, field)}
+                values = {key: user_path(value) if isinstance(value, Path) else value for key, value in values.items()}
+                if "context" in signature(function).parameters:
+                    values["context"] = context
+                try:
+                    function(**values)
+                except KeyboardInterrupt as stop:
+                    code = 128 + (stop.args[0] if stop.args else signal.SIGINT)
+                    print(f"spectrim: stopped; {after_stop}", file=sys.stderr)
+                    raise SystemExit(code) from stop
 
         own = [p for name, p in signature(function).parameters.items() if name not in ("context", "options", "given")]
-        options = [] if record is None else _options(record)
+        options = [option for one in records for option in _options(one)]
         context = Parameter("context", Parameter.KEYWORD_ONLY, annotation=typer.Context)
         parameters = [context, *(p.replace(kind=Parameter.KEYWORD_ONLY) for p in own), *options]
         run.__signature__ = signature(function).replace(parameters=parameters)  # type: ignore[attr-defined]
@@ -75,6 +105,14 @@ def verb(
         return run
 
     return decorate
+
+
+def check_results(path: Path | None) -> None:
+    """UsageError unless results can be written where ``--json`` says."""
+    from spectrim.checks import check_file
+
+    if path is not None and not is_standard(path):
+        check_file(path, "--json")
 
 
 def is_given(context: typer.Context, name: str) -> bool:
@@ -160,38 +198,3 @@ def dtype_of(name: str | None) -> "torch.dtype | None":
     dtype = getattr(torch, name)
     assert isinstance(dtype, torch.dtype)
     return dtype
-
-
-def show(output: RenderableType) -> None:
-    """Print a table, or text, in which nothing is read as markup.
-
-    A terminal gets at least 120 columns, which tables need. In a pipe nothing is folded.
-    """
-    if isinstance(output, str):
-        typer.echo(output)
-        return
-    console = Console(markup=False, highlight=False)
-    width = max(console.width, 120) if console.is_terminal else 10_000
-    Console(markup=False, highlight=False, width=width).print(output)
-
-
-@contextmanager
-def progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar with the time left for each stage; on standard error, so that results can be piped."""
-    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-        stages: dict[str, Any] = {}
-
-        def report(stage: str, done: int, total: int) -> None:
-            if stage not in stages:
-                stages[stage] = bars.add_task(stage, total=total)
-            bars.update(stages[stage], completed=done, total=total, visible=done < total)
-
-        yield report
-
-
-def quiet() -> None:
-    """Turn off the progress bars of transformers."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()

@@ -1,5 +1,6 @@
 """Both models, dense and compressed, walked block by block over the calibration samples."""
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from spectrim.plan.plan import Plan
 from spectrim.recipe import Recipe
 from spectrim.samples import Modality
 from spectrim.storage import Problem, Tensors, form, made
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -93,8 +96,14 @@ class Compensation:
                 found |= (kept := self._store.read(name))
                 unit.compress(self._plan, kept)
                 del missing[name]
+        total, kept_units = len(self._units), len(self._units) - len(missing)
         if not missing:
+            _log.info("compensate: complete already")
             return found
+        if kept_units:
+            _log.info("compensate: resuming after block %d of %d", kept_units, total)
+        if progress is not None:
+            progress(kept_units, total)
         with writing(self._store.home, alone=False):
             with prepared(self._model), self._passes() as pairs:
                 for at, solved in self._walk(pairs):
@@ -102,7 +111,7 @@ class Compensation:
                     self._store.write(at, solved)
                     del missing[at]
                     if progress is not None:
-                        progress(len(self._units) - len(missing), len(self._units))
+                        progress(total - len(missing), total)
             for name in missing:  # no sample comes there, which the next call need not find out again
                 self._store.write(name, {})
         return found

@@ -55,14 +55,7 @@ def run_suite(
         SampleError: the harness is not installed, lacks a task or a model class, or cannot get its data.
         CheckpointError: a directory is no model.
     """
-    module, extra = PACKAGES[suite.harness]
-    if find_spec(module) is None:
-        raise SampleError(
-            f"suite '{suite.name}' runs in {suite.harness}, which is not installed; pip install 'spectrim[{extra}]'"
-        )
-    check_device(device)
-    check_positive(limit=limit, batch_size=batch_size)
-    check_directories([Path(directory) for directory in directories])  # before any model loads
+    check_run(suite, directories, limit=limit, batch_size=batch_size, device=device)
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     run = _Run(suite, limit, batch_size or 1, place, dtype, trust_remote_code)
     harness = _lm_eval if suite.harness == "lm-eval" else _lmms_eval
@@ -83,6 +76,20 @@ def run_suite(
         limit=limit,
         scores=scores,
     )
+
+
+def check_run(
+    suite: Suite, directories: Sequence[str | Path], *, limit: int | None, batch_size: int | None, device: str | None
+) -> None:
+    """What of :func:`run_suite` can be known before any model loads. Raises as it does."""
+    module, extra = PACKAGES[suite.harness]
+    if find_spec(module) is None:
+        raise SampleError(
+            f"suite '{suite.name}' runs in {suite.harness}, which is not installed; pip install 'spectrim[{extra}]'"
+        )
+    check_device(device)
+    check_positive(limit=limit, batch_size=batch_size)
+    check_directories([Path(directory) for directory in directories])
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,7 @@ def evaluate(
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
     progress: StageProgress | None = None,
+    dry_run: bool = False,
 ) -> EvaluationReport:
     """Perplexity and visual question answering of each directory, and paired differences to the dense one.
 
@@ -89,7 +90,7 @@ def evaluate(
     batch size of None leaves the defaults of :func:`perplexity` and :func:`vqa`. `blind` adds the blind floor, one more
     pass over the questions. `trust_remote_code` runs code that a model brings. Only one model is in memory at a time,
     and every input is checked before the first loads. Conversations in a text source are rendered by the first model's
-    chat template.
+    chat template. With `dry_run` the inputs are checked and nothing runs: the report has no results.
 
     Raises:
         CheckpointError: for a directory that does not exist or holds no safetensors model.
@@ -123,6 +124,8 @@ def evaluate(
     if "kl" in tasks and (reference is None or len(paths) < 2):
         raise SampleError("the task kl compares models with a dense one; name the dense model, and another")
     processors, asked, read = readable(paths, chosen, trusted=trust_remote_code)
+    found: dict[Path, DirectoryResult] = {}
+    floor = None
     with ExitStack() as stack:
         compared = predictions = None
         if "kl" in tasks and read is not None:
@@ -149,14 +152,12 @@ def evaluate(
             predictions=predictions,
             dense=reference,
         )
-        found: dict[Path, DirectoryResult] = {}
-        floor = None
         # The dense model first where the others are compared with its predictions.
-        for path in sorted(paths, key=lambda path: predictions is not None and path != reference):
+        for path in () if dry_run else sorted(paths, key=lambda path: predictions is not None and path != reference):
             found[path], blind_scores = _evaluate_one(path, work, floor=path == (reference or paths[0]))
             floor = floor or blind_scores
-    results = [found[path] for path in paths]
-    if reference is not None and work.questions:
+    results = [found[path] for path in paths if path in found]
+    if reference is not None and work.questions and results:
         dense = found[reference].answers
         results = [
             result if path == reference else replace(result, differences=differences(result.answers, dense))
@@ -172,7 +173,7 @@ def evaluate(
         blind=floor,
         results=tuple(results),
         examples=examples(
-            work.questions,
+            work.questions if results else (),
             [result.answers for result in results],
             None if reference is None else paths.index(reference),
         ),

@@ -98,17 +98,25 @@ def make_spectra(
     """
     paths = {linear.name: directory / f"{linear.name}.safetensors" for linear in parts.linears}
     sources: dict[str, str] = {}
+    there = sum(path.exists() for path in paths.values())
+    if there:
+        state = "complete already" if there == len(paths) else f"resuming after linear {there} of {len(paths)}"
+        logger.info("decompose: %s", state)
+    made = there
+    if progress is not None:
+        progress(made, len(paths))
     with ExitStack() as stack:
-        if not all(path.exists() for path in paths.values()):
+        if there < len(paths):
             stack.enter_context(writing(directory if statistics is None else statistics.path, alone=False))
-        for done, linear in enumerate(parts.linears):
+        for linear in parts.linears:
             path, of = paths[linear.name], _of(directory, linear.name)
             if not path.exists():
                 tensors, source = _make(model, linear, metric, statistics)
                 write_sealed(path, tensors, of=of, note=source)
+                made += 1
+                if progress is not None:
+                    progress(made, len(paths))
             sources[linear.name] = open_sealed(path, of=of).note
-            if progress is not None:
-                progress(done + 1, len(parts.linears))
     return Spectra(directory, sources)
 
 

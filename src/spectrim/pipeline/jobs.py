@@ -24,7 +24,7 @@ from spectrim.pipeline.budget import Budget, Sizes
 from spectrim.pipeline.tables import least_bytes
 from spectrim.plan.plan import Plan
 from spectrim.recipe import Recipe
-from spectrim.settings import CalibrationOptions
+from spectrim.settings import EFFORT, CalibrationOptions, effort
 from spectrim.storage import DENSE, forms
 
 
@@ -234,6 +234,33 @@ def with_patterns(
     """Changes of a recipe with patterns of names that stay dense, or are compressed alone, where there are some."""
     given = {"allocation.keep": keep, "allocation.only": only}
     return {**(changes or {}), **{key: list(patterns) for key, patterns in given.items() if patterns}}
+
+
+def with_effort(
+    name: str,
+    recipe: str | Path | Recipe,
+    changes: Mapping[str, Any] | None,
+    samples: Mapping[str, Any],
+    *,
+    gathers: bool,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Changes of a recipe, and options of the calibration, with what a level of effort sets and nobody else does.
+
+    Whoever changes anything of a recipe's compensation keeps all of it. Samples are set where the compression
+    `gathers` them, for a recipe that reads some.
+
+    Raises:
+        RecipeError: the recipe or the changes are none.
+        UsageError: there is no such level.
+    """
+    level, changed, given = effort(name), dict(changes or {}), dict(samples)
+    chosen = Recipe.read(recipe, changed)
+    if chosen.compensate.kind != "none" and not any(key.split(".")[0] == "compensate" for key in changed):
+        changed |= level.compensation
+        chosen = Recipe.read(recipe, changed)
+    if gathers and name != EFFORT and chosen.needs_statistics:
+        given = {"samples": level.samples, **given}
+    return changed, given
 
 
 def _check_format(recipe: Recipe, plan: Plan) -> None:

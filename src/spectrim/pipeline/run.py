@@ -1,7 +1,10 @@
 """The entry points: from a model and a recipe to statistics, spectra, plans and checkpoints."""
 
+import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +12,27 @@ from transformers import PreTrainedModel
 
 from spectrim.anatomy import Anatomy, anatomy
 from spectrim.calibrate import Statistics, calibrate
+from spectrim.calibrate.probe import peak_memory, written_bytes
 from spectrim.checkpoint import load, load_processor
 from spectrim.demo import resolve
 from spectrim.dense import check_dense
 from spectrim.disk.scratch import scratch
 from spectrim.errors import BudgetError, RecipeError
+from spectrim.estimate import Cost, Estimate
 from spectrim.metrics.spectra import cache_key, make_spectra
 from spectrim.pipeline.budget import Budget
 from spectrim.pipeline.context import Context
-from spectrim.pipeline.jobs import Job, check_job, check_samples, gathered, with_patterns
+from spectrim.pipeline.jobs import Job, check_job, check_samples, gathered, with_effort, with_patterns
 from spectrim.pipeline.stages import Compression, Progress
 from spectrim.plan.plan import Plan
 from spectrim.recipe import Recipe
-from spectrim.settings import CalibrationOptions
+from spectrim.settings import EFFORT, CalibrationOptions
 from spectrim.storage import stored_layers
+
+_log = logging.getLogger(__name__)
+
+Foresee = Callable[[PreTrainedModel, Anatomy, Statistics | None, Any, Path], Estimate]
+"""What a compression will take, of the model, its parts, statistics and processor, and the directory of its spectra."""
 
 
 @contextmanager
@@ -36,13 +46,16 @@ def compression(
     progress: Progress | None = None,
     keep: str | Path | None = None,
     check: Callable[[PreTrainedModel, Anatomy], None] | None = None,
+    foresee: Foresee | None = None,
     **calibration: Any,
 ) -> Iterator[Compression]:
     """Prepare a dense model for compression: statistics (opened, or gathered if the recipe needs them) and spectra.
 
     Statistics that are gathered now, and spectra beside them, stay in the directory `keep`, from where a run that was
     killed goes on; without one they are in a temporary directory while the block runs. `check` gets the model and its
-    parts before samples run through it, and raises where they do not fit what is to come. `calibration` are arguments
+    parts before samples run through it, and raises where they do not fit what is to come. With `foresee`, what is to
+    come is estimated from a probe of a few seconds, logged, compared at the end with what it took, and kept in the
+    record. `calibration` are arguments
     of :func:`spectrim.calibrate`, such as text, images, samples and seed.
 
     Raises:
@@ -70,17 +83,41 @@ def compression(
                 raise RecipeError(f"recipe '{chosen.name}' needs samples; give statistics, or the model's processor")
             options = gathered(chosen, calibration)
             home = folder if keep is not None else folder / "statistics"
+            options["estimate"] = foresee is not None
             statistics = calibrate(model, home, processor=processor, progress=report("calibrate"), **options)
         home = (folder if statistics is None else statistics.path) / "spectra"
         home = home / cache_key(chosen.metric, statistics, parts)
+        cost = None
+        if foresee is not None:
+            found = foresee(model, parts, statistics, processor, home)
+            disk = partial(written_bytes, home.parent.parent)
+            cost = Cost(found, time.monotonic, partial(peak_memory, model.device), disk)
+            _log.info("compress: will take about %s", found)
         spectra = make_spectra(model, parts, chosen.metric, statistics, home, report("decompose"))
-        yield Compression(model, chosen, statistics, spectra, parts, processor, progress)
+        prepared = Compression(model, chosen, statistics, spectra, parts, processor, progress, cost)
+        yield prepared
+        if cost is not None:
+            _log.info("compress: took %s; estimated were %s", cost.so_far(prepared.written), cost.estimate)
 
 
 def job_compression(
-    job: Job, model: PreTrainedModel, processor: Any, progress: Progress | None, calibration: Mapping[str, Any]
+    job: Job,
+    model: PreTrainedModel,
+    processor: Any,
+    progress: Progress | None,
+    calibration: Mapping[str, Any],
+    *,
+    estimate: bool = False,
 ) -> AbstractContextManager[Compression]:
-    """:func:`compression` of what was asked for."""
+    """:func:`compression` of what was asked for; with an `estimate` of what it will take, if asked."""
+
+    def foresee(
+        model: PreTrainedModel, parts: Anatomy, statistics: Statistics | None, processor: Any, spectra: Path
+    ) -> Estimate:
+        from spectrim.pipeline import probe
+
+        return probe.foresee(model, parts, job, statistics, processor, spectra)
+
     return compression(
         model,
         job.recipe,
@@ -89,6 +126,7 @@ def job_compression(
         progress=progress,
         keep=job.kept,
         check=job.check_parts,
+        foresee=foresee if estimate else None,
         **(calibration if job.statistics is None else {}),
     )
 
@@ -124,6 +162,7 @@ def compress(
     changes: dict[str, Any] | None = None,
     keep: Sequence[str] = (),
     only: Sequence[str] = (),
+    effort: str = EFFORT,
     overwrite: bool = False,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
@@ -147,6 +186,7 @@ def compress(
         processor: the processor or tokenizer of a loaded model, or the directory that has it; needed to gather samples
             and to make `out` complete. Found by itself where `model` is a name.
         keep, only: patterns of names of linears that stay dense, or that alone are compressed, such as "*.layers.0.*".
+        effort: "quick", "standard" or "thorough": samples, compensation and refinement where nothing else sets them.
         trust_remote_code: run code that the model brings; it is written into `out`, too.
         calibration: arguments of :func:`spectrim.calibrate`, such as text, images, samples and seed.
 
@@ -154,12 +194,14 @@ def compress(
         SpectrimError: of the kind that says which input is at fault.
     """
     _check_names(calibration)
+    changes = with_patterns(changes, keep, only)
+    changes, calibration = with_effort(effort, recipe, changes, calibration, gathers=stats is None)
     source = None if isinstance(model, PreTrainedModel) else resolve(model)
     job = check_job(
         model if isinstance(model, PreTrainedModel) else str(source),
         out,
         recipe=recipe,
-        changes=with_patterns(changes, keep, only),
+        changes=changes,
         budgets=limits(retain, bits, size, context, batch),
         plan=plan,
         stats=stats,

@@ -17,10 +17,12 @@ from spectrim.anatomy import Anatomy
 from spectrim.calibrate import Statistics
 from spectrim.calibrate.data import load_data, reload_data
 from spectrim.calibrate.passes import model_inputs
+from spectrim.calibrate.probe import written_bytes
 from spectrim.checkpoint import attach, save
 from spectrim.checkpoint.check import check_written, runnable
 from spectrim.compensate import Compensation
 from spectrim.errors import RecipeError, SpectrimError
+from spectrim.estimate import Cost, compared
 from spectrim.metrics.curvature import predicted_loss
 from spectrim.metrics.metric import summed
 from spectrim.metrics.spectra import Spectra
@@ -58,6 +60,7 @@ class Compression:
         parts: Anatomy,
         processor: Any = None,
         progress: Progress | None = None,
+        cost: Cost | None = None,
     ) -> None:
         self.model = model
         self.processor = processor
@@ -66,6 +69,8 @@ class Compression:
         self.spectra = spectra
         self.parts = parts
         self._progress = progress
+        self._cost = cost  # estimated, and the clock
+        self.written = 0  # bytes of checkpoints so far
         self.maker = Maker(model, recipe, statistics, spectra)
         self._tables = Tables(model, parts, recipe, statistics, processor, progress)
         self._losses: Mapping[str, torch.Tensor] | None = None
@@ -395,5 +400,15 @@ class Compression:
                 files={"plan.json": plan.json()},
                 overwrite=overwrite,
                 format=self.recipe.quantize.format,
-                verify=lambda directory: check_written(self.model, directory, samples),
+                verify=lambda directory: self._verified(directory, samples),
             )
+
+    def _verified(self, directory: Path, samples: list[Mapping[str, torch.Tensor]]) -> dict[str, Any]:
+        """Compare what was written with the model in memory; returns what it took, for the record."""
+        check_written(self.model, directory, samples)
+        self.written += written_bytes(directory)
+        calibrated = None if self.statistics is None else self.statistics.cost()
+        cost = {} if calibrated is None else {"calibrate": calibrated}
+        if self._cost is not None:
+            cost["compress"] = compared(self._cost.estimate, self._cost.so_far(self.written))
+        return {"cost": cost} if cost else {}

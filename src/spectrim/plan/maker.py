@@ -66,6 +66,8 @@ class Maker:
         """
         kept = self._home
         paths = {linear.name: kept / f"{linear.name}.safetensors" for linear in linears}
+        if progress is not None:
+            progress(0, len(linears))
         with ExitStack() as stack:
             if self._recipe.quantize.bits is not None and not all(path.exists() for path in paths.values()):
                 stack.enter_context(self._writing())

@@ -24,5 +24,5 @@ def set_runtime(model: nn.Module, runtime: str) -> dict[str, int]:
     layouts = Counter(layout for layout in found if layout is not None)
     if layouts:
         listed = ", ".join(f"{count} {name}" for name, count in sorted(layouts.items()))
-        logger.info("layers run with the runtime %s in these layouts: %s", runtime, listed)
+        logger.debug("layers run with the runtime %s in these layouts: %s", runtime, listed)
     return dict(layouts)

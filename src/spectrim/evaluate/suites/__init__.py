@@ -87,10 +87,13 @@ class SuiteReport:
     limit: int | None
     scores: dict[str, tuple[Score, ...]]
 
+    def json(self) -> str:
+        """Indented JSON."""
+        return json.dumps({**asdict(self), "suite": self.suite.model_dump(mode="json")}, indent=2) + "\n"
+
     def write(self, path: str | Path) -> None:
         """Write JSON; the file appears whole or not at all."""
-        tree = {**asdict(self), "suite": self.suite.model_dump(mode="json")}
-        write_whole(user_path(path), (json.dumps(tree, indent=2) + "\n").encode())
+        write_whole(user_path(path), self.json().encode())
 
 
 def read_scores(output: Mapping[str, Any], tasks: Sequence[str]) -> tuple[Score, ...]:

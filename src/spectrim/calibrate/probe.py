@@ -1,0 +1,85 @@
+"""What a calibration will take on this machine: a few of its steps are run and timed, and their sums thrown away."""
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+
+from spectrim.calibrate.distributed import share
+from spectrim.calibrate.manifest import CalibrationUnit, Manifest
+from spectrim.calibrate.moments import Sums
+from spectrim.estimate import Estimate, Unit, calibration
+from spectrim.samples import Modality
+
+_SECONDS = 0.7  # of steps that are timed for each unit
+_WARM = 5.0  # seconds up to which a first step only warms up: it touches the memory of the sums and checks the model
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process has held so far; on a CUDA device, those allocated there."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    kilo = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilo
+
+
+def held_memory(device: torch.device) -> int:
+    """The bytes that this process holds now, as far as the system says; else as `peak_memory`."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except OSError:
+        return peak_memory(device)
+
+
+def written_bytes(directory: Path) -> int:
+    """Bytes of all files below a directory; 0 where there is none."""
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+
+
+def foresee(
+    manifest: Manifest,
+    samples: Mapping[Modality, int],
+    device: torch.device,
+    steps: Callable[[CalibrationUnit, Sums], Iterator[None]],
+) -> Estimate:
+    """What is left of a calibration.
+
+    Args:
+        manifest: how far it is.
+        samples: of each modality.
+        device: of the model.
+        steps: runs a unit's batches into sums, and yields after each.
+    """
+    before, units, kept = held_memory(device), [], 0
+    for unit in manifest.units:
+        sums = Sums(torch.device("cpu"))
+        began = time.monotonic()
+        first, counted = 0, 0
+        for number, _ in enumerate(steps(unit, sums)):
+            took = time.monotonic() - began
+            if number == 0 and took < _WARM:
+                began, first = time.monotonic(), sums.samples
+                continue
+            counted = sums.samples - first
+            if took >= _SECONDS:
+                break
+        counted = counted or sums.samples
+        kept = max(kept, nbytes := sums_bytes(sums))
+        left = samples[unit.modality] - manifest.gathered[unit.name].samples
+        units.append(Unit(left, (time.monotonic() - began) / max(counted, 1), nbytes))
+        del sums
+    work = max(0, peak_memory(device) - before - kept)
+    return calibration(units, held=before, work=work, processes=share()[1])
+
+
+def sums_bytes(sums: Sums) -> int:
+    """Bytes of all tensors of one unit's sums."""
+    tensors = [t for one in sums.moments.values() for t in (one.second, one.abs_sum)]
+    tensors += sums.fisher.values()
+    tensors += [t for one in sums.outputs.values() for t in (*one.sums.values(), one.traces)]
+    return sum(tensor.nbytes for tensor in tensors)

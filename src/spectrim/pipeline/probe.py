@@ -1,0 +1,170 @@
+"""What a compression will take on this machine: a few linears and one batch of each modality are tried and timed."""
+
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from spectrim.anatomy import Anatomy
+from spectrim.calibrate import Statistics
+from spectrim.calibrate.data import SAMPLE_SETTINGS, load_data
+from spectrim.calibrate.passes import forward_options, model_inputs, prepared
+from spectrim.calibrate.probe import held_memory, peak_memory
+from spectrim.errors import SpectrimError
+from spectrim.estimate import Checkpoints, Estimate, Rates, by_work, compression, work
+from spectrim.linear import Linear
+from spectrim.maths.closed_form import anchored_weight
+from spectrim.maths.decompose import decompose
+from spectrim.metrics.metric import chosen, layer_metric
+from spectrim.pipeline.budget import Sizes
+from spectrim.pipeline.jobs import Job
+from spectrim.plan.options import Menu, menu
+from spectrim.recipe import Recipe
+from spectrim.storage import Problem, made
+
+_HELD = 14  # times the outputs of a block's linears: what walks hold of every sample, measured on two models
+_SECONDS = 4.0  # of linears that are tried; larger ones are then put in proportion
+
+Kind = tuple[int, int, int, bool]
+"""Outputs, inputs, parts that are factored apart, and whether it may be integers: linears that take equally long."""
+
+
+def foresee(
+    model: PreTrainedModel,
+    parts: Anatomy,
+    job: Job,
+    statistics: Statistics | None,
+    processor: Any,
+    spectra: Path,
+) -> Estimate:
+    """What is left of a compression whose statistics are there, if any.
+
+    Args:
+        model: dense.
+        parts: of it.
+        job: what was asked for.
+        statistics: that it uses.
+        processor: of the model.
+        spectra: the directory that has the spectra of earlier runs.
+    """
+    recipe, sizes = job.recipe, Sizes(model, parts)
+    if job.plan is None:
+        most = [max(1, budget.linear_bytes(sizes)) for budget in job.budgets]
+    else:
+        most = [job.fitted_plan(parts).bytes]
+    before = held_memory(model.device)
+    first: dict[Kind, Linear] = {}
+    for linear in parts.linears:
+        first.setdefault(_kind(recipe, linear), linear)
+    measured: dict[Kind, Rates] = {}
+    began, share = time.monotonic(), sum(most) / len(most) / sizes.linears
+    with torch.no_grad():
+        for kind, linear in sorted(first.items(), key=lambda item: work(item[0][:2])):
+            if measured and time.monotonic() - began > _SECONDS:
+                break
+            if not measured:
+                _try(model, linear, recipe, statistics, share)  # libraries begin slowly
+            measured[kind] = _try(model, linear, recipe, statistics, share)
+    compensates = recipe.compensate.kind != "none"
+    walk, kept = _walk(model, parts, recipe, statistics, processor) if compensates else (0.0, 0)
+    fresh = [linear for linear in parts.linears if not (spectra / f"{linear.name}.safetensors").exists()]
+    changed = [linear for linear in parts.linears if recipe.allocation.reason(linear) is None]
+    done = Checkpoints(
+        decompose=Counter(_kind(recipe, linear) for linear in fresh),
+        make=Counter(_kind(recipe, linear) for linear in changed),
+        spectra={kind: _spectrum_bytes(recipe, kind) for kind in first},
+        targets=len(most),
+        bytes=sum(most) + len(most) * sizes.fixed,
+        kept=sum(most) if compensates else 0,
+        compensates=compensates,
+    )
+    rates = by_work(measured, {kind: kind[:2] for kind in first})
+    tried = max(0, peak_memory(model.device) - before)
+    return compression(done, rates, walk=walk, held=before, work=max(tried, kept + sizes.fixed + max(most)))
+
+
+def _kind(recipe: Recipe, linear: Linear) -> Kind:
+    heads = linear.per_head or 1 if recipe.metric.per_head else 1
+    return linear.out_features, linear.in_features, heads, recipe.quantize.takes(linear.role)
+
+
+def _spectrum_bytes(recipe: Recipe, kind: Kind) -> int:
+    """Of a spectrum in its file: directions of the smaller side of the weight, or of each part (see ``Spectrum``)."""
+    out, size, heads, _ = kind
+    sides = 2 if recipe.metric.kind == "curvature" else 1
+    if heads > 1:
+        return sides * 4 * out * min(out // heads, size)
+    return sides * (8 * size**2 if out > size else 4 * out**2)
+
+
+def _try(model: PreTrainedModel, linear: Linear, recipe: Recipe, statistics: Statistics | None, share: float) -> Rates:
+    """Seconds of one linear, whose results are thrown away."""
+    W: Any = model.get_submodule(linear.name).weight
+    began = time.perf_counter()
+    metric = layer_metric(recipe.metric, linear, statistics, W.device)
+    heads = _kind(recipe, linear)[2]
+    spectrum = decompose(W, metric.value, metric.output, heads)
+    decomposed = time.perf_counter()
+    problem = Problem(
+        linear,
+        lambda: W,
+        lambda: (metric.value, metric.output),
+        recipe.storage,
+        recipe.quantize,
+        heads=heads,
+        kept=spectrum,
+    )
+    options = menu(problem)
+    listed = time.perf_counter()
+    if recipe.compensate.kind != "none":
+        C = layer_metric(recipe.metric, linear, statistics, W.device).value
+        if C is not None and C.ndim == 2:
+            target = anchored_weight(W, C, W.to(C) @ C, recipe.compensate.damping)
+            problem = replace(problem, weight=lambda: target, kept=None)
+    made(problem, *_bought(options, share))
+    return Rates(decomposed - began, listed - decomposed, time.perf_counter() - listed)
+
+
+def _bought(options: Menu, share: float) -> tuple[str, Any]:
+    """Form and spec of the option that loses least in this share of the dense bytes, else of the smallest."""
+    fitting = (options.bytes <= share * options.linear.nbytes).nonzero()[0]
+    number = fitting[options.error[fitting].argmin()] if len(fitting) else options.bytes.argmin()
+    return options.option(int(number))
+
+
+def _walk(
+    model: PreTrainedModel, parts: Anatomy, recipe: Recipe, statistics: Statistics | None, processor: Any
+) -> tuple[float, int]:
+    """Seconds of one forward pass of all samples that compensation runs, and bytes that it keeps of them.
+
+    Both are zero where there are no samples any more, which the compression itself will say.
+    """
+    if statistics is None or processor is None:
+        return 0.0, 0
+    source, settings = statistics.manifest.data, statistics.manifest.settings
+    size = min(settings.batch_size, settings.samples)
+    options = settings.model_dump(include=SAMPLE_SETTINGS) | {"samples": size}
+    sees = parts.tower is not None
+    try:
+        data = load_data(model, processor, text=source.text, images=source.images, sees=sees, **options)
+    except SpectrimError:
+        return 0.0, 0
+    number = min(settings.samples, recipe.compensate.samples or settings.samples)
+    blocks = Counter[str | None]()
+    for linear in parts.linears:
+        blocks[linear.block] += linear.out_features
+    seconds, kept = 0.0, 0
+    with prepared(model), torch.no_grad():
+        for modality in chosen(recipe.metric, {modality: modality for modality in data.samples}):
+            batch = next(data.batches(modality, size))
+            inputs, began = model_inputs(model, batch), 0.0
+            for _ in range(2):  # the first warms up
+                began = time.perf_counter()
+                model(**inputs, **forward_options(model))
+            seconds += (time.perf_counter() - began) * number / batch.samples
+            kept += _HELD * number * inputs["input_ids"].shape[1] * max(blocks.values()) * model.dtype.itemsize
+    return seconds, kept

@@ -1,0 +1,46 @@
+"""What a level of effort sets, and that whoever says something else wins."""
+
+import pytest
+
+import spectrim
+from spectrim.calibrate import Statistics
+from spectrim.checkpoint import read_provenance
+from spectrim.errors import UsageError
+from spectrim.pipeline.jobs import with_effort
+from spectrim.settings import CALIBRATION, EFFORTS
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe", "changes", "samples", "wanted"),
+    [
+        ("standard", "spectrim", {}, {}, ({}, {})),
+        ("quick", "spectrim", {}, {}, ({"compensate.kind": "none"}, {"samples": 32})),
+        ("quick", "spectrim", {}, {"samples": 7}, ({"compensate.kind": "none"}, {"samples": 7})),
+        ("quick", "spectrim", {"compensate.samples": 9}, {}, ({"compensate.samples": 9}, {"samples": 32})),
+        ("quick", "svd", {}, {}, ({}, {})),  # which reads none
+        ("thorough", "laser", {"metric.eta": "token"}, {}, ({"metric.eta": "token"}, {"samples": 256})),
+        ("thorough", "adasvd", {}, {}, ({"compensate.samples": 128, "compensate.refine": 50}, {"samples": 256})),
+    ],
+)
+def test_what_it_sets(name, recipe, changes, samples, wanted):
+    assert with_effort(name, recipe, changes, samples, gathers=True) == wanted
+
+
+def test_statistics_have_their_own_samples():
+    assert with_effort("quick", "spectrim", {}, {}, gathers=False) == ({"compensate.kind": "none"}, {})
+
+
+def test_the_standard_is_what_all_defaults_say():
+    assert EFFORTS["standard"].samples == CALIBRATION.samples
+    assert not EFFORTS["standard"].compensation
+
+
+def test_the_library_and_the_record_follow(tmp_path):
+    with pytest.raises(UsageError, match="no effort 'much'; choose from quick, standard, thorough"):
+        spectrim.compress("demo", tmp_path / "x", retain=0.5, effort="much")
+    options = {"effort": "quick", "seqlen": 8, "images": None}
+    spectrim.compress("demo", tmp_path / "out", retain=0.5, **options)
+    record = read_provenance(tmp_path / "out")
+    assert (record["calibration"]["samples"], record["recipe"]["compensate"]["kind"]) == (32, "none")
+    assert Statistics.open(tmp_path / "out.stats").manifest.settings.samples == 32
+    assert "cost" not in record  # nobody asked
