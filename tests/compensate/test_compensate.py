@@ -228,7 +228,7 @@ def test_fewer_samples_are_the_first_ones(calibrated):
     assert torch.equal(results[1], results[2])
 
 
-def test_a_killed_run_goes_on_after_the_last_unit_and_ends_with_the_same_bits(words, tmp_path, monkeypatch):
+def test_a_killed_run_goes_on_after_the_last_unit_and_ends_with_the_same_bits(words, tmp_path, monkeypatch, caplog):
     model, statistics = prepare("llava", words, tmp_path / "s")
     before, threads = weights(model), threading.active_count()
     options = {"stats": statistics, "processor": processor("llava"), "changes": ANCHORED}
@@ -251,11 +251,13 @@ def test_a_killed_run_goes_on_after_the_last_unit_and_ends_with_the_same_bits(wo
     assert len(files) == 3
     monkeypatch.setattr(Store, "write", real)
     reports = []
+    caplog.set_level("INFO", "spectrim")
     watched = compression(model, "jw-svd", **options, progress=lambda *report: reports.append(report))
     with watched as prepared, prepared.applied(prepared.plan(0.5)) as small:
         resumed = logits(small)
     steps = [report[1:] for report in reports if report[0] == "compensate"]
-    assert [done for done, _ in steps] == list(range(4, steps[-1][1] + 1))
+    assert [done for done, _ in steps] == list(range(3, steps[-1][1] + 1))  # from where it goes on
+    assert f"compensate: resuming after block 3 of {steps[-1][1]}" in caplog.messages
     assert {path: path.stat().st_mtime_ns for path in files} == files
     model, other = prepare("llava", words, tmp_path / "t")
     with compression(model, "jw-svd", **{**options, "stats": other}) as prepared:
