@@ -18,8 +18,8 @@ COMMANDS = typer.main.get_command(app).commands
 RUN = {"device", "dtype", "trust_remote_code", "help", "json", "dry_run", *RunOptions.model_fields}  # of a run
 CALIBRATE = ("model", "out", "processor", "progress", "estimate")  # arguments of the library alone
 OWN = {  # of compress, in both
-    "recipe", "retain", "bits", "size", "plan", "stats", "changes", "keep", "only", "effort", "overwrite",
-    "trust_remote_code",
+    "recipe", "retain", "bits", "size", "context", "batch", "plan", "stats", "changes", "keep", "only", "effort",
+    "overwrite", "trust_remote_code",
 }  # fmt: skip
 
 

@@ -30,12 +30,14 @@ WRITES = {
     "`plan.json`, the record `spectrim.json` (recipe, data, predicted loss, estimated and actual cost) and the model "
     "card. Without `--stats`, statistics in `OUT.stats`. Spectra, options and compensated blocks beside the "
     "statistics, from which further runs start.",
-    "demo": "Statistics, checkpoints and `results.json` in `--out`.",
+    "demo": "Statistics, checkpoints, `results.json` and, with the extra `report`, `report.html` in `--out`.",
     "evaluate": "The file that `--json` names, and with `--card` the model card of each compressed checkpoint.",
     "inspect": "`inspection.json` and plots in `--out`.",
+    "pareto": "Checkpoints, one for each recipe and size, and `results.json` in `--out`.",
     "plan": "Spectra and options beside the statistics, and the file that `--json` names.",
     "push": "A model repository on the Hugging Face hub.",
     "recipes": "Nothing, but for the file that `--json` names.",
+    "report": "The page, one HTML file.",
 }
 EXIT_CODES = """| code | meaning |
 |---|---|

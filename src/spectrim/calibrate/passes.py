@@ -3,16 +3,21 @@
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from spectrim.calibrate.data import load_data
 from spectrim.calibrate.hooks import Watch
 from spectrim.calibrate.moments import Sums
 from spectrim.calibrate.positions import positions
+from spectrim.calibrate.statistics import Statistics
+from spectrim.errors import SpectrimError
 from spectrim.linear import Linear
 from spectrim.samples import Batch
+from spectrim.trace import few_tokens
 
 
 @contextmanager
@@ -78,3 +83,21 @@ def run_batch(
     watch.finish(f"{batch.modality} batch {sums.batches + 1}")
     sums.batches += 1
     sums.samples += batch.samples
+
+
+def short_samples(
+    model: PreTrainedModel, processor: Any, statistics: Statistics | None, *, sees: bool
+) -> list[dict[str, torch.Tensor]]:
+    """Inputs of one short sample of each modality of the statistics; tokens alone where no samples are at hand."""
+    if statistics is not None and processor is not None:
+        source, settings = statistics.manifest.data, statistics.manifest.settings
+        options: dict[str, Any] = {"text": source.text, "images": source.images, "seed": settings.seed}
+        options |= {"samples": 1, "seqlen": min(settings.seqlen, 32), "instruction": settings.instruction}
+        try:
+            data = load_data(model, processor, sees=sees, **options)
+            batches = [next(data.batches(modality, 1)) for modality in data.samples]
+        except SpectrimError:  # they may be gone since
+            batches = []
+        if batches:
+            return [model_inputs(model, batch) for batch in batches]
+    return [few_tokens(model, 5)]

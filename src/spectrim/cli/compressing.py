@@ -103,9 +103,7 @@ Size = Annotated[
     list[str] | None, typer.Option(help="The most that the weight files may take, such as 3.5GB or 900MiB; repeatable.")
 ]
 Bits = Annotated[list[float] | None, typer.Option(help="Bits per weight of the linears; repeatable.")]
-Tokens = Annotated[
-    int | None, typer.Option("--context", help="Let --size hold the key/value cache of so many tokens, too.")
-]
+Tokens = Annotated[int | None, typer.Option(help="Let --size hold the key/value cache of so many tokens, too.")]
 Batch = Annotated[int, typer.Option(help="Sequences in the cache of --context.")]
 Retain = Annotated[list[float] | None, typer.Option(help="Share of the linears' bytes to keep; repeatable.")]
 Changes = Annotated[list[str] | None, typer.Option("--set", help="Change the recipe: key=value.")]
@@ -122,7 +120,7 @@ def _plan(
     recipe: RecipeName = "spectrim",
     retain: Retain = None,
     size: Size = None,
-    cached: Tokens = None,
+    context: Tokens = None,
     batch: Batch = 1,
     bits: Bits = None,
     stats: Annotated[Path | None, typer.Option(help="The statistics directory of the model.")] = None,
@@ -147,7 +145,7 @@ def _plan(
 
     quiet()
     check_device(device)
-    limits = _budgets(size, bits, retain, cached, batch)
+    limits = _budgets(size, bits, retain, context, batch)
     if len(limits) != 1:
         raise BudgetError("give one limit, such as --size 3.5GB; plan says what other sizes would come to")
     if json is not None and not is_standard(json):
@@ -203,7 +201,7 @@ def _changed(changes: list[str] | None, keep: list[str] | None, only: list[str] 
 
 
 def _budgets(
-    size: list[str] | None, bits: list[float] | None, retain: list[float] | None, cached: int | None, batch: int
+    size: list[str] | None, bits: list[float] | None, retain: list[float] | None, context: int | None, batch: int
 ) -> "list[Budget]":
     """The limits of the command line, in the order of the options."""
     from spectrim.pipeline.run import limits
@@ -213,7 +211,7 @@ def _budgets(
         *((None, value, None) for value in bits or []),
         *((value, None, None) for value in retain or []),
     ]
-    return [limit for one in asked or [(None, None, None)] for limit in limits(*one, cached, batch)]
+    return [limit for one in asked or [(None, None, None)] for limit in limits(*one, context, batch)]
 
 
 @verb(
@@ -229,7 +227,7 @@ def _compress(
     recipe: RecipeName = "spectrim",
     retain: Retain = None,
     size: Size = None,
-    cached: Tokens = None,
+    context: Tokens = None,
     batch: Batch = 1,
     bits: Bits = None,
     plan: Annotated[Path | None, typer.Option(help="A plan.json to obey instead of a limit.")] = None,
@@ -270,7 +268,7 @@ def _compress(
         out,
         recipe=recipe,
         changes=changed,
-        budgets=_budgets(size, bits, retain, cached, batch),
+        budgets=_budgets(size, bits, retain, context, batch),
         plan=plan,
         stats=stats,
         overwrite=overwrite,

@@ -29,7 +29,7 @@ _NOT_OF_SUITES = tuple(name for name in EvaluationOptions.model_fields if name !
 
 @verb("evaluate", record=EvaluationOptions, after_stop="no results were written, and the same command starts again")
 def _evaluate(
-    context: typer.Context,
+    ctx: typer.Context,
     models: Annotated[list[str], typer.Argument(help="Model directories, or 'demo'; the dense one first.")],
     options: EvaluationOptions,
     given: dict[str, Any],
@@ -46,13 +46,13 @@ def _evaluate(
 ) -> None:
     """Measure perplexity and VQA accuracy of models, and their differences to the dense one."""
     if suite is None:
-        refuse(context, ["limit"], "without --suite")
+        refuse(ctx, ["limit"], "without --suite")
         options.check_together()
         options.check_effect(given)
     elif card:
         raise SampleError("a card holds the results of --tasks, not those of a suite; leave --card or --suite out")
     else:
-        refuse(context, _NOT_OF_SUITES, "on a suite, which has its own tasks and samples")
+        refuse(ctx, _NOT_OF_SUITES, "on a suite, which has its own tasks and samples")
     from spectrim.cli.intent import model_item, results_items, source_items, would
     from spectrim.demo import resolve
     from spectrim.evaluate.running import evaluate, is_compressed
@@ -115,9 +115,7 @@ def _bench(
     prompt: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 128,
     new: Annotated[int, typer.Option(help="Tokens to generate.")] = 32,
     image: Annotated[bool, typer.Option("--image", help="Time to the first token after an image, too.")] = False,
-    cached: Annotated[
-        int | None, typer.Option("--context", help="Time a step with so many tokens in the cache, too.")
-    ] = None,
+    context: Annotated[int | None, typer.Option(help="Time a step with so many tokens in the cache, too.")] = None,
     latent_cache: Annotated[
         bool, typer.Option("--latent-cache", help="Run models with keys and values by head with latent caches, too.")
     ] = False,
@@ -141,7 +139,7 @@ def _bench(
     quiet()
     check_results(json)
     paths, batches = [resolve(model) for model in models], [int(part) for part in batch.split(",")]
-    turns: dict[str, Any] = {"prompt": prompt, "new": new, "repeats": repeats, "context": cached, "device": device}
+    turns: dict[str, Any] = {"prompt": prompt, "new": new, "repeats": repeats, "context": context, "device": device}
     if dry_run:
         from spectrim.checkpoint import read_config
         from spectrim.cli.intent import model_item, results_items, would

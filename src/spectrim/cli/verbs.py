@@ -77,17 +77,17 @@ def verb(
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         @wraps(function)
-        def run(context: typer.Context, **values: Any) -> None:
+        def run(ctx: typer.Context, **values: Any) -> None:
             said = {field: values.pop(field) for field in RunOptions.model_fields} if runs else {}
             said = {field: user_path(value) if isinstance(value, Path) else value for field, value in said.items()}
             with speaking(RunOptions.checked(**said), json_out=is_standard(values.get("json"))):
                 if record is not None:
                     read = {field: _value(record, field, values.pop(field)) for field in record.model_fields}
                     values["options"] = record.checked(**read)
-                    values["given"] = {field: read[field] for field in read if is_given(context, field)}
+                    values["given"] = {field: read[field] for field in read if is_given(ctx, field)}
                 values = {key: user_path(value) if isinstance(value, Path) else value for key, value in values.items()}
-                if "context" in signature(function).parameters:
-                    values["context"] = context
+                if "ctx" in signature(function).parameters:
+                    values["ctx"] = ctx
                 try:
                     function(**values)
                 except KeyboardInterrupt as stop:
@@ -95,10 +95,10 @@ def verb(
                     print(f"spectrim: stopped; {after_stop}", file=sys.stderr)
                     raise SystemExit(code) from stop
 
-        own = [p for name, p in signature(function).parameters.items() if name not in ("context", "options", "given")]
+        own = [p for name, p in signature(function).parameters.items() if name not in ("ctx", "options", "given")]
         options = [option for one in records for option in _options(one)]
-        context = Parameter("context", Parameter.KEYWORD_ONLY, annotation=typer.Context)
-        parameters = [context, *(p.replace(kind=Parameter.KEYWORD_ONLY) for p in own), *options]
+        ctx = Parameter("ctx", Parameter.KEYWORD_ONLY, annotation=typer.Context)
+        parameters = [ctx, *(p.replace(kind=Parameter.KEYWORD_ONLY) for p in own), *options]
         run.__signature__ = signature(function).replace(parameters=parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
         app.command(name)(run)

@@ -15,13 +15,13 @@ from transformers import PreTrainedModel
 
 from spectrim.anatomy import Anatomy
 from spectrim.calibrate import Statistics
-from spectrim.calibrate.data import load_data, reload_data
-from spectrim.calibrate.passes import model_inputs
+from spectrim.calibrate.data import reload_data
+from spectrim.calibrate.passes import short_samples
 from spectrim.calibrate.probe import written_bytes
 from spectrim.checkpoint import attach, save
 from spectrim.checkpoint.check import check_written, runnable
 from spectrim.compensate import Compensation
-from spectrim.errors import RecipeError, SpectrimError
+from spectrim.errors import RecipeError
 from spectrim.estimate import Cost, compared
 from spectrim.metrics.curvature import predicted_loss
 from spectrim.metrics.metric import summed
@@ -40,7 +40,6 @@ from spectrim.recipe import Recipe
 from spectrim.samples import load_text, text_windows
 from spectrim.storage import DENSE, Spec, Tensors, filled, form, share, unshare
 from spectrim.storage.base import checked_linear
-from spectrim.trace import few_tokens
 
 _log = logging.getLogger("spectrim")
 
@@ -365,22 +364,8 @@ class Compression:
     @cached_property
     def _compared(self) -> list[Mapping[str, torch.Tensor]]:
         """The inputs on which written checkpoints are compared with the model in memory; one set for all budgets."""
-        return runnable(self.model, self._short_samples())
-
-    def _short_samples(self) -> list[dict[str, torch.Tensor]]:
-        """Inputs of one short sample of each modality; tokens alone where no samples are at hand."""
-        if self.statistics is not None and self.processor is not None:
-            source, settings = self.statistics.manifest.data, self.statistics.manifest.settings
-            options: dict[str, Any] = {"text": source.text, "images": source.images, "seed": settings.seed}
-            options |= {"samples": 1, "seqlen": min(settings.seqlen, 32), "instruction": settings.instruction}
-            try:
-                data = load_data(self.model, self.processor, sees=self.parts.tower is not None, **options)
-                batches = [next(data.batches(modality, 1)) for modality in data.samples]
-            except SpectrimError:  # they may be gone since
-                batches = []
-            if batches:
-                return [model_inputs(self.model, batch) for batch in batches]
-        return [few_tokens(self.model, 5)]
+        sees = self.parts.tower is not None
+        return runnable(self.model, short_samples(self.model, self.processor, self.statistics, sees=sees))
 
     def save(
         self, plan: Plan, out: str | Path, *, processor: Any = None, overwrite: bool = False, keep: bool = False
