@@ -18,7 +18,7 @@ FLOORS = (
     ("checkpoint", "metrics", "mismatch"),
     ("evaluate", "plan", "serve"),
     ("bench", "compensate"),
-    ("pipeline",),
+    ("pipeline", "ui"),
     ("spectrim", "demonstration"),
     ("cli", "harness"),
     ("__main__",),

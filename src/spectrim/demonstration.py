@@ -11,7 +11,7 @@ from rich.table import Table
 from spectrim.calibrate import calibrate
 from spectrim.calibrate.snapshot import check_home
 from spectrim.checkpoint import check_target, load, load_processor
-from spectrim.checks import check_directory, check_file
+from spectrim.checks import check_device, check_directory, check_file
 from spectrim.demo import resolve
 from spectrim.evaluate import EvaluationReport, evaluate, load_questions
 from spectrim.pipeline import compression
@@ -34,8 +34,18 @@ class Demonstration:
     seconds: float
 
 
-def show(out: Path, *, samples: int, progress: Callable[[str, int, int], None]) -> Demonstration:
+def show(
+    out: Path,
+    *,
+    samples: int,
+    progress: Callable[[str, int, int], None],
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Demonstration:
     """Run the demo into `out`; `samples` questions of each task are asked of every model.
+
+    `device` and `dtype` are where and in what models run; None: as the loader and :func:`evaluate` choose, in float32
+    where answers are compared.
 
     What an earlier run left there is replaced, or gone on from; nothing else is touched. Raises SpectrimError where
     something else is in the way.
@@ -43,13 +53,14 @@ def show(out: Path, *, samples: int, progress: Callable[[str, int, int], None]) 
     started = time.perf_counter()
     targets = {(recipe, retain): out / f"{recipe}-{retain:.0%}" for recipe in RECIPES for retain in BUDGETS}
     EvaluationOptions.checked(samples=samples)
+    check_device(device)
     check_directory(out, "-o")
     check_home(out / "statistics")
     check_file(out / "results.json", "-o")
     for target in targets.values():
         check_target(target, overwrite=True)
     source = resolve("demo")
-    model, processor = load(source), load_processor(source)
+    model, processor = load(source, device_map=device, dtype=dtype), load_processor(source)
     statistics = calibrate(
         model,
         out / "statistics",
@@ -74,7 +85,8 @@ def show(out: Path, *, samples: int, progress: Callable[[str, int, int], None]) 
         seqlen=256,
         max_tokens=8192,
         batch_size=40,
-        dtype=torch.float32,
+        device=device,
+        dtype=dtype or torch.float32,
         progress=progress,
     )
     report.write(out / "results.json")

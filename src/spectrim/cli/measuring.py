@@ -142,6 +142,8 @@ def _bench(
 def _demo(
     out: Annotated[Path, typer.Option("-o", "--out", help="Where checkpoints and results go.")] = Path("spectrim-demo"),
     samples: Annotated[int, typer.Option(help="Questions of each task.")] = 40,
+    device: Device = None,
+    dtype: Dtype = None,
 ) -> None:
     """Compress the built-in model by spectrim, LASER, JW-SVD and text-only baselines, and compare the results."""
     from spectrim.demonstration import show as run
@@ -149,7 +151,7 @@ def _demo(
 
     quiet()
     with progress() as report:
-        result = run(out, samples=samples, progress=report)
+        result = run(out, samples=samples, device=device, dtype=dtype_of(dtype), progress=report)
     show(table(result.report))
     if (predicted := losses(result.report)) is not None:
         show(predicted)
