@@ -1,5 +1,6 @@
 """The verb that answers in a browser: chat."""
 
+from pathlib import Path
 from threading import Event
 from typing import Annotated, Any
 
@@ -34,7 +35,9 @@ def _chat(
     check_page(host, port)
     check_device(device)
     how: dict[str, Any] = {"device_map": device, "dtype": dtype_of(dtype), "trust_remote_code": trust_remote_code}
-    speakers = open_speakers([resolve(model) for model in models], models, **how)
+    short = [Path(model).name or model for model in models]
+    names = short if len(set(short)) == len(short) else models
+    speakers = open_speakers([resolve(model) for model in models], names, **how)
     serve(
         speakers,
         max_new_tokens=max_new_tokens,
