@@ -19,7 +19,9 @@ from spectrim.evaluate.suites import Suite
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-ELSEWHERE = re.compile(r"OWNER/NAME|--suite|\blm_eval|lmms_eval|\bvllm\b")  # needs a hub, a harness or a server
+ELSEWHERE = re.compile(
+    r"OWNER/NAME|--suite|\blm_eval|lmms_eval|\bvllm\b|Qwen|spectrim chat"
+)  # needs a hub, or a server
 MODELS = {"MODEL", "DENSE", "demo"}
 SMALLER = {
     "calibrate": ["--samples", "6", "--batch-size", "6"],

@@ -18,7 +18,7 @@ FLOORS = (
     ("checkpoint", "metrics", "mismatch"),
     ("evaluate", "plan", "serve"),
     ("bench", "compensate"),
-    ("pipeline", "report"),
+    ("pipeline", "report", "ui"),
     ("spectrim", "demonstration"),
     ("cli", "harness"),
     ("__main__",),

@@ -26,6 +26,7 @@ WRITES = {
     "bench": "Nothing, but for the file that `--json` names.",
     "calibrate": "The statistics directory `--out`: moments as safetensors, `manifest.json`, and `cost.json` with what "
     "was estimated and what it took. A run that was stopped goes on from there.",
+    "chat": "Nothing.",
     "compress": "A checkpoint in `--out`, or one for each limit in it: weights, config, tokenizer and processor, "
     "`plan.json`, the record `spectrim.json` (recipe, data, predicted loss, estimated and actual cost) and the model "
     "card. Without `--stats`, statistics in `OUT.stats`. Spectra, options and compensated blocks beside the "

@@ -11,6 +11,7 @@ from spectrim.errors import BudgetError, UsageError
 from spectrim.files import parse_json
 from spectrim.samples import load_images, load_text
 from spectrim.samples.sources import local_path, no_datasets
+from spectrim.settings import counts
 
 _MAPS = ("auto", "balanced", "balanced_low_0", "sequential")  # names of accelerate for several devices
 
@@ -39,15 +40,17 @@ def check_device(name: str | None) -> None:
         raise UsageError(f"device '{name}' is not there, this machine has {has}; choose another, such as cpu")
 
 
-def check_sources(text: str | None, images: str | None) -> None:
+def check_sources(text: str | tuple[str, ...] | None, images: str | tuple[str, ...] | None) -> None:
     """Read local sources of samples; SampleError for one that is missing, of a wrong kind, empty or malformed.
 
     Data sets of the hub are not fetched, but the package that fetches them is asked for.
     """
-    if text is not None and _reads_at_once(text):
-        load_text(text)
-    if images is not None and _reads_at_once(images):
-        load_images(images, samples=1, seed=0)
+    for name in counts(text, 1) if text is not None else ():
+        if _reads_at_once(name):
+            load_text(name, check=True)
+    for name in counts(images, 1) if images is not None else ():
+        if _reads_at_once(name):
+            load_images(name, samples=1, seed=0)
 
 
 def _reads_at_once(source: str) -> bool:

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -13,7 +14,7 @@ from spectrim.bench.frontier import Point, last_part
 from spectrim.calibrate import calibrate
 from spectrim.calibrate.snapshot import check_home
 from spectrim.checkpoint import check_target, load, load_processor
-from spectrim.checks import check_directory, check_file
+from spectrim.checks import check_device, check_directory, check_file
 from spectrim.demo import resolve
 from spectrim.errors import ReportError
 from spectrim.evaluate import evaluate
@@ -89,13 +90,24 @@ def _losses(point: Point, dense: Point) -> str:
     return " and ".join(word for word, kept in (("sight", sight), ("language", language)) if kept < KEPT)
 
 
-def show(out: Path, *, samples: int, progress: Callable[[str, int, int], None]) -> Demonstration:
+def show(
+    out: Path,
+    *,
+    samples: int,
+    progress: Callable[[str, int, int], None],
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Demonstration:
     """Run the demo into `out`; `samples` questions of each task are asked of every model.
+
+    `device` and `dtype` are where and in what models run; None: as the loader and :func:`evaluate` choose, in float32
+    where answers are compared.
 
     What an earlier run left there is replaced, or gone on from; nothing else is touched. Raises SpectrimError where
     something else is in the way.
     """
     started = time.perf_counter()
+    check_device(device)
     check(out, samples)
     targets, hint = _targets(out), None
     try:
@@ -104,7 +116,7 @@ def show(out: Path, *, samples: int, progress: Callable[[str, int, int], None]) 
     except ReportError as error:
         hint = str(error)
     source = resolve("demo")
-    model, processor = load(source), load_processor(source)
+    model, processor = load(source, device_map=device, dtype=dtype), load_processor(source)
     statistics = calibrate(
         model,
         out / "statistics",
@@ -129,11 +141,13 @@ def show(out: Path, *, samples: int, progress: Callable[[str, int, int], None]) 
         seqlen=256,
         max_tokens=8192,
         batch_size=40,
-        dtype=torch.float32,
+        device=device,
+        dtype=dtype or torch.float32,
         progress=progress,
     )
     names = [source, *map(str, checkpoints)]
-    timed = bench(names, names=list(map(last_part, names)), repeats=REPEATS, progress=progress)
+    given: dict[str, Any] = {"device": device, "dtype": dtype, "progress": progress}
+    timed = bench(names, names=list(map(last_part, names)), repeats=REPEATS, **given)
     attempts = [Attempt(recipe, f"retain-{retain}", str(target), None) for (recipe, retain), target in targets.items()]
     frontier = Frontier(report, timed, tuple(attempts))
     frontier.write(out / "results.json")

@@ -1,14 +1,17 @@
-"""The options of a calibration and of an evaluation: one record each.
+"""The options of a calibration and of an evaluation: one record each, and mixtures of sources of samples.
 
 Names, defaults, limits and help of the library's arguments and of the command line's options are those of the fields.
 Nothing heavy is imported, so that the command line can print its help at once.
 """
 
+import math
+import re
 from collections.abc import Collection, Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from spectrim.errors import SampleError, UsageError
 
@@ -16,6 +19,80 @@ TASKS = ("perplexity", "vqa", "kl")
 
 _Count = Annotated[int, Field(ge=1)]
 _Seed = Annotated[int, Field(ge=0, lt=2**63)]
+_Name = Annotated[str, Field(min_length=1)]
+_WEIGHT = re.compile(r"(.+):(\d+\.?\d*(?:e[-+]?\d+)?|\.\d+)", re.DOTALL)  # only what follows the last colon
+
+
+def split_weight(source: str) -> tuple[str, Fraction | None]:
+    """A source of a mixture, ``NAME`` or ``NAME:WEIGHT``, as its name and its weight."""
+    found = _WEIGHT.fullmatch(source)
+    return (source, None) if found is None else (found[1], Fraction(found[2]))
+
+
+def as_sources(value: Any) -> Any:
+    """Sources of samples as a string, for one source, or a tuple of strings ``NAME`` or ``NAME:WEIGHT``, for several.
+
+    A source may be a pair of its name and its weight instead. One source alone is its name: it gives all samples.
+
+    Raises:
+        ValueError: the rest of a sentence that begins with the name of the option.
+    """
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, list | tuple) or not value:
+        raise ValueError("needs a source, or a list of sources; give one")
+    names = [_written(item) for item in value]
+    if len(names) == 1:
+        return value[0] if isinstance(value[0], str) else split_weight(names[0])[0]
+    parts = [split_weight(name) for name in names]
+    for number, (name, weight) in enumerate(parts):
+        if name == "none":
+            raise ValueError("names sources and 'none'; leave one of them out")
+        if name in (before for before, _ in parts[:number]):
+            raise ValueError(f"names {name!r} twice; give each source once")
+        if weight is not None and weight <= 0:
+            raise ValueError(f"gives {name!r} the weight 0; give it more, or leave it out")
+    given = sum(weight for _, weight in parts if weight is not None)
+    if given >= 1 and any(weight is None for _, weight in parts):
+        raise ValueError("gives the whole to some sources and no weight to others; give each a weight, or none")
+    return tuple(names)
+
+
+def _written(item: Any) -> str:
+    if isinstance(item, str) and item:
+        return item
+    if isinstance(item, tuple | list) and len(item) == 2 and isinstance(item[0], str) and item[0]:
+        name, weight = item
+        if weight is None:
+            return f"{name}"
+        if isinstance(weight, int | float) and math.isfinite(weight) and weight >= 0:
+            return f"{name}:{weight!r}"
+    raise ValueError(f"cannot be {item!r}; give a name, or a pair of a name and a weight")
+
+
+def counts(sources: str | tuple[str, ...], samples: int) -> dict[str, int]:
+    """How many of the samples each source gives, by name; they add up to ``samples``.
+
+    Weights are shares. Sources without one share equally what the others leave of 1. What is left of rounding down
+    goes to the largest remainders, and of equal ones to the first.
+    """
+    if isinstance(sources, str):
+        return {sources: samples}
+    parts = dict(map(split_weight, sources))
+    given = sum((weight for weight in parts.values() if weight is not None), Fraction(0))
+    free = sum(weight is None for weight in parts.values())
+    shares = {name: (1 - given) / free if weight is None else weight for name, weight in parts.items()}
+    whole = sum(shares.values())
+    exact = {name: samples * share / whole for name, share in shares.items()}
+    found = {name: int(share) for name, share in exact.items()}
+    by_rest = sorted(exact, key=lambda name: found[name] - exact[name])  # stable: of equals the first
+    for name in by_rest[: samples - sum(found.values())]:
+        found[name] += 1
+    return found
+
+
+Sources = Annotated[_Name | tuple[_Name, ...] | None, BeforeValidator(as_sources)]
+"""One source of samples, several with weights, or none."""
 
 
 _Idle = tuple[tuple[str, ...], bool, str]
@@ -45,6 +122,8 @@ class OptionRecord(BaseModel):
                 "greater_than": "more than {gt}",
                 "less_than": "less than {lt}",
             }.get(first["type"])
+            if first["type"] == "value_error":
+                raise SampleError(f"{name} {limits['error']}") from error
             if rule is None:
                 raise SampleError(f"{name} cannot be {first['input']!r} ({first['msg']}); correct it") from error
             raise SampleError(f"{name} must be {rule.format(**limits)}, not {first['input']}") from error
@@ -96,11 +175,15 @@ class CalibrationSettings(OptionRecord):
 class CalibrationOptions(CalibrationSettings):
     """All that a calibration takes beside the model and the directory."""
 
-    text: str | None = Field(
-        default="builtin", description="A .txt, .md or .jsonl file, a dataset id, 'builtin' or 'none'.", min_length=1
+    text: Sources = Field(
+        default="builtin",
+        description="A .txt, .md, .jsonl, .csv or .parquet file, a dataset id, 'builtin' or 'none'; repeatable, with "
+        "weights as in a.jsonl:0.7.",
     )
-    images: str | None = Field(
-        default="builtin", description="A folder, a .jsonl file, a dataset id, 'builtin' or 'none'.", min_length=1
+    images: Sources = Field(
+        default="builtin",
+        description="A folder, a .jsonl, .csv or .parquet file, a dataset id, 'builtin' or 'none'; repeatable, with "
+        "weights.",
     )
     checkpoint_seconds: float = Field(default=120.0, ge=0, allow_inf_nan=False, description="Time between snapshots.")
 
@@ -117,6 +200,12 @@ class CalibrationOptions(CalibrationSettings):
             raise SampleError("gradients need text; give a text source or leave them out")
         if (self.gradients or self.curvature) and self.text is not None and self.seqlen < 2:
             raise SampleError("gradients need text in windows of at least 2 tokens; make the windows longer")
+        for kind, sources in (("text", self.text), ("images", self.images)):
+            for name, count in counts(sources, self.samples).items() if sources is not None else ():
+                if not count:
+                    raise SampleError(
+                        f"of {self.samples} samples none is left for '{name}' ({kind}); raise the samples or its weight"
+                    )
 
     def _effects(self) -> Iterator[_Idle]:
         yield ("seqlen",), self.text is not None, "without text"
@@ -173,12 +262,12 @@ class EvaluationOptions(EvaluationSettings):
 
     text: str = Field(default="builtin", description="Text for perplexity, as for calibrate.", min_length=1)
     questions: str = Field(
-        default="builtin", description="'builtin', or a .jsonl file with image, question, answer.", min_length=1
-    )
-    prompts: str | None = Field(
-        default=None,
-        description="Your own images and prompts for kl, as --images of calibrate takes them.",
+        default="builtin",
+        description="'builtin', or a .jsonl, .csv or .parquet file with image, question, answer.",
         min_length=1,
+    )
+    prompts: Sources = Field(
+        default=None, description="Your own images and prompts for kl, as --images of calibrate takes them."
     )
     batch_size: _Count | None = Field(default=None, description="Samples that run together.")
     blind: bool = Field(default=True, description="Also ask with swapped images: the blind floor.")

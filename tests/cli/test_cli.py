@@ -134,3 +134,17 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(
     assert message in err
     assert "Traceback" not in err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_calibration_of_several_sources(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "word " * 200}]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": turns}))
+    (tmp_path / "b.csv").write_text("body,id\n" + "text " * 400 + ",1\n")
+    sources = [f"{tmp_path}/a.jsonl:1", f"{tmp_path}/b.csv[body]:3"]
+    code, out, err = run(
+        capsys, "calibrate", "demo", "-o", tmp_path / "s", "--text", sources[0], "--text", sources[1], "--images",
+        "none", "--samples", "4", "--seqlen", "16", "--no-curvature",
+    )  # fmt: skip
+    assert (code, err) == (0, "")
+    assert "moments of 4 text samples" in out
+    assert json.loads((tmp_path / "s" / "manifest.json").read_text())["data"]["text"] == sources

@@ -104,7 +104,7 @@ def test_built_in_text_has_disjoint_splits():
     [
         ("a.txt", b" \n", "is empty"),
         ("a.txt", b"ok \xff", "not UTF-8 .byte 3."),
-        ("a.pdf", b"text", "ends in none of .txt, .md and .jsonl"),
+        ("a.pdf", b"text", "ends in none of .txt, .md, .jsonl, .csv, .tsv and .parquet"),
         ("a.jsonl", b'{"text": "x"}\n\n{"text": \n', "line 3 is not JSON"),
         ("a.jsonl", b'{"text": "x"}\n[1]\n', "line 2 is not a JSON object"),
         ("a.jsonl", b'{"text": 5}\n', 'line 1 has no string "text"'),

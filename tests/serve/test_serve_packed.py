@@ -35,7 +35,7 @@ with warnings.catch_warnings():
 
     from helpers.vllm_layers import config, fill, part, rounded, row_parallel
 
-from spectrim.bench.engines import _held, _laid_out
+from spectrim.bench.engines import _laid_out, held_bytes
 from spectrim.maths.rounding import Grid
 from spectrim.serve import matrices, plugin
 from spectrim.serve.matrices import Matrix, OwnMatrix, PackedMatrix, kernel_here
@@ -358,5 +358,5 @@ def test_bench_counts_what_kernels_for_cpus_have_taken_out_of_a_module(dtype, pr
     process(0, 1)
     source = part(96, 32, False, 64).to(dtype)
     layer = row_parallel(source, config({"x.down": source}), params_dtype=dtype)
-    found = _held(layer) + sum(map(_laid_out, layer.modules()))
+    found = held_bytes(layer) + sum(map(_laid_out, layer.modules()))
     assert found == sum(tensor.nbytes for tensor in source.state_dict().values())

@@ -111,7 +111,7 @@ class Transformers:
 
     def weights(self) -> int:
         """Those of the model."""
-        return _held(self._model)
+        return held_bytes(self._model)
 
     @torch.inference_mode()
     def _run(self, inputs: Mapping[str, torch.Tensor], new: int) -> None:
@@ -178,7 +178,7 @@ class VLLM:
 
         def held(worker: Any) -> int:
             model = worker.get_model()
-            return _held(model) + sum(map(_laid_out, model.modules()))
+            return held_bytes(model) + sum(map(_laid_out, model.modules()))
 
         return int(sum(self._llm.collective_rpc(held)))
 
@@ -189,7 +189,7 @@ class VLLM:
         self._llm.generate(prompts, how, use_tqdm=False)
 
 
-def _held(model: nn.Module) -> int:
+def held_bytes(model: nn.Module) -> int:
     """Bytes of parameters and buffers; each storage once, however many names it has."""
     storages = [tensor.untyped_storage() for tensor in chain(model.parameters(), model.buffers())]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

@@ -18,12 +18,12 @@ from spectrim.samples import (
     data_fingerprint,
     image_batches,
     load_images,
-    load_text,
+    load_windows,
     media_tokens,
     text_batches,
-    text_windows,
 )
 from spectrim.samples.sources import local_path
+from spectrim.settings import counts
 
 SAMPLE_SETTINGS = {"samples", "seqlen", "seed", "instruction"}  # settings that choose the samples of a source
 
@@ -60,8 +60,8 @@ def load_data(
     model: PreTrainedModel,
     processor: ProcessorMixin | PreTrainedTokenizerBase,
     *,
-    text: str | None,
-    images: str | None,
+    text: str | tuple[str, ...] | None,
+    images: str | tuple[str, ...] | None,
     samples: int,
     seqlen: int,
     seed: int,
@@ -74,7 +74,8 @@ def load_data(
         SampleError: there is nothing to load, or it does not fit the model.
     """
     if not sees and images not in (None, "builtin"):
-        raise SampleError(f"a language model without a vision tower takes no images; leave out the source '{images}'")
+        named = ", ".join([images] if isinstance(images, str) else images or ())
+        raise SampleError(f"a language model without a vision tower takes no images; leave out the source '{named}'")
     if not sees:
         images = None
     if text is None and images is None:
@@ -97,9 +98,10 @@ def load_data(
 def check_there(statistics: Statistics) -> None:
     """Raise SampleError where a file or folder of samples that statistics were gathered from is gone."""
     source = statistics.manifest.data
-    for name in (source.text, source.images):
+    each = [counts(sources, 1) for sources in (source.text, source.images) if sources is not None]
+    for name in [name for names in each for name in names]:
         try:
-            _ = None if name is None else local_path(name)
+            local_path(name)
         except SampleError as error:
             raise SampleError(
                 f"the samples of {statistics.path} are needed again, and {name} is gone; restore it, calibrate again, "
@@ -141,14 +143,13 @@ def reload_data(
 def _windows(
     model: PreTrainedModel,
     processor: ProcessorMixin | PreTrainedTokenizerBase,
-    source: str,
+    sources: str | tuple[str, ...],
     samples: int,
     seqlen: int,
     seed: int,
 ) -> torch.Tensor:
-    tokenizer: Any = getattr(processor, "tokenizer", processor)
     check_tokens(torch.empty(0, dtype=torch.int64), model.config, window=seqlen)  # before the text is read
-    text = load_text(source, processor=processor, refused=media_tokens(processor, model.config))
-    windows = text_windows(text, tokenizer, samples=samples, seqlen=seqlen, seed=seed)
+    refused = media_tokens(processor, model.config)
+    windows = load_windows(sources, processor, samples=samples, seqlen=seqlen, seed=seed, refused=refused)
     check_tokens(windows, model.config)
     return windows

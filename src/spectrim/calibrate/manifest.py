@@ -52,16 +52,20 @@ class ModelPrint(_Record):
 
 
 class DataPrint(_Record):
-    """The samples: where they came from, and SHA-256 of what was used."""
+    """The samples: where they came from, with weights where there are several sources, and SHA-256 of what was used."""
 
-    text: str | None
-    images: str | None
+    text: str | tuple[str, ...] | None
+    images: str | tuple[str, ...] | None
     fingerprint: str
+
+    def __str__(self) -> str:
+        parts = (("text", self.text), ("images", self.images))
+        return ", ".join(f"{kind} {' + '.join(x) if isinstance(x, tuple) else x}" for kind, x in parts)
 
     @property
     def modalities(self) -> tuple[Modality, ...]:
         """The modalities that have samples, text first."""
-        sources: dict[Modality, str | None] = {"text": self.text, "image": self.images}
+        sources: dict[Modality, str | tuple[str, ...] | None] = {"text": self.text, "image": self.images}
         return tuple(modality for modality, source in sources.items() if source is not None)
 
 
@@ -213,10 +217,9 @@ class Manifest(_Record):
         data, now = self.data, wanted.data
         if data.fingerprint != now.fingerprint:
             if (data.text, data.images) != (now.text, now.images):
-                sources = f"text {data.text}, images {data.images}; now text {now.text}, images {now.images}"
-                differences.append(f"of other samples ({sources})")
+                differences.append(f"of other samples ({data}; now {now})")
             elif not settings:  # which may have chosen other samples
-                differences.append(f"of other samples than text {now.text} and images {now.images} give now")
+                differences.append(f"of other samples than {now} give now")
         differences += settings
         if differences:
             raise StatisticsError(

@@ -4,7 +4,7 @@ import json
 import logging
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -34,8 +34,8 @@ from spectrim.errors import SampleError, StatisticsError
 from spectrim.estimate import Cost, compared
 from spectrim.files import user_path, write_whole
 from spectrim.linear import Linear
-from spectrim.samples.sources import local_path
-from spectrim.settings import CALIBRATION, CalibrationOptions, CalibrationSettings
+from spectrim.samples.sources import local_path, split_columns
+from spectrim.settings import CALIBRATION, CalibrationOptions, CalibrationSettings, split_weight
 from spectrim.versions import release
 
 _log = logging.getLogger(__name__)
@@ -49,8 +49,8 @@ def calibrate(
     out: Path | str,
     *,
     processor: ProcessorMixin | PreTrainedTokenizerBase,
-    text: str | None = CALIBRATION.text,
-    images: str | None = CALIBRATION.images,
+    text: str | Sequence[str | tuple[str, float]] | None = CALIBRATION.text,
+    images: str | Sequence[str | tuple[str, float]] | None = CALIBRATION.images,
     samples: int = CALIBRATION.samples,
     seqlen: int = CALIBRATION.seqlen,
     batch_size: int = CALIBRATION.batch_size,
@@ -79,9 +79,10 @@ def calibrate(
         model: on any device, in any floating dtype; left as it was.
         out: the statistics directory.
         processor: the model's processor; for a language model its tokenizer.
-        text: text source (see ``load_text``); None for none.
-        images: image source (see ``load_images``); None for none. Models without a vision tower take no images, and
-            "builtin" means none there.
+        text: text source (see ``load_text``), or several, such as ``["a.jsonl:0.7", "b.txt:0.3"]`` or
+            ``[("a.jsonl", 0.7), ("b.txt", 0.3)]``, whose weights are shares of the samples; None for none.
+        images: image source (see ``load_images``), or several; None for none. Models without a vision tower take no
+            images, and "builtin" means none there.
         samples: of each modality.
         seqlen: tokens of a text sample.
         batch_size: samples that run together at most; gradient passes run them one at a time.
@@ -136,13 +137,14 @@ def calibrate(
         with writing(out, alone=True):
             pass  # nobody else writes there: known before samples are loaded
     chosen = options.model_dump(include=SAMPLE_SETTINGS)
-    data = load_data(model, processor, text=text, images=images, sees=parts.tower is not None, **chosen)
+    sources: dict[str, Any] = {"text": options.text, "images": options.images}
+    data = load_data(model, processor, sees=parts.tower is not None, **sources, **chosen)
     if image_tokens_only:
         if not data.images:
             raise SampleError("image_tokens_only needs image samples; give an image source or leave it out")
         image_token(model)
-    shown = images if data.images else None
-    source = DataPrint(text=_absolute(text), images=_absolute(shown), fingerprint=data.fingerprint())
+    shown = options.images if data.images else None
+    source = DataPrint(text=_absolute(options.text), images=_absolute(shown), fingerprint=data.fingerprint())
     fresh = _manifest(model, parts, data, source, options.settings)
     if SnapshotStore(out, fresh).manifest.complete:
         _log.info("calibrate: complete already, in %s", out)
@@ -158,10 +160,15 @@ def calibrate(
     return Statistics.open(out)
 
 
-def _absolute(source: str | None) -> str | None:
-    """A source of samples with an absolute path: they may be loaded again from another working directory."""
-    path = None if source in (None, "builtin") else local_path(source)
-    return source if path is None else str(path.absolute())
+def _absolute(sources: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+    """Sources of samples with absolute paths: they may be loaded again from another working directory."""
+    if isinstance(sources, tuple):
+        names = [split_weight(source)[0] for source in sources]
+        return tuple(f"{_absolute(name)}{source[len(name) :]}" for name, source in zip(names, sources, strict=True))
+    path = None if sources in (None, "builtin") else local_path(str(sources))
+    if path is None:
+        return sources
+    return f"{path.absolute()}{str(sources)[len(split_columns(str(sources))[0]) :]}"
 
 
 @contextmanager

@@ -220,9 +220,11 @@ def _recipe(record: Mapping[str, Any]) -> list[str]:
     written = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", written)), default=0))
     text = f"## Recipe\n\n{fence}yaml\n{written}{fence}"
-    names = {key: str(data[key]) for key in ("text", "images") if data.get(key)} if isinstance(data, dict) else {}
+    names = {key: data[key] for key in ("text", "images") if data.get(key)} if isinstance(data, dict) else {}
+    each = {kind: named if isinstance(named, list) else [named] for kind, named in names.items()}
     if names:
-        text += f"\n\nCalibrated on {', '.join(f'{kind} from {code(name)}' for kind, name in names.items())}."
+        said = (f"{kind} from {' and '.join(map(code, sources))}" for kind, sources in each.items())
+        text += f"\n\nCalibrated on {', '.join(said)}."
     return [text]
 
 

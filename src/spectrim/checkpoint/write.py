@@ -189,6 +189,8 @@ def _public(provenance: Mapping[str, Any]) -> dict[str, Any]:
         for kind in ("text", "images"):
             if isinstance(data.get(kind), str):
                 data[kind] = public_name(data[kind])
+            elif isinstance(data.get(kind), list):
+                data[kind] = [public_name(str(source)) for source in data[kind]]
     return record
 
 

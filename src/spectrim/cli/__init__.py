@@ -8,12 +8,12 @@ from typing import NoReturn
 
 import typer
 
-from spectrim.cli import compressing, looking, measuring, sharing
+from spectrim.cli import chatting, compressing, looking, measuring, sharing
 from spectrim.cli.verbs import app
 from spectrim.errors import SpectrimError, first_line, printable
 from spectrim.versions import release
 
-__all__ = ["app", "compressing", "looking", "main", "measuring", "sharing"]
+__all__ = ["app", "chatting", "compressing", "looking", "main", "measuring", "sharing"]
 
 
 def _show_version(wanted: bool) -> None:

@@ -47,21 +47,20 @@ def path_item(words: str, path: Path) -> Item:
     return f"{words} {path}", sum(file.stat().st_size for file in files)
 
 
-def source_items(**sources: str | None) -> list[Item]:
+def source_items(**sources: str | tuple[str, ...] | None) -> list[Item]:
     """Sources of samples, by what they are of; None for those that are not asked for."""
     from spectrim.samples.sources import local_path
+    from spectrim.settings import counts
 
     found: list[Item] = []
-    for kind, source in sources.items():
-        if source is None:
-            continue
-        path = None if source == "builtin" else local_path(source)
-        if path is not None:
-            found.append(path_item(f"{kind} from", path))
-        else:
-            found.append(
-                ("the built-in " + kind if source == "builtin" else f"{kind} from the data set {source}", None)
-            )
+    for kind, given in sources.items():
+        for source in () if given is None else counts(given, 1):
+            path = None if source == "builtin" else local_path(source)
+            if path is not None:
+                found.append(path_item(f"{kind} from", path))
+            else:
+                words = f"the built-in {kind}" if source == "builtin" else f"{kind} from the data set {source}"
+                found.append((words, None))
     return found
 
 
@@ -89,10 +88,12 @@ def samples_of(
     from spectrim.calibrate.data import SAMPLE_SETTINGS, load_data
     from spectrim.checkpoint import load_processor
     from spectrim.samples.sources import local_path
+    from spectrim.settings import counts
 
     sees = parts.tower is not None
     images = options.images if sees or options.images not in (None, "builtin") else None
-    if any(x not in (None, "builtin") and local_path(x) is None for x in (options.text, images)):
+    names = [name for given in (options.text, images) if given is not None for name in counts(given, 1)]
+    if any(name != "builtin" and local_path(name) is None for name in names):
         return None
     processor = load_processor(source, trust_remote_code=trust_remote_code)
     chosen = options.model_dump(include=SAMPLE_SETTINGS)
@@ -111,7 +112,7 @@ def calibration_items(
     model, parts = shapes(source, dtype=dtype, trust_remote_code=trust_remote_code)
     data = samples_of(source, model, parts, options, trust_remote_code=trust_remote_code)
     images = options.images if parts.tower is not None else None
-    wanted: dict[Modality, str | None] = {"text": options.text, "image": images}
+    wanted: dict[Modality, str | tuple[str, ...] | None] = {"text": options.text, "image": images}
     fetched: dict[Modality, int] = {modality: options.samples for modality, name in wanted.items() if name}
     counts = fetched if data is None else data.samples
     what = ["moments of inputs"]

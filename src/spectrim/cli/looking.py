@@ -2,17 +2,20 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
 from spectrim.cli.verbs import (
+    Device,
     Dry,
+    Dtype,
     Json,
     Model,
     Trust,
     check_results,
+    dtype_of,
     progress,
     quiet,
     show,
@@ -86,19 +89,23 @@ def _inspect(
     out: Annotated[Path, typer.Option("-o", "--out", help="The directory for inspection.json and the plots.")],
     retain: Annotated[float, typer.Option(help="The retention at which modalities are compared.")] = 0.4,
     plots: Annotated[bool, typer.Option(help="Draw plots (needs the extra 'report').")] = True,
+    device: Device = None,
+    dtype: Dtype = None,
     trust_remote_code: Trust = False,
     dry_run: Dry = False,
 ) -> None:
     """Show how far text-only whitening is from what images need, layer by layer."""
     from spectrim.calibrate import Statistics
     from spectrim.checkpoint import load, read_config
-    from spectrim.checks import check_directory, check_retain
+    from spectrim.checks import check_device, check_directory, check_retain
     from spectrim.demo import resolve
     from spectrim.dense import check_dense
     from spectrim.mismatch.analysis import check_text, inspect
     from spectrim.mismatch.writing import check_plots, write
 
     quiet()
+    check_device(device)
+    loaded_as: dict[str, Any] = {"device_map": device, "dtype": dtype_of(dtype), "trust_remote_code": trust_remote_code}
     check_retain(retain)
     check_directory(out, "-o")
     if plots:
@@ -114,7 +121,7 @@ def _inspect(
         return
     with progress() as report:
         inspection = inspect(
-            load(source, trust_remote_code=trust_remote_code),
+            load(source, **loaded_as),
             statistics,
             retain=retain,
             progress=lambda done, total: report("inspect", done, total),

@@ -233,6 +233,8 @@ def _report(
 def _demo(
     out: Annotated[Path, typer.Option("-o", "--out", help="Where checkpoints and results go.")] = Path("spectrim-demo"),
     samples: Annotated[int, typer.Option(help="Questions of each task.")] = 40,
+    device: Device = None,
+    dtype: Dtype = None,
     dry_run: Dry = False,
 ) -> None:
     """Compress the built-in model by spectrim, LASER, JW-SVD and text-only baselines, and compare the results."""
@@ -251,7 +253,7 @@ def _demo(
         would(read, gather, [(f"{words} {path}", None) for words, path in places])
         return
     with progress() as report:
-        result = run(out, samples=samples, progress=report)
+        result = run(out, samples=samples, device=device, dtype=dtype_of(dtype), progress=report)
     show(result.table())
     show(result.lesson())
     show(f"checkpoints: {out}, such as {result.checkpoints[0]}")

@@ -150,12 +150,19 @@ def _plain(name: str, kind: Any, default: Any) -> tuple[Any, Any]:
         return list[str] | None, None
     if get_origin(kind) is tuple:
         return str, ",".join(default)
+    if _several(kind):
+        return list[str] | None, None if default is None else [default]
     if isinstance(default, str):
         return str, default  # "none" stands for None
     if parts := get_args(kind):  # a limit on one part of a union is the record's to check
         plain = (get_args(part)[0] if get_origin(part) is Annotated else part for part in parts)
         kind = reduce(or_, plain)
     return kind, default
+
+
+def _several(kind: Any) -> bool:
+    """Whether a field is a source, or several."""
+    return any(get_origin(part) is tuple for part in get_args(kind))
 
 
 def _value(record: type[OptionRecord], name: str, value: Any) -> Any:
@@ -165,6 +172,8 @@ def _value(record: type[OptionRecord], name: str, value: Any) -> Any:
         return pairs(value or [], f"{record.flag(name)} gate=sketch:256")
     if get_origin(kind) is tuple:
         return tuple(value.split(","))
+    if _several(kind):
+        return None if not value or [*value] == ["none"] else value[0] if len(value) == 1 else tuple(value)
     if isinstance(value, StrEnum):
         return value.value
     return None if value == "none" and type(None) in get_args(kind) else value

@@ -108,8 +108,8 @@ class Predictions:
 
 
 def samples_of(
-    processor: Any, *, text: str | None, questions: Sequence[Question], prompts: str | None, seqlen: int, tokens: int,
-    seed: int,
+    processor: Any, *, text: str | None, questions: Sequence[Question], prompts: str | tuple[str, ...] | None,
+    seqlen: int, tokens: int, seed: int,
 ) -> Data:  # fmt: skip
     """What models are compared on: windows of a text, and questions about images or, in their place, `prompts`.
 

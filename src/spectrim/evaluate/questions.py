@@ -12,15 +12,19 @@ from spectrim.demo.tasks import TASKS, Question, questions
 from spectrim.errors import SampleError
 from spectrim.files import user_path
 from spectrim.samples.pixels import opener
-from spectrim.samples.sources import check_positive, read_jsonl
+from spectrim.samples.sources import check_positive, named_columns, split_columns
+from spectrim.samples.tables import is_table, read_rows
+
+_KEYS = ("image", "question", "answer", "task")
 
 
 def load_questions(source: str, samples: int, seed: int) -> list[Question]:
     """At most `samples` questions of each task, the same ones for the same seed.
 
-    `builtin` draws `samples` test questions of every built-in task. Anything else is a .jsonl file with one
-    {"image": path, "question": …, "answer": …} per line and optionally "task" (else the file's name is the task);
-    image paths are relative to the file. When the file holds more than `samples` of a task, a random choice is kept.
+    `builtin` draws `samples` test questions of every built-in task. Anything else is a .jsonl, .csv, .tsv or .parquet
+    file with image, question and answer in each row and optionally a task (else the file's name is the task); image
+    paths are relative to the file, and a parquet file may hold the images themselves. When the file holds more than
+    `samples` of a task, a random choice is kept.
 
     Raises:
         SampleError: for another kind of source, a malformed line (named by number) or an image that cannot be read.
@@ -28,14 +32,16 @@ def load_questions(source: str, samples: int, seed: int) -> list[Question]:
     check_positive(samples=samples, seed=seed)
     if source == "builtin":
         return [question for task in TASKS for question in questions(task, "test", samples, seed)]
-    path = user_path(source)
-    if path.suffix.lower() != ".jsonl" or not path.is_file():
-        raise SampleError(f"'{source[:200]}' is no source of questions; give 'builtin' or an existing .jsonl file")
+    columns, path = named_columns(source, _KEYS), user_path(split_columns(source)[0])
+    if not is_table(path) or not path.is_file():
+        raise SampleError(
+            f"'{source[:200]}' is no source of questions; give 'builtin' or an existing .jsonl, .csv or .parquet file"
+        )
     tasks: dict[str, list[tuple[Callable[[], Image.Image], dict[str, Any]]]] = {}
-    for where, row in read_jsonl(path):
+    for where, row in read_rows(path, _KEYS, columns):
         _check_row(row, where)
         image = opener(row["image"], path.parent, where)
-        tasks.setdefault(row.get("task", path.stem), []).append((image, row))
+        tasks.setdefault(row.get("task") or path.stem, []).append((image, row))
     if not tasks:
         raise SampleError(f"{path} holds no question; write one JSON object per line")
     loaded = []
@@ -47,8 +53,10 @@ def load_questions(source: str, samples: int, seed: int) -> list[Question]:
 
 
 def _check_row(row: dict[str, Any], where: str) -> None:
-    for key in ("image", "question", "answer", "task"):
+    for key in _KEYS:
         value = row.get(key, "" if key != "task" else "default")
+        if key == "image" and isinstance(value, bytes | dict):
+            continue  # a parquet file holds it
         if not isinstance(value, str) or not value.strip():
             raise SampleError(f'{where} has no text under "{key}"; each line needs "image", "question" and "answer"')
 

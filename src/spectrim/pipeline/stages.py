@@ -37,7 +37,7 @@ from spectrim.plan.rules import curve
 from spectrim.plan.sensitivity import WINDOWS, probe
 from spectrim.plan.spend import spend
 from spectrim.recipe import Recipe
-from spectrim.samples import load_text, text_windows
+from spectrim.samples import load_windows
 from spectrim.storage import DENSE, Spec, Tensors, filled, form, share, unshare
 from spectrim.storage.base import checked_linear
 
@@ -201,9 +201,9 @@ class Compression:
             if self.statistics is None or self.statistics.manifest.data.text is None or self.processor is None:
                 raise RecipeError("allocation 'sensitivity' needs text statistics and the model's processor; give both")
             data, settings = self.statistics.manifest.data, self.statistics.manifest.settings
-            windows = text_windows(
-                load_text(str(data.text), processor=self.processor),
-                getattr(self.processor, "tokenizer", self.processor),
+            windows = load_windows(
+                data.text or "builtin",
+                self.processor,
                 samples=min(WINDOWS, settings.samples),
                 seqlen=settings.seqlen,
                 seed=settings.seed,

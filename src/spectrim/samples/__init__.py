@@ -3,7 +3,7 @@
 from spectrim.samples.batches import Batch, Modality, chat_prompt, data_fingerprint, image_batches, text_batches
 from spectrim.samples.chat import question
 from spectrim.samples.images import ImageSample, ImageSamples, load_images
-from spectrim.samples.text import load_text, text_windows
+from spectrim.samples.text import load_text, load_windows, text_windows
 from spectrim.samples.tokens import check_tokens, media_ids, media_tokens
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "image_batches",
     "load_images",
     "load_text",
+    "load_windows",
     "media_ids",
     "media_tokens",
     "question",

@@ -11,12 +11,15 @@ from typing import Any, overload
 from PIL import Image
 
 from spectrim.errors import SampleError
-from spectrim.samples.chat import Message, as_parts, joined, question, read_chat, texts
+from spectrim.samples.chat import TURNS, Message, as_parts, joined, question, read_chat, texts
 from spectrim.samples.pixels import open_image, opener, to_rgb
-from spectrim.samples.sources import IMAGES, check_positive, hub_rows, local_path, read_jsonl
+from spectrim.samples.sources import IMAGES, check_positive, hub_rows, local_path, named_columns
+from spectrim.samples.tables import count_rows, is_table, read_rows
 from spectrim.samples.tokens import refuse_media
+from spectrim.settings import counts
 
 _ASKED, _ANSWERS = ("instruction", "question", "prompt"), ("answer", "completion")  # keys of a row
+_KEYS = ("image", "images", *_ASKED, *_ANSWERS, "caption", *TURNS, "system")
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ class ImageSamples(Sequence[ImageSample]):
 
 
 def load_images(
-    source: str,
+    sources: str | tuple[str, ...],
     *,
     samples: int,
     seed: int,
@@ -78,13 +81,16 @@ def load_images(
     """Image samples of a source, chosen at random without repetition; the same for the same arguments.
 
     Args:
-        source: ``builtin`` (images of every built-in task in equal parts); a folder of images, searched with its
-            subfolders; a ``.jsonl`` file of ``{"image": path, "question", "instruction" or "prompt": ..., "answer" or
-            "completion": ...}``, of ``{"image": path, "caption": ...}`` (the answer to ``instruction``) or of
-            conversations about images (see ``read_chat``; the last turn is the answer where it is the assistant's),
-            with paths relative to the file; else a Hugging Face data set id, ``id[:config[:split]]``, with a column
-            ``image`` or ``images``. Several images of a row are a list.
-        samples: how many.
+        sources: ``builtin`` (images of every built-in task in equal parts); a folder of images, searched with its
+            subfolders; a ``.jsonl``, ``.csv``, ``.tsv`` or ``.parquet`` file of rows with ``image`` (a path), with
+            ``question``, ``instruction`` or ``prompt``, and ``answer`` or ``completion``, or with a ``caption`` (the
+            answer to ``instruction``), or of conversations about images (see ``read_chat``; the last turn is the answer
+            where it is the assistant's), with paths relative to the file; else a Hugging Face data set id,
+            ``id[:config[:split]]``, with a column ``image`` or ``images``. Several images of a row are a list; a
+            parquet file may hold the images themselves. Other columns stand in brackets behind the source (see
+            ``named_columns``). Of several sources, ``NAME`` or ``NAME:WEIGHT``, each gives its share (see
+            ``settings.counts``).
+        samples: how many, of all sources together.
         seed: of the choice and the order.
         split: "train", "calibration" or "test"; local sources have one split only and ignore it.
         instruction: for samples that carry none; the built-in ones always get it.
@@ -94,35 +100,66 @@ def load_images(
         A sequence that opens the images of a sample when it is indexed; that raises SampleError when one is broken.
 
     Raises:
-        SampleError: the source is missing, malformed, or has fewer samples than ``samples``.
+        SampleError: a source is missing, malformed, or has fewer samples than it is to give.
     """
     check_positive(samples=samples, seed=seed)
     try:
         instruction.encode()
     except UnicodeEncodeError as error:
         raise SampleError(f"the instruction {instruction!r} holds half a character; write it in UTF-8") from error
+    found: list[Entry] = []
+    for name, count in counts(sources, samples).items():
+        if count:
+            found += _entries(name, count, seed, split, instruction, fewer)
+    if not isinstance(sources, str):
+        random.Random(seed).shuffle(found)
+    return ImageSamples(found)
+
+
+def _entries(source: str, samples: int, seed: int, split: str, instruction: str, fewer: bool) -> list[Entry]:
+    """The samples of one source, in random order."""
     if source == "builtin":
-        return ImageSamples(_builtin(samples, seed, split, instruction))
-    path = local_path(source)
-    if path is None:
-        rows = hub_rows(source, split, columns=("image", "images"), seed=seed)
-        entries = [_entry(_plain(row), None, where, instruction) for where, row in itertools.islice(rows, samples)]
-    elif path.is_dir():
+        return _builtin(samples, seed, split, instruction)
+    columns, path = named_columns(source, _KEYS), local_path(source)
+    if path is not None and is_table(path):
+        rows = read_rows(path, _KEYS, columns)
+        if path.suffix.lower() == ".parquet":  # holds images: only those that are chosen stay in memory
+            places = _chosen(source, count_rows(path), samples, seed, fewer)
+            kept: set[int] = set(places)
+            held: dict[int, Entry] = {}
+            for number, (where, row) in enumerate(rows):
+                entry = _entry(_plain(row), path.parent, where, instruction)
+                if number in kept:
+                    held[number] = entry
+            return [held[place] for place in places]
+        entries = [_entry(row, path.parent, where, instruction) for where, row in rows]
+    elif path is not None and path.is_dir() and not columns:
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGES and file.is_file())
         entries = [
             Entry((partial(open_image, file, str(file)),), question(instruction), None, str(file)) for file in files
         ]
-    elif path.suffix.lower() == ".jsonl":
-        entries = [_entry(row, path.parent, where, instruction) for where, row in read_jsonl(path)]
+    elif path is None:
+        found = hub_rows(source, split, columns=tuple(columns.values()) or ("image", "images"), seed=seed)
+        entries = [
+            _entry(_plain(_named(row, columns)), None, where, instruction)
+            for where, row in itertools.islice(found, samples)
+        ]
     else:
-        raise SampleError(f"image source '{source}' is neither a folder of images nor a .jsonl file; give one of these")
-    samples = min(samples, max(1, len(entries))) if fewer else samples
-    if len(entries) < samples:
         raise SampleError(
-            f"image source '{source}' has {len(entries)} images and {samples} were asked for; "
-            "add images or lower the samples"
+            f"image source '{source}' is neither a folder of images nor a .jsonl, .csv or .parquet file; give one of "
+            "these"
         )
-    return ImageSamples(random.Random(seed).sample(entries, samples))
+    return [entries[place] for place in _chosen(source, len(entries), samples, seed, fewer)]
+
+
+def _chosen(source: str, there: int, samples: int, seed: int, fewer: bool) -> list[int]:
+    """Places of a source's samples, chosen at random, in random order."""
+    samples = min(samples, max(1, there)) if fewer else samples
+    if there < samples:
+        raise SampleError(
+            f"image source '{source}' has {there} images and {samples} were asked for; add images or lower the samples"
+        )
+    return random.Random(seed).sample(range(there), samples)
 
 
 def _builtin(samples: int, seed: int, split: str, instruction: str) -> list[Entry]:
@@ -132,6 +169,11 @@ def _builtin(samples: int, seed: int, split: str, instruction: str) -> list[Entr
     pooled = [asked.image for task in TASKS for asked in questions(task, split, per_task, seed)]
     chosen = random.Random(seed).sample(pooled, samples)
     return [Entry((partial(to_rgb, image),), question(instruction), None, "a built-in image") for image in chosen]
+
+
+def _named(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
+    """A row of a data set with the columns that the source names, where it names any."""
+    return {key: row.get(column) for key, column in columns.items()} if columns else row
 
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:

@@ -18,16 +18,18 @@ _SCALES = (1.0, 255.0, 65535.0)  # possible values of white where the mode does 
 
 
 def opener(named: Any, base: Path | None, where: str) -> Callable[[], Image.Image]:
-    """A function that opens an image that a row names by path, ``file:`` or ``data:`` address, or ``{"bytes": ...}``.
+    """A function that opens an image that a row names by path or address (``file:``, ``data:``), or holds.
 
     Args:
-        named: of the row.
+        named: of the row; content is bytes, or ``{"bytes": ...}``.
         base: the folder that paths are relative to; None where there are no files.
         where: the row, for errors.
 
     Raises:
         SampleError: there is no such image; a broken one is only found when it is opened.
     """
+    if isinstance(named, bytes):
+        return partial(open_image, named, f"an image of {where}")
     if isinstance(named, dict):
         if isinstance(data := named.get("bytes"), bytes):
             return partial(open_image, data, f"an image of {where}")

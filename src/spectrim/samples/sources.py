@@ -1,17 +1,20 @@
-"""Rows of local jsonl files and of Hugging Face datasets; what text and image sources have in common."""
+"""Names of sources, rows of jsonl files and of Hugging Face datasets; what text and image sources have in common."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from spectrim.errors import SampleError, first_line
 from spectrim.files import parse_json, user_path
+from spectrim.settings import split_weight
 
 # Names that a data set's author gives to the splits that this project calls by another name.
 _HUB_SPLITS = {"calibration": "train", "heldout": "test"}
 # Endings of file names, which names of data sets do not have; some are of files that are refused.
 IMAGES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 _FILES = IMAGES | {".txt", ".md", ".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".zip", ".tar", ".gz"}
+_COLUMNS = re.compile(r"(.+)\[([^\[\]]+)\]", re.DOTALL)
 _SHUFFLE_BUFFER = 1000  # rows that a streamed data set is shuffled over
 
 
@@ -22,18 +25,63 @@ def check_positive(*, seed: int = 0, **values: int | None) -> None:
             raise SampleError(f"{name} must be at least {least}, not {value}")
 
 
-def local_path(source: str) -> Path | None:
-    """The file or folder that ``source`` names, or None when it reads as a data set id.
+def split_columns(source: str) -> tuple[str, str]:
+    """A source as the name of its file or data set and what stands in brackets behind it, ``FILE[column]``, if any."""
+    found = _COLUMNS.fullmatch(source)
+    if found is None or _exists(source):
+        return source, ""
+    return found[1], found[2]
+
+
+def named_columns(source: str, known: tuple[str, ...]) -> dict[str, str]:
+    """The columns that a source names, ``FILE[column]`` or ``FILE[key=column,…]``, by key; empty where it names none.
+
+    Args:
+        source: with or without columns.
+        known: keys that rows may have; a column alone stands for the first of them.
 
     Raises:
-        SampleError: ``source`` is written like a path and nothing is there.
+        SampleError: a key is unknown or comes twice, or a column is empty.
     """
-    path = user_path(source)
+    inside = split_columns(source)[1]
+    columns: dict[str, str] = {}
+    for part in inside.split(",") if inside else ():
+        key, equals, column = (piece.strip() for piece in part.partition("="))
+        if not equals:
+            key, column = known[0], key
+        if key not in known or not column:
+            raise SampleError(
+                f"sample source '{source}' names columns by '{part.strip()}'; write KEY=COLUMN, with a key of "
+                f"{', '.join(known)}"
+            )
+        if key in columns:
+            raise SampleError(f"sample source '{source}' names a column for {key} twice; name one")
+        columns[key] = column
+    return columns
+
+
+def _exists(source: str) -> bool:
+    try:
+        return user_path(source).exists()
+    except OSError:
+        return False
+
+
+def local_path(source: str) -> Path | None:
+    """The file or folder that ``source`` names, or None when it reads as a data set id; columns do not count.
+
+    Raises:
+        SampleError: ``source`` is written like a path and nothing is there, or it has a weight and nothing beside it.
+    """
+    path = user_path(split_columns(source)[0])
     try:
         if path.exists():
             return path
     except OSError as error:  # a name that is too long, a folder that is closed
         raise SampleError(f"sample source '{source[:80]}' cannot be opened ({error.strerror}); name a file") from error
+    name, weight = split_weight(source)
+    if weight is not None and (name == "builtin" or _exists(split_columns(name)[0])):
+        raise SampleError(f"the weight of '{source}' has no effect without a second source; leave it out")
     if path.is_absolute() or source.startswith((".", "~")) or path.suffix.lower() in _FILES:
         raise SampleError(f"sample source '{source}' does not exist; give an existing file or folder, or 'builtin'")
     return None
@@ -88,7 +136,7 @@ def hub_rows(
         import datasets
     except ImportError as error:
         raise no_datasets(source) from error
-    name, config, wanted = (*source.split(":", 2), "", "")[:3]
+    name, config, wanted = (*split_columns(source)[0].split(":", 2), "", "")[:3]
     try:
         rows = datasets.load_dataset(
             name, config or None, split=wanted or _HUB_SPLITS.get(split, split), streaming=True

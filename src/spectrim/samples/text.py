@@ -1,8 +1,9 @@
 """Plain text and the windows of tokens that are cut from it."""
 
 import random
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +12,36 @@ from transformers import PreTrainedTokenizerBase
 
 from spectrim.errors import SampleError
 from spectrim.samples.beginning import beginning, without_beginning
-from spectrim.samples.chat import TURNS, read_chat, render
-from spectrim.samples.sources import check_positive, hub_rows, local_path, read_jsonl
+from spectrim.samples.chat import TURNS, read_chat, render, texts
+from spectrim.samples.sources import check_positive, hub_rows, local_path, named_columns
+from spectrim.samples.tables import is_table, read_rows
 from spectrim.samples.tokens import refuse_media
+from spectrim.settings import counts
 
 _SUFFIXES = frozenset({".txt", ".md"})
+_KEYS = ("text", *TURNS, "prompt", "completion", "system")  # of a row
 _HUB_CHARACTERS = 16_000_000  # read from a data set at most; WikiText-2 (train) has 11 million
 
 
-def load_text(source: str, *, split: str = "calibration", processor: Any = None, refused: Collection[str] = ()) -> str:
+def load_text(
+    source: str,
+    *,
+    split: str = "calibration",
+    processor: Any = None,
+    refused: Collection[str] = (),
+    check: bool = False,
+) -> str:
     """Text of a source.
 
     Args:
-        source: ``builtin``; a ``.txt`` or ``.md`` file; a ``.jsonl`` file of ``{"text": ...}`` or of conversations (see
-            ``read_chat``); else a Hugging Face data set id with such columns, ``id[:config[:split]]``, read up to
-            16 million characters.
+        source: ``builtin``; a ``.txt`` or ``.md`` file; a ``.jsonl``, ``.csv``, ``.tsv`` or ``.parquet`` file with
+            ``text`` or conversations (see ``read_chat``); else a Hugging Face data set id with such columns,
+            ``id[:config[:split]]``, read up to 16 million characters. Other columns stand in brackets behind it
+            (see ``named_columns``).
         split: "train", "calibration" or "heldout"; local files have one split only and ignore it.
         processor: has the chat template that renders conversations: the model's processor or tokenizer.
         refused: tokens that stand for media, which no text may hold (see ``media_tokens``).
+        check: only look at the source; conversations then need no template and are not rendered.
 
     Raises:
         SampleError: the source is missing, unreadable, malformed or empty; the message names the line.
@@ -37,10 +50,10 @@ def load_text(source: str, *, split: str = "calibration", processor: Any = None,
         from spectrim.demo.text import split_text
 
         passages = iter([_Passage("the built-in text", split_text(split))])
-    elif (path := local_path(source)) is not None:
-        passages = _read_file(path, processor)
     else:
-        passages = _read_hub(source, split, processor)
+        columns, path = named_columns(source, _KEYS), local_path(source)
+        read = partial(_row, processor=processor, check=check)
+        passages = _read_hub(source, columns, split, read) if path is None else _read_file(path, columns, read)
     parts: list[str] = []
     for passage in passages:
         refuse_media(passage.text, refused, passage.place(refused))
@@ -87,6 +100,49 @@ def text_windows(
     return torch.tensor([first + tokens[start : start + length] for start in starts], dtype=torch.int64)
 
 
+def load_windows(
+    sources: str | tuple[str, ...],
+    processor: Any,
+    *,
+    samples: int,
+    seqlen: int,
+    seed: int,
+    refused: Collection[str] = (),
+) -> torch.Tensor:
+    """Windows of a text source (see :func:`load_text`), or of several, each with its share of them.
+
+    Args:
+        sources: one, or ``NAME`` and ``NAME:WEIGHT`` of several (see ``settings.counts``).
+        processor: the model's processor or tokenizer.
+        samples: windows of all sources together.
+        seqlen: tokens of a window.
+        seed: of the choice and the order.
+        refused: as for :func:`load_text`.
+
+    Returns:
+        int64 ``[samples, seqlen]`` on the CPU, in random order; the same for the same arguments.
+
+    Raises:
+        SampleError: as :func:`load_text` and :func:`text_windows`.
+    """
+    tokenizer = getattr(processor, "tokenizer", processor)
+    found = []
+    for name, count in counts(sources, samples).items():
+        if count or samples < 1:
+            text = load_text(name, processor=processor, refused=refused)
+            try:
+                found.append(text_windows(text, tokenizer, samples=count, seqlen=seqlen, seed=seed))
+            except SampleError as error:
+                if isinstance(sources, str):
+                    raise
+                raise SampleError(f"text source '{name}': {error}") from error
+    if len(found) == 1:
+        return found[0]
+    order = list(range(samples))
+    random.Random(seed).shuffle(order)
+    return torch.cat(found)[order]
+
+
 @dataclass(frozen=True)
 class _Passage:
     where: str
@@ -102,15 +158,22 @@ class _Passage:
         return f"{self.where}, line {self.text.count(chr(10), 0, min(starts)) + 1}"
 
 
-def _read_file(path: Path, processor: Any) -> Iterator[_Passage]:
+_Reader = Callable[[str, dict[str, Any]], _Passage]
+
+
+def _read_file(path: Path, columns: dict[str, str], read: _Reader) -> Iterator[_Passage]:
     if path.is_dir():
         raise SampleError(f"text source '{path}' is a folder; give a .txt, .md or .jsonl file")
-    if path.suffix.lower() == ".jsonl":
-        for where, row in read_jsonl(path):
-            yield _row(where, row, processor)
+    if is_table(path):
+        for where, row in read_rows(path, _KEYS, columns):
+            yield read(where, row)
         return
+    if columns:
+        raise SampleError(f"text source '{path}' has no columns; leave out those in brackets")
     if path.suffix.lower() not in _SUFFIXES:
-        raise SampleError(f"text source '{path}' ends in none of .txt, .md and .jsonl; rename or convert it")
+        raise SampleError(
+            f"text source '{path}' ends in none of .txt, .md, .jsonl, .csv, .tsv and .parquet; rename or convert it"
+        )
     try:
         text = path.read_text(encoding="utf-8-sig")  # with or without a byte order mark
     except UnicodeDecodeError as error:
@@ -122,7 +185,7 @@ def _read_file(path: Path, processor: Any) -> Iterator[_Passage]:
     yield _Passage(str(path), text, lines=True)
 
 
-def _row(where: str, row: dict[str, Any], processor: Any) -> _Passage:
+def _row(where: str, row: dict[str, Any], *, processor: Any, check: bool) -> _Passage:
     text = row.get("text")
     chat = read_chat(row, None, where)
     if chat is None:
@@ -133,16 +196,19 @@ def _row(where: str, row: dict[str, Any], processor: Any) -> _Passage:
         raise SampleError(f'{where} has both "text" and a conversation; keep one of them')
     if chat.images:
         raise SampleError(f"{where} shows images; give it as an image source")
+    if check:
+        return _Passage(where, "\n".join(texts(chat.turns)))
     if processor is None:
         raise SampleError(f"{where} is a conversation, which needs the model's chat template; give its tokenizer")
     written = without_beginning(getattr(processor, "tokenizer", processor), render(processor, chat.turns, where))
     return _Passage(where, written, chat=True)  # windows bring the beginning themselves
 
 
-def _read_hub(source: str, split: str, processor: Any) -> Iterator[_Passage]:
+def _read_hub(source: str, columns: dict[str, str], split: str, read: _Reader) -> Iterator[_Passage]:
     size = 0
-    for where, row in hub_rows(source, split, columns=("text", *TURNS, "prompt")):
-        passage = _row(where, row, processor)
+    wanted = tuple(columns.values()) or ("text", *TURNS, "prompt")
+    for where, row in hub_rows(source, split, columns=wanted):
+        passage = read(where, {key: row.get(column) for key, column in columns.items()} if columns else row)
         yield passage
         size += len(passage.text)
         if size >= _HUB_CHARACTERS:
