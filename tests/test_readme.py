@@ -27,7 +27,7 @@ SMALLER = {
     "calibrate": ["--samples", "6", "--batch-size", "6"],
     "compress": ["--samples", "6", "--batch-size", "6", "--text", "words.txt", "--images", "images"],
     "evaluate": ["--samples", "2", "--max-tokens", "1024"],
-    "pareto": ["--samples", "2", "--max-tokens", "1024", "--kl-tokens", "32", "--seqlen", "64"],
+    "pareto": ["--samples", "2", "--max-tokens", "1024"],
     "kl": ["--samples", "2", "--kl-tokens", "32", "--seqlen", "64"],
 }
 
