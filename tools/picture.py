@@ -32,6 +32,10 @@ def main() -> None:
         if chart.title in SHOWN:
             config = chart.spec.pop("config")
             chart.spec.pop("$schema", None)
+            for layer in chart.spec["layer"]:  # pages have a legend of their own
+                for channel in ("color", "shape"):
+                    if "field" in (found := layer.get("encoding", {}).get(channel, {})):
+                        found["legend"] = {"title": None, "orient": "bottom", "columns": 5}
             views.append({**chart.spec, "width": 330, "height": 260, "title": chart.title})
     config.pop("autosize", None)
     spec = {"$schema": "https://vega.github.io/schema/vega-lite/v6.json", "hconcat": views, "config": config}
