@@ -42,7 +42,7 @@ def command_line(verb, record):
         (CalibrationOptions, calibrate, CALIBRATE, "calibrate", {"model", "out", "effort"}),
         (CalibrationOptions, calibrate, CALIBRATE, "compress", {"model", "out", *OWN}),
         (
-            EvaluationOptions, evaluate, ("directories", "device", "dtype", "trust_remote_code", "progress", "dry_run"),
+            EvaluationOptions, evaluate, ("directories", "device", "dtype", "trust_remote_code", "progress"),
             "evaluate", {"models", "suite", "limit", "card"},
         ),
     ],

@@ -209,7 +209,7 @@ MUTATIONS = [
     M("threshold: worth nothing is never bought", "plan/rules.py", "np.maximum(wanted[:last], 1e-30)", "wanted[:last].copy()"),
     M("multiples of floats ignored", "storage/low_rank.py", "step = problem.storage.multiple if heads == 1 else 1", "step = 1"),
     # plan
-    M("a table is looked up without its scales", "storage/embedding.py", "return (codes * scale[..., None])", "return (codes * scale[:1, :, None])"),
+    M("a table is looked up without its scales", "storage/embedding.py", "scale = self.weight_scale[ids]", "scale = self.weight_scale[ids * 0]"),
     M("a shared head reads rows", "storage/embedding.py", "return self._embedding[0].product_with(input)", "return 2 * self._embedding[0].product_with(input)"),
     M("tables cost nothing", "pipeline/tables.py", "nats = sum(weights[modality] * loss for", "nats = sum(0 * weights[modality] * loss for"),
     M("a table is counted dense", "pipeline/budget.py", "for linear in (*self._parts.linears, *self._parts.tables):", "for linear in self._parts.linears:"),

@@ -180,7 +180,7 @@ def anatomy(model: nn.Module) -> Anatomy:
             f"{type(model).__name__} has no plain nn.Linear to compress; choose a model whose projections are nn.Linear"
         )
     linears.sort(key=lambda linear: PLACES.index(linear.place))
-    return Anatomy(tuple(linears), tuple(kept), tower, connector, backbone, tuple(_tables(model, tree, heads, holders)))
+    return Anatomy(tuple(linears), tuple(kept), tower, connector, backbone, tuple(_tables(model, tree, holders)))
 
 
 def _within(name: str, prefix: str) -> bool:
@@ -208,9 +208,7 @@ def _output_heads(tree: dict[str, nn.Module]) -> set[str]:
     return {name for name, module in tree.items() if any(module is head for head in heads)}
 
 
-def _tables(
-    model: nn.Module, tree: dict[str, nn.Module], heads: set[str], holders: dict[int, list[str]]
-) -> Iterator[Linear]:
+def _tables(model: nn.Module, tree: dict[str, nn.Module], holders: dict[int, list[str]]) -> Iterator[Linear]:
     """The model's input embedding and output head, where they are plain and share weights with nothing else."""
     if not isinstance(model, PreTrainedModel):
         return

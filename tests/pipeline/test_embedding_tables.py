@@ -116,43 +116,42 @@ def test_rows_and_logits_in_every_runtime(bits, symmetric, dtype, runtime, tmp_p
     )
 
 
-def test_a_size_rounds_what_costs_least_and_everything_counts(tmp_path):
-    model = load(resolve("demo"))
-    with compression(
-        model, "spectrim", changes={"quantize.bits": "auto", "quantize.embeddings": "auto", "compensate.kind": "none"},
-        processor=load_processor(resolve("demo")), samples=16, text="builtin", images="builtin",
-    ) as prepared:  # fmt: skip
-        dense = stored_bytes(prepared_dense(tmp_path))
-        chosen = {}
-        for size in (0.9, 0.5, 0.25, 0.17):
-            plan = prepared.plan(size=int(size * dense))
-            (row,) = plan.tables.values()
-            chosen[size] = row.form, row.spec.get("bits")
-            assert plan.loss == pytest.approx(sum(row.loss for row in plan.rows.values()))
-            written = stored_bytes(prepared.save(plan, tmp_path / str(size)))
-            assert 0.97 * size * dense < written <= size * dense
-        assert chosen[0.9] == ("dense", None)
-        assert chosen[0.17] == ("integer-embedding", 4)
-        record = json.loads((tmp_path / "0.17" / "spectrim.json").read_text())
-        assert record["tables"].keys() == plan.tables.keys()
-        read = Plan.read(tmp_path / "0.17" / "plan.json", anatomy(model))
-        assert read.tables[next(iter(read.tables))].spec == row.spec
-        floats = prepared.plan(0.4)
-        assert not floats.tables  # a share is one of the linears
+@pytest.fixture(scope="module")
+def prepared():
+    """The built-in model, calibrated once, whose tables a size may round."""
+    changes = {"quantize.bits": "auto", "quantize.embeddings": "auto", "compensate.kind": "none"}
+    how = {"processor": load_processor(resolve("demo")), "samples": 16, "text": "builtin", "images": "builtin"}
+    with compression(load(resolve("demo")), "spectrim", changes=changes, **how) as found:
+        yield found
+
+
+def test_a_size_rounds_what_costs_least_and_everything_counts(prepared, tmp_path):
+    dense = stored_bytes(prepared_dense(tmp_path))
+    chosen = {}
+    for size in (0.9, 0.5, 0.25, 0.17):
+        plan = prepared.plan(size=int(size * dense))
+        (row,) = plan.tables.values()
+        chosen[size] = row.form, row.spec.get("bits")
+        assert plan.loss == pytest.approx(sum(row.loss for row in plan.rows.values()))
+        written = stored_bytes(prepared.save(plan, tmp_path / str(size)))
+        assert 0.97 * size * dense < written <= size * dense
+    assert chosen[0.9] == ("dense", None)
+    assert chosen[0.17] == ("integer-embedding", 4)
+    record = json.loads((tmp_path / "0.17" / "spectrim.json").read_text())
+    assert record["tables"].keys() == plan.tables.keys()
+    read = Plan.read(tmp_path / "0.17" / "plan.json", prepared.parts)
+    assert read.tables[next(iter(read.tables))].spec == row.spec
+    floats = prepared.plan(0.4)
+    assert not floats.tables  # a share is one of the linears
 
 
 def prepared_dense(folder):
     return save(load(resolve("demo")), folder / "dense")
 
 
-def test_prices_are_the_measured_divergence(tmp_path):
-    """Against the loss of the model with the rounded weight in place, on the same kind of text."""
-    model = load(resolve("demo"))
-    with compression(
-        model, "spectrim", changes={"quantize.bits": "auto", "quantize.embeddings": "auto", "compensate.kind": "none"},
-        processor=load_processor(resolve("demo")), samples=16, text="builtin", images="builtin",
-    ) as prepared:  # fmt: skip
-        (menu,) = prepared._tables.menus.values()
+def test_prices_are_the_measured_divergence(prepared):
+    """None where a table stays dense, and as squared steps of the grids in 8 and 4 bits."""
+    (menu,) = prepared._tables.menus.values()
     assert menu.error[0] == 0
     assert 0 < menu.error[1] < 0.01 < menu.error[2] / menu.error[1]  # dense, 8 and 4 bits
     assert 50 < menu.error[2] / menu.error[1] < 2000  # squared steps: 16² times

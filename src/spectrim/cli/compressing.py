@@ -302,10 +302,15 @@ def _compress(
                 f"{record['params']:.2%} of their parameters, {record['checkpoint']:.2%} of the whole checkpoint: "
                 f"{stored_bytes(written):,} bytes"
             )
-            made.append(_checkpoint_result(written))
+            made.append(written)
     if json is not None:
         kept = job.kept if job.statistics is None else job.statistics.path
-        write_results(json, stamped({"statistics": None if kept is None else str(kept), "checkpoints": made}))
+        write_results(
+            json,
+            stamped(
+                {"statistics": None if kept is None else str(kept), "checkpoints": list(map(_checkpoint_result, made))}
+            ),
+        )
 
 
 def _checkpoint_result(written: Path) -> dict[str, Any]:

@@ -43,8 +43,9 @@ def model_item(source: str) -> Item:
 
 def path_item(words: str, path: Path) -> Item:
     """A file or a folder with all that is in it."""
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    return f"{words} {path}", sum(file.stat().st_size for file in files)
+    from spectrim.calibrate.probe import written_bytes
+
+    return f"{words} {path}", path.stat().st_size if path.is_file() else written_bytes(path)
 
 
 def source_items(**sources: str | tuple[str, ...] | None) -> list[Item]:

@@ -55,7 +55,7 @@ def _evaluate(
         refuse(ctx, _NOT_OF_SUITES, "on a suite, which has its own tasks and samples")
     from spectrim.cli.intent import model_item, results_items, source_items, would
     from spectrim.demo import resolve
-    from spectrim.evaluate.running import evaluate, is_compressed
+    from spectrim.evaluate.running import check_evaluation, evaluate, is_compressed
 
     quiet()
     check_results(json)
@@ -70,7 +70,7 @@ def _evaluate(
     from spectrim.evaluate import costs, divergences, losses, markdown, remarks, table
 
     if dry_run:
-        evaluate(paths, **how, **dict(options), dry_run=True)
+        check_evaluation(paths, options, device=device, trusted=trust_remote_code)
         reads = {"text": bool({"perplexity", "kl"} & {*options.tasks}), "questions": "vqa" in options.tasks}
         sources = source_items(**{kind: getattr(options, kind) for kind, used in reads.items() if used})
         cards = [(f"the card of {path}", None) for path in paths if card and is_compressed(Path(path))]

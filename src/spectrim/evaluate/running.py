@@ -81,7 +81,6 @@ def evaluate(
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
     progress: StageProgress | None = None,
-    dry_run: bool = False,
 ) -> EvaluationReport:
     """Perplexity and visual question answering of each directory, and paired differences to the dense one.
 
@@ -90,7 +89,7 @@ def evaluate(
     batch size of None leaves the defaults of :func:`perplexity` and :func:`vqa`. `blind` adds the blind floor, one more
     pass over the questions. `trust_remote_code` runs code that a model brings. Only one model is in memory at a time,
     and every input is checked before the first loads. Conversations in a text source are rendered by the first model's
-    chat template. With `dry_run` the inputs are checked and nothing runs: the report has no results.
+    chat template.
 
     Raises:
         CheckpointError: for a directory that does not exist or holds no safetensors model.
@@ -114,51 +113,31 @@ def evaluate(
         batch_size=batch_size,
         blind=blind,
     )
-    chosen.check_together()
-    check_device(device)
-    paths = [Path(directory) for directory in directories]
-    check_directories(paths)
-    for path in paths:
-        stored_bytes(path), _stated(path, "retention"), _stated(path, "predicted_loss")  # each names what is wrong
-    reference = next((path for path in paths if not is_compressed(path)), None)
-    if "kl" in tasks and (reference is None or len(paths) < 2):
-        raise SampleError("the task kl compares models with a dense one; name the dense model, and another")
-    processors, asked, read = readable(paths, chosen, trusted=trust_remote_code)
-    found: dict[Path, DirectoryResult] = {}
+    found = check_evaluation(directories, chosen, device=device, trusted=trust_remote_code)
+    paths, reference = found.paths, found.reference
+    measured: dict[Path, DirectoryResult] = {}
     floor = None
     with ExitStack() as stack:
-        compared = predictions = None
-        if "kl" in tasks and read is not None:
-            compared = samples_of(
-                processors[paths.index(reference)] if reference else None,
-                text=read,
-                questions=asked,
-                prompts=chosen.prompts,
-                seqlen=chosen.seqlen,
-                tokens=chosen.kl_tokens,
-                seed=chosen.seed,
-            )
-            predictions = Predictions(stack.enter_context(scratch()))
         work = _Work(
-            text=read if "perplexity" in tasks else None,
-            questions=asked if "vqa" in tasks else (),
-            swapped=blind_questions(asked) if blind and "vqa" in tasks else (),
+            text=found.text if "perplexity" in tasks else None,
+            questions=found.questions if "vqa" in tasks else (),
+            swapped=found.swapped,
             settings=chosen,
             device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
             dtype=dtype,
             trusted=trust_remote_code,
             progress=progress,
-            compared=compared,
-            predictions=predictions,
+            compared=found.compared,
+            predictions=None if found.compared is None else Predictions(stack.enter_context(scratch())),
             dense=reference,
         )
         # The dense model first where the others are compared with its predictions.
-        for path in () if dry_run else sorted(paths, key=lambda path: predictions is not None and path != reference):
-            found[path], blind_scores = _evaluate_one(path, work, floor=path == (reference or paths[0]))
+        for path in sorted(paths, key=lambda path: found.compared is not None and path != reference):
+            measured[path], blind_scores = _evaluate_one(path, work, floor=path == (reference or paths[0]))
             floor = floor or blind_scores
-    results = [found[path] for path in paths if path in found]
-    if reference is not None and work.questions and results:
-        dense = found[reference].answers
+    results = [measured[path] for path in paths]
+    if reference is not None and work.questions:
+        dense = measured[reference].answers
         results = [
             result if path == reference else replace(result, differences=differences(result.answers, dense))
             for path, result in zip(paths, results, strict=True)
@@ -167,17 +146,58 @@ def evaluate(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         versions=versions("torch", "transformers"),
         settings=chosen.scored,
-        text=None if read is None else Source(chosen.text, sha256(read.encode()).hexdigest()),
-        questions=Source(chosen.questions, _fingerprint(asked)) if asked else None,
+        text=None if found.text is None else Source(chosen.text, sha256(found.text.encode()).hexdigest()),
+        questions=Source(chosen.questions, _fingerprint(found.questions)) if found.questions else None,
         reference=None if reference is None else str(reference),
         blind=floor,
         results=tuple(results),
         examples=examples(
-            work.questions if results else (),
+            work.questions,
             [result.answers for result in results],
             None if reference is None else paths.index(reference),
         ),
     )
+
+
+@dataclass(frozen=True)
+class Checked:
+    """The inputs of an evaluation, once nothing is wrong with them; `text` and `compared` are None where unused."""
+
+    paths: list[Path]
+    reference: Path | None
+    questions: Sequence[Question]
+    swapped: Sequence[Question]
+    text: str | None
+    compared: Data | None
+
+
+def check_evaluation(
+    directories: Sequence[str | Path], chosen: EvaluationOptions, *, device: str | None, trusted: bool
+) -> Checked:
+    """What of :func:`evaluate` can be known before any model is loaded. Raises as it does."""
+    chosen.check_together()
+    check_device(device)
+    paths = [Path(directory) for directory in directories]
+    check_directories(paths)
+    for path in paths:
+        stored_bytes(path), _stated(path, "retention"), _stated(path, "predicted_loss")  # each names what is wrong
+    reference = next((path for path in paths if not is_compressed(path)), None)
+    if "kl" in chosen.tasks and (reference is None or len(paths) < 2):
+        raise SampleError("the task kl compares models with a dense one; name the dense model, and another")
+    processors, asked, read = readable(paths, chosen, trusted=trusted)
+    compared = None
+    if "kl" in chosen.tasks and read is not None:
+        compared = samples_of(
+            processors[paths.index(reference)] if reference else None,
+            text=read,
+            questions=asked,
+            prompts=chosen.prompts,
+            seqlen=chosen.seqlen,
+            tokens=chosen.kl_tokens,
+            seed=chosen.seed,
+        )
+    swapped = blind_questions(asked) if chosen.blind and "vqa" in chosen.tasks else ()
+    return Checked(paths, reference, asked, swapped, read, compared)
 
 
 def readable(

@@ -63,9 +63,7 @@ class Job:
             if budget.context is not None:  # that of linears which stay dense is out of the share already
                 cache = sizes.cache(budget)
                 least += sum(cache.of(x) for x in free) - (cache.dense - cache.least(self.recipe.metric.per_head))
-            tables = priced_tables(self.recipe, parts, budget)
-            least += sum(least_bytes(table, quantize) for table in tables)
-            share += sum(table.nbytes for table in tables)
+            least += sum(least_bytes(table, quantize) for table in priced_tables(self.recipe, parts, budget))
             if least > share or share <= 0:
                 raise too_small(self.recipe, budget, sizes, share, max(least, 1))
 
@@ -161,7 +159,7 @@ def shared(
     unreached: Collection[str] = (),
     samples: str = "",
 ) -> tuple[list[Linear], int]:
-    """The linears that a recipe may change, and the bytes that they share under a budget.
+    """The linears that a recipe may change, and the bytes that they and priced tables share under a budget.
 
     `unreached` are the names of linears that none of the `samples` (their modality) reaches, which stay dense.
 
@@ -191,13 +189,13 @@ def shared(
             f"no {samples} sample reaches any linear that the recipe may change; give samples that do, or "
             "choose a recipe that needs none, such as svd"
         )
-    limit, frozen = budget.linear_bytes(sizes), sizes.linears - sum(linear.nbytes for linear in free)
+    tables = priced_tables(recipe, parts, budget)
+    limit = budget.linear_bytes(sizes) + sum(table.nbytes for table in tables)
+    frozen = sizes.linears - sum(linear.nbytes for linear in free)
     if budget.context is not None:
         cache = sizes.cache(budget)
         frozen += cache.dense - sum(cache.of(linear) for linear in free)
-    room = limit + sum(
-        table.nbytes - least_bytes(table, recipe.quantize) for table in priced_tables(recipe, parts, budget)
-    )
+    room = limit - sum(least_bytes(table, recipe.quantize) for table in tables)
     if frozen > max(room, 0):
         kept = list(reasons)
         kept += [f"no {samples} sample reaches them"] if len(free) < len(wished) else []

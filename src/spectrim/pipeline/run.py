@@ -55,8 +55,7 @@ def compression(
     killed goes on; without one they are in a temporary directory while the block runs. `check` gets the model and its
     parts before samples run through it, and raises where they do not fit what is to come. With `foresee`, what is to
     come is estimated from a probe of a few seconds, logged, compared at the end with what it took, and kept in the
-    record. `calibration` are arguments
-    of :func:`spectrim.calibrate`, such as text, images, samples and seed.
+    record. `calibration` are arguments of :func:`spectrim.calibrate`, such as text, images, samples and seed.
 
     Raises:
         SpectrimError: of the kind that says which input is at fault.

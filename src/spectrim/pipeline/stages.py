@@ -98,11 +98,8 @@ class Compression:
         curves = {
             linear.name: curve(self.recipe.allocation, menus[linear.name], wanted(linear.name)) for linear in free
         }
-        if tables := priced_tables(self.recipe, self.parts, budget):
-            curves |= {
-                table.name: curve(self.recipe.allocation, self._tables.menus[table.name], None) for table in tables
-            }
-            share += sum(table.nbytes for table in tables)
+        for table in priced_tables(self.recipe, self.parts, budget):
+            curves[table.name] = curve(self.recipe.allocation, self._tables.menus[table.name], None)
 
         def within(share: int) -> Plan:
             numbers = spend(list(curves.values()), share)
@@ -201,8 +198,9 @@ class Compression:
             if self.statistics is None or self.statistics.manifest.data.text is None or self.processor is None:
                 raise RecipeError("allocation 'sensitivity' needs text statistics and the model's processor; give both")
             data, settings = self.statistics.manifest.data, self.statistics.manifest.settings
+            assert data.text is not None
             windows = load_windows(
-                data.text or "builtin",
+                data.text,
                 self.processor,
                 samples=min(WINDOWS, settings.samples),
                 seqlen=settings.seqlen,

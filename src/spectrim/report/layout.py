@@ -1,18 +1,15 @@
 """How the linears of a checkpoint are stored, in the order of its blocks and roles."""
 
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-import torch
-
 from spectrim.anatomy import ROLES, anatomy
 from spectrim.checkpoint import read_provenance
-from spectrim.checkpoint.sources import loader, read_config
-from spectrim.errors import SpectrimError
-from spectrim.plan.plan import Plan, PlanRow
+from spectrim.checkpoint.read import load_empty
+from spectrim.plan.plan import Plan, PlanRow, summed_up
 
 PLAN = "plan.json"
 PARTS = ("tower", "connector", "backbone", "experts", "embeddings")  # further ones follow under their own names
@@ -72,20 +69,19 @@ def layout(directory: Path) -> Layout:
 
 
 def _cell(part: str, block: int | None, role: str, rows: list[tuple[PlanRow, int]]) -> Cell:
-    forms = Counter(row.form for row, _ in rows)
+    whole = summed_up([row for row, _ in rows])
     ranks = [row.rank for row, _ in rows if row.rank is not None]
     losses = [row.loss for row, _ in rows if row.loss is not None]
-    size = sum(row.bytes for row, _ in rows)
     return Cell(
         part=part,
         block=block,
         role=role,
         linears=len(rows),
-        forms=", ".join(name if len(rows) == 1 else f"{count} {name}" for name, count in sorted(forms.items())),
+        forms=", ".join(name if len(rows) == 1 else f"{count} {name}" for name, count in whole["forms"].items()),
         rank=round(median(ranks)) if ranks else None,
-        bits=8 * size / max(1, sum(params for _, params in rows)),
-        bytes=size,
-        dense_bytes=sum(row.dense_bytes for row, _ in rows),
+        bits=8 * whole["bytes"] / max(1, sum(params for _, params in rows)),
+        bytes=whole["bytes"],
+        dense_bytes=whole["dense_bytes"],
         loss=sum(losses) if losses else None,
     )
 
@@ -93,12 +89,8 @@ def _cell(part: str, block: int | None, role: str, rows: list[tuple[PlanRow, int
 def _spots(directory: Path) -> dict[str, _Spot]:
     """Where the linears of a model are, from its config alone; nothing where the model cannot be built from it."""
     try:
-        config = read_config(directory, {"trust_remote_code": False})
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        with torch.device("meta"):
-            parts = anatomy(loader(directory, config, trusted=False).from_config(config))
-    except (SpectrimError, Exception):  # a config is somebody else's, and what builds models may raise anything
+        parts = anatomy(load_empty(directory))
+    except Exception:  # a config is somebody else's, and what builds models may raise anything
         return {}
     numbers = {
         block: number

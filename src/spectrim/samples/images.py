@@ -13,7 +13,7 @@ from PIL import Image
 from spectrim.errors import SampleError
 from spectrim.samples.chat import TURNS, Message, as_parts, joined, question, read_chat, texts
 from spectrim.samples.pixels import open_image, opener, to_rgb
-from spectrim.samples.sources import IMAGES, check_positive, hub_rows, local_path, named_columns
+from spectrim.samples.sources import IMAGES, by_key, check_positive, hub_rows, local_path, named_columns
 from spectrim.samples.tables import count_rows, is_table, read_rows
 from spectrim.samples.tokens import refuse_media
 from spectrim.settings import counts
@@ -141,7 +141,7 @@ def _entries(source: str, samples: int, seed: int, split: str, instruction: str,
     elif path is None:
         found = hub_rows(source, split, columns=tuple(columns.values()) or ("image", "images"), seed=seed)
         entries = [
-            _entry(_plain(_named(row, columns)), None, where, instruction)
+            _entry(_plain(by_key(row, columns)), None, where, instruction)
             for where, row in itertools.islice(found, samples)
         ]
     else:
@@ -169,11 +169,6 @@ def _builtin(samples: int, seed: int, split: str, instruction: str) -> list[Entr
     pooled = [asked.image for task in TASKS for asked in questions(task, split, per_task, seed)]
     chosen = random.Random(seed).sample(pooled, samples)
     return [Entry((partial(to_rgb, image),), question(instruction), None, "a built-in image") for image in chosen]
-
-
-def _named(row: dict[str, Any], columns: dict[str, str]) -> dict[str, Any]:
-    """A row of a data set with the columns that the source names, where it names any."""
-    return {key: row.get(column) for key, column in columns.items()} if columns else row
 
 
 def _plain(row: dict[str, Any]) -> dict[str, Any]:

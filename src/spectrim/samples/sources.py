@@ -1,7 +1,7 @@
 """Names of sources, rows of jsonl files and of Hugging Face datasets; what text and image sources have in common."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,11 @@ def named_columns(source: str, known: tuple[str, ...]) -> dict[str, str]:
             raise SampleError(f"sample source '{source}' names a column for {key} twice; name one")
         columns[key] = column
     return columns
+
+
+def by_key(row: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """A row with the values of named columns under their keys; as it is where none are named."""
+    return {key: row.get(column) for key, column in columns.items()} if columns else row
 
 
 def _exists(source: str) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 from spectrim.errors import SampleError, first_line
 from spectrim.files import parse_json
 from spectrim.samples.chat import TURNS
-from spectrim.samples.sources import read_jsonl
+from spectrim.samples.sources import by_key, read_jsonl
 
 ROWS = (".jsonl", ".csv", ".tsv", ".parquet")  # endings of files of rows
 _LISTS = (*TURNS, "images", "prompt", "completion")  # keys under which a cell may hold a list as JSON
@@ -34,7 +34,7 @@ def read_rows(path: Path, known: tuple[str, ...], columns: Mapping[str, str]) ->
     suffix = path.suffix.lower()
     if suffix == ".jsonl":
         for where, row in read_jsonl(path):
-            yield where, {key: row.get(column) for key, column in columns.items()} if columns else row
+            yield where, by_key(row, columns)
         return
     wanted = columns or dict(zip(known, known, strict=True))
     rows = _read_parquet(path, wanted, columns) if suffix == ".parquet" else _read_csv(path, wanted, columns)

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from spectrim.errors import SampleError
 from spectrim.samples.beginning import beginning, without_beginning
 from spectrim.samples.chat import TURNS, read_chat, render, texts
-from spectrim.samples.sources import check_positive, hub_rows, local_path, named_columns
+from spectrim.samples.sources import by_key, check_positive, hub_rows, local_path, named_columns
 from spectrim.samples.tables import is_table, read_rows
 from spectrim.samples.tokens import refuse_media
 from spectrim.settings import counts
@@ -208,7 +208,7 @@ def _read_hub(source: str, columns: dict[str, str], split: str, read: _Reader) -
     size = 0
     wanted = tuple(columns.values()) or ("text", *TURNS, "prompt")
     for where, row in hub_rows(source, split, columns=wanted):
-        passage = read(where, {key: row.get(column) for key, column in columns.items()} if columns else row)
+        passage = read(where, by_key(row, columns))
         yield passage
         size += len(passage.text)
         if size >= _HUB_CHARACTERS:

@@ -40,7 +40,6 @@ from spectrim.serve.embeddings import embedding_method
 from spectrim.serve.matrices import Matrix, OwnMatrix, PackedMatrix, packed
 from spectrim.serve.shards import Piece, fused, members, row_shards
 from spectrim.storage.embedding import IntegerEmbedding
-from spectrim.storage.integers import checked_grid
 from spectrim.storage.packed import PackedLinear
 
 logger = logging.getLogger("spectrim")
@@ -62,9 +61,10 @@ class FactoredConfig(QuantizationConfig):
     def __init__(self, config: SpectrimConfig) -> None:
         super().__init__()
         self.embeddings: dict[str, Grid] = {}
+        layers = config.layers()
         for name, entry in config.forms.items():
             if entry["form"] == IntegerEmbedding.name:
-                self.embeddings[name] = checked_grid({k: v for k, v in entry.items() if k not in ("form", "shared")})
+                self.embeddings[name] = IntegerEmbedding().grid(layers[name][1])
                 continue
             raise CheckpointError(
                 f"vLLM does not run the form '{entry['form']}', which {name!r} is stored in; serve the "

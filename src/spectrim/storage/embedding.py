@@ -12,9 +12,9 @@ from spectrim.kernels.bits import unpack
 from spectrim.linear import Linear
 from spectrim.maths.rounding import Grid
 from spectrim.recipe import QuantizePart
-from spectrim.storage.base import Form, Options, Problem, Spec, Tensors, register
-from spectrim.storage.integers import checked_grid, rounded
-from spectrim.storage.packed import PackedLinear
+from spectrim.storage.base import Options, Problem, Spec, register
+from spectrim.storage.integers import Integers, checked_grid
+from spectrim.storage.packed import PackedLinear, numbers
 
 _PAIRS = "_tied_weights_keys"  # transformers' pairs of tied weights, of a class; those of a model may differ
 
@@ -55,13 +55,11 @@ class PackedEmbedding(PackedLinear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # as nn.Embedding calls it
         """Rows [..., size] of token ids [...], in the dtype of the scales."""
-        ids = input.flatten()
+        ids, zeros = input.flatten(), self.zeros()
         words = self.rows if self.rows is not None else self._words()
         scale = self.weight_scale[ids]
-        codes = unpack(words[ids], self.grid.bits, self.embedding_dim, scale.dtype).unflatten(1, (scale.shape[1], -1))
-        if (zeros := self.zeros()) is not None:
-            codes = codes - zeros[ids][..., None].to(scale.dtype)
-        return (codes * scale[..., None]).view(*input.shape, self.embedding_dim)
+        codes = unpack(words[ids], self.grid.bits, self.embedding_dim, scale.dtype)
+        return numbers(codes, scale, None if zeros is None else zeros[ids]).view(*input.shape, self.embedding_dim)
 
     def product_with(self, x: torch.Tensor) -> torch.Tensor:
         """Logits [..., tokens] of x [..., size]: what a shared output head computes."""
@@ -85,11 +83,6 @@ class PackedEmbedding(PackedLinear):
         )
         return dense.requires_grad_(self.training)
 
-    def expected(self) -> Tensors:
-        """As of every stored layer, of an embedding."""
-        shape = torch.nn.Embedding(self.num_embeddings, self.embedding_dim, device="meta")
-        return IntegerEmbedding().build(shape.to(self.some_float().dtype), self.spec).state_dict()
-
 
 class SharedHead(nn.Module):
     """An output head without tensors of its own: logits by the integers of the embedding that it is tied to."""
@@ -109,52 +102,38 @@ class SharedHead(nn.Module):
         return self._embedding[0].product_with(input)
 
 
-class IntegerEmbedding(Form):
-    """``bits``, ``group`` and ``symmetric`` as of integers, and whether the output head is ``shared``."""
+class IntegerEmbedding(Integers):
+    """``bits``, ``group`` and ``symmetric`` as of integers, and whether the output head is ``shared``.
+
+    No linear is stored so: there are no options, and what an embedding costs is measured (see ``pipeline.tables``).
+    """
 
     name = "integer-embedding"
-    marker = "weight_packed"
+    searches = False
     replaces = nn.Embedding
 
     def options(self, problem: Problem) -> Options:
-        """None: no linear is stored so; what an embedding costs is measured (see ``pipeline.tables``)."""
+        """None."""
         return Options.listed(self.name, [])
 
-    def make(self, problem: Problem, spec: Spec) -> Tensors:
-        """The rows rounded to nearest in ranges of least squared error."""
-        grid, _ = _checked(spec)
-        layer = PackedLinear(problem.linear.in_features, problem.linear.out_features, grid, bias=False)
-        layer = layer.to(problem.W.device, problem.linear.dtype)
-        layer.load(rounded(problem, problem.W, grid, None, None, problem.linear.dtype))
-        return layer.state_dict()
-
     def build(self, linear: Any, spec: Spec) -> PackedEmbedding:
-        """An empty PackedEmbedding in the place of an nn.Embedding."""
-        grid, shared = _checked(spec)
-        tokens, size = linear.weight.shape
+        """An empty PackedEmbedding in the place of an nn.Embedding, or of a linear of its shape."""
+        (tokens, size), grid = linear.weight.shape, self.grid(spec)
         like: dict[str, Any] = {"device": linear.weight.device, "dtype": linear.weight.dtype}
-        padding = getattr(linear, "padding_idx", None)
-        return PackedEmbedding(tokens, size, grid, shared=shared, padding_idx=padding, **like).train(linear.training)
+        like |= {"shared": spec["shared"], "padding_idx": getattr(linear, "padding_idx", None)}
+        return PackedEmbedding(tokens, size, grid, **like).train(linear.training)
+
+    def grid(self, spec: Spec) -> Grid:
+        """The grid of a spec that also says what is shared. Raises ModelError for what is none."""
+        if type(spec.get("shared")) is not bool:
+            raise ModelError(
+                f"{dict(spec)} does not say whether the output head is shared; give shared (true or false)"
+            )
+        return checked_grid({key: value for key, value in spec.items() if key != "shared"})
 
     def least(self, linear: Linear, quantize: QuantizePart) -> int:
         """None of its options is a linear's."""
         return linear.nbytes
-
-    def nbytes(self, linear: Linear, spec: Spec) -> int:
-        """Bytes of codes, scales, zero points and the shape."""
-        return _checked(spec)[0].nbytes(linear.out_features, linear.in_features, linear.dtype.itemsize)
-
-    def params(self, linear: Linear, spec: Spec) -> int:
-        """As many numbers as the embedding has."""
-        return linear.params
-
-
-def _checked(spec: Spec) -> tuple[Grid, bool]:
-    """Grid and sharing of a spec. Raises ModelError for what is none."""
-    shared = spec.get("shared")
-    if type(shared) is not bool:
-        raise ModelError(f"{dict(spec)} does not say whether the output head is shared; give shared (true or false)")
-    return checked_grid({key: value for key, value in spec.items() if key != "shared"}), shared
 
 
 def share(model: Any) -> None:

@@ -53,7 +53,11 @@ class Integers(Form):
 
     def heads(self, spec: Spec) -> None:
         """None; ModelError for a spec that is no grid."""
-        checked_grid(spec)
+        self.grid(spec)
+
+    def grid(self, spec: Spec) -> Grid:
+        """The grid of a spec. Raises ModelError for what is none."""
+        return checked_grid(spec)
 
     def least(self, linear: Linear, quantize: QuantizePart) -> int:
         """Bytes of the weight where the recipe has no integers; those of the integers where there is nothing else."""
@@ -66,7 +70,7 @@ class Integers(Form):
 
     def nbytes(self, linear: Linear, spec: Spec) -> int:
         """Bytes of codes, scales, zero points and the shape."""
-        return checked_grid(spec).nbytes(linear.out_features, linear.in_features, linear.dtype.itemsize)
+        return self.grid(spec).nbytes(linear.out_features, linear.in_features, linear.dtype.itemsize)
 
     def params(self, linear: Linear, spec: Spec) -> int:
         """As many numbers as the weight has."""

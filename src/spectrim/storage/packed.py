@@ -117,10 +117,7 @@ class PackedLinear(StoredLayer):
             dense = cuda.unpacked(self._words(), scale, zero, self.grid.bits, self.in_features)
             if dense is not None:
                 return dense
-        codes = self.codes(scale.dtype).unflatten(1, (scale.shape[1], -1))  # [out, groups, group]
-        if zero is not None:  # at most 255, which floats of 16 bits hold exactly
-            codes = codes - zero[..., None].to(scale.dtype)
-        return (codes * scale[..., None]).flatten(1)
+        return numbers(self.codes(scale.dtype), scale, zero)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # as nn.Linear calls it
         """Map inputs [..., in] to [..., out] in the dtype of the scales."""
@@ -247,6 +244,14 @@ class PackedLinear(StoredLayer):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"bits={self.grid.bits}, group={self.grid.group}" + ", symmetric=False" * (not self.grid.symmetric)
         )
+
+
+def numbers(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
+    """What codes [rows, in], in the dtype of the scales, stand for; scales and zero points are [rows, groups]."""
+    codes = codes.unflatten(1, (scale.shape[1], -1))
+    if zero is not None:  # at most 255, which floats of 16 bits hold exactly
+        codes = codes - zero[..., None].to(scale.dtype)
+    return (codes * scale[..., None]).flatten(1)
 
 
 def scheme(grid: Grid, targets: list[str]) -> "QuantizationScheme":
