@@ -155,6 +155,8 @@ def test_prices_are_the_measured_divergence(prepared):
     assert menu.error[0] == 0
     assert 0 < menu.error[1] < 0.01 < menu.error[2] / menu.error[1]  # dense, 8 and 4 bits
     assert 50 < menu.error[2] / menu.error[1] < 2000  # squared steps: 16² times
+    measured, dense = (model.get_input_embeddings().weight for model in (prepared.model, load(resolve("demo"))))
+    assert torch.equal(measured, dense)  # nothing rounded is left behind
 
 
 def test_what_cannot_be_is_said():
