@@ -189,7 +189,8 @@ class Compression:
             return importance(self.parts, self._measured_cosines(), self.recipe.allocation.importance).__getitem__
         if rule == "global-sigma":
             metric, sources = self.recipe.metric, spectra.sources
-            return lambda name: (spectra.spectrum(name).s * summed(metric, name, sources[name], self.statistics)).sqrt()
+            counted = lambda name: summed(metric, self.parts.linear(name), sources[name], self.statistics)  # noqa: E731
+            return lambda name: (spectra.spectrum(name).s * counted(name)).sqrt()
         if rule == "global-sigma-mean":
             return lambda name: spectra.spectrum(name).s.sqrt()
         if rule != "sensitivity":
