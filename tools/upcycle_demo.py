@@ -85,7 +85,8 @@ def train(args: argparse.Namespace) -> None:
     optimizer, began, step, spent = train_demo.optimiser([model.model.language_model]), time.time(), 0, 0.0
     with (work / "train.jsonl").open("w") as log:
         while (spent := time.time() - began) < args.minutes * 60:
-            rate = args.rate * min(1.0, (step + 1) / 30) * (0.02 + 0.49 * (1 + math.cos(math.pi * spent / 60 / args.minutes)))
+            falling = 0.02 + 0.49 * (1 + math.cos(math.pi * spent / 60 / args.minutes))
+            rate = args.rate * min(1.0, (step + 1) / 30) * falling
             for group in optimizer.param_groups:
                 group["lr"] = rate
             starts = torch.from_numpy(rng.integers(len(corpus) - train_demo.TEXT_LENGTH - 1, size=args.text_batch))

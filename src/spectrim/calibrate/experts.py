@@ -1,7 +1,7 @@
-"""Moments of experts, each drawn towards the mean of its layer by how few tokens it saw (docs/methods.md, section 9)."""
+"""Moments of experts, each drawn towards the mean of its layer where it saw few tokens (docs/methods.md, section 9)."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from spectrim.calibrate.moments import GradMoment, Moment, OutputMoment
@@ -104,15 +104,31 @@ def expert_statistics(statistics: Statistics, linear: Linear) -> Statistics:
     return found
 
 
-def tokens_by_expert(statistics: Statistics, linears: tuple[Linear, ...]) -> dict[str, dict[int, int]]:
+def tokens_by_expert(statistics: Statistics | None, linears: tuple[Linear, ...]) -> dict[str, dict[int, int]]:
     """By block with experts, how many tokens of all modalities each expert saw."""
     found: dict[str, dict[int, int]] = {}
-    for linear in linears:
+    for linear in linears if statistics is not None else ():
         if linear.expert is not None and linear.block is not None:
+            assert statistics is not None
             tokens = sum(statistics.positions(linear.name, m) for m in statistics.manifest.data.modalities)
             seen = found.setdefault(linear.block, {})
             seen[linear.expert] = max(tokens, seen.get(linear.expert, 0))
     return found
+
+
+def described(tokens: Mapping[str, Mapping[int, int]]) -> str:
+    """A line on what the experts saw, those with the fewest tokens by name; "" of a model without experts."""
+    seen = sorted(
+        (count, f"{block} expert {number}") for block, each in tokens.items() for number, count in each.items()
+    )
+    if not seen:
+        return ""
+    fewest = ", ".join(f"{name} ({count})" for count, name in seen[:5])
+    none = sum(not count for count, _ in seen)
+    return (
+        f"{len(seen)} experts saw {seen[0][0]} to {seen[-1][0]} tokens each, half of them {seen[len(seen) // 2][0]} or "
+        f"more, and {none} none; fewest: {fewest}"
+    )
 
 
 def _add_moments(a: Moment, b: Moment) -> Moment:
