@@ -58,7 +58,7 @@ def layout(directory: Path) -> Layout:
     record, plan = read_provenance(directory), Plan.read(directory / PLAN)
     spots = _spots(directory)
     groups: dict[tuple[str, int | None, str], list[tuple[PlanRow, int]]] = defaultdict(list)
-    for name, row in plan.linears.items():
+    for name, row in plan.rows.items():
         spot = spots.get(name) or _by_name(name)
         groups[spot.part, spot.block, spot.role].append((row, spot.params or row.dense_bytes // _ITEMSIZE))
     order = [*PARTS, *sorted({part for part, _, _ in groups} - {*PARTS})]
