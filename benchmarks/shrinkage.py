@@ -22,7 +22,7 @@ from spectrim.calibrate.data import load_data
 from spectrim.calibrate.passes import model_inputs
 from spectrim.pipeline import compression
 
-CASES = (("curvature+gptq", 0.2), ("laser", 0.45))
+CASES = (("jw-svd", 0.45), ("laser", 0.45))
 LEFT_OUT = 16  # samples of each modality
 
 
