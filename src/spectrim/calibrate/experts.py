@@ -15,12 +15,14 @@ _T = TypeVar("_T", Moment, GradMoment, OutputMoment)
 
 
 class ExpertStatistics(Statistics):
-    """Statistics in which the moments of every expert of a layer have κ tokens of the layer's mean besides their own.
+    """Statistics in which the moment of every expert of a layer is its own, blended with κ tokens of the layer's mean.
 
-    An expert that no token chose has those alone. ``names`` are the linears of one role of all experts of a layer.
+    With n tokens of its own, and one where it has none, it keeps the weight of n tokens: an expert that few tokens
+    choose counts for little, and one that none chose has the layer's moment and the weight of one. ``names`` are the
+    linears of one role of all experts of a layer.
     """
 
-    def __init__(self, statistics: Statistics, names: list[str], kappa: int) -> None:
+    def __init__(self, statistics: Statistics, names: list[str], kappa: float) -> None:
         super().__init__(statistics.path, statistics.manifest)
         self._whole, self._names, self._kappa = statistics, names, kappa
         self._means: dict[tuple[str, Modality], Any] = {}
@@ -30,13 +32,14 @@ class ExpertStatistics(Statistics):
         mean = self._mean("moment", modality, self._whole.moment, _add_moments)
         if mean is None:
             return None
-        share, own = self._kappa / mean.count, self._whole.moment(linear, modality)
-        drawn = Moment(mean.second * share, mean.abs_sum * share, self._kappa)
-        return drawn if own is None else _add_moments(drawn, own)
+        own = self._whole.moment(linear, modality)
+        tokens, a, b = self._shares(0 if own is None else own.count, mean.count)
+        drawn = Moment(mean.second * b, mean.abs_sum * b, tokens)
+        return drawn if own is None else Moment(own.second * a + drawn.second, own.abs_sum * a + drawn.abs_sum, tokens)
 
     def positions(self, linear: str, modality: Modality) -> int:
-        """Tokens of the expert, and those of the mean."""
-        return super().positions(linear, modality) + self._kappa
+        """Tokens that the moment of the expert weighs as much as."""
+        return max(1, super().positions(linear, modality))
 
     def gradient(self, linear: str, modality: Modality) -> GradMoment | None:
         """Gradient statistic of the expert; None where none was gathered of any expert.
@@ -46,19 +49,30 @@ class ExpertStatistics(Statistics):
         mean = self._mean("gradient", modality, self._whole.gradient, _add_gradients)
         if mean is None:
             return None
-        tokens = sum(self._whole.positions(name, modality) for name in self._names)
-        columns, own = mean.fisher_cols * (self._kappa / max(tokens, 1)), self._whole.gradient(linear, modality)
-        return GradMoment(columns if own is None else columns + own.fisher_cols, mean.count)
+        own, positions = self._whole.gradient(linear, modality), self._whole.positions
+        every = max(1, sum(positions(name, modality) for name in self._names))
+        _, a, b = self._shares(positions(linear, modality), every)
+        columns = mean.fisher_cols * b
+        return GradMoment(columns if own is None else columns + own.fisher_cols * a, mean.count)
 
     def output(self, linear: str, modality: Modality) -> OutputMoment | None:
         """Moment of the expert's output gradients; None where none was gathered of any expert."""
         mean = self._mean("output", modality, self._whole.output, _add_outputs)
         if mean is None:
             return None
-        share, own = self._kappa / mean.count, self._whole.output(linear, modality)
-        sums = {part: value * share for part, value in mean.sums.items()}
-        drawn = OutputMoment(mean.form, sums, mean.traces * share, self._kappa, mean.labels)
-        return drawn if own is None else _add_outputs(drawn, own)
+        own = self._whole.output(linear, modality)
+        tokens, a, b = self._shares(0 if own is None else own.count, mean.count)
+        sums, traces = {part: value * b for part, value in mean.sums.items()}, mean.traces * b
+        if own is not None:
+            sums = {part: value + own.sums[part] * a for part, value in sums.items()}
+            traces = traces + own.traces * a
+        return OutputMoment(mean.form, sums, traces, tokens, mean.labels)
+
+    def _shares(self, count: int, every: int) -> tuple[int, float, float]:
+        """Tokens that an expert with `count` of a layer's `every` weighs; factors of its own sum and of the layer's."""
+        tokens = max(1, count)
+        share = tokens / (count + self._kappa)
+        return tokens, share, share * self._kappa / every
 
     def _mean(
         self, kind: str, modality: Modality, read: Callable[[str, Modality], _T | None], add: Callable[[_T, _T], _T]
@@ -98,8 +112,7 @@ def expert_statistics(statistics: Statistics, linear: Linear) -> Statistics:
             )
 
         names = [name for name in manifest.blocks if pattern.fullmatch(name) and alike(name)]
-        kappa = max(1, round(SHRINKAGE * linear.in_features))
-        statistics.means[key] = ExpertStatistics(statistics, names, kappa)
+        statistics.means[key] = ExpertStatistics(statistics, names, SHRINKAGE * linear.in_features)
     found: Statistics = statistics.means[key]
     return found
 

@@ -51,9 +51,12 @@ def layer_metric(
     if statistics is None:
         raise RecipeError(f"metric '{part.kind}' needs calibration statistics; give a statistics directory or samples")
     _check_gathered(part, statistics)
-    reached = any(statistics.positions(linear.name, m) for m in statistics.manifest.data.modalities)
     read = expert_statistics(statistics, linear)
-    if (metric := _gathered(part, linear, read, device)) is not None:
+    metric = _gathered(part, linear, read, device)
+    if metric is not None and read is statistics:
+        return metric
+    reached = any(statistics.positions(linear.name, m) for m in statistics.manifest.data.modalities)
+    if metric is not None:
         return metric if reached else replace(metric, source="experts")
     return Metric(None, "identity" if reached else "unreached")
 

@@ -68,6 +68,8 @@ def compression(
         raise RecipeError("the model is compressed already; start from the dense model, or dequantize it first")
     check_dense(model)
     parts = anatomy(model)
+    for skipped in parts.left_out():
+        _log.warning("compress: stays dense: %s of all parameters", skipped)
     if check is not None:
         check(model, parts)
 
