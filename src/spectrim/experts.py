@@ -1,4 +1,4 @@
-"""Experts that a model keeps in fused 3-D parameters, as linears of their own, and back (docs/methods.md, section 9).
+"""Experts that a model keeps in fused 3-D parameters, as linears of their own, and back (docs/methods.md, section 11).
 
 transformers 5 keeps ``gate_up_proj`` [E, 2·inter, hidden] (or transposed, or interleaved) and ``down_proj`` in one
 module, which functions of its experts interface read. Unfused, that module keeps its class and everything that is no

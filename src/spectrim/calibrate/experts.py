@@ -1,4 +1,4 @@
-"""Moments of experts, each drawn towards the mean of its layer where it saw few tokens (docs/methods.md, section 9)."""
+"""Moments of experts, each drawn towards the mean of its layer where it saw few tokens (docs/methods.md, section 11)."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -17,9 +17,9 @@ _T = TypeVar("_T", Moment, GradMoment, OutputMoment)
 class ExpertStatistics(Statistics):
     """Statistics in which the moment of every expert of a layer is its own, blended with κ tokens of the layer's mean.
 
-    With n tokens of its own, and one where it has none, it keeps the weight of n tokens: an expert that few tokens
-    choose counts for little, and one that none chose has the layer's moment and the weight of one. ``names`` are the
-    linears of one role of all experts of a layer.
+    With n tokens of its own it keeps the weight of n tokens: an expert that few tokens choose counts for little. One
+    that no token of any modality chose has the layer's moments and the weight of one token; one that a single modality
+    chose has nothing of the others. ``names`` are the linears of one role of all experts of a layer.
     """
 
     def __init__(self, statistics: Statistics, names: list[str], kappa: float) -> None:
@@ -28,11 +28,13 @@ class ExpertStatistics(Statistics):
         self._means: dict[tuple[str, Modality], Any] = {}
 
     def moment(self, linear: str, modality: Modality) -> Moment | None:
-        """What the expert read; None where the modality reached no expert."""
-        mean = self._mean("moment", modality, self._whole.moment, _add_moments)
-        if mean is None:
+        """What the expert read; None where the modality reached no expert, or another one this expert."""
+        mean, own = (
+            self._mean("moment", modality, self._whole.moment, _add_moments),
+            self._whole.moment(linear, modality),
+        )
+        if mean is None or (own is None and self._chosen(linear)):
             return None
-        own = self._whole.moment(linear, modality)
         tokens, a, b = self._shares(0 if own is None else own.count, mean.count)
         drawn = Moment(mean.second * b, mean.abs_sum * b, tokens)
         return drawn if own is None else Moment(own.second * a + drawn.second, own.abs_sum * a + drawn.abs_sum, tokens)
@@ -47,9 +49,9 @@ class ExpertStatistics(Statistics):
         It is a sum over samples: the mean is that of all experts, by their tokens.
         """
         mean = self._mean("gradient", modality, self._whole.gradient, _add_gradients)
-        if mean is None:
-            return None
         own, positions = self._whole.gradient(linear, modality), self._whole.positions
+        if mean is None or (own is None and self._chosen(linear)):
+            return None
         every = max(1, sum(positions(name, modality) for name in self._names))
         _, a, b = self._shares(positions(linear, modality), every)
         columns = mean.fisher_cols * b
@@ -57,16 +59,22 @@ class ExpertStatistics(Statistics):
 
     def output(self, linear: str, modality: Modality) -> OutputMoment | None:
         """Moment of the expert's output gradients; None where none was gathered of any expert."""
-        mean = self._mean("output", modality, self._whole.output, _add_outputs)
-        if mean is None:
+        mean, own = (
+            self._mean("output", modality, self._whole.output, _add_outputs),
+            self._whole.output(linear, modality),
+        )
+        if mean is None or (own is None and self._chosen(linear)):
             return None
-        own = self._whole.output(linear, modality)
         tokens, a, b = self._shares(0 if own is None else own.count, mean.count)
         sums, traces = {part: value * b for part, value in mean.sums.items()}, mean.traces * b
         if own is not None:
             sums = {part: value + own.sums[part] * a for part, value in sums.items()}
             traces = traces + own.traces * a
         return OutputMoment(mean.form, sums, traces, tokens, mean.labels)
+
+    def _chosen(self, linear: str) -> bool:
+        """Whether any token chose the expert."""
+        return any(self._whole.positions(linear, modality) for modality in self.manifest.data.modalities)
 
     def _shares(self, count: int, every: int) -> tuple[int, float, float]:
         """Tokens that an expert with `count` of a layer's `every` weighs; factors of its own sum and of the layer's."""
