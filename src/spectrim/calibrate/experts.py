@@ -1,4 +1,4 @@
-"""Moments of experts, each drawn towards the mean of its layer where it saw few tokens (docs/methods.md, section 11)."""
+"""Moments of experts, drawn towards the mean of their layer where they saw few tokens (docs/methods.md, section 11)."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -9,7 +9,7 @@ from spectrim.calibrate.statistics import Statistics
 from spectrim.linear import Linear
 from spectrim.samples import Modality
 
-SHRINKAGE = 0.125  # tokens of the layer's mean for each input of the linear
+SHRINKAGE = 0.03  # tokens of the layer's mean for each input of the linear
 
 _T = TypeVar("_T", Moment, GradMoment, OutputMoment)
 
@@ -41,7 +41,7 @@ class ExpertStatistics(Statistics):
 
     def positions(self, linear: str, modality: Modality) -> int:
         """Tokens that the moment of the expert weighs as much as."""
-        return max(1, super().positions(linear, modality))
+        return max(1, self._whole.positions(linear, modality))
 
     def gradient(self, linear: str, modality: Modality) -> GradMoment | None:
         """Gradient statistic of the expert; None where none was gathered of any expert.
@@ -72,6 +72,16 @@ class ExpertStatistics(Statistics):
             traces = traces + own.traces * a
         return OutputMoment(mean.form, sums, traces, tokens, mean.labels)
 
+    def lean(self, linear: str) -> float:
+        """How much more of the images' tokens than of the text's an expert has: the ratio of both shares."""
+        if not self._chosen(linear):
+            return 1.0
+        shares = []
+        for modality in ("image", "text"):
+            every = sum(self._whole.positions(name, modality) for name in self._names)
+            shares.append(self.positions(linear, modality) / max(1, every))
+        return shares[0] / shares[1]
+
     def _chosen(self, linear: str) -> bool:
         """Whether any token chose the expert."""
         return any(self._whole.positions(linear, modality) for modality in self.manifest.data.modalities)
@@ -96,7 +106,7 @@ class ExpertStatistics(Statistics):
         return mean
 
 
-def expert_statistics(statistics: Statistics, linear: Linear) -> Statistics:
+def expert_statistics(statistics: Statistics, linear: Linear) -> "Statistics | ExpertStatistics":
     """The statistics in which to read the moments of `linear`: of an expert those with its layer's mean, else as given.
 
     A counterpart in another expert has the same name but for the expert's number, the same shape, and the same form of
@@ -121,7 +131,7 @@ def expert_statistics(statistics: Statistics, linear: Linear) -> Statistics:
 
         names = [name for name in manifest.blocks if pattern.fullmatch(name) and alike(name)]
         statistics.means[key] = ExpertStatistics(statistics, names, SHRINKAGE * linear.in_features)
-    found: Statistics = statistics.means[key]
+    found: ExpertStatistics = statistics.means[key]
     return found
 
 

@@ -8,7 +8,7 @@ import torch
 
 from spectrim.anatomy import Anatomy
 from spectrim.calibrate import Moment, Statistics
-from spectrim.calibrate.experts import expert_statistics
+from spectrim.calibrate.experts import ExpertStatistics, expert_statistics
 from spectrim.errors import RecipeError
 from spectrim.linear import Linear
 from spectrim.maths.decompose import OutputMetric
@@ -52,6 +52,9 @@ def layer_metric(
         raise RecipeError(f"metric '{part.kind}' needs calibration statistics; give a statistics directory or samples")
     _check_gathered(part, statistics)
     read = expert_statistics(statistics, linear)
+    if isinstance(read, ExpertStatistics) and part.modality == "joint":
+        lean = read.lean(linear.name)  # modalities weigh as their losses do: by the expert's share of their tokens
+        part = part.model_copy(update={"gamma": part.gamma * lean, "beta": part.beta * lean})
     metric = _gathered(part, linear, read, device)
     if metric is not None and read is statistics:
         return metric
