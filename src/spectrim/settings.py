@@ -190,6 +190,9 @@ class CalibrationSettings(OptionRecord):
     seed: _Seed = Field(default=0, description="Chooses the samples.")
     instruction: str = Field(default="Describe this image.", description="Asked of images that bring none.")
     image_tokens_only: bool = Field(default=False, description="Count only image tokens in the backbone.")
+    all_experts: bool = Field(
+        default=False, description="Every expert reads all tokens (in calibration only; their outputs stay routed)."
+    )
     gradients: bool = Field(default=False, description="Gather gradients of text as well (fwsvd needs them).")
     curvature: bool = Field(
         default=True, description="Gather output gradients as well (spectrim, laser and curvature need them)."

@@ -5,7 +5,7 @@ import logging
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from spectrim.anatomy import Anatomy, anatomy
 from spectrim.calibrate.data import SAMPLE_SETTINGS, Data, load_data
 from spectrim.calibrate.distributed import reduce_sums, share
+from spectrim.calibrate.experts import described, tokens_by_expert
 from spectrim.calibrate.fingerprint import model_print
 from spectrim.calibrate.forms import choose_forms
 from spectrim.calibrate.gradients import run_gradients
@@ -36,6 +37,7 @@ from spectrim.dense import check_dense
 from spectrim.disk.lock import LOCK, writing
 from spectrim.errors import SampleError, StatisticsError
 from spectrim.estimate import Cost, compared
+from spectrim.experts import all_tokens
 from spectrim.files import user_path, write_whole
 from spectrim.samples import Modality
 from spectrim.samples.sources import local_path, split_columns
@@ -61,6 +63,7 @@ def calibrate(
     seed: int = CALIBRATION.seed,
     instruction: str = CALIBRATION.instruction,
     image_tokens_only: bool = CALIBRATION.image_tokens_only,
+    all_experts: bool = CALIBRATION.all_experts,
     gradients: bool = CALIBRATION.gradients,
     curvature: bool = CALIBRATION.curvature,
     labels: Literal["given", "sampled"] = CALIBRATION.labels,
@@ -93,6 +96,8 @@ def calibrate(
         seed: of the choice of samples.
         instruction: of image samples that carry none.
         image_tokens_only: the backbone counts only the positions of image tokens in image samples.
+        all_experts: every expert reads all tokens, so that its input moments are those of its layer; what comes out of
+            the model stays routed, and so do gradients.
         gradients: gather the gradient statistic of text samples too (see ``GradMoment``).
         curvature: gather the moments of output gradients of all samples too (see ``OutputMoment``). Text is labelled at
             every token; an image sample at its answer, or at one that the model draws where it brings none.
@@ -125,6 +130,7 @@ def calibrate(
         seed=seed,
         instruction=instruction,
         image_tokens_only=image_tokens_only,
+        all_experts=all_experts,
         gradients=gradients,
         curvature=curvature,
         labels=labels,
@@ -164,7 +170,10 @@ def calibrate(
                 _gather(run, store, checkpoint_seconds, progress or (lambda done, total: None))
                 if cost is not None:
                     _compare(cost, out)
-    return Statistics.open(out)
+    statistics = Statistics.open(out)
+    if line := described(tokens_by_expert(statistics, parts.linears)):
+        _log.info("calibrate: %s", line)
+    return statistics
 
 
 def _absolute(sources: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
@@ -216,7 +225,8 @@ class _Run:
             route = self.routes.setdefault(unit.modality, Route(self.model, self.parts.linears))
             for number, batch in enumerate(self.data.batches(unit.modality, settings.batch_size)):
                 if number >= resumed and number % processes == rank:
-                    run_batch(self.model, modules, batch, sums, image_tokens_only=only, route=route)
+                    with all_tokens() if settings.all_experts else nullcontext():
+                        run_batch(self.model, modules, batch, sums, image_tokens_only=only, route=route)
                     yield
             return
         blocks = self.parts.blocks() if self.recomputes else ()
