@@ -160,6 +160,11 @@ class QuantizePart(_Part):
         """Whether there may be dense integers alone."""
         return self.format != "spectrim"
 
+    @property
+    def signed(self) -> bool:
+        """Whether scales may be negative: not where kernels that are not ours read them."""
+        return not self.plain
+
     def takes(self, role: str) -> bool:
         """Whether linears of this role may be quantized."""
         return self.bits is not None and (self.roles == "all" or role in FEED_FORWARD)
