@@ -1,5 +1,6 @@
 """How much memory there is for moments: a limit, less what is held already and what a batch takes."""
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from spectrim.anatomy import Anatomy
+from spectrim.away import is_away
 from spectrim.calibrate.data import Data
 from spectrim.calibrate.distributed import least, share
 from spectrim.calibrate.forms import CurvatureForm
@@ -72,7 +74,8 @@ def fitted(
     positions = batch_positions(model, data, options)
     rows = max(count for places in positions.values() for count in places.values())
     settings, modalities = options.settings, [*data.samples]
-    for recomputes in (False, True):
+    away = is_away(model)  # then a graph would hold the weights of all blocks
+    for recomputes in (True,) if away else (False, True):
         limit = room(model, batch_bytes(model, parts, positions, options, recomputes=recomputes), options)
         try:
             groups = passes(parts, settings, modalities, forms, limit, rows if recomputes else 0)
@@ -136,4 +139,7 @@ def batch_bytes(
         tokens = places["backbone"]
         logits = 2 * size * words * tokens + 12 * words * tokens // samples  # with their gradients; one in float32
         most = max(most, graph + (boundaries + logits if graded else 0))
-    return int(_ROUGH * (most + products))
+    coming = Counter[str | None]()  # the weights of a block that is elsewhere
+    for x in parts.linears if is_away(model) else ():
+        coming[x.block] += x.nbytes
+    return int(_ROUGH * (most + products)) + max(coming.values(), default=0)
