@@ -125,7 +125,7 @@ def samples_of(model: Any) -> Iterator[None]:
     with (
         mock.patch("spectrim.calibrate.run.load_data", return_value=Samples(model)),
         mock.patch("spectrim.compensate.run.reload_data", return_value=Samples(model)),
-        mock.patch("spectrim.pipeline.stages.load_data", return_value=Samples(model)),
+        mock.patch("spectrim.calibrate.passes.load_data", return_value=Samples(model)),
     ):
         yield
 

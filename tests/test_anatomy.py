@@ -1,6 +1,6 @@
 """Anatomy: one adapter test for every family, and the odd cases one by one."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import pytest
 import torch
@@ -180,16 +180,18 @@ def test_describe_groups_and_totals() -> None:
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_vl_moe", "mixtral"])
-def test_fused_experts_and_routers_are_named(family: str) -> None:
+def test_fused_experts_are_linears_and_routers_are_named(family: str) -> None:
     model = FAMILIES[family]()
+    fused = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
     parts = anatomy(model)
-    fused = [x for x in parts.kept if x.reason == "fused experts (not compressed)"]
     routers = [x for x in parts.kept if x.reason == "expert router (not compressed)"]
-    assert len(fused) == len(routers) == len(parts.blocks("backbone"))
-    for x in fused:
-        stacks = list(model.get_submodule(x.name).parameters())
-        assert all(p.ndim == 3 and p.shape[0] == MOE["num_experts"] for p in stacks)
-        assert x.params == sum(p.numel() for p in stacks)
+    experts = [x for x in parts.linears if ".experts." in x.name]
+    assert len(routers) == len(parts.blocks("backbone"))
+    assert len(experts) == 3 * MOE["num_experts"] * len(routers)
+    assert sum(x.params for x in experts) == fused
+    assert all(x.expert == int(x.name.split(".")[-2]) for x in experts)
+    assert Counter(x.role for x in experts).keys() == {"gate", "up", "down"}
+    assert not any(x.expert is not None for x in parts.linears if x not in experts)
     assert {x.params for x in routers} == {MOE["num_experts"] * TEXT["hidden_size"]}
 
 

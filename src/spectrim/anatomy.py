@@ -7,6 +7,7 @@ Everything is read from the module tree, its parameters and its config, and one 
 - The connector is what lies outside both, and also what lies inside the tower but already speaks the backbone's width
   (the patch mergers of the Qwen-VL models, DeepStack mergers included).
 - Blocks are the items of the outermost ``nn.ModuleList`` of modules that hold linears.
+- Experts that are fused in parameters of one module are linears of their own first (`experts.unfuse`).
 - A linear can be compressed when its class is exactly ``nn.Linear``, its weight belongs to it alone and is used by its
   own forward alone (which a forward pass over three tokens tells), and it is neither an output head nor an expert
   router. All other matrices are listed with the reason why they are kept.
@@ -22,6 +23,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from spectrim.errors import ModelError
+from spectrim.experts import unfuse, unfused
 from spectrim.linear import PLACES, Linear, Place
 from spectrim.trace import used_outside
 
@@ -126,12 +128,14 @@ class Anatomy:
 def anatomy(model: nn.Module) -> Anatomy:
     """Take a model, in memory or on the meta device, apart into compressible linears and kept matrices.
 
-    Every parameter of two or more dimensions belongs to exactly one entry of ``linears`` or ``kept``.
+    Every parameter of two or more dimensions belongs to exactly one entry of ``linears`` or ``kept``. Fused experts of
+    the model become linears, in place; it computes the same as before.
 
     Raises:
         ModelError: when nothing can be compressed.
 
     """
+    unfuse(model)
     tree = dict(model.named_modules(remove_duplicate=False))
     config = getattr(model, "config", None)
     tower = _submodel(model, getattr(config, "vision_config", None))
@@ -291,6 +295,8 @@ def _experts(module: nn.Module) -> int:
     """How many experts the module stacks in one parameter or lists; (1, …) stacks are position embeddings."""
     if isinstance(module, nn.ModuleList):
         return len(module) if _linears(module) else 0
+    if count := unfused(module):
+        return count
     stacks = [p for p in _matrices(module) if p.ndim >= 3 and min(p.shape) > 1]
     return stacks[0].shape[0] if stacks and not isinstance(module, _CONVOLUTIONS) else 0
 
@@ -332,7 +338,7 @@ def _foreign(module: nn.Module, block: str | None) -> str | None:
     if isinstance(module, nn.Linear):
         return f"{kind}, a subclass of nn.Linear"
     if block is not None and _experts(module):
-        return "fused experts (not compressed)"
+        return f"fused experts of a kind that is not known, {kind} (not compressed)"
     return f"parameter of {kind}, not an nn.Linear"
 
 

@@ -1,5 +1,6 @@
 """What one linear of a model is, apart from the model."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,6 +34,12 @@ class Linear:
     def per_head(self) -> int | None:
         """Number of heads that the outputs are made of (q, k and v with known heads); None for other linears."""
         return self.heads if self.role in ("q", "k", "v") else None
+
+    @property
+    def expert(self) -> int | None:
+        """Number of the expert that it belongs to: its place in a list inside the block; None for other linears."""
+        match = re.match(r".*?\.(?:expert_?)?(\d+)\.", self.name[len(self.block) :]) if self.block else None
+        return None if match is None else int(match[1])
 
     @property
     def shared(self) -> bool:

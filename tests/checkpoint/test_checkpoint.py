@@ -192,11 +192,14 @@ def test_names_of_llava() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_names_are_those_of_the_files_and_lead_back(family: str, tmp_path: Path) -> None:
     model = FAMILIES[family]()
+    linears = {linear.name for linear in anatomy(model).linears}
     names = checkpoint_names(model)
-    assert names.keys() >= {linear.name for linear in anatomy(model).linears}
+    assert names.keys() >= linears
     model.save_pretrained(tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
-    for name in {linear.name for linear in anatomy(model).linears}:
+    if family == "qwen3_vl_moe":  # whose files have fused experts
+        linears = {name for name in linears if ".experts." not in name}
+    for name in linears:
         assert torch.equal(stored[f"{names[name]}.weight"], model.get_submodule(name).weight)
     assert runtime_names(model, names.values()) == {stored_name: name for name, stored_name in names.items()}
 

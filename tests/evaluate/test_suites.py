@@ -18,10 +18,14 @@ from spectrim.checkpoint import load, load_processor, save
 from spectrim.errors import SampleError
 from spectrim.evaluate import harnesses, vqa
 from spectrim.evaluate.harnesses import LMMS_MODELS, run_suite, task_manager
-from spectrim.evaluate.suites import Suite, SuiteReport, read_scores, suite_names, suite_table
+from spectrim.evaluate.suites import Score, Suite, SuiteReport, read_scores, suite_names, suite_table
 from spectrim.harness import main
 
 BUILTIN = {
+    "arena": [
+        "boolq", "arc_easy", "arc_challenge", "winogrande", "piqa", "hellaswag", "openbookqa", "mathqa",
+        "arena_mmlu_mathematics", "wikitext", "c4",
+    ],
     "adasvd": ["mmlu", "arc_easy", "winogrande", "hellaswag", "piqa"],
     "jw-svd": [
         "mme", "blink", "hallusion_bench_image", "ocrbench", "mmmu_val", "mathvista_testmini", "seedbench",
@@ -201,6 +205,39 @@ def test_lm_eval_has_the_tasks_of_its_suite(tasks: Path) -> None:
     assert set(BUILTIN["adasvd"]) <= set(task_manager(str(tasks)).all_tasks)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_lm_eval_has_the_tasks_of_the_arena_and_its_group() -> None:
+    """Both need the files beside the suite, which the package must hold."""
+    pytest.importorskip("lm_eval")
+    suite = Suite.read("arena")
+    manager = task_manager(suite.task_folder)
+    assert set(suite.tasks) <= set(manager.all_tasks)
+    assert suite.task_folder is not None
+    (group,) = Path(suite.task_folder).glob("*.yaml")
+    assert {line.split("- ")[1] for line in group.read_text().splitlines() if "- mmlu" in line} <= set(
+        manager.all_tasks
+    )
+
+
+def test_quality_retention_is_the_mean_of_the_ratios_to_the_first_model() -> None:
+    def scores(a: float, b: float, perplexity: float) -> tuple[Score, ...]:
+        found = (Score("a", "acc", a, None), Score("a", "acc_norm", 0.9, None), Score("b", "acc", b, None))
+        return (*found, Score("c", "word_perplexity", perplexity, None))
+
+    suite = Suite(name="local", harness="lm-eval", tasks=("a", "b", "c"), retention="acc")
+    both = {"dense": scores(0.5, 0.8, 10.0), "small": scores(0.25, 0.6, 20.0)}
+    report = SuiteReport(suite=suite, date="", versions={}, limit=None, scores=both)
+    assert report.retention() == {"dense": 1.0, "small": pytest.approx((0.5 + 0.75) / 2)}
+    assert json.loads(report.json())["retention"]["small"] == pytest.approx(0.625)
+    console = Console(width=120, record=True, file=StringIO())
+    console.print(suite_table(report))
+    assert "quality retention mean of acc ratios 1.0000 0.6250".split() in [
+        line.split() for line in console.export_text().splitlines()
+    ]
+    nothing = SuiteReport(suite=suite, date="", versions={}, limit=None, scores={"dense": scores(0, 0, 1)})
+    assert nothing.retention() == {}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -214,7 +251,7 @@ def test_a_malformed_suite_is_named(tmp_path: Path, text: str, message: str) -> 
     (tmp_path / "suite.yaml").write_text(text)
     with pytest.raises(SampleError, match=message):
         Suite.read(tmp_path / "suite.yaml")
-    with pytest.raises(SampleError, match="no suite 'chess'; choose from adasvd, jw-svd"):
+    with pytest.raises(SampleError, match="no suite 'chess'; choose from adasvd, arena, jw-svd"):
         Suite.read("chess")
 
 

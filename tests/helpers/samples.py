@@ -94,8 +94,8 @@ class FakeImage:
 def fake_datasets(monkeypatch, rows, features=None):
     calls = []
 
-    def load_dataset(name, config, *, split, streaming):
-        calls.append((name, config, split, streaming))
+    def load_dataset(name, config, *, split, streaming, revision):
+        calls.append((name, config, split, streaming) if revision is None else (name, config, split, revision))
         if split == "none":
             raise ValueError("Bad split: none")
         result = FakeRows(rows)

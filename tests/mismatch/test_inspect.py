@@ -15,7 +15,9 @@ from helpers.calibrated import record_inputs, tiny
 from helpers.matrices import ranked
 from helpers.samples import image_folder, llava_processor, noise, word_tokenizer
 from spectrim.anatomy import anatomy
-from spectrim.calibrate import Moment, Statistics, calibrate
+from spectrim.calibrate import Moment, OutputMoment, Statistics, calibrate
+from spectrim.calibrate.forms import CurvatureForm
+from spectrim.calibrate.moments import OutputSum
 from spectrim.errors import BudgetError, ReportError, StatisticsError
 from spectrim.maths.decompose import decompose
 from spectrim.mismatch import writing
@@ -80,6 +82,17 @@ def test_rho_compares_relative_losses_at_the_rank_of_the_retention(llava, inspec
         rhos = [row.rho for row in inspection.linears if row.role == module.role]
         assert (module.count, module.least, module.most) == (2, min(rhos), max(rhos))
         assert module.mean == pytest.approx(sum(rhos) / 2)
+    for module in inspection.modules:
+        sums = {"text": 0.0, "image": 0.0}
+        for row, linear in zip(inspection.linears, anatomy(model).in_place("backbone"), strict=True):
+            if row.role == module.role:
+                text, image = (statistics.moment(linear.name, m) for m in ("text", "image"))
+                C_T, C_I = text.second / text.count, image.second / image.count
+                W = model.get_submodule(linear.name).weight.detach()
+                D = W.double() - ranked(decompose(W, C_T), W, row.rank)
+                sums["text"] += (D @ C_T @ D.T).trace().item()
+                sums["image"] += (C_T.trace() / C_I.trace() * (D @ C_I @ D.T).trace()).item()
+        assert module.raw == pytest.approx(sums["image"] / sums["text"], rel=1e-6)
 
 
 def second_moment(generator, size: int, rank: int) -> torch.Tensor:
@@ -133,17 +146,25 @@ def test_images_that_are_text_have_rho_one(llava):
 
 
 def test_effective_rank_is_that_of_the_singular_values(llava, inspection):
-    model, _ = llava
+    model, statistics = llava
     inputs = read_by_images(model)
     assert len(inspection.effective_ranks) == len(anatomy(model).linears)
     for row in inspection.effective_ranks:
         W = model.get_submodule(row.name).weight.detach().numpy()
         energy = np.cumsum(np.linalg.svd(W @ inputs[row.name].T, compute_uv=False) ** 2)
         assert row.image == 1 + np.flatnonzero(energy >= 0.9 * energy[-1])[0]
-        assert (row.text is None) == (row.place != "backbone")
+        assert (row.text is None) == (row.joint is None) == (row.place != "backbone")
+        if row.joint is not None:
+            text, image = (statistics.moment(row.name, m) for m in ("text", "image"))
+            C_T, C_I = ((m.second / m.count).numpy() for m in (text, image))
+            joint = W @ (C_T + np.trace(C_T) / np.trace(C_I) * C_I) @ W.T
+            energy = np.cumsum(np.linalg.eigvalsh(joint)[::-1])
+            assert row.joint == 1 + np.flatnonzero(energy >= 0.9 * energy[-1])[0]
     for layer in inspection.layers:
         rows = [r for r in inspection.effective_ranks if (r.place, r.layer) == (layer.place, layer.layer)]
         assert layer.image == pytest.approx(np.mean([r.image / r.full for r in rows]))
+        if layer.place == "backbone":
+            assert layer.joint == pytest.approx(np.mean([r.joint / r.full for r in rows]))
     assert [(x.place, x.layer) for x in inspection.layers] == [(p, i) for p in ("tower", "backbone") for i in (0, 1)]
 
 
@@ -154,7 +175,8 @@ def test_effective_rank_counts_to_nine_tenths(values, rank):
 
 def test_written_files(inspection, tmp_path):
     paths = write(inspection, tmp_path / "new" / "out")
-    charts = [f"{name}.{kind}" for name in ("effective_rank", "rho", "error_curves") for kind in ("html", "png")]
+    names = ("effective_rank", "rho", "error_curves", "eta_by_head")
+    charts = [f"{name}.{kind}" for name in names for kind in ("html", "png")]
     assert [path.name for path in paths] == ["inspection.json", *charts]
     assert sorted(path.name for path in (tmp_path / "new" / "out").iterdir()) == sorted(path.name for path in paths)
     held = json.loads(paths[0].read_text())
@@ -166,6 +188,28 @@ def test_written_files(inspection, tmp_path):
         assert content.startswith(b"\x89PNG") if path.suffix == ".png" else b'<script src="http' not in content
 
 
+def test_eta_by_head_is_one_where_gradients_do_not_depend_on_inputs(words, tmp_path):
+    """Of real statistics it is what the sums say, and drawn; of independent g and x it is 1."""
+    model = families.FAMILIES["llama"]()
+    options = {"processor": word_tokenizer(), "text": words, "samples": 3, "seqlen": 12, "curvature": True}
+    statistics = calibrate(model, tmp_path / "stats", **options)
+    found = inspect(model, statistics)
+    heads = {row.name: len(row.token) for row in found.etas}
+    assert heads == {linear.name: linear.per_head or 1 for linear in anatomy(model).linears}
+    for row in found.etas:
+        output = statistics.output(row.name, "text")
+        token, sequence, gradients, inputs = output.traces.numpy()
+        np.testing.assert_allclose(row.token, token * output.count / (gradients * inputs))
+        np.testing.assert_allclose(row.sequence, sequence * output.count / (gradients * inputs))
+    assert "eta_by_head.png" in [path.name for path in write(found, tmp_path / "out")]
+    g, x = torch.randn(40_000, 6, generator=torch.Generator().manual_seed(0)), torch.ones(40_000, 3)
+    g, x = g[:20_000].repeat(2, 1), torch.cat([x[:20_000], 2 * x[:20_000]])  # every g with both x
+    sums = OutputSum.zero(CurvatureForm.read("full"), 6, 2, torch.device("cpu"))
+    sums.add(g, x)
+    token, _ = OutputMoment(sums.form, sums.sums, sums.traces, sums.count, 1).eta()
+    assert token.tolist() == pytest.approx([1.0, 1.0], rel=1e-4)
+
+
 def test_a_language_model_has_effective_ranks_only(words, tmp_path):
     model = families.FAMILIES["llama"]()
     options = {"processor": word_tokenizer(), "text": words, "samples": 3, "seqlen": 12}
@@ -174,7 +218,10 @@ def test_a_language_model_has_effective_ranks_only(words, tmp_path):
     assert "no image moments" in found.notes[0]
     assert len(found.effective_ranks) > 10
     assert all(row.text > 0 and row.image is None for row in found.effective_ranks)
-    assert [path.name for path in write(found, tmp_path / "out")[1:]] == ["effective_rank.html", "effective_rank.png"]
+    names = [f"{name}.{kind}" for name in ("effective_rank", "eta_by_head") for kind in ("html", "png")]
+    assert [path.name for path in write(found, tmp_path / "out")[1:]] == names
+    plain = replace(found, etas=())
+    assert [path.name for path in write(plain, tmp_path / "plain")[1:]] == ["effective_rank.html", "effective_rank.png"]
 
 
 def test_text_that_loses_nothing_has_no_rho(llava):

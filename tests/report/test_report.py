@@ -175,6 +175,15 @@ def test_cells_are_the_linears_of_the_plan(front):
     assert (cell.rank, cell.bits) == (row["rank"], pytest.approx(32 * row["bytes"] / row["dense_bytes"]))
 
 
+def test_an_embedding_in_integers_is_a_cell_of_its_own(tmp_path):
+    with spectrim.compression(FAMILIES["llama"](), "svd", changes={"quantize.embeddings": 8}) as prepared:
+        plan = prepared.plan(0.6)
+        prepared.save(plan, tmp_path / "small")
+    found = [cell for cell in layout(tmp_path / "small").cells if cell.part == "embeddings"]
+    assert sum(cell.bytes for cell in found) == sum(row.bytes for row in plan.tables.values()) > 0
+    assert all(8 <= cell.bits < 10 for cell in found)
+
+
 def test_a_model_that_cannot_be_built_is_laid_out_by_names(front, tmp_path):
     made = front[0] / "out" / "svd-retain-0.4"
     for name in ("spectrim.json", "plan.json"):

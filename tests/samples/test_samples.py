@@ -35,6 +35,7 @@ from spectrim.samples import (
 )
 from spectrim.samples.batches import image_prompt
 from spectrim.samples.chat import texts
+from spectrim.samples.named import NAMED
 
 
 def asked(sample: ImageSample) -> str:
@@ -125,6 +126,32 @@ def test_missing_sources_are_named(tmp_path):
         load_images("no.txt", samples=1, seed=0)
     with pytest.raises(SampleError, match="is a folder"):
         load_text(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "call", "text"),
+    [
+        ("wikitext-2", "heldout", ("Salesforce/wikitext", "wikitext-2-raw-v1", "test", True), "a b\n\n\n\nc"),
+        ("wikitext-103", "calibration", ("Salesforce/wikitext", "wikitext-103-raw-v1", "train", True), "a b\n\n\n\nc"),
+        ("ptb", "heldout", ("ptb-text-only/ptb_text_only", "penn_treebank", "test", "refs/convert/parquet"), "a b  c"),
+        ("c4", "heldout", ("allenai/c4", "en", "validation", True), "a b  c"),
+        ("c4", "train", ("allenai/c4", "en", "train", True), "a b  c"),
+    ],
+)
+def test_data_sets_by_the_names_of_papers(monkeypatch, name, split, call, text):
+    calls = fake_datasets(monkeypatch, [{NAMED[name].column: row, "url": "x"} for row in ("a b", "", "c")])
+    assert load_text(name, split=split) == text
+    assert calls == [call]
+
+
+def test_a_named_data_set_ends_where_papers_end_and_gives_way_to_a_file(monkeypatch, tmp_path):
+    fake_datasets(monkeypatch, [{"text": "w"}] * 1500)
+    assert load_text("c4", split="heldout").count("w") == 1100
+    assert load_text("c4", split="train").count("w") == 1500
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c4").mkdir()
+    with pytest.raises(SampleError, match="folder"):
+        load_text("c4")
 
 
 def test_text_of_a_data_set(monkeypatch):

@@ -49,9 +49,19 @@ class Engine(Protocol):
 class Transformers:
     """Of transformers, by `generate` with its ordinary cache, or with latents."""
 
-    def __init__(self, directory: str, *, device: str | None, dtype: torch.dtype | None, runtime: str | None) -> None:
-        self._directory = directory
-        self._model: Any = load(directory, device_map=device, dtype=dtype, runtime=runtime)
+    def __init__(
+        self,
+        directory: str,
+        *,
+        device: str | None,
+        dtype: torch.dtype | None,
+        runtime: str | None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self._directory, self._trusted = directory, trust_remote_code
+        self._model: Any = load(
+            directory, device_map=device, dtype=dtype, runtime=runtime, trust_remote_code=trust_remote_code
+        )
         self._image: Mapping[str, torch.Tensor] | None = None
         self._latent = False
         self._past: Any = None  # of `fill`
@@ -103,7 +113,7 @@ class Transformers:
         if self._image is None:
             if getattr(self._model.config, "vision_config", None) is None:
                 raise _blind(self._directory)
-            processor = load_processor(self._directory)
+            processor = load_processor(self._directory, trust_remote_code=self._trusted)
             prompt = image_prompt(processor, QUESTION)
             inputs: Any = model_tensors(processor, [prompt], [[image]], [QUESTION])
             self._image = inputs.to(self._model.device, dtype=self._model.dtype)
@@ -128,7 +138,14 @@ class VLLM:
     """Of vLLM, in this process."""
 
     def __init__(
-        self, directory: str, *, device: str | None, dtype: torch.dtype | None, runtime: str | None, **sizes: int
+        self,
+        directory: str,
+        *,
+        device: str | None,
+        dtype: torch.dtype | None,
+        runtime: str | None,
+        trust_remote_code: bool = False,
+        **sizes: int,
     ) -> None:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -139,9 +156,10 @@ class VLLM:
         config = json.loads((home / "config.json").read_text())
         self._sees = "vision_config" in config
         self._processor: Any = None
-        self._directory = directory
+        self._directory, self._trusted = directory, trust_remote_code
         self._llm = LLM(
             directory,
+            trust_remote_code=trust_remote_code,
             dtype="auto" if dtype is None else str(dtype).removeprefix("torch."),
             enforce_eager=not torch.cuda.is_available(),  # compiling for a CPU takes minutes and gains little
             max_model_len=sizes["length"],
@@ -161,7 +179,7 @@ class VLLM:
         """See :class:`Engine`."""
         if not self._sees:
             raise _blind(self._directory)
-        self._processor = self._processor or load_processor(self._directory)
+        self._processor = self._processor or load_processor(self._directory, trust_remote_code=self._trusted)
         prompt = image_prompt(self._processor, QUESTION)
         self._run([{"prompt": prompt, "multi_modal_data": {"image": image}}], new)
 
@@ -218,7 +236,14 @@ ENGINES = ("transformers", "vllm")
 
 
 def opener(
-    name: str, *, device: str | None, dtype: torch.dtype | None, runtime: str | None, length: int, batch: int
+    name: str,
+    *,
+    device: str | None,
+    dtype: torch.dtype | None,
+    runtime: str | None,
+    length: int,
+    batch: int,
+    trust_remote_code: bool = False,
 ) -> Callable[[str], Engine]:
     """What opens directories in an engine.
 
@@ -226,7 +251,7 @@ def opener(
         UsageError: there is no such engine, or an option has no effect in it.
         ModelError: its package is not installed.
     """
-    how: dict[str, Any] = {"device": device, "dtype": dtype, "runtime": runtime}
+    how: dict[str, Any] = {"device": device, "dtype": dtype, "runtime": runtime, "trust_remote_code": trust_remote_code}
     if name == "transformers":
         return lambda directory: Transformers(directory, **how)
     if name != "vllm":

@@ -149,6 +149,7 @@ def bench(
     device: str | None = None,
     dtype: torch.dtype | None = None,
     runtime: str | None = None,
+    trust_remote_code: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Benchmark:
     """Latency, throughput, bytes and memory of models; ratios are to the first, the dense one.
@@ -168,6 +169,7 @@ def bench(
         repeats: turns that count.
         device, dtype: where and in what the models run; the files' own dtype if None.
         runtime: of integers in transformers (see :func:`spectrim.load`).
+        trust_remote_code: run code that models bring.
         progress: is called with the stage, the turns done, and all turns.
 
     Raises:
@@ -177,7 +179,8 @@ def bench(
     names = [str(model) for model in models] if names is None else names
     check_bench(names, batches, prompt=prompt, new=new, repeats=repeats, context=context, device=device)
     length, largest = prompt + new + (1024 if image else 0), max(batches)
-    opens = opener(engine, device=device, dtype=dtype, runtime=runtime, length=length, batch=largest)
+    where: dict[str, Any] = {"device": device, "dtype": dtype, "trust_remote_code": trust_remote_code}
+    opens = opener(engine, runtime=runtime, length=length, batch=largest, **where)
     engines: dict[str, Engine] = dict(zip(names, map(opens, map(str, models)), strict=True))
     directories = dict(zip(names, models, strict=True))
     if latent_cache:

@@ -47,6 +47,15 @@ class OutputMoment:
     count: int  # positions
     labels: int  # labelled tokens
 
+    def eta(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """``tr F / (tr G tr C)`` by token and by sequence, [heads] float64 each (docs/methods.md, section 3).
+
+        It is 1 where g and x are independent; 0 for a head without gradients.
+        """
+        token, sequence, gradients, inputs = self.traces
+        scale = self.count / (gradients * inputs).clamp_min(1e-300)
+        return token * scale, sequence * scale
+
 
 @dataclass
 class MomentSum:

@@ -19,6 +19,7 @@ from transformers.core_model_loading import (
 )
 
 from spectrim.errors import CheckpointError
+from spectrim.experts import loads_as_is
 from spectrim.storage import DENSE, StoredLayer, forms
 from spectrim.storage import stored_layers as layers_in
 
@@ -99,7 +100,7 @@ def runtime_names(model: PreTrainedModel, names: Iterable[str], tensors: Iterabl
         raise CheckpointError(f"the checkpoint lacks the tensor {shortened(missing)}; copy or compress it again")
     known: dict[str, Any] = dict.fromkeys(tensor_names(model), True)
     known |= {f"{name}{end}": True for name in linears for end in suffixes}
-    renamings, converters = _split(get_model_conversion_mapping(model))
+    renamings, converters = _split(loads_as_is(get_model_conversion_mapping(model), model))
     found = {}
     for key in sorted(keys, key=dot_natural_key):
         prefix = model.base_model_prefix

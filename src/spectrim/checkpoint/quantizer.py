@@ -9,6 +9,7 @@ factored layer with random weights. Two guards in the checkpoint make that an er
   does not fit; this stops transformers 4, too, which knows nothing of fusions. A loader of factors skips them.
 """
 
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path
@@ -25,6 +26,7 @@ from spectrim import latent
 from spectrim.checkpoint.config import METHOD, SpectrimConfig
 from spectrim.checkpoint.names import compressed_layers, runtime_names, shortened, stored_layers
 from spectrim.errors import CheckpointError, ModelError
+from spectrim.experts import fuse, loads_as_is, unfuse, unfused
 from spectrim.storage import StoredLayer, exchange, form, share, unshare
 from spectrim.storage.runtime import set_runtime
 
@@ -36,6 +38,9 @@ WHOLE = "this is a part of a compressed checkpoint: load the whole by its own cl
 
 # The method by which transformers, after loading, shows a model the report of missing, unexpected and misshapen keys.
 _REPORT = "_adjust_missing_and_unexpected_keys"
+
+# Experts that a file holds fused.
+_FUSED = re.compile(r"\bexperts\.(gate_up|gate_and_up|up|down)_projs?$")
 
 # A fusion spec that fuses nothing: it makes the guard's name known.
 fusion_mapping._FUSION_REGISTRY[GUARD] = fusion_mapping.ModuleFusionSpec()
@@ -62,6 +67,8 @@ class SpectrimQuantizer(HfQuantizer):
             self._source = str(Path(checkpoint_files[0]).parent)
         layers = self.quantization_config.layers()
         tensors = None if checkpoint_files is None else _stored_tensors(checkpoint_files)
+        if not any(_FUSED.search(name) for name in tensors or ()):  # as earlier releases left experts
+            unfuse(model)
         try:
             markers = {f"{name}.{form(kind).marker}" for name, (kind, _) in layers.items()}  # all forms are known
             if tensors is not None and (missing := sorted(markers - tensors.keys())):
@@ -88,6 +95,9 @@ class SpectrimQuantizer(HfQuantizer):
         # without buffers of their own need no initialization: all their parameters come from the file or are reported.
         parents = {name.rpartition(".")[0] for name in names.values()} - {""}
         ready = {name for name in parents if not any(True for _ in model.get_submodule(name).buffers(recurse=False))}
+        ready |= {
+            name for name, module in model.named_modules() if unfused(module)
+        }  # whose class would fill what it had
         for name in ready:
             vars(model.get_submodule(name))["_is_hf_initialized"] = True
         adjust: Callable[[Any], None] = getattr(model, _REPORT)
@@ -172,6 +182,7 @@ class SpectrimQuantizer(HfQuantizer):
         for name, linear in dense.items():
             model.set_submodule(name, linear if dtype is None else linear.to(dtype))
         unshare(model)
+        fuse(model)
         self.remove_quantization_config(model)
         return model
 
@@ -183,6 +194,10 @@ class SpectrimQuantizer(HfQuantizer):
                 del module.config._is_quantized
         for config in all_configs(model):
             without_guard(config)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
+        """What transformers converts while it loads, but for the merging of experts, which are linears here."""
+        return loads_as_is(super().update_weight_conversions(weight_conversions, model), model)  # type: ignore[no-untyped-call]
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """The factors are ordinary tensors."""

@@ -7,7 +7,7 @@ written with its own share of the config.
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import wraps
 from typing import Any
 
@@ -26,6 +26,7 @@ from spectrim.checkpoint.quantizer import (
     without_guard,
 )
 from spectrim.errors import CheckpointError
+from spectrim.experts import fused
 from spectrim.storage import StoredLayer
 
 # What a config carries for a compressed model; and what transformers notes in it on saving, of a part as of the whole.
@@ -51,7 +52,8 @@ def save_pretrained(
         state_dict = tensors
     else:
         found = None
-    with _described(self, found):
+    dense = not layers and not adapter and state_dict is None  # whose experts transformers knows fused
+    with fused(self) if dense else nullcontext(), _described(self, found):
         _save_pretrained(self, save_directory, is_main_process, state_dict, *args, **kwargs)
 
 

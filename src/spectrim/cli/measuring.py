@@ -1,7 +1,7 @@
 """The verbs that measure: evaluate, bench, pareto, report, demo."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,6 +23,9 @@ from spectrim.cli.verbs import (
 )
 from spectrim.errors import SampleError, UsageError
 from spectrim.settings import EvaluationOptions
+
+if TYPE_CHECKING:
+    from spectrim.cli.intent import Item
 
 _NOT_OF_SUITES = tuple(name for name in EvaluationOptions.model_fields if name != "batch_size")
 
@@ -53,7 +56,7 @@ def _evaluate(
         raise SampleError("a card holds the results of --tasks, not those of a suite; leave --card or --suite out")
     else:
         refuse(ctx, _NOT_OF_SUITES, "on a suite, which has its own tasks and samples")
-    from spectrim.cli.intent import model_item, results_items, source_items, would
+    from spectrim.cli.intent import model_item, results_items, would
     from spectrim.demo import resolve
     from spectrim.evaluate.running import check_evaluation, evaluate, is_compressed
 
@@ -71,10 +74,8 @@ def _evaluate(
 
     if dry_run:
         check_evaluation(paths, options, device=device, trusted=trust_remote_code)
-        reads = {"text": bool({"perplexity", "kl"} & {*options.tasks}), "questions": "vqa" in options.tasks}
-        sources = source_items(**{kind: getattr(options, kind) for kind, used in reads.items() if used})
         cards = [(f"the card of {path}", None) for path in paths if card and is_compressed(Path(path))]
-        would([*map(model_item, paths), *sources], (), [*results_items(json), *cards])
+        would([*map(model_item, paths), *_evaluated(options)], (), [*results_items(json), *cards])
         return
     with progress() as report:
         results = evaluate(paths, progress=report, **how, **dict(options))
@@ -90,6 +91,14 @@ def _evaluate(
     for result in results.results if card else ():
         if result.compressed:
             show(f"card: {add_results(result.directory, markdown(results, result))}")
+
+
+def _evaluated(options: EvaluationOptions) -> "list[Item]":
+    """The sources that tasks of an evaluation read."""
+    from spectrim.cli.intent import source_items
+
+    reads = {"text": bool({"perplexity", "kl"} & {*options.tasks}), "questions": "vqa" in options.tasks}
+    return source_items(**{kind: getattr(options, kind) for kind, used in reads.items() if used})
 
 
 def _run_suite(suite: str, paths: list[str], json: Path | None, *, dry_run: bool, **how: Any) -> None:
@@ -126,6 +135,7 @@ def _bench(
     repeats: Annotated[int, typer.Option(help="Turns that count.")] = 5,
     device: Device = None,
     dtype: Dtype = None,
+    trust_remote_code: Trust = False,
     json: Json = None,
     dry_run: Dry = False,
 ) -> None:
@@ -146,7 +156,7 @@ def _bench(
 
         check_bench(models, batches, **turns)
         for path in paths:
-            read_config(path, {})
+            read_config(path, {"trust_remote_code": trust_remote_code})
         dtype_of(dtype)
         would([model_item(path) for path in paths], (), results_items(json))
         return
@@ -160,6 +170,7 @@ def _bench(
             latent_cache=latent_cache,
             dtype=dtype_of(dtype),
             runtime=runtime,
+            trust_remote_code=trust_remote_code,
             progress=report,
             **turns,
         )
@@ -184,27 +195,33 @@ def _pareto(
     device: Device = None,
     dtype: Dtype = None,
     trust_remote_code: Trust = False,
+    dry_run: Dry = False,
 ) -> None:
     """Compress a model by several recipes to several sizes, evaluate and time all, and compare them."""
     from spectrim.pipeline import pareto
-    from spectrim.pipeline.trials import RESULTS
+    from spectrim.pipeline.trials import RESULTS, trials
 
     quiet()
     options.check_effect(given)
+    what: dict[str, Any] = {
+        "stats": stats,
+        "sizes": sizes.split(","),
+        "recipes": recipes.split(","),
+        "changes": pairs(changes or [], "--set metric.gamma=0.5"),
+        "device": device,
+        "trust_remote_code": trust_remote_code,
+    }
+    as_dtype = dtype_of(dtype)
+    if dry_run:
+        from spectrim.cli.intent import model_item, path_item, would
+
+        asked = trials(model, out, evaluation=given, **what)
+        made: list[Item] = [(f"the checkpoint {trial.target}", None) for trial in asked.trials if not trial.finished()]
+        reads = [model_item(asked.source), path_item("statistics", stats), *_evaluated(asked.options)]
+        would(reads, (), [*made, (f"the results {out / RESULTS}", None)])
+        return
     with progress() as report:
-        found = pareto(
-            model,
-            out,
-            stats=stats,
-            sizes=sizes.split(","),
-            recipes=recipes.split(","),
-            changes=pairs(changes or [], "--set metric.gamma=0.5"),
-            device=device,
-            dtype=dtype_of(dtype),
-            trust_remote_code=trust_remote_code,
-            progress=report,
-            **given,
-        )
+        found = pareto(model, out, dtype=as_dtype, progress=report, **what, **given)
     show(found.table())
     for line in found.lines():
         show(line)
@@ -219,11 +236,19 @@ def _report(
     ],
     out: Annotated[Path, typer.Option("-o", "--out", help="The page.")],
     model: Annotated[str | None, typer.Option(help="The dense model of the statistics, if no results name it.")] = None,
+    dry_run: Dry = False,
 ) -> None:
     """Write one HTML page that shows results, without anything from the network."""
     from spectrim.report import report
 
     quiet()
+    if dry_run:
+        from spectrim.cli.intent import path_item, would
+        from spectrim.report.writing import check_report
+
+        check_report(results, out, model=model)
+        would([path_item("results of", path) for path in results], (), [(f"the page {out}", None)])
+        return
     with progress() as bars:
         path = report(results, out, model=model, progress=bars)
     show(f"page: {path}")

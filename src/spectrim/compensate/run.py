@@ -154,7 +154,8 @@ class Compensation:
             last = max(group.writers, default=last)
             sums: dict[Modality, ShiftedSum] = {}
             for pair, seen in zip(here, dense, strict=True):
-                self._add(unit, group, pair, seen, sums)
+                if unit.linears[group.members[0]].expert is None:
+                    self._add(unit, group, pair, seen, sums)
             solved = {name: self._linear(unit, name, sums) for name in group.members}
             unit.compress(self._plan, solved)
             found |= solved

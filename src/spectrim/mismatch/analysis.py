@@ -5,7 +5,7 @@ then the loss that images suffer in the dropped directions is set against the lo
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -76,7 +76,8 @@ class LinearMismatch:
     the image's with α in it. ``lambdas[j]`` is λ of the directions from ``ranks[j]`` to ``ranks[j + 1]``, weighted by s
     (λ_i itself where these ranks are neighbours); None where text has no energy. ``rho`` is image over text at rank
     ``rank``, the one that has the asked share of the parameters; None where text loses nothing there, or images reach
-    the linear with zeros only. ``layer`` counts the blocks of a place from 0.
+    the linear with zeros only. ``text_loss`` and ``image_loss`` are the losses themselves at that rank, ``L(k)`` per
+    position, the image's with α in it. ``layer`` counts the blocks of a place from 0.
     """
 
     name: str
@@ -92,11 +93,16 @@ class LinearMismatch:
     text: tuple[float, ...]
     image: tuple[float, ...]
     lambdas: tuple[float | None, ...]
+    text_loss: float | None = None  # files of earlier releases lack them
+    image_loss: float | None = None
 
 
 @dataclass(frozen=True)
 class ModuleRho:
-    """ρ over the ``count`` linears of one place and role that have one: arithmetic mean, least and largest."""
+    """ρ over the ``count`` linears of one place and role that have one: arithmetic mean, least and largest.
+
+    ``raw`` is the ratio of sums ``Σ L_I / Σ L_T`` over the same linears, in which those with large outputs count most.
+    """
 
     place: Place
     role: str
@@ -104,11 +110,15 @@ class ModuleRho:
     mean: float
     least: float
     most: float
+    raw: float | None = None
 
 
 @dataclass(frozen=True)
 class EffectiveRank:
-    """Directions that hold the energy of one linear's output, of ``full`` = min(out, in); None: not reached."""
+    """Directions that hold the energy of one linear's output, of ``full`` = min(out, in); None: not reached.
+
+    ``joint`` is that of the joint moment ``C_T + α C_I`` of JW-SVD; None where one of the modalities does not come.
+    """
 
     name: str
     place: Place
@@ -117,6 +127,7 @@ class EffectiveRank:
     full: int
     text: int | None
     image: int | None
+    joint: int | None = None
 
 
 @dataclass(frozen=True)
@@ -127,6 +138,23 @@ class LayerRank:
     layer: int
     text: float | None
     image: float | None
+    joint: float | None = None
+
+
+@dataclass(frozen=True)
+class Eta:
+    """η of one linear and modality, the trace-ratio correction of LASER, by head: by token and by sequence.
+
+    Linears other than q, k and v have one value each.
+    """
+
+    name: str
+    place: Place
+    layer: int | None
+    role: str
+    modality: str
+    token: tuple[float, ...]
+    sequence: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -141,6 +169,7 @@ class Inspection:
     layers: tuple[LayerRank, ...]
     effective_ranks: tuple[EffectiveRank, ...]
     linears: tuple[LinearMismatch, ...]
+    etas: tuple[Eta, ...] = ()  # none without curvature
 
     def to_json(self) -> str:
         """JSON with one line per row of a table; floats have six significant digits."""
@@ -186,6 +215,7 @@ def inspect(
     layers = _layers(parts)
     mismatches: list[LinearMismatch] = []
     ranks: list[EffectiveRank] = []
+    etas: list[Eta] = []
     for done, linear in enumerate(parts.linears):
         weight: Any = model.get_submodule(linear.name).weight
         W = check_finite(f"the weight of {linear.name}", weight.detach())
@@ -193,8 +223,13 @@ def inspect(
         gap = None if text is None or image is None else mismatch(W, text, image)
         if gap is not None:
             mismatches.append(_row(linear, layers[linear.name], gap, retain))
-        text_s = gap.s if gap is not None else None if text is None else decompose(W, text).s
-        ranks.append(_ranks(linear, layers[linear.name], text_s, None if image is None else decompose(W, image).s))
+        found = {
+            "text": gap.s if gap is not None else None if text is None else decompose(W, text).s,
+            "image": None if image is None else decompose(W, image).s,
+            "joint": None if text is None or image is None or gap is None else decompose(W, text + gap.alpha * image).s,
+        }
+        ranks.append(_ranks(linear, layers[linear.name], found))
+        etas += _etas(statistics, linear, layers[linear.name])
         if progress is not None:
             progress(done + 1, len(parts.linears))
     return Inspection(
@@ -206,6 +241,7 @@ def inspect(
         layers=tuple(_layer_ranks(ranks)),
         effective_ranks=tuple(ranks),
         linears=tuple(mismatches),
+        etas=tuple(etas),
     )
 
 
@@ -258,23 +294,34 @@ def _row(linear: Linear, layer: int | None, gap: Mismatch, retain: float) -> Lin
         text=tuple(text_share[marks].tolist()),
         image=tuple(image_share[marks].tolist()),
         lambdas=tuple(q / s if s > 0 else None for q, s in energies),
+        text_loss=float(text[rank]),
+        image_loss=float(image[rank]),
     )
 
 
-def _ranks(linear: Linear, layer: int | None, text: torch.Tensor | None, image: torch.Tensor | None) -> EffectiveRank:
+def _ranks(linear: Linear, layer: int | None, found: Mapping[str, torch.Tensor | None]) -> EffectiveRank:
     return EffectiveRank(
         name=linear.name,
         place=linear.place,
         layer=layer,
         role=linear.role,
         full=min(linear.out_features, linear.in_features),
-        text=None if text is None else effective_rank(text),
-        image=None if image is None else effective_rank(image),
+        **{samples: None if s is None else effective_rank(s) for samples, s in found.items()},
     )
 
 
-def _mean_of(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
+def _etas(statistics: Statistics, linear: Linear, layer: int | None) -> Iterable[Eta]:
+    """η of each modality whose gradients reached the linear."""
+    for modality in statistics.manifest.data.modalities if statistics.manifest.settings.curvature else ():
+        output = statistics.output(linear.name, modality)
+        if output is not None and float(output.traces[2].sum()) > 0:
+            token, sequence = output.eta()
+            where = (linear.name, linear.place, layer, linear.role, str(modality))
+            yield Eta(*where, tuple(token.tolist()), tuple(sequence.tolist()))
+
+
+def _mean_share(ranks: Iterable[int | None], full: Iterable[int]) -> float | None:
+    known = [rank / most for rank, most in zip(ranks, full, strict=True) if rank is not None]
     return sum(known) / len(known) if known else None
 
 
@@ -282,15 +329,17 @@ def _layer_ranks(ranks: list[EffectiveRank]) -> Iterable[LayerRank]:
     for place, layer in dict.fromkeys((r.place, r.layer) for r in ranks):
         if layer is not None:
             rows = [r for r in ranks if (r.place, r.layer) == (place, layer)]
-            text = _mean_of(None if r.text is None else r.text / r.full for r in rows)
-            yield LayerRank(place, layer, text, _mean_of(None if r.image is None else r.image / r.full for r in rows))
+            full = [row.full for row in rows]
+            ranks_by_samples = ([r.text for r in rows], [r.image for r in rows], [r.joint for r in rows])
+            yield LayerRank(place, layer, *(_mean_share(found, full) for found in ranks_by_samples))
 
 
 def _modules(rows: list[LinearMismatch]) -> Iterable[ModuleRho]:
     for place, role in dict.fromkeys((row.place, row.role) for row in rows):
-        rhos = [row.rho for row in rows if (row.place, row.role) == (place, role) and row.rho is not None]
-        if rhos:
-            yield ModuleRho(place, role, len(rhos), sum(rhos) / len(rhos), min(rhos), max(rhos))
+        own = [row for row in rows if (row.place, row.role) == (place, role) and row.rho is not None]
+        if rhos := [row.rho for row in own if row.rho is not None]:
+            raw = sum(row.image_loss or 0.0 for row in own) / sum(row.text_loss or 0.0 for row in own)
+            yield ModuleRho(place, role, len(rhos), sum(rhos) / len(rhos), min(rhos), max(rhos), raw)
 
 
 def _notes(statistics: Statistics, rows: list[LinearMismatch], ranks: list[EffectiveRank]) -> Iterable[str]:

@@ -9,8 +9,8 @@ import numpy as np
 from spectrim.mismatch.analysis import Inspection
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; shapes say the same again.
-_TEXT, _IMAGE = "#0072B2", "#D55E00"
-_COLOURS = [_TEXT, _IMAGE, "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+_TEXT, _IMAGE, _JOINT = "#0072B2", "#D55E00", "#009E73"
+_COLOURS = [_TEXT, _IMAGE, _JOINT, "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 _GRID = np.linspace(0, 1, 65)
 _FLOOR = 1e-3  # losses below it are off the page
 _LEAST_RHO = 1e-2  # a smaller one is drawn here: the axis is logarithmic, and 0 is possible
@@ -24,6 +24,8 @@ def draw(inspection: Inspection) -> dict[str, bytes]:
         charts["rho"] = _rho(inspection)
     if inspection.linears:
         charts["error_curves"] = _error_curves(inspection)
+    if any(len(row.token) > 1 and row.layer is not None for row in inspection.etas):
+        charts["eta_by_head"] = _eta_by_head(inspection)
     files: dict[str, bytes] = {}
     for name, chart in charts.items():
         page, image = chart.properties(padding=20), BytesIO()
@@ -136,6 +138,35 @@ def _error_curves(inspection: Inspection) -> Any:
     )
 
 
+def _eta_by_head(inspection: Inspection) -> Any:
+    """η of heads, LASER's figure 3."""
+    rows: list[dict[str, Any]] = [
+        {"layer": row.layer, "module": f"{row.place} {row.role}", "samples": row.modality, "head": head, "eta": eta}
+        for row in inspection.etas
+        for head, eta in enumerate(row.token)
+        if row.layer is not None and len(row.token) > 1 and eta > 0
+    ]
+    modules = list(dict.fromkeys(row["module"] for row in rows))
+    dots = (
+        alt.Chart(alt.Data(values=rows))
+        .mark_point(size=40)
+        .encode(
+            x=_layer_axis({row["layer"] for row in rows}),
+            y=alt.Y("eta:Q", title="η by token (log scale)", scale=alt.Scale(type="log")),
+            color=_MODALITY,
+            shape=alt.Shape("samples:N", title="Samples", scale=alt.Scale(domain=["text", "image"])),
+            tooltip=["module:N", "layer:O", "head:O", "samples:N", alt.Tooltip("eta:Q", format=".3g")],
+        )
+        .properties(width=260, height=220)
+    )
+    facets = dots.facet(alt.Facet("module:N", title=None, sort=modules), columns=min(3, len(modules)))
+    return _styled(
+        facets,
+        "Trace-ratio correction η of each head",
+        "tr F / (tr G · tr C): 1 where the gradients of a head's outputs do not depend on its inputs.",
+    )
+
+
 def _effective_rank(inspection: Inspection) -> Any:
     rows: list[dict[str, Any]] = [
         {
@@ -147,13 +178,15 @@ def _effective_rank(inspection: Inspection) -> Any:
             "rank": rank,
         }
         for row in inspection.effective_ranks
-        for samples, rank in (("text", row.text), ("image", row.image))
+        for samples, rank in (("text", row.text), ("image", row.image), ("joint", row.joint))
         if row.layer is not None and rank is not None
     ]
+    kinds = list(dict.fromkeys(row["samples"] for row in rows))
+    colours = alt.Scale(domain=kinds, range=[{"text": _TEXT, "image": _IMAGE}.get(kind, _JOINT) for kind in kinds])
     base = alt.Chart().encode(
         x=_layer_axis({row["layer"] for row in rows}),
-        color=_MODALITY,
-        shape=alt.Shape("samples:N", title="Samples", scale=alt.Scale(domain=["text", "image"])),
+        color=alt.Color("samples:N", title="Samples", scale=colours),
+        shape=alt.Shape("samples:N", title="Samples", scale=alt.Scale(domain=kinds)),
     )
     dots = base.mark_point(opacity=0.35, size=35).encode(
         y=alt.Y("share:Q", title="Effective rank / full rank", axis=alt.Axis(format="%")),

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,16 @@ class _Trial:
         return True
 
 
+@dataclass(frozen=True)
+class Trials:
+    """What is to be made and measured; `of` says of which model and samples, for the file beside the checkpoints."""
+
+    source: str
+    trials: tuple[_Trial, ...]
+    options: EvaluationOptions
+    of: dict[str, Any]
+
+
 def pareto(
     model: str | Path,
     out: str | Path,
@@ -92,17 +102,12 @@ def pareto(
         BudgetError: no recipe reaches any size, or a size is none.
         SpectrimError: of the kind that says which input is at fault.
     """
-    source, out = resolve(model), user_path(out)
-    where: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    check_device(device)
-    trials = _trials(source, out, stats, sizes, recipes, changes, trust_remote_code)
-    seeing = sees(read_config(source, where))
-    evaluation.setdefault("tasks", ("perplexity", "vqa", "kl") if seeing else ("perplexity", "kl"))
-    options = EvaluationOptions.checked(**evaluation | {"tasks": tuple(evaluation["tasks"])})
-    options.check_together()
-    readable([Path(source)], options, trusted=trust_remote_code)
-    _note_source(out, trials)
-    reasons = _compress(source, trials, progress, device=device, dtype=dtype, **where)
+    out, where = user_path(out), dict[str, Any](trust_remote_code=trust_remote_code)
+    what: dict[str, Any] = {"stats": stats, "sizes": sizes, "recipes": recipes, "changes": changes}
+    asked = trials(model, out, device=device, evaluation=evaluation, **what, **where)
+    source = asked.source
+    write_whole(out / _SOURCE, (json.dumps(asked.of, indent=2) + "\n").encode())
+    reasons = _compress(source, asked.trials, progress, device=device, dtype=dtype, **where)
     attempts = tuple(
         Attempt(
             trial.job.recipe.name,
@@ -110,19 +115,52 @@ def pareto(
             None if trial.target in reasons else str(trial.target),
             reasons.get(trial.target),
         )
-        for trial in trials
+        for trial in asked.trials
     )
     paths = [source, *(attempt.directory for attempt in attempts if attempt.directory is not None)]
     if len(paths) == 1:
         raise BudgetError(f"no recipe reaches any of the sizes; of the first: {attempts[0].reason}")
-    how: dict[str, Any] = {"device": device, "dtype": dtype, "progress": progress}
-    report = evaluate(paths, **how, **where, **evaluation)
+    how: dict[str, Any] = {"device": device, "dtype": dtype, **where}
+    report = evaluate(paths, progress=progress, **how, **dict(asked.options))
     pairs: list[Benchmark] = []
     for path in paths[1:]:  # two at a time, since models may be large
-        pairs.append(bench([source, path], names=[last_part(source), last_part(path)], **how))
+        names = [last_part(source), last_part(path)]
+        pairs.append(bench([source, path], names=names, progress=_of(names[1], progress), **how))
     found = Frontier(report, beside_dense(pairs), attempts)
     found.write(out / RESULTS)
     return found
+
+
+def _of(name: str, progress: Progress | None) -> Progress | None:
+    """Progress of one checkpoint among several, whose stages have one name."""
+    return None if progress is None else lambda stage, done, total: progress(f"bench {name}, {stage}", done, total)
+
+
+def trials(
+    model: str | Path,
+    out: str | Path,
+    *,
+    stats: str | Path | Statistics,
+    sizes: Sequence[str],
+    recipes: Sequence[str | Path] = ("spectrim",),
+    changes: dict[str, Any] | None = None,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+    evaluation: Mapping[str, Any],
+) -> Trials:
+    """All that :func:`pareto` would make and measure, checked as far as that is known before a model loads.
+
+    Raises as it does.
+    """
+    source, out = resolve(model), user_path(out)
+    check_device(device)
+    found = _trials(source, out, stats, sizes, recipes, changes, trust_remote_code)
+    seeing = sees(read_config(source, {"trust_remote_code": trust_remote_code}))
+    tasks = evaluation.get("tasks", ("perplexity", "vqa", "kl") if seeing else ("perplexity", "kl"))
+    options = EvaluationOptions.checked(**{**evaluation, "tasks": tuple(tasks)})
+    options.check_together()
+    readable([Path(source)], options, trusted=trust_remote_code)
+    return Trials(source, tuple(found), options, _checked_source(out, found))
 
 
 def read_size(size: str) -> Budget:
@@ -178,8 +216,8 @@ def _trials(
     return trials
 
 
-def _note_source(out: Path, trials: Sequence[_Trial]) -> None:
-    """Write of which model and samples the checkpoints are; CheckpointError where some are there that are of others."""
+def _checked_source(out: Path, trials: Sequence[_Trial]) -> dict[str, Any]:
+    """Of which model and samples the checkpoints are; CheckpointError where some are there that are of others."""
     statistics = trials[0].job.statistics
     assert statistics is not None
     manifest = statistics.manifest
@@ -195,7 +233,7 @@ def _note_source(out: Path, trials: Sequence[_Trial]) -> None:
         raise CheckpointError(
             f"{kept[0]} is of another model or of other statistics; remove it, or name another directory by -o"
         )
-    write_whole(out / _SOURCE, (json.dumps(mine, indent=2) + "\n").encode())
+    return mine
 
 
 def _compress(

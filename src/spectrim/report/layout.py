@@ -58,7 +58,7 @@ def layout(directory: Path) -> Layout:
     record, plan = read_provenance(directory), Plan.read(directory / PLAN)
     spots = _spots(directory)
     groups: dict[tuple[str, int | None, str], list[tuple[PlanRow, int]]] = defaultdict(list)
-    for name, row in plan.linears.items():
+    for name, row in plan.rows.items():
         spot = spots.get(name) or _by_name(name)
         groups[spot.part, spot.block, spot.role].append((row, spot.params or row.dense_bytes // _ITEMSIZE))
     order = [*PARTS, *sorted({part for part, _, _ in groups} - {*PARTS})]
@@ -99,10 +99,10 @@ def _spots(directory: Path) -> dict[str, _Spot]:
     }
     found = {}
     for linear in parts.linears:
-        inside = "" if linear.block is None else linear.name.removeprefix(f"{linear.block}.")
-        stacked = any(part.isdecimal() for part in inside.split("."))  # in a list inside a block: one of its experts
         block = None if linear.block is None else numbers[linear.block]
-        found[linear.name] = _Spot("experts" if stacked else linear.place, block, linear.role, linear.params)
+        found[linear.name] = _Spot(
+            linear.place if linear.expert is None else "experts", block, linear.role, linear.params
+        )
     for kept in parts.kept:
         if kept.name not in found:
             found[kept.name] = _Spot(*_kept(kept.name, kept.reason), kept.params or None)

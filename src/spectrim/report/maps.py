@@ -11,8 +11,8 @@ from spectrim.mismatch.analysis import Inspection
 from spectrim.report.charts import COLOURS, SHAPES, Chart, styled
 from spectrim.report.layout import Layout
 
-_TEXT, _IMAGE = COLOURS[:2]
-_SAMPLES = alt.Scale(domain=["text", "image"], range=[_TEXT, _IMAGE])
+# Colour and dashes of a line, by samples.
+_LOOKS = {"text": (COLOURS[0], [7, 3]), "image": (COLOURS[1], [1, 0]), "joint": (COLOURS[2], [2, 2])}
 _LABELLED = 14  # blocks up to which cells have room for their ranks
 _ROLES = (*dict.fromkeys(ROLES.values()),)  # in the order of a block
 _GRID = np.linspace(0, 1, 33)
@@ -94,7 +94,7 @@ def _effective_rank(inspection: Inspection, place: str) -> Chart | None:
     rows = [
         {"layer": row.layer, "samples": samples, "share": rank / row.full}
         for row in inspection.effective_ranks
-        for samples, rank in (("text", row.text), ("image", row.image))
+        for samples, rank in (("text", row.text), ("image", row.image), ("joint", row.joint))
         if row.place == place and row.layer is not None and rank is not None
     ]
     if not rows:
@@ -173,18 +173,16 @@ def _errors(inspection: Inspection, place: str, role: str) -> Chart:
 
 def _by_samples(rows: Sequence[dict[str, Any]], *, points: bool = True) -> Any:
     mark: dict[str, Any] = {"point": alt.OverlayMarkDef(size=60, filled=True)} if points else {}
-    dash = alt.Scale(domain=["text", "image"], range=[[7, 3], [1, 0]])
+    kinds = [kind for kind in _LOOKS if any(row["samples"] == kind for row in rows)]
+    colours = alt.Scale(domain=kinds, range=[_LOOKS[kind][0] for kind in kinds])
+    dash = alt.Scale(domain=kinds, range=[_LOOKS[kind][1] for kind in kinds])
     return (
         alt.Chart(alt.Data(values=list(rows)))
         .mark_line(strokeWidth=2.5, **mark)
         .encode(
-            color=alt.Color("samples:N", title=None, scale=_SAMPLES),
+            color=alt.Color("samples:N", title=None, scale=colours),
             strokeDash=alt.StrokeDash("samples:N", title=None, scale=dash),
-            **(
-                {"shape": alt.Shape("samples:N", title=None, scale=alt.Scale(domain=["text", "image"]))}
-                if points
-                else {}
-            ),
+            **({"shape": alt.Shape("samples:N", title=None, scale=alt.Scale(domain=kinds))} if points else {}),
         )
     )
 

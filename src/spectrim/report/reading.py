@@ -46,6 +46,19 @@ def read(
         ReportError: something is named that no page shows, twice, or statistics without a model.
         SpectrimError: a file is damaged; names it.
     """
+    material, statistics, dense = read_files(results, model=model)
+    report = None if progress is None else _staged(progress)
+    inspections = [inspect(load(resolve(str(dense))), one, progress=report) for one in statistics]
+    return replace(material, inspections=(*material.inspections, *inspections))
+
+
+def read_files(
+    results: Sequence[str | Path], *, model: str | Path | None
+) -> tuple[Material, list[Statistics], str | Path | None]:
+    """What can be read without running a model; the statistics to analyse, and the dense model for them.
+
+    Raises as :func:`read` does.
+    """
     paths = [user_path(path) for path in results]
     if not paths:
         raise ReportError("nothing is named to show; give results.json of an evaluation, checkpoints or statistics")
@@ -81,10 +94,7 @@ def read(
             f"{statistics[0].path} holds statistics, which are analysed with the dense model; name it by --model"
         )
     layouts = tuple(layout(path) for path in checkpoints)
-    for one in statistics:
-        report = None if progress is None else _staged(progress)
-        inspections.append(inspect(load(resolve(str(dense))), one, progress=report))
-    return Material(tuple(frontiers), tuple(benches), layouts, tuple(inspections))
+    return Material(tuple(frontiers), tuple(benches), layouts, tuple(inspections)), statistics, dense
 
 
 def _staged(progress: Progress) -> Callable[[int, int], None]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from spectrim.checks import check_directory
 from spectrim.errors import ReportError, UsageError
 from spectrim.files import user_path, write_whole
-from spectrim.report.reading import Material, Progress, read
+from spectrim.report.reading import Material, Progress, read, read_files
 
 
 def report(
@@ -41,6 +41,13 @@ def report(
     paths = [results] if isinstance(results, str | Path) else results
     write_page(read(paths, model=model, progress=progress), path)
     return path
+
+
+def check_report(results: Sequence[str | Path], out: str | Path, *, model: str | Path | None = None) -> None:
+    """What of :func:`report` can be known before a model is loaded or a page is drawn. Raises as it does."""
+    check_packages()
+    check_page(user_path(out))
+    read_files(results, model=model)
 
 
 def write_page(material: Material, path: Path) -> None:

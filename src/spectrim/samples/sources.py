@@ -124,7 +124,7 @@ def no_datasets(source: str) -> SampleError:
 
 
 def hub_rows(
-    source: str, split: str, *, columns: tuple[str, ...], seed: int | None = None
+    source: str, split: str, *, columns: tuple[str, ...], seed: int | None = None, revision: str | None = None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Rows of a Hugging Face data set, each after its name for messages; streamed: only what is used is fetched.
 
@@ -133,6 +133,7 @@ def hub_rows(
         split: taken when ``source`` names none ("calibration" means "train", "heldout" means "test").
         columns: one of them must be present; images are handed out encoded, as ``{"bytes": ..., "path": ...}``.
         seed: shuffles the rows; None keeps their order.
+        revision: of the data set's repository; None is its main branch.
 
     Raises:
         SampleError: the package ``datasets`` is missing, or the data set cannot be read.
@@ -144,7 +145,7 @@ def hub_rows(
     name, config, wanted = (*split_columns(source)[0].split(":", 2), "", "")[:3]
     try:
         rows = datasets.load_dataset(
-            name, config or None, split=wanted or _HUB_SPLITS.get(split, split), streaming=True
+            name, config or None, split=wanted or _HUB_SPLITS.get(split, split), streaming=True, revision=revision
         )
         if seed is not None:
             for column in columns:

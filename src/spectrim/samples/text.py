@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from spectrim.errors import SampleError
 from spectrim.samples.beginning import beginning, without_beginning
 from spectrim.samples.chat import TURNS, read_chat, render, texts
+from spectrim.samples.named import NAMED
 from spectrim.samples.sources import by_key, check_positive, hub_rows, local_path, named_columns
 from spectrim.samples.tables import is_table, read_rows
 from spectrim.samples.tokens import refuse_media
@@ -35,9 +37,9 @@ def load_text(
 
     Args:
         source: ``builtin``; a ``.txt`` or ``.md`` file; a ``.jsonl``, ``.csv``, ``.tsv`` or ``.parquet`` file with
-            ``text`` or conversations (see ``read_chat``); else a Hugging Face data set id with such columns,
-            ``id[:config[:split]]``, read up to 16 million characters. Other columns stand in brackets behind it
-            (see ``named_columns``).
+            ``text`` or conversations (see ``read_chat``); ``wikitext-2``, ``wikitext-103``, ``ptb`` or ``c4`` (see
+            ``named.py``); else a Hugging Face data set id with such columns, ``id[:config[:split]]``, read up to 16
+            million characters. Other columns stand in brackets behind it (see ``named_columns``).
         split: "train", "calibration" or "heldout"; local files have one split only and ignore it.
         processor: has the chat template that renders conversations: the model's processor or tokenizer.
         refused: tokens that stand for media, which no text may hold (see ``media_tokens``).
@@ -46,18 +48,24 @@ def load_text(
     Raises:
         SampleError: the source is missing, unreadable, malformed or empty; the message names the line.
     """
+    join, path = "\n\n", None if source == "builtin" else local_path(source)
     if source == "builtin":
         from spectrim.demo.text import split_text
 
         passages = iter([_Passage("the built-in text", split_text(split))])
     else:
-        columns, path = named_columns(source, _KEYS), local_path(source)
         read = partial(_row, processor=processor, check=check)
-        passages = _read_hub(source, columns, split, read) if path is None else _read_file(path, columns, read)
+        if path is None and (named := NAMED.get(source)) is not None:
+            join, where, count = named.join, named.split(split), named.rows if split == "heldout" else None
+            hub = _read_hub(f"{named.source}:{where}", {"text": named.column}, where, read, named.revision)
+            passages = islice(hub, count)
+        else:
+            columns = named_columns(source, _KEYS)
+            passages = _read_hub(source, columns, split, read) if path is None else _read_file(path, columns, read)
     parts: list[str] = []
     for passage in passages:
         refuse_media(passage.text, refused, passage.place(refused))
-        parts += [passage.text, "" if passage.chat else "\n\n"]  # a template writes its own white space
+        parts += [passage.text, "" if passage.chat else join]  # a template writes its own white space
     text = "".join(parts[:-1])
     if not text.strip():
         raise SampleError(f"text source '{source}' is empty; give one that holds text")
@@ -204,10 +212,12 @@ def _row(where: str, row: dict[str, Any], *, processor: Any, check: bool) -> _Pa
     return _Passage(where, written, chat=True)  # windows bring the beginning themselves
 
 
-def _read_hub(source: str, columns: dict[str, str], split: str, read: _Reader) -> Iterator[_Passage]:
+def _read_hub(
+    source: str, columns: dict[str, str], split: str, read: _Reader, revision: str | None = None
+) -> Iterator[_Passage]:
     size = 0
     wanted = tuple(columns.values()) or ("text", *TURNS, "prompt")
-    for where, row in hub_rows(source, split, columns=wanted):
+    for where, row in hub_rows(source, split, columns=wanted, revision=revision):
         passage = read(where, by_key(row, columns))
         yield passage
         size += len(passage.text)

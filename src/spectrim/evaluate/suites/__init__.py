@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -19,6 +20,8 @@ class Suite(BaseModel):
 
     ``images`` says that tasks of lm-eval show images; those of lmms-eval may always. ``num_fewshot`` None leaves each
     task its own number of examples. ``task_folder`` holds further task files; it is relative to the suite's file.
+    ``retention`` is the metric, such as ``acc``, whose share of the first model's is averaged over the tasks that have
+    it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -31,6 +34,7 @@ class Suite(BaseModel):
     images: bool = False
     num_fewshot: int | None = Field(default=None, ge=0)
     task_folder: str | None = None
+    retention: str | None = None
 
     @classmethod
     def read(cls, source: str | Path) -> "Suite":
@@ -87,9 +91,23 @@ class SuiteReport:
     limit: int | None
     scores: dict[str, tuple[Score, ...]]
 
+    def retention(self) -> dict[str, float]:
+        """What models keep of the first one's quality: the mean of their ratios to it over tasks, by model directory.
+
+        Nothing for suites that name no metric for it, and for tasks of which the first model gets nothing right.
+        """
+        own = {
+            name: {score.task: score.value for score in scores if score.metric == self.suite.retention}
+            for name, scores in self.scores.items()
+        }
+        first = next(iter(own.values()), {})
+        tasks = [task for task, value in first.items() if value > 0]
+        return {name: fmean(values[task] / first[task] for task in tasks) for name, values in own.items() if tasks}
+
     def json(self) -> str:
         """Indented JSON."""
-        return json.dumps({**asdict(self), "suite": self.suite.model_dump(mode="json")}, indent=2) + "\n"
+        content = {**asdict(self), "suite": self.suite.model_dump(mode="json"), "retention": self.retention()}
+        return json.dumps(content, indent=2) + "\n"
 
     def write(self, path: str | Path) -> None:
         """Write JSON; the file appears whole or not at all."""
@@ -137,6 +155,10 @@ def suite_table(report: SuiteReport) -> Table:
     for task, metric in dict.fromkeys(key for column in columns for key in column):
         cells = [column.get((task, metric)) for column in columns]
         grid.add_row(task, metric, *("–" if cell is None else _cell(cell) for cell in cells))
+    if kept := report.retention():
+        grid.add_row(
+            "quality retention", f"mean of {report.suite.retention} ratios", *(f"{x:.4f}" for x in kept.values())
+        )
     return grid
 
 

@@ -1,0 +1,285 @@
+"""Experts that a model keeps in fused 3-D parameters, as linears of their own, and back (docs/methods.md, section 9).
+
+transformers 5 keeps ``gate_up_proj`` [E, 2·inter, hidden] (or transposed, or interleaved) and ``down_proj`` in one
+module, which functions of its experts interface read. Unfused, that module keeps its class and everything that is no
+weight (activation, gate, norms), and has children ``0``, ``1``, …, each with plain linears, by the names that files of
+single experts have (``experts.7.gate_proj``, Mixtral's ``experts.7.w1``). Its forward runs the experts that are hit,
+each once and on its tokens in order, so that whatever works for a linear works for one of an expert.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import skip_init
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
+from transformers.integrations import moe
+
+_LAYOUT = "_spectrim_experts"  # the attribute by which an unfused module is known
+_NAMES = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+_ALL_TOKENS: ContextVar[bool] = ContextVar("all_tokens", default=False)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a module keeps its experts fused: transposed [E, in, out], gate and up concatenated or interleaved.
+
+    ``gated`` experts have gate and up in one parameter. ``blocks`` is the way of Llama 4, whose module gets the tokens
+    of all experts, E blocks of them, with zeros where an expert was not chosen. ``names`` are those of an expert's
+    linears by role.
+    """
+
+    experts: int
+    transposed: bool
+    concatenated: bool
+    biased: bool
+    gated: bool
+    blocks: bool
+    names: dict[str, str]
+
+    @property
+    def parts(self) -> dict[str, tuple[str, ...]]:
+        """The fused parameters, and the roles of what each holds."""
+        return {"gate_up_proj" if self.gated else "up_proj": ("gate", "up")[not self.gated :], "down_proj": ("down",)}
+
+
+def layout(module: nn.Module) -> Layout | None:
+    """The layout of a module's fused experts that can be unfused; None for any other module."""
+    own = dict(module.named_parameters(recurse=False))
+    blocks = type(module).__name__ == "Llama4TextExperts"
+    interface = hasattr(module, "_apply_gate") and hasattr(module, "is_transposed")
+    if not (blocks or interface) or getattr(module, "_is_expert_parallel", False):
+        return None
+    gated, biased = getattr(module, "has_gate", True), getattr(module, "has_bias", False)
+    concatenated, transposed = getattr(module, "is_concatenated", True), getattr(module, "is_transposed", blocks)
+    count = own["down_proj"].shape[0] if "down_proj" in own else 0
+    found = Layout(count, transposed, concatenated, biased, gated, blocks, {})
+    wanted = dict.fromkeys(found.parts, 3) | ({f"{name}_bias": 2 for name in found.parts} if biased else {})
+    if {name: x.ndim for name, x in own.items()} != wanted or any(len(x) != count for x in own.values()):
+        return None
+    return found
+
+
+def unfused(module: nn.Module) -> int:
+    """How many experts an unfused module has; 0 for any other module."""
+    known: Layout | None = vars(module).get(_LAYOUT)
+    return 0 if known is None else known.experts
+
+
+def unfuse(model: nn.Module) -> None:
+    """Give every expert of a model linears of its own, in place; what it computes stays the same.
+
+    Their weights are views of the fused ones, or copies where a fused parameter is transposed or interleaved. Modules
+    of other kinds stay as they are.
+    """
+    found = {name: known for name, module in model.named_modules() if (known := layout(module)) is not None}
+    named = _file_names(model) if found else []
+    for path, known in found.items():
+        roles = {name: known.parts[name] for name in known.parts}
+        for parameter, roles_of in roles.items():
+            names = next((n for target, n in named if f"{path}.{parameter}".endswith(target)), ())
+            chosen = names if len(names) == len(roles_of) else [_NAMES[role] for role in roles_of]
+            known.names.update(zip(roles_of, chosen, strict=True))
+        _split(model.get_submodule(path), known)
+
+
+def fuse(model: nn.Module) -> None:
+    """The inverse of `unfuse`, in place; all linears of experts have to be dense."""
+    for module in model.modules():
+        if unfused(module):
+            _join(module)
+
+
+@contextmanager
+def fused(model: nn.Module) -> Iterator[None]:
+    """A dense model's experts as its own code has them, inside the block; unfused again after it where they were."""
+    were = any(unfused(module) for module in model.modules())
+    if were:
+        fuse(model)
+    try:
+        yield
+    finally:
+        if were:
+            unfuse(model)
+
+
+@contextmanager
+def all_tokens() -> Iterator[None]:
+    """Inside the block, every expert runs on all tokens; what comes out is the same."""
+    token = _ALL_TOKENS.set(True)
+    try:
+        yield
+    finally:
+        _ALL_TOKENS.reset(token)
+
+
+def loads_as_is(conversions: list[Any], model: nn.Module) -> list[Any]:
+    """The conversions of transformers without those that would merge tensors of experts that are linears in `model`."""
+    names = [
+        f"{path}.0.{name}.weight"
+        for path, module in model.named_modules()
+        if unfused(module)
+        for name in vars(module)[_LAYOUT].names.values()
+    ]
+    if not names:
+        return conversions
+
+    def merges(one: Any) -> bool:
+        return isinstance(one, WeightConverter) and any(one.rename_source_key(name)[1] is not None for name in names)
+
+    return [one for one in conversions if not merges(one)]
+
+
+def _file_names(model: nn.Module) -> list[tuple[str, list[str]]]:
+    """How files of this model name the linears of single experts: the end of a fused parameter's name, and theirs."""
+    if not isinstance(model, PreTrainedModel):
+        return []
+    converters = (x for x in get_model_conversion_mapping(model, add_legacy=False) if isinstance(x, WeightConverter))
+    found = []
+    for converter in converters:
+        sources = [
+            re.search(r"experts\.?\*\.(\w+)\.weight$", re.sub(r"\\", "", s)) for s in _patterns(converter, "source")
+        ]
+        if all(sources):
+            target = re.sub(r"\\", "", _patterns(converter, "target")[0])
+            found.append((target, [match[1] for match in sources if match is not None]))
+    return found
+
+
+def _patterns(converter: WeightConverter, which: str) -> list[str]:
+    patterns: list[str] = getattr(converter, f"_original_{which}_patterns")
+    return patterns
+
+
+def _rows(fused: torch.Tensor, known: Layout, roles: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """One expert's share of a fused parameter, [out, …], by role."""
+    if len(roles) == 1:
+        return {roles[0]: fused}
+    if known.concatenated:
+        return dict(zip(roles, fused.chunk(2), strict=True))
+    return {role: fused[number::2] for number, role in enumerate(roles)}
+
+
+@torch.no_grad()
+def _split(module: Any, known: Layout) -> None:
+    experts = [nn.Module() for _ in range(known.experts)]
+    for parameter, roles in known.parts.items():
+        whole, biases = getattr(module, parameter), getattr(module, f"{parameter}_bias", None)
+        delattr(module, parameter)
+        for number, expert in enumerate(experts):
+            weight = whole.detach()[number]
+            weights = _rows(weight.T if known.transposed else weight, known, roles)
+            shares = {} if biases is None else _rows(biases.detach()[number], known, roles)
+            for role, W in weights.items():
+                linear = skip_init(nn.Linear, W.shape[1], W.shape[0], bias=role in shares, device="meta", dtype=W.dtype)
+                linear.weight = nn.Parameter(W.contiguous(), requires_grad=whole.requires_grad)
+                if role in shares:
+                    linear.bias = nn.Parameter(shares[role].contiguous(), requires_grad=whole.requires_grad)
+                expert.add_module(known.names[role], linear.train(module.training))
+        if biases is not None:
+            delattr(module, f"{parameter}_bias")
+    for number, expert in enumerate(experts):
+        module.add_module(str(number), expert.train(module.training))
+    setattr(module, _LAYOUT, known)
+    module.forward = partial(_run_blocks if known.blocks else _run, module)
+
+
+@torch.no_grad()
+def _join(module: Any) -> None:
+    known: Layout = vars(module)[_LAYOUT]
+    for parameter, roles in known.parts.items():
+        linears = [[module.get_submodule(f"{e}.{known.names[role]}") for role in roles] for e in range(known.experts)]
+        frees = linears[0][0].weight.requires_grad
+        for kind, suffix in (("weight", ""), ("bias", "_bias"))[: 1 + known.biased]:
+            whole: Any = None
+            for number, parts in enumerate(linears):
+                shares = [getattr(part, kind).detach() for part in parts]
+                if len(shares) == 1 or known.concatenated:
+                    one = torch.cat(shares)
+                else:
+                    one = torch.stack(shares, 1).flatten(0, 1)
+                one = one.T if known.transposed and kind == "weight" else one
+                whole = one.new_empty(known.experts, *one.shape) if whole is None else whole
+                whole[number] = one
+            module.register_parameter(f"{parameter}{suffix}", nn.Parameter(whole, requires_grad=frees))
+        for number in range(known.experts):
+            for role in roles:
+                delattr(module.get_submodule(str(number)), known.names[role])
+    for number in range(known.experts):
+        delattr(module, str(number))
+    delattr(module, _LAYOUT)
+    del module.forward
+
+
+def _expert(module: Any, known: Layout, number: int, x: torch.Tensor) -> torch.Tensor:
+    """What one expert makes of its tokens [n, hidden]."""
+    expert = module._modules[str(number)]._modules
+    up = expert[known.names["up"]]
+    if not known.gated:
+        y = module.act_fn(up(x))
+    else:
+        gate = expert[known.names["gate"]](x)
+        if known.blocks or type(module)._apply_gate is moe._default_apply_gate:
+            y = module.act_fn(gate) * up(x)
+        elif known.concatenated:
+            y = module._apply_gate(torch.cat((gate, up(x)), -1))
+        else:
+            y = module._apply_gate(torch.stack((gate, up(x)), -1).flatten(-2))
+    y = expert[known.names["down"]](y)
+    return module.post_expert_norm(y) if getattr(module, "has_post_expert_norm", False) else y
+
+
+def _run(module: Any, hidden_states: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The experts of every token, weighed and added up, [tokens, hidden].
+
+    Args:
+        module: unfused.
+        hidden_states: [tokens, hidden].
+        indices: of the experts of every token, int [tokens, k]; those from E on stand for none.
+        weights: of their outputs, [tokens, k].
+    """
+    known: Layout = vars(module)[_LAYOUT]
+    chosen = indices.reshape(-1)
+    if hidden_states.is_meta:  # nobody knows which are hit
+        return sum(_expert(module, known, number, hidden_states) for number in range(known.experts))  # type: ignore[return-value]
+    order = chosen.argsort(stable=True)
+    counts = torch.bincount(chosen, minlength=known.experts)[: known.experts].tolist()
+    rows = order // indices.shape[-1]
+    outputs, start = [], 0
+    for number, count in enumerate(counts):
+        mine = rows[start : start + count]
+        if _ALL_TOKENS.get():
+            outputs.append(_expert(module, known, number, hidden_states)[mine])
+        elif count:
+            outputs.append(_expert(module, known, number, hidden_states[mine]))
+        start += count
+    y = torch.cat(outputs) if outputs else hidden_states.new_zeros(0, hidden_states.shape[-1])
+    y = y * weights.reshape(-1)[order[:start], None]
+    if start < len(order):
+        y = torch.cat((y, y.new_zeros(len(order) - start, y.shape[1])))
+    back = torch.empty_like(order)
+    back[order] = torch.arange(len(order), device=order.device)
+    return y[back].view(*indices.shape, -1).sum(1).to(hidden_states.dtype)
+
+
+def _run_blocks(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    """The same where every expert has a block of all tokens, [E · tokens, hidden] in and out, zeros for others."""
+    known: Layout = vars(module)[_LAYOUT]
+    x = hidden_states.view(known.experts, -1, hidden_states.shape[-1])
+    outputs = []
+    for number, block in enumerate(x):
+        if block.is_meta or _ALL_TOKENS.get():
+            outputs.append(_expert(module, known, number, block))
+            continue
+        hit = block.detach().any(-1).nonzero()[:, 0]
+        y = block.new_zeros(block.shape)
+        outputs.append(y.index_copy(0, hit, _expert(module, known, number, block[hit])) if len(hit) else y)
+    return torch.cat(outputs)
