@@ -28,13 +28,13 @@ from spectrim.plan.key import made_key
 from spectrim.plan.plan import Plan
 from spectrim.recipe import Recipe
 from spectrim.tune.numbers import Number, numbers, packed_layers
-from spectrim.tune.samples import divided, gathered, together
+from spectrim.tune.samples import divided, gathered, together, tokens
 from spectrim.tune.scales import trained_scales
 
 _log = logging.getLogger(__name__)
 
 VERSION = 1  # of what the tensors mean; a change makes earlier files unused
-STEP = 16  # samples of the larger modality behind one step of Adam
+STEP = 2048  # tokens of the larger modality behind one step of Adam
 WARM = 20  # the rate rises over one step in so many, and falls to zero by half a cosine over all of them
 FLOOR = 1e-3  # nats that are added to divergences before they are compared by their ratio
 
@@ -110,10 +110,10 @@ class Tuning:
         samples = gathered(self._dense, data, answer_tokens=settings.answer_tokens, seed=settings.seed)
         seen, left_out = divided(samples)
         held = {modality: together(some) for modality, some in left_out.items()}
-        per_epoch = ceil(max(map(len, seen.values())) / STEP)
+        per_epoch = max(min(len(some), ceil(tokens(some) / STEP)) for some in seen.values())
         steps = self._part.epochs * per_epoch
         optimizer = torch.optim.Adam([one.master for one in trained], lr=self._part.rate, betas=(0.9, 0.95))
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, max(steps, 1)))
         batches = {m: _turns(some, ceil(len(some) / per_epoch), settings.seed) for m, some in seen.items() if some}
         with self._training(trained):
             before = best = self._nats(held)

@@ -47,6 +47,11 @@ def divided(samples: Samples) -> tuple[dict[Modality, list[Labelled]], dict[Moda
     return trained, {modality: list(some[::LEFT_OUT]) for modality, some in samples.items()}
 
 
+def tokens(samples: Sequence[Labelled]) -> int:
+    """How many tokens there are in all."""
+    return sum(one.inputs["input_ids"].numel() for one in samples)
+
+
 def together(samples: Sequence[Labelled]) -> list[Labelled]:
     """Samples of one shape joined, up to 1024 tokens; ``labelled`` is bool [batch, tokens - 1] then."""
     groups: dict[tuple[object, ...], list[list[Labelled]]] = {}
