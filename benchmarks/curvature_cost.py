@@ -1,12 +1,12 @@
 """What output moments cost: bytes by form for the shapes of three models, and a measured pass on one model.
 
-    python benchmarks/curvature_cost.py [--gib 8] [--passes 1]
+    python benchmarks/curvature_cost.py [--gib 8]
     python benchmarks/curvature_cost.py --measure demo [--samples 64] [--seqlen 128]
     python benchmarks/curvature_cost.py --measure smollm2.gguf --text cal.txt --samples 16 --seqlen 512
 
-The table is computed: all output moments of one modality in each form, and the mixture that `choose_forms` takes
-under the limit. The measurement runs `spectrim.calibrate` without and with curvature, each in a process of its own,
-and prints wall time and peak resident memory.
+The table is computed: all output moments of one modality in each form, and the passes that full ones take when
+each has so much memory for them. The measurement runs `spectrim.calibrate` without and with
+curvature, each in a process of its own, and prints wall time and peak resident memory.
 """
 
 import argparse
@@ -16,13 +16,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from pathlib import Path
 
 import torch
 
 from spectrim.calibrate import calibrate
 from spectrim.calibrate.forms import CurvatureForm, choose_forms
+from spectrim.calibrate.groups import grouped, output_shares
 from spectrim.checkpoint import load, load_processor
 from spectrim.demo import resolve
 from spectrim.linear import Linear, Place
@@ -67,9 +67,11 @@ def linears(model: str) -> list[Linear]:
     ]
 
 
-def computed(limit: float, passes: int) -> None:
+def computed(limit: float) -> None:
     """Print the table of bytes."""
-    print(f"| model | full | blocks of 128 | sketch of 256 | diagonal | taken under {limit:g} GiB × {passes} |")
+    print(
+        f"| model | full | blocks of 128 | sketch of 256 | diagonal | passes for full, {limit:g} GiB of moments each |"
+    )
     print("|---|---|---|---|---|---|")
     for model in MODELS:
         every = linears(model)
@@ -82,11 +84,8 @@ def computed(limit: float, passes: int) -> None:
                 for x in every
             )
             cells.append(f"{total / 2**30:.3f} GiB")
-        forms, groups = choose_forms(every, int(limit * 2**30), passes)
-        taken = sum(forms[x.name].nbytes(x.out_features) for x in every) / 2**30
-        kinds = Counter(f"{x.role} {forms[x.name]}" for x in every if forms[x.name].kind != "full")
-        reduced = ", ".join(sorted(kinds)) or "all full"
-        print(f"| {model} | {' | '.join(cells)} | {taken:.2f} GiB in {len(groups)} passes: {reduced} |")
+        groups = grouped(output_shares(every, choose_forms(every, {}), fisher=False), int(limit * 2**30))
+        print(f"| {model} | {' | '.join(cells)} | {len(groups)} |")
 
 
 def measured(args: argparse.Namespace, curvature: bool) -> dict[str, float]:
@@ -112,7 +111,6 @@ def main() -> None:
     """Parse the command line, compute or measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gib", type=float, default=8.0)
-    parser.add_argument("--passes", type=int, default=1)
     parser.add_argument("--measure", help="model to calibrate")
     parser.add_argument("--text", default="builtin")
     parser.add_argument("--samples", type=int, default=64)
@@ -124,7 +122,7 @@ def main() -> None:
         print(json.dumps(measured(args, args.child == "curvature")))
         return
     if args.measure is None:
-        computed(args.gib, args.passes)
+        computed(args.gib)
         return
     rows = {}
     for kind in ("plain", "curvature"):

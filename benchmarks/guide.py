@@ -3,7 +3,7 @@
     python benchmarks/guide.py
 
 Second moments are float64 [in, in], one for each tensor that linears read (q, k and v share one, as do gate and up);
-output moments are in the forms that `calibrate` chooses under 8 GiB in one pass; spectra hold two float32 matrices
+output moments are full, float64 [out, out]; spectra hold two float32 matrices
 [out, min(out, in)] for each linear.
 """
 
@@ -12,6 +12,7 @@ from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2VLC
 
 from spectrim.anatomy import anatomy
 from spectrim.calibrate.forms import choose_forms
+from spectrim.calibrate.groups import input_shares, total
 
 _TOWER = {"depth": 32, "num_heads": 16, "patch_size": 14, "spatial_merge_size": 2}
 MODELS = {
@@ -33,7 +34,6 @@ MODELS = {
     ),
 }  # fmt: skip
 SIZES = {"Qwen2.5-VL-7B": (9.0, 6.5, 5.0), "Qwen2-VL-2B": (2.6, 1.9, 1.5)}  # GB
-SHARED = {"k": "q", "v": "q", "up": "gate"}  # roles that read what another reads
 
 
 def main() -> None:
@@ -45,10 +45,9 @@ def main() -> None:
         linears = anatomy(model).linears
         dense = 2 * sum(parameter.numel() for parameter in model.parameters())  # tied ones once
         weights = sum(linear.nbytes for linear in linears)
-        read = {(x.block or x.name, SHARED.get(x.role, x.role)): x.in_features for x in linears}
-        moments = sum(8 * size**2 for size in read.values())
+        moments = total(input_shares(linears))
         widest = sum(8 * x.in_features**2 for x in linears if x.role == "down" and x.place == "backbone")
-        forms, _ = choose_forms(linears, 8 * 2**30, 1)
+        forms = choose_forms(linears, {})
         outputs = sum(forms[x.name].nbytes(x.out_features) for x in linears)
         statistics = 2 * (moments + outputs)
         spectra = sum(2 * 4 * x.out_features * min(x.out_features, x.in_features) for x in linears)

@@ -296,7 +296,7 @@ class Questions:
         token that names an object then learns to find it by itself, one step of attention instead of two.
         """
         wanted = [share * (EARLY.get(task, 1.0) if self.early else 1.0) for task, share in SHARES.items()]
-        shares = np.array([*wanted, EASY_SHARE])
+        shares = np.array([*wanted, EASY_SHARE if self.easy else 0.0])
         kinds = self.rng.choice(len(shares), size, p=shares / shares.sum()).tolist()
         drawn = [self.draw(kind) for kind in kinds]
         rows = [_ids(self.tokenizer, question, answer) for _, question, answer in drawn]

@@ -76,7 +76,6 @@ def calibrated(shape: Shape, device: torch.device, samples: int, seqlen: int, cu
             samples=samples,
             seqlen=seqlen,
             curvature=curvature,
-            curvature_gib=64,
             progress=progress,
         )
         ended = time.perf_counter()

@@ -93,12 +93,15 @@ class StoragePart(_Part):
     ``pivoted`` stores factors of rank k in k (in + out − k) numbers and k indices instead of k (in + out) numbers, if
     that is smaller; linears that are factored head by head are not pivoted. Ranks are multiples of ``multiple``, with
     which some hardware is faster. ``heads`` says so of layers that are factored head by head: their ranks are ``free``,
-    a ``multiple`` each, or one multiple that is ``equal`` for all heads of a layer.
+    a ``multiple`` each, or one multiple that is ``equal`` for all heads of a layer. ``experts`` says whether ``each``
+    expert has its own form, ranks and bits, or all experts of a layer have the ``same`` in one role, which kernels for
+    all of them need.
     """
 
     pivoted: bool = False
     multiple: int = Field(default=1, ge=1)
     heads: Literal["free", "multiple", "equal"] = "free"
+    experts: Literal["each", "same"] = "each"
 
 
 class CompensatePart(_Part):
@@ -157,6 +160,11 @@ class QuantizePart(_Part):
     def plain(self) -> bool:
         """Whether there may be dense integers alone."""
         return self.format != "spectrim"
+
+    @property
+    def signed(self) -> bool:
+        """Whether scales may be negative: not where kernels that are not ours read them."""
+        return not self.plain
 
     def takes(self, role: str) -> bool:
         """Whether linears of this role may be quantized."""

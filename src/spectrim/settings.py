@@ -23,6 +23,43 @@ _Name = Annotated[str, Field(min_length=1)]
 _WEIGHT = re.compile(r"(.+):(\d+\.?\d*(?:e[-+]?\d+)?|\.\d+)", re.DOTALL)  # only what follows the last colon
 
 
+UNITS = {"": 1, "B": 1} | {
+    f"{letter}{kind}B": base**power
+    for power, letter in enumerate("KMGT", 1)
+    for kind, base in (("", 1000), ("i", 1024))
+}
+
+
+def read_bytes(text: str) -> tuple[float, str]:
+    """Bytes as a user writes them, such as 3.5GB or 20GiB: the number and the unit (see ``UNITS``).
+
+    Raises:
+        ValueError: the rest of a sentence that begins with what was written.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*", text, re.ASCII)
+    unit = None if found is None else next((x for x in UNITS if x.casefold() == found[2].casefold()), None)
+    if found is None or unit is None:
+        raise ValueError("is no size; write it as 3.5GB, 900MB or 2GiB")
+    return float(found[1]), unit
+
+
+def _as_memory(value: Any) -> Any:
+    """A limit of memory as a string, which a number of bytes may be as well."""
+    if value is None:
+        return None
+    try:
+        number, unit = read_bytes(str(value))
+    except ValueError as error:
+        raise ValueError(f"{value!r} {error}") from error
+    if number * UNITS[unit] < 1:
+        raise ValueError(f"{value!r} is too little; write it as 20GiB")
+    return str(value)
+
+
+Memory = Annotated[str | None, BeforeValidator(_as_memory)]
+"""The most that a process may hold, such as 20GiB; None: what is free."""
+
+
 def split_weight(source: str) -> tuple[str, Fraction | None]:
     """A source of a mixture, ``NAME`` or ``NAME:WEIGHT``, as its name and its weight."""
     found = _WEIGHT.fullmatch(source)
@@ -153,6 +190,9 @@ class CalibrationSettings(OptionRecord):
     seed: _Seed = Field(default=0, description="Chooses the samples.")
     instruction: str = Field(default="Describe this image.", description="Asked of images that bring none.")
     image_tokens_only: bool = Field(default=False, description="Count only image tokens in the backbone.")
+    all_experts: bool = Field(
+        default=False, description="Every expert reads all tokens (in calibration only; their outputs stay routed)."
+    )
     gradients: bool = Field(default=False, description="Gather gradients of text as well (fwsvd needs them).")
     curvature: bool = Field(
         default=True, description="Gather output gradients as well (spectrim, laser and curvature need them)."
@@ -161,10 +201,6 @@ class CalibrationSettings(OptionRecord):
         default="given", description="Of gradients: the samples' own tokens, or drawn from the model (true Fisher)."
     )
     answer_tokens: _Count = Field(default=32, description="Of an answer that the model draws for an image, at most.")
-    curvature_gib: float = Field(
-        default=8.0, gt=0, allow_inf_nan=False, description="Memory for output moments of one modality and pass."
-    )
-    curvature_passes: _Count = Field(default=1, description="Gradient passes that may share the linears.")
     curvature_forms: dict[str, str] = Field(
         default={},
         description="Form of a role's output moments, such as gate=sketch:256; repeatable.",
@@ -184,6 +220,9 @@ class CalibrationOptions(CalibrationSettings):
         default="builtin",
         description="A folder, a .jsonl, .csv or .parquet file, a dataset id, 'builtin' or 'none'; repeatable, with "
         "weights.",
+    )
+    memory: Memory = Field(
+        default=None, description="The most that the process may hold, such as 20GiB; what is free if not given."
     )
     checkpoint_seconds: float = Field(default=120.0, ge=0, allow_inf_nan=False, description="Time between snapshots.")
 
@@ -212,7 +251,11 @@ class CalibrationOptions(CalibrationSettings):
         yield ("instruction", "image_tokens_only"), self.images is not None, "without images"
         yield ("labels",), self.gradients or self.curvature, "without gradients or curvature"
         yield ("answer_tokens",), self.curvature and self.images is not None, "without the curvature of images"
-        yield ("curvature_gib", "curvature_passes", "curvature_forms"), self.curvature, "without curvature"
+        yield ("curvature_forms",), self.curvature, "without curvature"
+
+
+REPLACED = {"curvature_gib": "memory", "curvature_passes": "memory"}
+"""Options of earlier versions, and what to use in their place."""
 
 
 class Effort(BaseModel):

@@ -175,7 +175,7 @@ def first_file(directory):
         (lambda d: (d / MANIFEST).write_bytes((d / MANIFEST).read_bytes()[:-40]), "cannot be read"),
         (lambda d: (d / MANIFEST).write_text("[]"), "was not written by spectrim"),
         (lambda d: damage_manifest(d, format="other"), "was not written by spectrim"),
-        (lambda d: damage_manifest(d, version=9), "statistics format 9 and this spectrim reads 3; delete"),
+        (lambda d: damage_manifest(d, version=9), "statistics format 9 and this spectrim reads 4; delete"),
         (lambda d: damage_manifest(d, extra=2), "is damaged at 'extra'"),
         (lambda d: damage_manifest(d, complete=False), r"manifest\.json has changed since it was written"),
         (lambda d: first_file(d).unlink(), "layers.0.*missing or truncated"),

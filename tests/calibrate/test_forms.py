@@ -1,11 +1,9 @@
-"""Forms of output moments: the choice within a memory limit, and each form against the whole moment."""
+"""Forms of output moments: the choice by role, and each form against the whole moment."""
 
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import families
 from curvatures import CPU, output_moment
@@ -13,9 +11,9 @@ from helpers.matrices import normal
 from helpers.samples import word_tokenizer
 from spectrim.anatomy import anatomy
 from spectrim.calibrate import Statistics, calibrate
-from spectrim.calibrate.forms import SKETCH, CurvatureForm, choose_forms
+from spectrim.calibrate.forms import CurvatureForm, choose_forms
 from spectrim.calibrate.moments import OutputSum
-from spectrim.errors import ModelError, RecipeError
+from spectrim.errors import RecipeError
 from spectrim.linear import Linear
 from spectrim.maths.roots import nystrom
 
@@ -24,89 +22,10 @@ def one(number: int, out: int, heads: int | None = None, role: str | None = None
     return Linear(f"l{number}", "backbone", None, role or ("q" if heads else "up"), out, 8, heads, torch.float32)
 
 
-def exact(linear: Linear) -> int:
-    return 8 * linear.out_features**2
-
-
-def diagonal(linear: Linear) -> int:
-    return 8 * linear.out_features
-
-
-@st.composite
-def models(draw: st.DrawFn) -> list[Linear]:
-    found = []
-    for number in range(draw(st.integers(1, 8))):
-        heads = draw(st.sampled_from([None, None, 2, 4]))
-        found.append(one(number, draw(st.sampled_from([8, 32, 512, 516, 1024])), heads))
-    return found
-
-
-@settings(max_examples=200, deadline=None)
-@given(models(), st.integers(1, 3), st.floats(0, 1.2))
-def test_forms_fit_the_limit(linears, passes, share):
-    least, most = max(map(diagonal, linears)), sum(map(exact, linears))
-    limit = int(least + share * (most - least))
-    try:
-        forms, groups = choose_forms(linears, limit, passes)
-    except ModelError:
-        assert sum(map(diagonal, linears)) > limit
-        return
-    assert [x.name for group in groups for x in group] == [x.name for x in linears]
-    assert len(groups) <= passes
-    for group in groups:
-        assert sum(forms[x.name].nbytes(x.out_features) for x in group) <= limit
-    if most <= limit:
-        assert set(forms.values()) == {CurvatureForm("full")}
-        assert len(groups) == 1
-    for x in linears:
-        middle = [CurvatureForm("blocks", x.out_features // x.heads)] if x.heads else []
-        middle += [CurvatureForm("sketch", SKETCH)] if not x.heads and x.out_features > 2 * SKETCH else []
-        assert forms[x.name] in [CurvatureForm("full"), *middle, CurvatureForm("diagonal")]
-    # The largest go down first, and equals go together.
-    reduced = [exact(x) for x in linears if forms[x.name].kind != "full"]
-    whole = [exact(x) for x in linears if forms[x.name].kind == "full"]
-    assert not reduced or not whole or min(reduced) > max(whole)
-
-
-def test_the_ladder_goes_down_one_rung_at_a_time():
-    linears = [one(0, 64, 4), one(1, 1024), one(2, 64, 4)]
-    sizes = {
-        CurvatureForm("full"): (8 * 64 * 64, 8 * 1024 * 1024),
-        "middle": (8 * 64 * 16, 8 * 1024 * (SKETCH + 1)),
-        CurvatureForm("diagonal"): (8 * 64, 8 * 1024),
-    }
-    (q, up), (q_blocks, up_sketch), (q_least, up_least) = sizes.values()
-    blocks, sketch = CurvatureForm("blocks", 16), CurvatureForm("sketch", SKETCH)
-    for limit, expected in [
-        (2 * q + up, (CurvatureForm("full"), CurvatureForm("full"))),
-        (2 * q + up - 1, (CurvatureForm("full"), sketch)),
-        (2 * q + up_sketch - 1, (CurvatureForm("full"), CurvatureForm("diagonal"))),
-        (2 * q + up_least - 1, (blocks, CurvatureForm("diagonal"))),
-        (2 * q_blocks + up_least - 1, (CurvatureForm("diagonal"), CurvatureForm("diagonal"))),
-        (2 * q_least + up_least, (CurvatureForm("diagonal"), CurvatureForm("diagonal"))),
-    ]:
-        forms, _ = choose_forms(linears, limit)
-        assert (forms["l0"], forms["l1"], forms["l2"]) == (expected[0], expected[1], expected[0])
-    with pytest.raises(ModelError, match="more memory or more passes"):
-        choose_forms(linears, 2 * q_least + up_least - 1)
-
-
-def test_passes_instead_of_smaller_forms():
-    linears = [one(number, 64) for number in range(6)]
-    forms, groups = choose_forms(linears, 2 * exact(linears[0]), passes=3)
-    assert set(forms.values()) == {CurvatureForm("full")}
-    assert [len(group) for group in groups] == [2, 2, 2]
-    forms, groups = choose_forms(linears, 2 * exact(linears[0]), passes=2)
-    assert set(forms.values()) == {CurvatureForm("diagonal")}
-    assert len(groups) == 1
-
-
 def test_wanted_forms_are_obeyed():
     linears = [one(0, 64, 4), one(1, 96, role="gate"), one(2, 96)]
-    forms, _ = choose_forms(linears, 10**9, wanted={"gate": "sketch:7", "q": "blocks:32"})
+    forms = choose_forms(linears, {"gate": "sketch:7", "q": "blocks:32"})
     assert forms == {"l0": CurvatureForm("blocks", 32), "l1": CurvatureForm("sketch", 7), "l2": CurvatureForm("full")}
-    forms, _ = choose_forms(linears, exact(linears[1]) + 8 * 64 + 8 * 96, wanted={"gate": "full"})
-    assert forms == {"l0": CurvatureForm("diagonal"), "l1": CurvatureForm("full"), "l2": CurvatureForm("diagonal")}
 
 
 @pytest.mark.parametrize(
@@ -123,7 +42,7 @@ def test_wanted_forms_are_obeyed():
 )
 def test_strange_forms_are_refused(wanted, message):
     with pytest.raises(RecipeError, match=message):
-        choose_forms([one(0, 96)], 10**9, wanted=wanted)
+        choose_forms([one(0, 96)], wanted)
 
 
 @pytest.mark.parametrize("text", ["full", "diagonal", "blocks:64", "sketch:256"])
@@ -170,23 +89,6 @@ def run(directory: Path, words: str, **options) -> Statistics:
     model = families.FAMILIES["llama"]().double()
     common = {"processor": word_tokenizer(), "text": words, "samples": 4, "seqlen": 10, "curvature": True}
     return calibrate(model, directory, **common, **options)
-
-
-def test_several_passes_give_the_sums_of_one(words, tmp_path):
-    """With labels drawn anew in each pass, and with what is read back from disk."""
-    linears = anatomy(families.FAMILIES["llama"]()).linears
-    whole = run(tmp_path / "whole", words, labels="sampled", gradients=True)
-    half = 0.6 * sum(map(exact, linears)) / 2**30
-    options = {"labels": "sampled", "gradients": True, "curvature_gib": half, "curvature_passes": 2}
-    passes = run(tmp_path / "passes", words, **options)
-    assert [len(group) for group in whole.manifest.groups] == [len(linears)]
-    assert len(passes.manifest.groups) == 2
-    for x in linears:
-        a, b = whole.output(x.name, "text"), passes.output(x.name, "text")
-        assert (a.form, a.count, a.labels) == (b.form, b.count, b.labels) == (CurvatureForm("full"), 40, 36)
-        assert torch.equal(a.sums["output"], b.sums["output"])
-        assert torch.equal(a.traces, b.traces)
-        assert torch.equal(whole.gradient(x.name, "text").fisher_cols, passes.gradient(x.name, "text").fisher_cols)
 
 
 def test_forms_by_role_through_calibration(words, tmp_path):

@@ -163,7 +163,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "latin": (lambda d: (d / MANIFEST).write_bytes(b'{"format": "\xe9"}'), "is not UTF-8"),
     "former": (
         lambda d: sealed(d, lambda c: c.update(version=2)),
-        r"statistics format 2 and this spectrim reads 3; delete",
+        r"statistics format 2 and this spectrim reads 4; delete",
     ),
 }
 

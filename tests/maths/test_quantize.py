@@ -176,11 +176,13 @@ def test_ranges_are_no_worse_than_whole_ones(grid, seed):
     st.sampled_from([2, 3, 4]),
     st.booleans(),
     st.sampled_from([torch.float64, torch.bfloat16]),
+    st.booleans(),
+    st.sampled_from([(False, 1, 0.5), (True, 1.2, 0.7)]),
     st.integers(0, 2**31),
 )
-def test_ranges_are_the_best_of_those_that_are_tried(bits, symmetric, dtype, seed):
-    """From whole down to a half in sixteen steps."""
-    grid = Grid(bits, 32, symmetric)
+def test_ranges_are_the_best_of_those_that_are_tried(bits, symmetric, dtype, signed, tried, seed):
+    """Sixteen steps from whole down to a half, or from wider to narrower ones where errors are fed on."""
+    grid, (fed, *ends) = Grid(bits, 32, symmetric), tried
     W, weights = normal(6, 64, seed=seed), normal(64, seed=seed + 1).exp()
     W[:, ::32] = 4.0
     X, w = W.view(6, 2, 32), weights.view(2, 32)
@@ -193,15 +195,33 @@ def test_ranges_are_the_best_of_those_that_are_tried(bits, symmetric, dtype, see
         return (((codes - origin[..., None]) * step[..., None] - X).square() * w).sum(-1)
 
     costs = []
-    for shrink in torch.linspace(1, 0.5, 16).double():
-        step = (shrink * (high - low) / (2**bits - 1)).to(dtype).double()
+    signs = (1, -1) if signed and symmetric else (1,)
+    for shrink, sign in itertools.product(torch.linspace(*ends, 16).double(), signs):
+        step = sign * (shrink * (high - low) / (2**bits - 1)).to(dtype).double()
         origin = 0 * step if symmetric else (grid.low - low * shrink / step).round().clamp(grid.low, grid.high)
         costs.append(cost(step, origin))
-    step, zero = scales(W, grid, weights, dtype)
+    step, zero = scales(W, grid, weights, dtype, signed=signed, fed=fed)
     assert step.dtype == dtype
+    assert bool((step > 0).all()) == (not signed or not symmetric)
     found = cost(step.double(), torch.zeros_like(step) if zero is None else zero.double())
     torch.testing.assert_close(found, torch.stack(costs).amin(0), rtol=1e-4, atol=0)
-    assert bits > 2 or (found < costs[0]).any()
+    assert bits > 2 or fed or (found < costs[0]).any()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.sampled_from([2, 3, 4]), st.integers(0, 2**31))
+def test_a_scale_turns_the_longer_side_to_the_longer_values(bits, seed):
+    """Weights on a grid that lies the other way round come back, and no positive scale does as well."""
+    grid = Grid(bits, 32)
+    codes = torch.randint(grid.low, grid.high + 1, (5, 64), generator=torch.Generator().manual_seed(seed)).double()
+    codes[:, ::32] = grid.low
+    reach = 2 ** (bits - 1)
+    turned = -codes * 0.75 * 0.5 * (2**bits - 1) / reach  # the whole range is then one of those that are tried
+    found, positive = (quantize(turned, grid, signed=signed) for signed in (True, False))
+    errors = [float((turned - x.dense()).norm()) for x in (found, positive)]
+    assert bool((found.scale < 0).all())
+    assert bool((positive.scale > 0).all())
+    assert errors[0] < errors[1]
 
 
 @settings(max_examples=40, deadline=None)

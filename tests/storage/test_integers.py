@@ -35,6 +35,17 @@ def test_plain_checkpoints_have_no_factors(roles: str) -> None:
         assert sizes == {kind: [min(one.least(given.linear, part) for one in forms())]}
 
 
+@pytest.mark.parametrize("bits", [2, 4])
+def test_only_our_own_format_has_negative_scales(bits: int) -> None:
+    for format, signed in (("spectrim", True), ("compressed-tensors", False)):
+        given = problem(64, 96, quantize=QuantizePart(bits=bits, group=32, format=format))
+        menu = INTEGERS.options(given)
+        assert bool((layer_of(given, menu.spec(0)).weight_scale < 0).any()) == signed
+        weights = conditional(given.C, 96, given.W, 0.1), conditional(given.G, 64, given.W, 0.1)
+        priced = expected(given.W.double(), Grid(bits, 32), *weights, torch.float32, signed=signed)
+        assert menu.error.tolist() == [pytest.approx(float(priced.sum()))]
+
+
 @pytest.mark.parametrize("heads", [1, 4])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(("bits", "group"), [(2, 32), (3, None), (4, 32), (8, None)])
@@ -89,7 +100,7 @@ def test_the_predicted_error_weighs_residuals_of_rounding_to_nearest() -> None:
             inputs, outputs = (conditional(M, len(M), given.W.double(), 0.05) for M in (C, G))
             assert (inputs <= C.diagonal() + 0.05 * C.diagonal().mean() + 1e-12).all()
         for number, bits in enumerate((2, 3, 4, 8)):
-            each = expected(given.W.double(), Grid(bits, 32), inputs, outputs, torch.float32)
+            each = expected(given.W.double(), Grid(bits, 32), inputs, outputs, torch.float32, fed=method == "gptq")
             assert options.error[number] == pytest.approx(float(each.sum()))
 
 

@@ -19,6 +19,15 @@ def share() -> tuple[int, int]:
     return 0, 1
 
 
+def least(value: int) -> int:
+    """The least of the values of all processes, in each of them."""
+    if share()[1] == 1:
+        return value
+    values: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(values, value)
+    return int(min(values))
+
+
 def reduce_sums(sums: Sums, linears: Mapping[str, Linear], forms: Mapping[str, CurvatureForm]) -> None:
     """Add up the sums of all processes, in place and in each of them.
 

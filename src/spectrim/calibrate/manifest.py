@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -24,7 +25,7 @@ from spectrim.settings import CalibrationSettings
 MANIFEST = "manifest.json"
 COST_FILE = "cost.json"  # beside it: what the calibration was to take and took; no part of the statistics
 FORMAT: Literal["spectrim-statistics"] = "spectrim-statistics"
-VERSION: Literal[3] = 3
+VERSION: Literal[4] = 4
 
 
 class _Record(BaseModel):
@@ -95,13 +96,17 @@ class CalibrationUnit(_Record):
 
     modality: Modality
     gradients: bool
-    group: int | None = None  # of the linears, where they need several gradient passes
+    group: int | None = None  # of the linears, where they need several passes
+
+    @property
+    def kind(self) -> str:
+        """All units of a modality that gather the same of different linears."""
+        return f"{self.modality}-gradients" if self.gradients else self.modality
 
     @property
     def name(self) -> str:
         """Key in the manifest and beginning of file names."""
-        name = f"{self.modality}-gradients" if self.gradients else self.modality
-        return name if self.group is None else f"{name}-{self.group}"
+        return self.kind if self.group is None else f"{self.kind}-{self.group}"
 
     @property
     def words(self) -> str:
@@ -109,11 +114,18 @@ class CalibrationUnit(_Record):
         return f"{self.modality} samples{' with gradients' if self.gradients else ''}"
 
 
+def kinds(settings: CalibrationSettings, modalities: Sequence[Modality]) -> list[CalibrationUnit]:
+    """What is gathered, in order, each over all linears: forward passes, then gradient passes."""
+    found = [CalibrationUnit(modality=m, gradients=False) for m in modalities]
+    graded = modalities if settings.curvature else [m for m in modalities if m == "text" and settings.gradients]
+    return found + [CalibrationUnit(modality=m, gradients=True) for m in graded]
+
+
 class Manifest(_Record):
     """The whole directory. A file that it does not name is no part of the statistics."""
 
     format: Literal["spectrim-statistics"] = FORMAT
-    version: Literal[3] = VERSION
+    version: Literal[4] = VERSION
     generation: int = 0  # snapshots written
     complete: bool = False
     model: ModelPrint
@@ -123,13 +135,16 @@ class Manifest(_Record):
     blocks: dict[str, str]  # linear → block, "other" outside blocks
     forms: dict[str, str]  # linear → form of its output moment; empty without curvature
     heads: dict[str, PositiveInt]  # linear → heads that its outputs are made of; empty without curvature
-    groups: tuple[tuple[str, ...], ...]  # linears of each gradient pass; empty without curvature
+    groups: dict[str, tuple[tuple[str, ...], ...]]  # by kind of unit: linears of each pass
     gathered: dict[str, Gathered]  # by unit
 
     def _lost(self) -> str | None:
         """A name that is missing from a part of the manifest that must have it; None where all is consistent."""
         lost = self.gathered.keys() ^ {unit.name for unit in self.units}
         lost |= {name for name in self.blocks if f"{name}.weight" not in self.model.tensors}
+        lost |= self.groups.keys() ^ {kind.name for kind in kinds(self.settings, self.data.modalities)}
+        for groups in self.groups.values():
+            lost |= self.blocks.keys() ^ {name for group in groups for name in group}
         for gathered in self.gathered.values():
             lost |= {*gathered.owners, *gathered.counts, *gathered.fisher, *gathered.outputs, *self.forms} - {
                 *self.blocks
@@ -146,14 +161,36 @@ class Manifest(_Record):
     @property
     def units(self) -> tuple[CalibrationUnit, ...]:
         """What is gathered, in order: forward passes, then gradient passes."""
-        modalities = self.data.modalities
-        units = [CalibrationUnit(modality=m, gradients=False) for m in modalities]
-        if self.settings.curvature:
-            groups = [None] if len(self.groups) == 1 else list(range(len(self.groups)))
-            units += [CalibrationUnit(modality=m, gradients=True, group=group) for m in modalities for group in groups]
-        elif self.settings.gradients and "text" in modalities:
-            units.append(CalibrationUnit(modality="text", gradients=True))
-        return tuple(units)
+        return tuple(
+            kind.model_copy(update={"group": None if len(groups) == 1 else number})
+            for kind in kinds(self.settings, self.data.modalities)
+            for groups in [self.groups.get(kind.name, ((),))]
+            for number in range(len(groups))
+        )
+
+    def linears(self, unit: CalibrationUnit) -> tuple[str, ...]:
+        """The linears that a unit watches."""
+        return self.groups[unit.kind][unit.group or 0]
+
+    def regrouped(self, wanted: Self, samples: Mapping[Modality, int]) -> Self:
+        """The same state, with what is not gathered yet grouped as in `wanted`, which may be under another limit.
+
+        Units that have all of their `samples` stay as they are, and so do those that are the same in both.
+        """
+        groups: dict[str, tuple[tuple[str, ...], ...]] = {}
+        kept: dict[tuple[str, tuple[str, ...]], Gathered] = {}
+        for unit in self.units:
+            state, names = self.gathered[unit.name], self.linears(unit)
+            if state.samples == samples[unit.modality]:
+                groups[unit.kind] = (*groups.get(unit.kind, ()), names)
+            kept[unit.kind, names] = state
+        for kind, fresh in wanted.groups.items():
+            done = {name for group in groups.get(kind, ()) for name in group}
+            rest = (tuple(name for name in group if name not in done) for group in fresh)
+            groups[kind] = (*groups.get(kind, ()), *(group for group in rest if group))
+        changed = self.model_copy(update={"groups": groups})
+        gathered = {unit.name: kept.get((unit.kind, changed.linears(unit)), Gathered()) for unit in changed.units}
+        return changed.model_copy(update={"gathered": gathered})
 
     def json(self) -> bytes:  # type: ignore[override]
         """The content of the file; its last entry is the digest of all others."""

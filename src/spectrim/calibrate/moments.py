@@ -8,6 +8,7 @@ import torch
 from spectrim.calibrate.forms import CurvatureForm
 from spectrim.linear import Linear
 from spectrim.maths.roots import wide
+from spectrim.maths.sums import add_product
 
 
 @dataclass(frozen=True)
@@ -74,13 +75,12 @@ class MomentSum:
     def add(self, x: torch.Tensor) -> torch.Tensor:
         """Add inputs ``[positions, in]``; returns a bool scalar on their device: is everything finite?"""
         x = wide(x)
-        product = x.T @ x  # [in, in]
         total = x.abs().sum(0)  # [in]
-        self.second += product.to(self.second.device)
+        add_product(self.second, x, x)
         self.abs_sum += total.to(self.abs_sum.device)
         self.count += x.shape[0]
         # |Σ x_i x_j|² ≤ Σ x_i² Σ x_j²: a finite diagonal bounds all of the product.
-        return product.diagonal().isfinite().all()
+        return x.square().sum(0).isfinite().all()
 
 
 @cache
@@ -114,7 +114,7 @@ class OutputSum:
         out, heads = g.shape[1], self.traces.shape[1]
         products: dict[str, torch.Tensor] = {}
         if self.form.kind == "full":
-            products["output"] = g.T @ g
+            add_product(self.sums["output"], g, g)
         elif self.form.kind == "blocks":
             parts = g.view(len(g), -1, self.form.size).transpose(0, 1)  # [blocks, positions, size]
             products["output"] = parts.transpose(1, 2) @ parts

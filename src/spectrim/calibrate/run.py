@@ -5,7 +5,7 @@ import logging
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -17,25 +17,30 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from spectrim.anatomy import Anatomy, anatomy
 from spectrim.calibrate.data import SAMPLE_SETTINGS, Data, load_data
 from spectrim.calibrate.distributed import reduce_sums, share
+from spectrim.calibrate.experts import described, tokens_by_expert
 from spectrim.calibrate.fingerprint import model_print
-from spectrim.calibrate.forms import CurvatureForm, choose_forms
+from spectrim.calibrate.forms import choose_forms
 from spectrim.calibrate.gradients import run_gradients
+from spectrim.calibrate.groups import passes
 from spectrim.calibrate.labels import labelled_samples
 from spectrim.calibrate.manifest import COST_FILE, MANIFEST, CalibrationUnit, DataPrint, Gathered, Manifest
+from spectrim.calibrate.memory import room
 from spectrim.calibrate.moments import Sums
 from spectrim.calibrate.passes import prepared, run_batch
 from spectrim.calibrate.positions import image_token
 from spectrim.calibrate.probe import foresee, peak_memory, written_bytes
-from spectrim.calibrate.snapshot import SnapshotStore, check_home
+from spectrim.calibrate.size import statistics_bytes
+from spectrim.calibrate.snapshot import SnapshotStore, check_home, check_space
 from spectrim.calibrate.statistics import Statistics
 from spectrim.dense import check_dense
 from spectrim.disk.lock import LOCK, writing
 from spectrim.errors import SampleError, StatisticsError
 from spectrim.estimate import Cost, compared
+from spectrim.experts import all_tokens
 from spectrim.files import user_path, write_whole
 from spectrim.linear import Linear
 from spectrim.samples.sources import local_path, split_columns
-from spectrim.settings import CALIBRATION, CalibrationOptions, CalibrationSettings, split_weight
+from spectrim.settings import CALIBRATION, CalibrationOptions, split_weight
 from spectrim.versions import release
 
 _log = logging.getLogger(__name__)
@@ -57,21 +62,22 @@ def calibrate(
     seed: int = CALIBRATION.seed,
     instruction: str = CALIBRATION.instruction,
     image_tokens_only: bool = CALIBRATION.image_tokens_only,
+    all_experts: bool = CALIBRATION.all_experts,
     gradients: bool = CALIBRATION.gradients,
     curvature: bool = CALIBRATION.curvature,
     labels: Literal["given", "sampled"] = CALIBRATION.labels,
     answer_tokens: int = CALIBRATION.answer_tokens,
-    curvature_gib: float = CALIBRATION.curvature_gib,
-    curvature_passes: int = CALIBRATION.curvature_passes,
     curvature_forms: Mapping[str, str] = CALIBRATION.curvature_forms,
+    memory: str | None = CALIBRATION.memory,
     checkpoint_seconds: float = CALIBRATION.checkpoint_seconds,
     progress: Callable[[int, int], None] | None = None,
     estimate: bool = False,
 ) -> Statistics:
     """Gather the moments of every compressible linear from text and from images with an instruction.
 
-    Text and image moments are kept apart. Memory is that of the moments and of one batch. A run that was killed
-    continues after its last snapshot and ends with the same bits; a finished one is opened. Under torch.distributed
+    Text and image moments are kept apart. Blocks are gathered a group at a time, as many as fit into the memory. A run
+    that was killed continues after its last snapshot and ends with the same bits, under another limit of memory as
+    well; a finished one is opened. Under torch.distributed
     every process calls this with the same arguments, takes its share of the batches, and gets the sums of all;
     such a run writes at its end only.
 
@@ -89,16 +95,18 @@ def calibrate(
         seed: of the choice of samples.
         instruction: of image samples that carry none.
         image_tokens_only: the backbone counts only the positions of image tokens in image samples.
+        all_experts: every expert reads all tokens, so that its input moments are those of its layer; what comes out of
+            the model stays routed, and so do gradients.
         gradients: gather the gradient statistic of text samples too (see ``GradMoment``).
         curvature: gather the moments of output gradients of all samples too (see ``OutputMoment``). Text is labelled at
             every token; an image sample at its answer, or at one that the model draws where it brings none.
         labels: "given": the samples' own tokens (empirical Fisher); "sampled": drawn from the model at the same
             positions (true Fisher).
         answer_tokens: of a drawn answer at most.
-        curvature_gib: memory of the output moments of one modality; where it is too little, they are kept in smaller
-            forms (see ``choose_forms``).
-        curvature_passes: gradient passes that may be made instead, each over some of the linears.
-        curvature_forms: form by role, such as ``{"gate": "sketch:256"}``; for roles that should not choose themselves.
+        curvature_forms: smaller form of output moments by role, such as ``{"gate": "sketch:256"}``; else they are full.
+        memory: the most that the process may hold on the model's device, such as ``"20GiB"``; by default what it holds
+            and most of what is free. What is left for moments decides how many blocks are gathered in one pass over the
+            samples, and so the number of passes; the statistics are the same.
         checkpoint_seconds: time between snapshots; they are rarer where they would take over a tenth of the time.
         progress: called with samples done and samples in all.
         estimate: time a few batches first, and log what the run will take, and at its end what it took; both are kept
@@ -108,6 +116,7 @@ def calibrate(
         SampleError: samples are missing, malformed or too few, or do not fit the model.
         ModelError: nothing can be compressed, or the model lacks what an option needs.
         RecipeError: ``curvature_forms`` names a role or a form that does not exist.
+        UsageError: the memory holds a model and a batch, and not the moments of a linear besides.
         StatisticsError: ``out`` holds something else, or statistics of another model, data or settings.
         NumericalError: NaN or infinity; names the linear and the batch.
     """
@@ -120,13 +129,13 @@ def calibrate(
         seed=seed,
         instruction=instruction,
         image_tokens_only=image_tokens_only,
+        all_experts=all_experts,
         gradients=gradients,
         curvature=curvature,
         labels=labels,
         answer_tokens=answer_tokens,
-        curvature_gib=curvature_gib,
-        curvature_passes=curvature_passes,
         curvature_forms=dict(curvature_forms),
+        memory=memory,
         checkpoint_seconds=checkpoint_seconds,
     )
     options.check_together()
@@ -145,19 +154,24 @@ def calibrate(
         image_token(model)
     shown = options.images if data.images else None
     source = DataPrint(text=_absolute(options.text), images=_absolute(shown), fingerprint=data.fingerprint())
-    fresh = _manifest(model, parts, data, source, options.settings)
+    fresh = _manifest(model, parts, data, source, options)
     if SnapshotStore(out, fresh).manifest.complete:
         _log.info("calibrate: complete already, in %s", out)
     else:
+        check_space(out, statistics_bytes(parts, options.settings, source.modalities))
         with _sole_writer(out):
             store = SnapshotStore(out, fresh)  # as the last writer left it
             if not store.manifest.complete:
                 store.check()
+                store.manifest = store.manifest.regrouped(fresh, data.samples)
                 cost = _cost(model, parts, data, store, out) if estimate else None
                 _gather(model, parts, data, store, checkpoint_seconds, progress or (lambda done, total: None))
                 if cost is not None:
                     _compare(cost, out)
-    return Statistics.open(out)
+    statistics = Statistics.open(out)
+    if line := described(tokens_by_expert(statistics, parts.linears)):
+        _log.info("calibrate: %s", line)
+    return statistics
 
 
 def _absolute(sources: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
@@ -201,19 +215,25 @@ def _gather(
     manifest = store.manifest
     linears = {linear.name: linear for linear in parts.linears}
     total = sum(data.samples[unit.modality] for unit in manifest.units)
+    finished = {x.name for x in manifest.units if manifest.gathered[x.name].samples == data.samples[x.modality]}
     # Snapshots hold the sums of one process, so that only one alone can continue from them.
-    done = sum(gathered.samples for gathered in manifest.gathered.values()) if processes == 1 else 0
+    kept = finished if processes > 1 else manifest.gathered.keys()
+    done = sum(manifest.gathered[name].samples for name in kept)
     if done:
         _log.info("calibrate: resuming after sample %d of %d", done, total)
     progress(done, total)
+    units = [unit for unit in manifest.units if unit.name not in finished]
+    if any(len(groups) > 1 for groups in manifest.groups.values()):
+        counts = (f"{len(groups)} passes over {kind}" for kind, groups in manifest.groups.items())
+        _log.info("calibrate: %s", ", ".join(counts))
     if processes > 1:
         distributed.barrier()  # all have looked at the directory before one writes to it
     if rank == 0:
-        store.save({}, complete=False)  # claims the directory before the first files of moments
+        store.save({}, complete=not units)  # claims the directory before the first files of moments
+    home = model.device if model.device.type == "cuda" else torch.device("cpu")
     due = time.monotonic() + checkpoint_seconds
     with prepared(model):
-        for unit in manifest.units:  # one at a time, so that memory is that of one unit's sums
-            home = _home(model.device, parts, manifest, unit)
+        for unit in units:  # one at a time, so that memory is that of one unit's sums
             sums = store.restore(unit.name, home) if processes == 1 else Sums(home)
             done -= sums.samples
             for _ in _steps(model, linears, data, manifest, unit, sums):
@@ -225,8 +245,9 @@ def _gather(
             if processes > 1:
                 reduce_sums(sums, linears, manifest.output_forms)
             if rank == 0:
-                store.save({unit.name: sums}, complete=unit == manifest.units[-1])
+                store.save({unit.name: sums}, complete=unit == units[-1])
             done += sums.samples
+            del sums
     if processes > 1:
         distributed.barrier()
 
@@ -259,18 +280,17 @@ def _steps(
 ) -> Iterator[None]:
     """Run the batches of one unit that are this process's share and not in ``sums`` yet; yields after each."""
     settings, (rank, processes), resumed = manifest.settings, share(), sums.batches
+    modules = {linears[name]: model.get_submodule(name) for name in manifest.linears(unit)}
     if not unit.gradients:
-        modules = {linear: model.get_submodule(name) for name, linear in linears.items()}
         only = settings.image_tokens_only and unit.modality == "image"
         for number, batch in enumerate(data.batches(unit.modality, settings.batch_size)):
             if number >= resumed and number % processes == rank:
-                run_batch(model, modules, batch, sums, image_tokens_only=only)
+                with all_tokens() if settings.all_experts else nullcontext():
+                    run_batch(model, modules, batch, sums, image_tokens_only=only)
                 yield
         return
-    fisher = settings.gradients and unit.modality == "text" and not unit.group  # of all linears, by the first group
-    names = manifest.groups[unit.group or 0] if settings.curvature else tuple(linears)
-    modules = {linears[name]: model.get_submodule(name) for name in (tuple(linears) if fisher else names)}
-    forms = {name: form for name, form in manifest.output_forms.items() if name in names}
+    fisher = settings.gradients and unit.modality == "text"
+    forms = manifest.output_forms
     for sample in labelled_samples(
         model,
         data,
@@ -285,36 +305,22 @@ def _steps(
 
 
 def _manifest(
-    model: PreTrainedModel, parts: Anatomy, data: Data, source: DataPrint, settings: CalibrationSettings
+    model: PreTrainedModel, parts: Anatomy, data: Data, source: DataPrint, options: CalibrationOptions
 ) -> Manifest:
     """The manifest of a calibration that has gathered nothing yet."""
     packages = {name: release(name) or "unknown" for name in ("spectrim", "torch", "transformers")}
-    forms: dict[str, CurvatureForm] = {}
-    groups: list[list[Linear]] = []
-    if settings.curvature:
-        limit = int(settings.curvature_gib * 2**30)
-        forms, groups = choose_forms(parts.linears, limit, settings.curvature_passes, settings.curvature_forms)
+    settings, model_is = options.settings, model_print(model)  # which brings the weights into memory
+    forms = choose_forms(parts.linears, settings.curvature_forms) if settings.curvature else {}
+    groups = passes(parts, settings, source.modalities, forms, room(model, parts, data, options))
     fresh = Manifest(
-        model=model_print(model),
+        model=model_is,
         data=source,
         settings=settings,
         versions={"python": platform.python_version(), **packages},
         blocks={linear.name: linear.block or "other" for linear in parts.linears},
         forms={name: str(form) for name, form in forms.items()},
         heads={x.name: x.per_head for x in parts.linears if x.name in forms and x.per_head},
-        groups=tuple(tuple(linear.name for linear in group) for group in groups),
+        groups=groups,
         gathered={},
     )
     return fresh.model_copy(update={"gathered": {unit.name: Gathered() for unit in fresh.units}})
-
-
-def _home(device: torch.device, parts: Anatomy, manifest: Manifest, unit: CalibrationUnit) -> torch.device:
-    """Where a unit's sums are kept: on a CUDA device where they take at most half of its free memory, else the host."""
-    if device.type != "cuda":
-        return torch.device("cpu")
-    if unit.gradients:
-        forms = manifest.output_forms
-        need = sum(forms[x.name].nbytes(x.out_features) for x in parts.linears if x.name in forms)
-    else:
-        need = sum(torch.float64.itemsize * linear.in_features**2 for linear in parts.linears)
-    return device if need <= torch.cuda.mem_get_info(device)[0] / 2 else torch.device("cpu")

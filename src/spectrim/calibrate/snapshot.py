@@ -5,6 +5,7 @@ files of other generations. Whatever the moment of a kill, the manifest names wh
 """
 
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -19,6 +20,7 @@ from spectrim.calibrate.moments import MomentSum, OutputSum, Sums
 from spectrim.calibrate.statistics import check_files, file_digest, read_tensor
 from spectrim.disk.lock import LOCK
 from spectrim.errors import StatisticsError
+from spectrim.estimate import amount
 from spectrim.files import PART, replacing, write_whole
 
 _MOMENTS = re.compile(r".+\.g\d{6}\.safetensors")
@@ -142,6 +144,17 @@ def check_home(directory: Path) -> None:
         return
     if (foreign := next(_foreign(directory), None)) is not None:
         raise StatisticsError(f"{directory} holds other files ({foreign.name}); choose another output directory")
+
+
+def check_space(directory: Path, nbytes: int) -> None:
+    """StatisticsError where the disk has no room for statistics of so many bytes, less those that are there."""
+    home = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+    there = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+    if (free := shutil.disk_usage(home).free) < nbytes - there:
+        raise StatisticsError(
+            f"{directory} will take {amount(nbytes)} and its disk has {amount(free)} left; choose another disk, or "
+            "keep output moments in smaller forms, such as --curvature-form gate=sketch:256"
+        )
 
 
 def _foreign(directory: Path) -> Iterator[Path]:

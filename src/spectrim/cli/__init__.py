@@ -10,7 +10,8 @@ import typer
 
 from spectrim.cli import chatting, compressing, looking, measuring, sharing
 from spectrim.cli.verbs import app
-from spectrim.errors import SpectrimError, first_line, printable
+from spectrim.errors import SpectrimError, UsageError, first_line, printable
+from spectrim.settings import REPLACED
 from spectrim.versions import release
 
 __all__ = ["app", "chatting", "compressing", "looking", "main", "measuring", "sharing"]
@@ -30,6 +31,14 @@ def _root(
     """Compress vision-language models, after training and without labels."""
 
 
+def _check_replaced(arguments: list[str]) -> None:
+    """UsageError for an option that another one has taken the place of."""
+    named = {argument.partition("=")[0] for argument in arguments}
+    for name, other in REPLACED.items():
+        if (flag := f"--{name.replace('_', '-')}") in named:
+            raise UsageError(f"{flag} is gone; --{other}, such as --{other} 20GiB, takes its place")
+
+
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt(number)
 
@@ -39,6 +48,7 @@ def main() -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
+        _check_replaced(sys.argv)
         app()
     except SpectrimError as error:
         _fail(str(error), 2, error)

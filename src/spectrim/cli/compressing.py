@@ -96,7 +96,7 @@ def _calibrate(
     show(f"{statistics.path}: moments of {counts}")
     if kinds := Counter(manifest.forms.values()):
         forms = ", ".join(f"{count} {form}" for form, count in kinds.items())
-        show(f"output moments: {forms}; gradient passes of each modality: {len(manifest.groups)}")
+        show(f"output moments: {forms}; passes: {sum(map(len, manifest.groups.values()))}")
 
 
 Size = Annotated[

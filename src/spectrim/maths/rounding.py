@@ -8,6 +8,7 @@ rounding residuals r. With G the identity this is GPTQ (Frantar et al., ICLR 202
 second factor carries the error on across the rows as well. Rounding to nearest is the case of two diagonal metrics.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,8 @@ _SHAPE = 16  # bytes of the shape that compressed-tensors stores with every weig
 _TILE = 32  # rows and columns that one wave runs over
 _BATCH = 8  # tiles whose products with what is above and to the left are one, on a CPU; on a GPU all at once
 _BLOCK = 128  # columns between two matrix products
-_SHRINKS = 16  # how many ranges are tried for every group, from the full range down to half of it
+_RANGES = 16  # how many are tried for every group, between these shares of that of all its values:
+_ALONE, _FED = (1.0, 0.5), (1.2, 0.7)  # with feedback, values grow by errors before they are rounded
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ def quantize(
     *,
     dtype: torch.dtype = torch.float64,
     damping: float = DAMPING,
+    signed: bool = True,
 ) -> Quantized:
     """W rounded to `grid`, with error feedback along the inputs, the outputs, or both (docs/methods.md, section 8).
 
@@ -95,6 +98,7 @@ def quantize(
         G: metric of the outputs, the same by `out`. With neither metric a matrix, entries are rounded to nearest.
         dtype: of the scales, which are rounded to it before any code is chosen.
         damping: dampening; share of the mean of a metric's diagonal that is added to the diagonal.
+        signed: a symmetric grid's scales may be negative (see :func:`scales`).
 
     Raises:
         NumericalError: a metric is not positive semidefinite, or holds NaN or infinity, or a scale is too large for
@@ -103,7 +107,8 @@ def quantize(
     W = W.double()
     rows, _, S = _triangular(G, len(W), damping, W)
     columns, weights, T = _triangular(C, W.shape[1], damping, W)
-    scale, zero = scales(W, grid, weights, dtype)
+    fed = any(side is not None and bool(side.any()) for side in (S, T))
+    scale, zero = scales(W, grid, weights, dtype, signed=signed, fed=fed)
     if not bool(scale.isfinite().all()):
         raise NumericalError(f"its integers need scales beyond {dtype}; load the model in bfloat16 or float32")
     step, offset = (part[rows][:, columns] for part in _spread(scale, zero, W.shape[1]))
@@ -132,13 +137,20 @@ def conditional(M: torch.Tensor | None, size: int, like: torch.Tensor, damping: 
 
 
 def expected(
-    W: torch.Tensor, grid: Grid, inputs: torch.Tensor, outputs: torch.Tensor, dtype: torch.dtype = torch.float64
+    W: torch.Tensor,
+    grid: Grid,
+    inputs: torch.Tensor,
+    outputs: torch.Tensor,
+    dtype: torch.dtype = torch.float64,
+    *,
+    signed: bool = True,
+    fed: bool = True,
 ) -> torch.Tensor:
     """Predicted share of each entry of W in the error of :func:`quantize`, [out, in], from rounding to nearest.
 
     `inputs` [in] and `outputs` [out] are the weights of squared residuals (see :func:`conditional`).
     """
-    scale, zero = scales(W, grid, inputs, dtype)
+    scale, zero = scales(W, grid, inputs, dtype, signed=signed, fed=fed)
     step, offset = _spread(scale.nan_to_num(), zero, W.shape[1])
     codes = grid.nearest(W.double(), step, offset)
     return ((codes - offset) * step - W).square() * inputs * outputs[:, None]
@@ -151,12 +163,20 @@ def error(E: torch.Tensor, C: torch.Tensor | None = None, G: torch.Tensor | None
 
 
 def scales(
-    W: torch.Tensor, grid: Grid, weights: torch.Tensor, dtype: torch.dtype = torch.float64
+    W: torch.Tensor,
+    grid: Grid,
+    weights: torch.Tensor,
+    dtype: torch.dtype = torch.float64,
+    *,
+    signed: bool = True,
+    fed: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Scales [out, groups] in `dtype`, and zero points int8 of an asymmetric grid, of least squared rounding error.
 
-    Ranges from that of all values of a group down to half of it are tried; `weights` [in] weigh the inputs. A group of
-    zeros has scale one, and one whose scale is too large for `dtype` an infinite one.
+    Ranges from that of all values of a group down to half of it are tried; `weights` [in] weigh the inputs. What error
+    feedback (`fed`) adds to the values needs wider ones, since an entry that is clipped passes on all that it lacks. A
+    symmetric grid reaches one code farther below zero than above, so that with `signed` both signs of each scale are
+    tried. A group of zeros has scale one, and one whose scale is too large for `dtype` an infinite one.
     """
     out, size = W.shape
     X = W.reshape(out, -1, grid.group or size)  # [out, groups, group]
@@ -171,13 +191,14 @@ def scales(
     X = (X / unit).float()  # only costs are computed in it, and only within a group
     best = torch.full_like(low, torch.inf, dtype=torch.float32)
     steps, zeros = torch.full_like(low, torch.inf), torch.zeros_like(low)
-    for shrink in torch.linspace(1, 0.5, _SHRINKS).tolist():
+    signs = (1, -1) if signed and grid.symmetric else (1,)
+    for shrink, sign in itertools.product(torch.linspace(*(_FED if fed else _ALONE), _RANGES).tolist(), signs):
         step = ((high - low) * shrink / levels).to(dtype).double()
-        step = torch.where(step > 0, step, torch.ones_like(step))
+        step = torch.where(step > 0, step, torch.ones_like(step)) * sign
         zero = zeros
         if not grid.symmetric:  # zeros need no zero point, whose product would be taken off again
             zero = (grid.low - low * shrink / step).round().clamp(grid.low, grid.high).where(high > low, zeros)
-        narrow, origin = (step / unit).clamp_max(1e30).float(), zero.float()  # a group of zeros has step 1
+        narrow, origin = (step / unit).clamp(-1e30, 1e30).float(), zero.float()  # a group of zeros has step 1
         residual = (X / narrow).round_().add_(origin).clamp_(grid.low, grid.high).sub_(origin).mul_(narrow).sub_(X)
         cost = (residual.square_() * weights).sum(-1, keepdim=True)
         better = (cost < best) & step.isfinite()

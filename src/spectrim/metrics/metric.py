@@ -6,8 +6,9 @@ from typing import Literal, TypeVar
 
 import torch
 
+from spectrim.anatomy import Anatomy
 from spectrim.calibrate import Moment, Statistics
-from spectrim.calibrate.experts import expert_mean
+from spectrim.calibrate.experts import expert_statistics
 from spectrim.errors import RecipeError
 from spectrim.linear import Linear
 from spectrim.maths.decompose import OutputMetric
@@ -27,8 +28,8 @@ class Metric:
 
     ``value``, the input metric ``R Rᵀ``, is None for the identity, [in] for a diagonal, [in, in] for a matrix; float64.
     ``source`` is "identity" if no sample of the recipe's modality reached the linear but others did, "unreached" if no
-    sample did at all, and "experts" if the moments are the mean over other experts of its layer. ``output`` is None
-    if the recipe has no output metric.
+    sample did at all, and "experts" if the moments are the mean over other experts of its layer alone. ``output`` is
+    None if the recipe has no output metric.
     """
 
     value: torch.Tensor | None
@@ -50,12 +51,10 @@ def layer_metric(
     if statistics is None:
         raise RecipeError(f"metric '{part.kind}' needs calibration statistics; give a statistics directory or samples")
     _check_gathered(part, statistics)
-    if (metric := _gathered(part, linear, statistics, device)) is not None:
-        return metric
-    others = expert_mean(statistics, linear)
-    if others is not None and (metric := _gathered(part, linear, others, device)) is not None:
-        return replace(metric, source="experts")
-    reached = any(statistics.moment(linear.name, m) is not None for m in statistics.manifest.data.modalities)
+    reached = any(statistics.positions(linear.name, m) for m in statistics.manifest.data.modalities)
+    read = expert_statistics(statistics, linear)
+    if (metric := _gathered(part, linear, read, device)) is not None:
+        return metric if reached else replace(metric, source="experts")
     return Metric(None, "identity" if reached else "unreached")
 
 
@@ -92,15 +91,19 @@ def joint_second_moment(moments: Sequence[Moment], gamma: float) -> torch.Tensor
     return means[0] if len(means) == 1 else means[0] + weights[1] * means[1]
 
 
-def summed(part: MetricPart, linear: str, source: str, statistics: Statistics | None) -> int:
+def summed(
+    part: MetricPart, parts: Anatomy, sources: Mapping[str, str], statistics: Statistics | None, name: str
+) -> int:
     """The factor from the input metric of a linear, a mean over positions, to the one that is a sum over positions.
 
     It is the number of positions: those of text for a joint metric as well, which is scaled to the text moment. It is
     1 for metrics that are means by definition (ASVD) and for the identity.
     """
+    linear, source = parts.linear(name), sources[name]
     if statistics is None or source == "identity" or part.kind not in ("whitening", "curvature"):
         return 1
-    return statistics.positions(linear, "image" if source == "image" else "text")
+    read = expert_statistics(statistics, linear)
+    return read.positions(name, "image" if source == "image" else "text")
 
 
 def joint_weights(traces: Sequence[float], gamma: float) -> list[float]:

@@ -24,7 +24,7 @@ from spectrim.recipe import MetricPart
 
 logger = logging.getLogger(__name__)
 
-VERSION = 4  # raised when the meaning of a spectrum changes; earlier files are then not used
+VERSION = 5  # raised when the meaning of a spectrum changes; earlier files are then not used
 
 
 class Spectra:

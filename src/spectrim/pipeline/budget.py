@@ -1,7 +1,6 @@
 """How large a checkpoint may be, in the ways that a user may say it."""
 
 import math
-import re
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,14 +12,9 @@ from spectrim.checks import check_retain
 from spectrim.errors import BudgetError
 from spectrim.pipeline.context import CacheBytes, Context
 from spectrim.plan.plan import Plan
+from spectrim.settings import UNITS, read_bytes
 from spectrim.storage import DENSE
 from spectrim.storage.base import tensors_of
-
-_UNITS = {"": 1, "B": 1} | {
-    f"{letter}{kind}B": base**power
-    for power, letter in enumerate("KMGT", 1)
-    for kind, base in (("", 1000), ("i", 1024))
-}
 
 
 @dataclass(frozen=True)
@@ -58,17 +52,16 @@ class Budget:
     @cached_property
     def _read(self) -> tuple[float, str]:
         """Number and unit of the size. Raises BudgetError for what is none."""
-        found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*", str(self.size), re.ASCII)
-        unit = None if found is None else next((x for x in _UNITS if x.casefold() == found[2].casefold()), None)
-        if found is None or unit is None:
-            raise BudgetError(f"{self.size!r} is no size; write it as 3.5GB, 900MB or 2GiB")
-        return float(found[1]), unit
+        try:
+            return read_bytes(str(self.size))
+        except ValueError as error:
+            raise BudgetError(f"{self.size!r} {error}") from error
 
     @property
     def size_bytes(self) -> int:
         """Bytes of the size."""
         number, unit = self._read
-        return int(number * _UNITS[unit])
+        return int(number * UNITS[unit])
 
     @property
     def unit(self) -> str:
@@ -150,6 +143,6 @@ class Sizes:
 
 def written(size: int, unit: str) -> str:
     """Bytes in a unit, rounded up, so that a limit that is written so holds them."""
-    if _UNITS[unit] == 1:
+    if UNITS[unit] == 1:
         return f"{size}{unit or ' bytes'}"
-    return f"{-(-size * 1000 // _UNITS[unit]) / 1000:g}{unit}"
+    return f"{-(-size * 1000 // UNITS[unit]) / 1000:g}{unit}"

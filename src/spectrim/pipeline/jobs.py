@@ -126,6 +126,7 @@ def check_samples(recipe: Recipe, statistics: Statistics | None, samples: Mappin
         SampleError: an option is out of its limits, or a source of samples is none or is gone and needed again.
         UsageError: samples were asked for beside statistics, or for a recipe that reads none.
     """
+    samples = {name: value for name, value in samples.items() if name != "memory"}  # which is of loading as well
     if statistics is not None and samples:
         raise UsageError(
             f"{CalibrationOptions.flag(next(iter(samples)))} has no effect beside statistics, which have their own "

@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from spectrim.anatomy import Anatomy
 from spectrim.calibrate import Statistics
+from spectrim.calibrate.experts import tokens_by_expert
 from spectrim.plan.plan import Plan
 from spectrim.recipe import Recipe
 from spectrim.storage import form
@@ -46,6 +47,7 @@ def provenance(
         **({"tables": plan.model_dump(mode="json")["tables"]} if plan.tables else {}),
         "kept": dict(Counter(row.reason for row in plan.linears.values() if row.reason is not None)),
         "unreached": sorted(unreached - set(plan.changed)),
+        **({"experts": experts} if (experts := tokens_by_expert(statistics, parts.linears)) else {}),
         "data": None if data is None else data.data.model_dump(mode="json"),
         "calibration": None if data is None else data.settings.model_dump(mode="json"),
         "versions": None if data is None else data.versions,

@@ -26,7 +26,7 @@ from spectrim.pipeline.jobs import Job, check_job, check_samples, gathered, with
 from spectrim.pipeline.stages import Compression, Progress
 from spectrim.plan.plan import Plan
 from spectrim.recipe import Recipe
-from spectrim.settings import EFFORT, CalibrationOptions
+from spectrim.settings import EFFORT, REPLACED, CalibrationOptions
 from spectrim.storage import stored_layers
 
 _log = logging.getLogger(__name__)
@@ -142,7 +142,9 @@ def limits(
 
 def _check_names(calibration: Mapping[str, Any]) -> None:
     if unknown := sorted(calibration.keys() - CalibrationOptions.model_fields.keys()):
-        raise TypeError(f"calibrate() has no argument '{unknown[0]}'")
+        instead = REPLACED.get(unknown[0])
+        remedy = "" if instead is None else f"; {instead} takes its place"
+        raise TypeError(f"calibrate() has no argument '{unknown[0]}'{remedy}")
 
 
 def compress(

@@ -37,6 +37,7 @@ from spectrim.plan.plan import Plan, plan_row
 from spectrim.plan.rules import curve
 from spectrim.plan.sensitivity import WINDOWS, probe
 from spectrim.plan.spend import spend
+from spectrim.plan.teams import Teams
 from spectrim.recipe import Recipe
 from spectrim.samples import load_windows
 from spectrim.storage import DENSE, Spec, Tensors, filled, share, unshare
@@ -98,15 +99,15 @@ class Compression:
         wanted = self._wanted()
         if budget.context is not None:
             menus = self.sizes.cache(budget).added(menus)
-        curves = {
-            linear.name: curve(self.recipe.allocation, menus[linear.name], wanted(linear.name)) for linear in free
-        }
+        rule = self.recipe.allocation
+        teams = Teams(free if self.recipe.storage.experts == "same" else (), menus)
+        curves = teams.joined({x.name: curve(rule, menus[x.name], wanted(x.name)) for x in free})
         for table in priced_tables(self.recipe, self.parts, budget):
-            curves[table.name] = curve(self.recipe.allocation, self._tables.menus[table.name], None)
+            curves[table.name] = curve(rule, self._tables.menus[table.name], None)
 
         def within(share: int) -> Plan:
             numbers = spend(list(curves.values()), share)
-            return self._chosen(budget, menus, dict(zip(curves, numbers, strict=True)))
+            return self._chosen(budget, menus, teams.each(dict(zip(curves, numbers, strict=True))))
 
         smallest = {name: int(options.front[0]) for name, options in curves.items()}
         least = sum(int(curves[name].bytes[number]) for name, number in smallest.items())
@@ -114,7 +115,7 @@ class Compression:
             if least > share:
                 raise too_small(self.recipe, budget, self.sizes, share, least)
             return within(share)
-        limit, best = budget.size_bytes, self._chosen(budget, menus, smallest)
+        limit, best = budget.size_bytes, self._chosen(budget, menus, teams.each(smallest))
         if (over := self.sizes.counted(best, budget) - limit) > 0:
             raise too_small(self.recipe, budget, self.sizes, share, share + over)
         low, high = least, share + 1
@@ -191,8 +192,8 @@ class Compression:
         if rule == "adacr":
             return importance(self.parts, self._measured_cosines(), self.recipe.allocation.importance).__getitem__
         if rule == "global-sigma":
-            metric, sources = self.recipe.metric, spectra.sources
-            return lambda name: (spectra.spectrum(name).s * summed(metric, name, sources[name], self.statistics)).sqrt()
+            counted = partial(summed, self.recipe.metric, self.parts, spectra.sources, self.statistics)
+            return lambda name: (spectra.spectrum(name).s * counted(name)).sqrt()
         if rule == "global-sigma-mean":
             return lambda name: spectra.spectrum(name).s.sqrt()
         if rule != "sensitivity":

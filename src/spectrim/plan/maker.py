@@ -23,7 +23,7 @@ from spectrim.plan.plan import PlanRow
 from spectrim.recipe import Recipe
 from spectrim.storage import Problem, Tensors, form, forms, made
 
-VERSION = 1  # of what options and tensors on disk mean; a change makes earlier files unused
+VERSION = 2  # of what options and tensors on disk mean; a change makes earlier files unused
 
 
 class Maker:
@@ -111,7 +111,10 @@ class Maker:
     def _home(self) -> Path:
         """Where options, and what was made of them, are kept; named by all that they depend on."""
         recipe, directory = self._recipe, self._spectra.directory
-        parts = [part.model_dump(mode="json", exclude={"embeddings"}) for part in (recipe.storage, recipe.quantize)]
+        parts = [
+            part.model_dump(mode="json", exclude={"embeddings", "experts"})
+            for part in (recipe.storage, recipe.quantize)
+        ]
         content = [VERSION, directory.name, *parts, [x.name for x in forms() if x.searches]]
         key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
         return directory.parent.parent / "options" / key

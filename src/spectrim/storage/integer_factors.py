@@ -94,7 +94,7 @@ def _balanced(A: Quantized, B: Quantized, dtype: torch.dtype) -> tuple[Quantized
     """
     above, below = (_live(factor) for factor in (A, B))  # [out, groups], [k, groups of B]
     of_rows = below.unflatten(0, (above.shape[1], -1)).flatten(1)  # [groups, all scales of their rows]
-    power = balance(above.T, of_rows)  # [groups]
+    power = balance(above.T.abs(), of_rows.abs())  # [groups]
     rows = power.repeat_interleave(len(below) // len(power))
     scales = (above / power).nan_to_num(1.0), (below * rows[:, None]).nan_to_num(1.0)
     return replace(A, scale=scales[0].to(dtype)), replace(B, scale=scales[1].to(dtype))

@@ -112,9 +112,9 @@ def rounded(
     dtype: torch.dtype,
 ) -> Quantized:
     """W on a grid with scales in `dtype`, errors fed on in C and G as the recipe says (see `quantize`)."""
-    damping = problem.quantize.feedback
+    damping, signed = problem.quantize.feedback, problem.quantize.signed
     metrics = (None, None) if damping is None else (C, G)
-    return quantize(W, grid, *metrics, dtype=dtype, damping=damping or 0.0)
+    return quantize(W, grid, *metrics, dtype=dtype, damping=damping or 0.0, signed=signed)
 
 
 def noise(
@@ -130,7 +130,10 @@ def noise(
     """
     by_input, by_output = problem.residual_weights
     inputs, outputs = by_input if inputs is None else inputs, by_output if outputs is None else outputs
-    return expected(W.double(), grid, inputs, outputs, problem.linear.dtype)
+    matrix = problem.output is not None or (problem.C is not None and problem.C.ndim > 1)
+    fed = matrix and problem.quantize.feedback is not None
+    signed = problem.quantize.signed
+    return expected(W.double(), grid, inputs, outputs, problem.linear.dtype, signed=signed, fed=fed)
 
 
 register(Integers())

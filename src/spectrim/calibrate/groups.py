@@ -1,0 +1,117 @@
+"""Which linears are gathered together in one pass over the samples, so that their moments fit a limit of memory."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+from spectrim.anatomy import Anatomy
+from spectrim.calibrate.forms import CurvatureForm
+from spectrim.calibrate.manifest import CalibrationUnit, kinds
+from spectrim.errors import UsageError
+from spectrim.estimate import amount
+from spectrim.linear import Linear
+from spectrim.samples import Modality
+from spectrim.settings import CalibrationSettings
+
+_TOGETHER = {"q": "attention", "k": "attention", "v": "attention", "gate": "gated", "up": "gated"}  # read one input
+
+
+@dataclass(frozen=True)
+class Share:
+    """Linears that no group divides, and the bytes of their moments."""
+
+    linears: tuple[Linear, ...]
+    nbytes: int
+
+    @property
+    def block(self) -> str | None:
+        """That all of them are in."""
+        return self.linears[0].block
+
+
+def input_shares(linears: Sequence[Linear]) -> list[Share]:
+    """Input moments of one modality, float64; linears that usually read one input share a moment."""
+    found: dict[tuple[str | None, str, int], list[Linear]] = {}
+    for x in linears:
+        found.setdefault((x.block, _TOGETHER.get(x.role, x.name), x.in_features), []).append(x)
+    return [Share(tuple(same), 8 * width * (width + 1)) for (_, _, width), same in found.items()]
+
+
+def output_shares(linears: Sequence[Linear], forms: Mapping[str, CurvatureForm], *, fisher: bool) -> list[Share]:
+    """Moments of output gradients in these forms (none where a linear has no form), and gradient statistics."""
+
+    def nbytes(x: Linear) -> int:
+        output = forms[x.name].nbytes(x.out_features) if x.name in forms else 0
+        return output + 8 * x.in_features * fisher
+
+    return [Share((x,), nbytes(x)) for x in linears]
+
+
+def shares(
+    parts: Anatomy, kind: CalibrationUnit, forms: Mapping[str, CurvatureForm], settings: CalibrationSettings
+) -> list[Share]:
+    """What all linears take in one kind of unit. Text reaches the backbone alone: the others take nothing there."""
+    if kind.gradients:
+        found = output_shares(parts.linears, forms, fisher=settings.gradients and kind.modality == "text")
+    else:
+        found = input_shares(parts.linears)
+    if kind.modality == "image":
+        return found
+    return [share if share.linears[0].place == "backbone" else replace(share, nbytes=0) for share in found]
+
+
+def total(shares: Sequence[Share]) -> int:
+    """Bytes of all of them."""
+    return sum(share.nbytes for share in shares)
+
+
+def passes(
+    parts: Anatomy,
+    settings: CalibrationSettings,
+    modalities: Sequence[Modality],
+    forms: Mapping[str, CurvatureForm],
+    limit: int,
+) -> dict[str, tuple[tuple[str, ...], ...]]:
+    """By kind of unit, the names of the linears of each pass, whose moments fit into `limit` bytes.
+
+    Raises UsageError as :func:`grouped`.
+    """
+    found = {}
+    for kind in kinds(settings, modalities):
+        groups = grouped(shares(parts, kind, forms, settings), limit)
+        found[kind.name] = tuple(tuple(linear.name for linear in group) for group in groups)
+    return found
+
+
+def grouped(shares: Sequence[Share], limit: int) -> list[list[Linear]]:
+    """Neighbouring blocks together, as many as fit into `limit` bytes; a block that is larger is divided.
+
+    Raises:
+        UsageError: one share alone is larger.
+    """
+    groups: list[list[Linear]] = []
+    room = -1
+
+    def put(several: Sequence[Share]) -> None:
+        nonlocal room
+        if room < (size := total(several)):
+            groups.append([])
+            room = limit
+        groups[-1] += [linear for share in several for linear in share.linears]
+        room -= size
+
+    for _, block in groupby(shares, key=lambda share: share.block):
+        whole = list(block)
+        if total(whole) <= limit:
+            put(whole)
+            continue
+        for share in whole:
+            if share.nbytes > limit:
+                raise UsageError(
+                    f"moments of {share.linears[0].name} take {amount(share.nbytes)} and the memory leaves "
+                    f"{amount(max(0, limit))} beside the model and a batch; raise --memory, lower --batch-size, or "
+                    "keep output moments in a smaller form, such as --curvature-form "
+                    f"{share.linears[0].role}=sketch:256"
+                )
+            put([share])
+    return groups

@@ -1,0 +1,197 @@
+"""Blocks gathered a group at a time: what fits together, the same sums under every limit, and going on after each."""
+
+from itertools import groupby, pairwise
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from families import FAMILIES
+from helpers.calibrated import assert_same_bits
+from helpers.samples import processor
+from spectrim.anatomy import anatomy
+from spectrim.calibrate import Statistics, calibrate, memory, run, snapshot
+from spectrim.calibrate.forms import CurvatureForm
+from spectrim.calibrate.groups import Share, grouped, input_shares, output_shares, total
+from spectrim.checkpoint import load, load_processor
+from spectrim.demo import resolve
+from spectrim.errors import StatisticsError, UsageError
+from spectrim.linear import Linear
+from spectrim.settings import CalibrationOptions
+
+
+def one(number: int, block: str | None, width: int = 8) -> Linear:
+    return Linear(f"{block}.l{number}", "backbone", block, "up", width, width, None, torch.float32)
+
+
+@st.composite
+def models(draw: st.DrawFn) -> list[Share]:
+    found = []
+    for block in range(draw(st.integers(1, 6))):
+        for number in range(draw(st.integers(1, 4))):
+            found.append(Share((one(number, f"b{block}"),), draw(st.integers(0, 50))))
+    return found
+
+
+@settings(max_examples=200, deadline=None)
+@given(models(), st.integers(0, 200))
+def test_groups_fit_the_limit_and_leave_blocks_whole(shares, limit):
+    size = {share.linears[0].name: share.nbytes for share in shares}
+    if max(size.values()) > limit:
+        with pytest.raises(UsageError, match=r"moments of .* raise --memory, lower --batch-size, or keep"):
+            grouped(shares, limit)
+        return
+    groups = grouped(shares, limit)
+    assert [x.name for group in groups for x in group] == [*size]
+    weights = [sum(size[x.name] for x in group) for group in groups]
+    assert max(weights) <= limit
+    if sum(size.values()) <= limit:
+        assert len(groups) == 1
+    for _, block in groupby(shares, key=lambda share: share.block):
+        names = [share.linears[0].name for share in block]
+        if sum(map(size.get, names)) <= limit:
+            assert sum(any(x.name in names for x in group) for group in groups) == 1
+    for before, after in pairwise(groups):  # nothing is put off that would fit
+        inside = [x for x in after if x.block == after[0].block]
+        if total([s for s in shares if s.block == after[0].block]) <= limit:
+            assert sum(size[x.name] for x in (*before, *inside)) > limit
+
+
+def test_what_linears_take(parts):
+    linears = [x for x in parts.linears if x.block == parts.blocks()[0]]
+    hidden, inner = linears[0].in_features, next(x for x in linears if x.role == "down").in_features
+    assert total(input_shares(linears)) == 8 * (3 * hidden * (hidden + 1) + inner * (inner + 1))
+    forms = {x.name: CurvatureForm("full") for x in linears} | {linears[0].name: CurvatureForm("diagonal")}
+    outputs = sum(8 * x.out_features**2 for x in linears[1:]) + 8 * linears[0].out_features
+    assert total(output_shares(linears, forms, fisher=False)) == outputs
+    assert total(output_shares(linears, {}, fisher=True)) == sum(8 * x.in_features for x in linears)
+
+
+@pytest.fixture(scope="module")
+def demo():
+    source = resolve("demo")
+    options = {"samples": 3, "seqlen": 24, "gradients": True, "labels": "sampled", "answer_tokens": 3}
+    return load(source), {"processor": load_processor(source), **options}
+
+
+def two_blocks(model) -> int:
+    """Room for the moments of the two blocks that have the largest."""
+    linears = anatomy(model).linears
+    forms = {x.name: CurvatureForm("full") for x in linears}
+    sizes = {}
+    for shares in (input_shares(linears), output_shares(linears, forms, fisher=True)):
+        for block, inside in groupby(shares, key=lambda share: share.block):
+            sizes[block] = max(sizes.get(block, 0), total([*inside]))
+    return sum(sorted(sizes.values())[-2:])
+
+
+def test_the_same_bits_under_every_limit_and_after_every_stop(demo, tmp_path, monkeypatch, caplog):
+    model, options = demo
+    whole = calibrate(model, tmp_path / "whole", **options)
+    assert [len(groups) for groups in whole.manifest.groups.values()] == [1, 1, 1, 1]
+    sums = []
+    monkeypatch.setattr(run, "room", lambda *_: two_blocks(model))
+    kept = run.SnapshotStore.restore
+    monkeypatch.setattr(run.SnapshotStore, "restore", lambda *a: sums.append(found := kept(*a)) or found)
+
+    def stop(done, total):
+        if done >= at[0]:
+            raise KeyboardInterrupt
+
+    at, stops = [7], 0
+    while True:
+        try:
+            caplog.set_level("INFO", "spectrim")
+            parts = calibrate(model, tmp_path / "parts", **options, progress=stop)
+            break
+        except KeyboardInterrupt:
+            stops += 1
+            at[0] += 6
+            with pytest.raises(StatisticsError, match="was interrupted"):
+                Statistics.open(tmp_path / "parts")
+            if stops == 2:  # what is left goes on in groups of another size
+                monkeypatch.setattr(run, "room", lambda *_: 2 * two_blocks(model))
+    counts = [len(groups) for groups in parts.manifest.groups.values()]
+    assert min(counts) > 1
+    assert stops > 2
+    assert "passes over text, " in caplog.text
+    largest = max(
+        sum(m.second.nbytes for m in found.moments.values())
+        + sum(o.sums["output"].nbytes for o in found.outputs.values())
+        for found in sums
+    )
+    assert largest <= 2 * two_blocks(model)
+    for linear in anatomy(model).linears:
+        for modality in ("text", "image"):
+            for kind in ("moment", "gradient", "output"):
+                a, b = (getattr(x, kind)(linear.name, modality) for x in (whole, parts))
+                assert (a is None) == (b is None)
+                if kind == "moment" and a is not None:
+                    assert torch.equal(a.second, b.second)
+                    assert (a.count, *a.abs_sum) == (b.count, *b.abs_sum)
+                elif kind == "gradient" and a is not None:
+                    assert torch.equal(a.fisher_cols, b.fisher_cols)
+                elif a is not None:
+                    assert torch.equal(a.sums["output"], b.sums["output"])
+                    assert torch.equal(a.traces, b.traces)
+                    assert (a.count, a.labels) == (b.count, b.labels)
+
+
+def test_another_limit_opens_what_is_finished(words, tmp_path, monkeypatch):
+    options = {"processor": processor("llama"), "text": words, "samples": 2, "seqlen": 8}
+    calibrate(FAMILIES["llama"](), tmp_path / "a", **options)
+    calibrate(FAMILIES["llama"](), tmp_path / "b", **options)
+    monkeypatch.setattr(run, "room", lambda *_: 10**6)
+    found = calibrate(FAMILIES["llama"](), tmp_path / "a", **options, memory="1TB")
+    assert found.manifest == Statistics.open(tmp_path / "b").manifest
+    assert_same_bits(tmp_path / "a", tmp_path / "b")
+
+
+def test_too_little_memory_is_said_before_samples_run(words, tmp_path):
+    options = {"processor": processor("llama"), "text": words, "samples": 2, "seqlen": 8}
+    with pytest.raises(UsageError, match=r"moments of model\.layers\.0\S+ take .* leaves 0 bytes .* raise --memory"):
+        calibrate(FAMILIES["llama"](), tmp_path / "s", **options, memory="100MB")
+    assert not (tmp_path / "s").exists()
+
+
+def test_the_limit_is_what_was_asked_for_or_most_of_what_is_free(monkeypatch):
+    cpu = torch.device("cpu")
+    assert memory.limit_bytes("20GiB", cpu) == 20 * 2**30
+    assert memory.limit_bytes("1.5 gb", cpu) == 1_500_000_000
+    monkeypatch.setattr(memory, "free_memory", lambda _: 1000)
+    monkeypatch.setattr(memory, "held_memory", lambda _: 7)
+    assert memory.limit_bytes(None, cpu) == 907
+
+
+def test_the_memory_of_a_control_group_counts(monkeypatch, tmp_path):
+    monkeypatch.setattr(memory, "_GROUP", tmp_path)
+    free = memory.free_memory(torch.device("cpu"))
+    (tmp_path / "memory.current").write_text("700\n")
+    (tmp_path / "memory.stat").write_text("anon 100\ninactive_file 50\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.free_memory(torch.device("cpu")) > free / 2
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert memory.free_memory(torch.device("cpu")) == 350
+
+
+def test_a_batch_takes_more_with_more_tokens_and_with_gradients():
+    model = FAMILIES["llama"]()
+    parts, options = anatomy(model), CalibrationOptions(images=None)
+
+    def taken(tokens, **changes):
+        return memory.batch_bytes(model, parts, {"text": {"backbone": tokens}}, options.model_copy(update=changes))
+
+    assert taken(64) < taken(128)
+    assert taken(128, curvature=False) < taken(128)
+
+
+def test_a_disk_that_is_too_small_is_said_before_samples_run(words, tmp_path, monkeypatch):
+    options = {"processor": processor("llama"), "text": words, "samples": 2, "seqlen": 8}
+    monkeypatch.setattr(snapshot.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(
+        StatisticsError, match=r"s will take \d+ kB and its disk has 1\.0 kB left; choose another disk"
+    ):
+        calibrate(FAMILIES["llama"](), tmp_path / "s", **options)
+    assert not (tmp_path / "s").exists()
