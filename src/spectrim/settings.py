@@ -259,7 +259,7 @@ REPLACED = {"curvature_gib": "memory", "curvature_passes": "memory"}
 
 
 class Effort(BaseModel):
-    """What one level of ``--effort`` sets where nothing else is said: samples, compensation and refinement together.
+    """What one level of ``--effort`` sets where nothing else is said: samples, compensation and the end-to-end pass.
 
     ``compensation`` are changes of a recipe that compensates; one that does not is left as it is.
     """
@@ -273,7 +273,7 @@ class Effort(BaseModel):
 EFFORTS = {
     "quick": Effort(samples=32, compensation={"compensate.kind": "none"}),
     "standard": Effort(samples=CalibrationSettings().samples, compensation={}),
-    "thorough": Effort(samples=256, compensation={"compensate.samples": 128, "compensate.refine": 50}),
+    "thorough": Effort(samples=256, compensation={"compensate.samples": 128, "tune.epochs": 4}),
 }
 EFFORT = "standard"
 
