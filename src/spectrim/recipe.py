@@ -6,7 +6,7 @@ The built-in ones are in recipes/.
 from fnmatch import fnmatchcase
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -115,7 +115,8 @@ class CompensatePart(_Part):
     Kind ``adacomp``: in the same order, the two factors of the recipe without compensation are fitted in turn to those
     outputs, ``rounds`` times each.
 
-    For both: ``weight`` is the share of the compressed model's inputs in the fit, the dense model's have the rest.
+    For both: ``weight`` is the share of the compressed model's inputs in the fit, the dense model's have the rest; with
+    ``auto`` it follows for each linear from the number of positions that were seen and the number of its inputs.
     ``samples`` limits how many calibration samples of each modality run through both models (None for all).
     ``buckets`` is the number of groups in which the samples are averaged first (stack-of-batch; None for no averaging).
     ``refine`` is the number of steps of Adam that then train each block towards the output of the dense block.
@@ -123,7 +124,7 @@ class CompensatePart(_Part):
 
     kind: Literal["none", "anchored", "adacomp"] = "none"
     residual: bool = True
-    weight: float = Field(default=0.3, ge=0, le=1)
+    weight: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = 0.3
     damping: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
     samples: int | None = Field(default=None, ge=1)
     refine: int = Field(default=0, ge=0)
@@ -175,6 +176,21 @@ class QuantizePart(_Part):
         return self.damping if self.method == "gptq" else None
 
 
+class TunePart(_Part):
+    """Whether the compressed model is trained as a whole, after its linears are made.
+
+    ``epochs`` is how often Adam runs through the calibration samples (0: never); what it minimizes is the divergence of
+    the predictions from those of the dense model. Factors, scales of integers, norms and biases change; integers, and
+    all sizes, stay. One sample in eight is not trained on: by these the best state is chosen, the first one if none is
+    better. ``rate`` is a step of Adam, as a share of the size of each tensor. ``samples`` limits how many calibration
+    samples of each modality there are (None for all).
+    """
+
+    epochs: int = Field(default=0, ge=0)
+    rate: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
+    samples: int | None = Field(default=None, ge=2)
+
+
 class Recipe(_Part):
     """A compression method by name. ``summary`` and ``paper`` are what `spectrim recipes` prints."""
 
@@ -187,6 +203,7 @@ class Recipe(_Part):
     storage: StoragePart = StoragePart()
     compensate: CompensatePart = CompensatePart()
     quantize: QuantizePart = QuantizePart()
+    tune: TunePart = TunePart()
 
     @property
     def needs_statistics(self) -> bool:
@@ -196,7 +213,8 @@ class Recipe(_Part):
     @property
     def needs_samples(self) -> bool:
         """Whether the samples of the calibration are run through the model again."""
-        return self.allocation.rule in ("sensitivity", "adacr") or self.compensate.kind != "none"
+        measured = self.allocation.rule in ("sensitivity", "adacr")
+        return measured or self.compensate.kind != "none" or self.tune.epochs > 0
 
     @property
     def needs_gradients(self) -> bool:

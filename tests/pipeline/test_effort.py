@@ -19,7 +19,14 @@ from spectrim.settings import CALIBRATION, EFFORTS
         ("quick", "spectrim", {"compensate.samples": 9}, {}, ({"compensate.samples": 9}, {"samples": 32})),
         ("quick", "svd", {}, {}, ({}, {})),  # which reads none
         ("thorough", "laser", {"metric.eta": "token"}, {}, ({"metric.eta": "token"}, {"samples": 256})),
-        ("thorough", "adasvd", {}, {}, ({"compensate.samples": 128, "compensate.refine": 50}, {"samples": 256})),
+        ("thorough", "adasvd", {}, {}, ({"compensate.samples": 128, "tune.epochs": 4}, {"samples": 256})),
+        (
+            "thorough",
+            "spectrim",
+            {"tune.epochs": 0},
+            {"samples": 9},
+            ({"compensate.samples": 128, "tune.epochs": 0}, {"samples": 9}),
+        ),
     ],
 )
 def test_what_it_sets(name, recipe, changes, samples, wanted):

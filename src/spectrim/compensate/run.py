@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from spectrim.anatomy import Anatomy
+from spectrim.away import here, values
 from spectrim.calibrate import Statistics
 from spectrim.calibrate.data import reload_data
 from spectrim.calibrate.passes import forward_options, model_inputs, prepared
@@ -22,7 +23,7 @@ from spectrim.compensate.tap import Tap
 from spectrim.compensate.units import Group, Unit
 from spectrim.disk.lock import writing
 from spectrim.errors import ModelError, NumericalError, RecipeError
-from spectrim.maths.closed_form import ShiftedSum, anchored_weight, blended
+from spectrim.maths.closed_form import ShiftedSum, anchored_weight, blended, shown
 from spectrim.maths.roots import wide
 from spectrim.metrics.metric import chosen, joint_weights, layer_metric
 from spectrim.plan.maker import Maker
@@ -167,7 +168,7 @@ class Compensation:
             if last is not None and self._recipe.metric.kind == "curvature":
                 whole = self._recipe.metric.model_copy(update={"per_head": False})
                 output = layer_metric(
-                    whole, unit.linears[last], self._statistics, unit.dense[last].weight.device
+                    whole, unit.linears[last], self._statistics, values(unit.dense[last]).device
                 ).output
             samples = [(p.dense.call, p.small.call, p.counted) for p in here if p.dense.call and p.small.call]
             refine(unit, samples, steps, None if output is None else output.roots[0])
@@ -192,7 +193,7 @@ class Compensation:
         rows = pair.counted.select if self._recipe.compensate.buckets is None else pair.counted.average
         targets = {}
         for name in group.members:
-            y, bias = dense.y[name], unit.dense[name].bias
+            y, bias = dense.y[name], here(unit.dense[name]).bias
             if y.shape[:-1] != x.shape[:-1]:
                 raise ModelError(f"{name} reads other positions in the compressed model; set compensate.kind=none")
             target = wide(y) if bias is None else wide(y) - wide(bias)
@@ -209,7 +210,7 @@ class Compensation:
         return self._maker.make(self._parts.linear(name), self._plan.linears[name])
 
     def _linear(self, unit: Unit, name: str, sums: dict[Modality, ShiftedSum]) -> Tensors:
-        linear, row, W = unit.linears[name], self._plan.linears[name], unit.dense[name].weight
+        linear, row, W = unit.linears[name], self._plan.linears[name], values(unit.dense[name])
         part, how = self._recipe.metric, self._recipe.compensate
         if not (taken := chosen(part, sums)):
             return self._alone(name)
@@ -223,7 +224,9 @@ class Compensation:
         own = part.model_copy(update={"kind": kind, "per_head": heads > 1})
         metric = layer_metric(own, linear, self._statistics, W.device)
         assert metric.value is not None
-        second, cross = blended(W, second, cross, metric.value, how.weight)
+        seen = sum(s.count for s in taken)
+        weight = shown(seen, linear.in_features) if how.weight == "auto" else how.weight
+        second, cross = blended(W, second, cross, metric.value, weight)
         value: torch.Tensor | None = second
         if part.kind != kind:  # the recipe's metric does not consist of second moments and is kept
             value = layer_metric(part, linear, self._statistics, W.device).value
