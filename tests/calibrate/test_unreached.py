@@ -176,7 +176,7 @@ def test_a_dead_expert_has_the_mean_moments_of_its_layer(role, calibrated):
 
 @pytest.mark.parametrize("role", ["up_proj", "down_proj"])
 def test_an_experts_moments_are_drawn_towards_its_layers_mean(role, calibrated):
-    """A mean of its own tokens and of κ of the layer's, which weighs as much as its own tokens."""
+    """A mean of its own tokens and of κ of the layer's, with the trace of its own."""
     statistics, layer = calibrated["mixture"], "model.layers.1.mlp.experts"
     names = [f"{layer}.{number}.{role}" for number in range(4) if number != DEAD]
     linear = anatomy(mixture()).linear(names[0])
@@ -185,12 +185,16 @@ def test_an_experts_moments_are_drawn_towards_its_layers_mean(role, calibrated):
     mean = sum(x.second for x in inputs) / sum(x.count for x in inputs)
     found = read.moment(names[0], "text")
     assert found.count == own.count == read.positions(names[0], "text")
-    torch.testing.assert_close(found.second, (own.second + kappa * mean) * own.count / (own.count + kappa))
+    scaled = mean * own.second.trace() / mean.trace()
+    torch.testing.assert_close(found.second, (own.count * own.second + kappa * scaled) / (own.count + kappa))
     outputs, own = [statistics.output(name, "text") for name in names], statistics.output(names[0], "text")
-    traces = sum(x.traces for x in outputs) / sum(x.count for x in outputs)
+    mean = sum(x.sums["output"] for x in outputs)
     found = read.output(names[0], "text")
     assert found.count == own.count
-    torch.testing.assert_close(found.traces, (own.traces + kappa * traces) * own.count / (own.count + kappa))
+    scaled = mean * own.sums["output"].trace() / mean.trace()
+    blended = (own.count * own.sums["output"] + kappa * scaled) / (own.count + kappa)
+    torch.testing.assert_close(found.sums["output"], blended)
+    torch.testing.assert_close(found.traces, own.traces)
     assert expert_statistics(statistics, anatomy(mixture()).linear("model.layers.1.self_attn.q_proj")) is statistics
 
 

@@ -42,7 +42,8 @@ def test_modalities_weigh_by_the_experts_shares(statistics, monkeypatch):
         for modality, counts in COUNTS.items():
             own = moment(linear.name, modality)
             mean = sum(x.second for name in NAMES if (x := moment(name, modality))) / sum(counts)
-            means[modality] = (own.second + 1.5 * mean) / (counts[number] + 1.5)
+            scaled = mean * own.second.trace() / mean.trace()
+            means[modality] = (own.second + 1.5 * scaled / counts[number]) / (counts[number] + 1.5)
         text, image = means["text"], means["image"]
         shares = {modality: counts[number] / sum(counts) for modality, counts in COUNTS.items()}
         expected = shares["text"] * text + 0.7 * shares["image"] * image * text.trace() / image.trace()

@@ -4,6 +4,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+import torch
+
 from spectrim.calibrate.moments import GradMoment, Moment, OutputMoment
 from spectrim.calibrate.statistics import Statistics
 from spectrim.linear import Linear
@@ -17,7 +19,7 @@ _T = TypeVar("_T", Moment, GradMoment, OutputMoment)
 class ExpertStatistics(Statistics):
     """Statistics in which the moment of every expert of a layer is its own, blended with κ tokens of the layer's mean.
 
-    With n tokens of its own it keeps the weight of n tokens: an expert that few tokens choose counts for little. One
+    It keeps its trace and the weight of its own tokens: an expert that few tokens choose counts for little. One
     that no token of any modality chose has the layer's moments and the weight of one token; one that a single modality
     chose has nothing of the others. ``names`` are the linears of one role of all experts of a layer.
     """
@@ -35,9 +37,10 @@ class ExpertStatistics(Statistics):
         )
         if mean is None or (own is None and self._chosen(linear)):
             return None
-        tokens, a, b = self._shares(0 if own is None else own.count, mean.count)
-        drawn = Moment(mean.second * b, mean.abs_sum * b, tokens)
-        return drawn if own is None else Moment(own.second * a + drawn.second, own.abs_sum * a + drawn.abs_sum, tokens)
+        if own is None:
+            return Moment(mean.second / mean.count, mean.abs_sum / mean.count, 1)
+        a, b = self._shares(own.count, own.second.trace(), mean.second.trace())
+        return Moment(own.second * a + mean.second * b, own.abs_sum, own.count)
 
     def positions(self, linear: str, modality: Modality) -> int:
         """Tokens that the moment of the expert weighs as much as."""
@@ -52,10 +55,11 @@ class ExpertStatistics(Statistics):
         own, positions = self._whole.gradient(linear, modality), self._whole.positions
         if mean is None or (own is None and self._chosen(linear)):
             return None
-        every = max(1, sum(positions(name, modality) for name in self._names))
-        _, a, b = self._shares(positions(linear, modality), every)
-        columns = mean.fisher_cols * b
-        return GradMoment(columns if own is None else columns + own.fisher_cols * a, mean.count)
+        if own is None:
+            every = max(1, sum(positions(name, modality) for name in self._names))
+            return GradMoment(mean.fisher_cols / every, mean.count)
+        a, b = self._shares(positions(linear, modality), own.fisher_cols.sum(), mean.fisher_cols.sum())
+        return GradMoment(own.fisher_cols * a + mean.fisher_cols * b, own.count)
 
     def output(self, linear: str, modality: Modality) -> OutputMoment | None:
         """Moment of the expert's output gradients; None where none was gathered of any expert."""
@@ -65,12 +69,12 @@ class ExpertStatistics(Statistics):
         )
         if mean is None or (own is None and self._chosen(linear)):
             return None
-        tokens, a, b = self._shares(0 if own is None else own.count, mean.count)
-        sums, traces = {part: value * b for part, value in mean.sums.items()}, mean.traces * b
-        if own is not None:
-            sums = {part: value + own.sums[part] * a for part, value in sums.items()}
-            traces = traces + own.traces * a
-        return OutputMoment(mean.form, sums, traces, tokens, mean.labels)
+        if own is None:
+            sums = {part: value / mean.count for part, value in mean.sums.items()}
+            return OutputMoment(mean.form, sums, mean.traces / mean.count, 1, mean.labels)
+        a, b = self._shares(own.count, own.traces[2].sum(), mean.traces[2].sum())
+        sums = {part: value * a + mean.sums[part] * b for part, value in own.sums.items()}
+        return OutputMoment(own.form, sums, own.traces, own.count, own.labels)
 
     def lean(self, linear: str) -> float:
         """How much more of the images' tokens than of the text's an expert has: the ratio of both shares."""
@@ -86,11 +90,10 @@ class ExpertStatistics(Statistics):
         """Whether any token chose the expert."""
         return any(self._whole.positions(linear, modality) for modality in self.manifest.data.modalities)
 
-    def _shares(self, count: int, every: int) -> tuple[int, float, float]:
-        """Tokens that an expert with `count` of a layer's `every` weighs; factors of its own sum and of the layer's."""
-        tokens = max(1, count)
-        share = tokens / (count + self._kappa)
-        return tokens, share, share * self._kappa / every
+    def _shares(self, count: int, own: torch.Tensor, layer: torch.Tensor) -> tuple[float, float]:
+        """Factors of the sum of an expert with `count` tokens and of its layer's, from the traces of both."""
+        share = self._kappa / (count + self._kappa)
+        return 1 - share, share * float(own) / max(float(layer), 1e-300)
 
     def _mean(
         self, kind: str, modality: Modality, read: Callable[[str, Modality], _T | None], add: Callable[[_T, _T], _T]
