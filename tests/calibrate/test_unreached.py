@@ -14,8 +14,8 @@ from compressed import logits, low_rank
 from helpers.samples import processor, word_tokenizer
 from helpers.streams import weights
 from spectrim.anatomy import anatomy
-from spectrim.calibrate import Statistics, calibrate
-from spectrim.calibrate.experts import SHRINKAGE, expert_statistics
+from spectrim.calibrate import Statistics, calibrate, experts
+from spectrim.calibrate.experts import expert_statistics
 from spectrim.checkpoint import read_provenance
 from spectrim.errors import BudgetError, RecipeError
 from spectrim.metrics.metric import layer_metric
@@ -175,12 +175,13 @@ def test_a_dead_expert_has_the_mean_moments_of_its_layer(role, calibrated):
 
 
 @pytest.mark.parametrize("role", ["up_proj", "down_proj"])
-def test_an_experts_moments_are_drawn_towards_its_layers_mean(role, calibrated):
+def test_an_experts_moments_are_drawn_towards_its_layers_mean(role, calibrated, monkeypatch):
     """A mean of its own tokens and of κ of the layer's, with the trace of its own."""
-    statistics, layer = calibrated["mixture"], "model.layers.1.mlp.experts"
+    monkeypatch.setattr(experts, "SHRINKAGE", 0.125)
+    statistics, layer = Statistics.open(calibrated["mixture"].path), "model.layers.1.mlp.experts"
     names = [f"{layer}.{number}.{role}" for number in range(4) if number != DEAD]
     linear = anatomy(mixture()).linear(names[0])
-    read, kappa = expert_statistics(statistics, linear), SHRINKAGE * linear.in_features
+    read, kappa = expert_statistics(statistics, linear), 0.125 * linear.in_features
     inputs, own = [statistics.moment(name, "text") for name in names], statistics.moment(names[0], "text")
     mean = sum(x.second for x in inputs) / sum(x.count for x in inputs)
     found = read.moment(names[0], "text")

@@ -11,7 +11,7 @@ from spectrim.calibrate.statistics import Statistics
 from spectrim.linear import Linear
 from spectrim.samples import Modality
 
-SHRINKAGE = 0.03  # tokens of the layer's mean for each input of the linear
+SHRINKAGE = 0.0005  # tokens of the layer's mean for each input of the linear
 
 _T = TypeVar("_T", Moment, GradMoment, OutputMoment)
 
