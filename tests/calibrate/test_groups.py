@@ -190,8 +190,6 @@ def test_a_batch_takes_more_with_more_tokens_and_with_gradients():
 def test_a_disk_that_is_too_small_is_said_before_samples_run(words, tmp_path, monkeypatch):
     options = {"processor": processor("llama"), "text": words, "samples": 2, "seqlen": 8}
     monkeypatch.setattr(snapshot.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    with pytest.raises(
-        StatisticsError, match=r"s will take \d+ kB and its disk has 1\.0 kB left; choose another disk"
-    ):
+    with pytest.raises(StatisticsError, match=r"s will take \d+ kB and its disk has 1\.0 kB left; choose another disk"):
         calibrate(FAMILIES["llama"](), tmp_path / "s", **options)
     assert not (tmp_path / "s").exists()
