@@ -267,7 +267,7 @@ class Effort(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     samples: _Count
-    compensation: dict[str, str | float]
+    compensation: dict[str, str | int | float]
 
 
 EFFORTS = {
