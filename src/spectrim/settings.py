@@ -317,6 +317,9 @@ class EvaluationOptions(EvaluationSettings):
     )
     batch_size: _Count | None = Field(default=None, description="Samples that run together.")
     blind: bool = Field(default=True, description="Also ask with swapped images: the blind floor.")
+    memory: Memory = Field(
+        default=None, description="Leave blocks of a model on disk that would take half of this, such as 20GiB."
+    )
 
     @property
     def scored(self) -> EvaluationSettings:

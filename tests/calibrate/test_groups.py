@@ -92,7 +92,7 @@ def test_the_same_bits_under_every_limit_and_after_every_stop(demo, tmp_path, mo
     whole = calibrate(model, tmp_path / "whole", **options)
     assert [len(groups) for groups in whole.manifest.groups.values()] == [1, 1, 1, 1]
     sums = []
-    monkeypatch.setattr(run, "room", lambda *_: two_blocks(model))
+    monkeypatch.setattr(memory, "room", lambda *_: two_blocks(model))
     kept = run.SnapshotStore.restore
     monkeypatch.setattr(run.SnapshotStore, "restore", lambda *a: sums.append(found := kept(*a)) or found)
 
@@ -112,7 +112,7 @@ def test_the_same_bits_under_every_limit_and_after_every_stop(demo, tmp_path, mo
             with pytest.raises(StatisticsError, match="was interrupted"):
                 Statistics.open(tmp_path / "parts")
             if stops == 2:  # what is left goes on in groups of another size
-                monkeypatch.setattr(run, "room", lambda *_: 2 * two_blocks(model))
+                monkeypatch.setattr(memory, "room", lambda *_: 2 * two_blocks(model))
     counts = [len(groups) for groups in parts.manifest.groups.values()]
     assert min(counts) > 1
     assert stops > 2
@@ -143,7 +143,7 @@ def test_another_limit_opens_what_is_finished(words, tmp_path, monkeypatch):
     options = {"processor": processor("llama"), "text": words, "samples": 2, "seqlen": 8}
     calibrate(FAMILIES["llama"](), tmp_path / "a", **options)
     calibrate(FAMILIES["llama"](), tmp_path / "b", **options)
-    monkeypatch.setattr(run, "room", lambda *_: 10**6)
+    monkeypatch.setattr(memory, "room", lambda *_: 10**6)
     found = calibrate(FAMILIES["llama"](), tmp_path / "a", **options, memory="1TB")
     assert found.manifest == Statistics.open(tmp_path / "b").manifest
     assert_same_bits(tmp_path / "a", tmp_path / "b")
@@ -181,7 +181,13 @@ def test_a_batch_takes_more_with_more_tokens_and_with_gradients():
     parts, options = anatomy(model), CalibrationOptions(images=None)
 
     def taken(tokens, **changes):
-        return memory.batch_bytes(model, parts, {"text": {"backbone": tokens}}, options.model_copy(update=changes))
+        return memory.batch_bytes(
+            model,
+            parts,
+            {"text": {"backbone": tokens}},
+            options.model_copy(update=changes),
+            recomputes=True,
+        )
 
     assert taken(64) < taken(128)
     assert taken(128, curvature=False) < taken(128)

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from spectrim.anatomy import Anatomy
+from spectrim.away import values
 from spectrim.calibrate import Statistics
 from spectrim.calibrate.data import SAMPLE_SETTINGS, load_data
 from spectrim.calibrate.passes import forward_options, model_inputs, prepared
@@ -112,7 +113,7 @@ def _spectrum_bytes(recipe: Recipe, kind: Kind) -> int:
 
 def _try(model: PreTrainedModel, linear: Linear, recipe: Recipe, statistics: Statistics | None, share: float) -> Rates:
     """Seconds of one linear, whose results are thrown away."""
-    W: Any = model.get_submodule(linear.name).weight
+    W = values(model.get_submodule(linear.name))
     began = time.perf_counter()
     metric = layer_metric(recipe.metric, linear, statistics, W.device)
     heads = _kind(recipe, linear)[2]

@@ -210,7 +210,8 @@ def compress(
         samples=calibration,
         trust_remote_code=trust_remote_code,
     )
-    loaded = model if isinstance(model, PreTrainedModel) else load(str(source), trust_remote_code=trust_remote_code)
+    limit: dict[str, Any] = {"memory": calibration.get("memory"), "trust_remote_code": trust_remote_code}
+    loaded = model if isinstance(model, PreTrainedModel) else load(str(source), **limit)
     files = source or processor  # what a checkpoint copies: the directory where there is one
     if isinstance(found := processor or source, str | Path):
         processor = load_processor(found, trust_remote_code=trust_remote_code)

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from spectrim.anatomy import Anatomy
+from spectrim.away import values
 from spectrim.calibrate import Statistics
 from spectrim.calibrate.data import reload_data
 from spectrim.calibrate.passes import short_samples
@@ -252,9 +253,8 @@ class Compression:
             for modality, nats in measured.items():
                 total[modality] += nats
             return
-        W: Any = self.model.get_submodule(name).weight
         exact: Any = deepcopy(layer).double()
-        change = exact.product() - W.double()
+        change = exact.product() - values(self.model.get_submodule(name)).double()
         for modality in self.statistics.manifest.data.modalities:
             moment, output = self.statistics.moment(name, modality), self.statistics.output(name, modality)
             if moment is not None and output is not None:
