@@ -6,7 +6,7 @@ The built-in ones are in recipes/.
 from fnmatch import fnmatchcase
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -115,8 +115,7 @@ class CompensatePart(_Part):
     Kind ``adacomp``: in the same order, the two factors of the recipe without compensation are fitted in turn to those
     outputs, ``rounds`` times each.
 
-    For both: ``weight`` is the share of the compressed model's inputs in the fit, the dense model's have the rest; with
-    ``auto`` it follows for each linear from the number of positions that were seen and the number of its inputs.
+    For both: ``weight`` is the share of the compressed model's inputs in the fit, the dense model's have the rest.
     ``samples`` limits how many calibration samples of each modality run through both models (None for all).
     ``buckets`` is the number of groups in which the samples are averaged first (stack-of-batch; None for no averaging).
     ``refine`` is the number of steps of Adam that then train each block towards the output of the dense block.
@@ -124,7 +123,7 @@ class CompensatePart(_Part):
 
     kind: Literal["none", "anchored", "adacomp"] = "none"
     residual: bool = True
-    weight: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = 0.3
+    weight: float = Field(default=0.3, ge=0, le=1)
     damping: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
     samples: int | None = Field(default=None, ge=1)
     refine: int = Field(default=0, ge=0)
@@ -187,7 +186,7 @@ class TunePart(_Part):
     """
 
     epochs: int = Field(default=0, ge=0)
-    rate: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
+    rate: float = Field(default=2e-3, gt=0, allow_inf_nan=False)
     samples: int | None = Field(default=None, ge=2)
 
 

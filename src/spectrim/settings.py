@@ -267,13 +267,16 @@ class Effort(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     samples: _Count
-    compensation: dict[str, str | int]
+    compensation: dict[str, str | int | float]
 
 
 EFFORTS = {
     "quick": Effort(samples=32, compensation={"compensate.kind": "none"}),
     "standard": Effort(samples=CalibrationSettings().samples, compensation={}),
-    "thorough": Effort(samples=256, compensation={"compensate.samples": 128, "tune.epochs": 4}),
+    "thorough": Effort(
+        samples=256,
+        compensation={"compensate.samples": 128, "compensate.weight": 0.7, "tune.epochs": 4, "tune.samples": 128},
+    ),
 }
 EFFORT = "standard"
 

@@ -228,28 +228,6 @@ def test_fewer_samples_are_the_first_ones(calibrated):
     assert torch.equal(results[1], results[2])
 
 
-def test_by_itself_the_weight_follows_the_positions(calibrated, monkeypatch):
-    """Of text and images together where a linear reads both; the fit is the one of that weight."""
-    model, statistics = calibrated["llava"]
-    seen = set()
-
-    def shown(positions, size):
-        seen.add(positions)
-        return 0.25
-
-    monkeypatch.setattr(run, "shown", shown)
-    found = []
-    for weight in ("auto", 0.25):
-        changes = {"compensate.weight": weight, "compensate.samples": 4}
-        given = {"stats": statistics, "processor": processor("llava"), "changes": changes}
-        with compression(model, "spectrim", **given) as prepared, prepared.applied(prepared.plan(0.5)) as small:
-            found.append(weights(small))
-    assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
-    text = 4 * statistics.manifest.settings.seqlen
-    assert len(seen) > 1  # images alone in the tower, and both in the backbone
-    assert max(seen) > text
-
-
 def test_a_killed_run_goes_on_after_the_last_unit_and_ends_with_the_same_bits(words, tmp_path, monkeypatch, caplog):
     model, statistics = prepare("llava", words, tmp_path / "s")
     before, threads = weights(model), threading.active_count()

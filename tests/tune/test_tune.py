@@ -160,3 +160,31 @@ def test_samples_of_one_shape_run_together_and_none_is_lost(words, tmp_path):
         apart = sum(run._predicted(model, together([one])[0]).double().sum() for one in samples)
         whole = sum(run._predicted(model, part).double().sum() for part in joined)
     torch.testing.assert_close(apart, whole, rtol=1e-6, atol=0)
+
+
+def test_the_model_beside_shares_what_is_not_trained_and_is_exchanged_apart():
+    model = families.FAMILIES["qwen2"]()
+    other = run.beside(model)
+    assert other.lm_head.weight is other.model.embed_tokens.weight is model.model.embed_tokens.weight
+    same = [a is b for a, b in zip(model.parameters(), other.parameters(), strict=True)]
+    assert same == [a.ndim > 1 for a in model.parameters()]
+    model.model.norm.weight.data.mul_(2)
+    model.set_submodule("model.layers.0.mlp", torch.nn.Identity())
+    assert torch.equal(other.model.norm.weight, torch.ones_like(other.model.norm.weight))
+    assert hasattr(other.model.layers[0].mlp, "down_proj")
+
+
+def test_the_best_state_is_kept_and_not_the_last(words, tmp_path, monkeypatch):
+    """Of measurements that fall and rise again; the tensors are those of that step."""
+    model, statistics = prepare("llama", words, tmp_path / "s")
+    nats, states = iter([4.0, 3.0, 2.0, 3.5]), []
+
+    def measured(self, held):
+        states.append(weights(self._small))
+        return {"text": next(nats)}
+
+    monkeypatch.setattr(run.Tuning, "_nats", measured)
+    after, tuned = small(model, statistics, "llama", TUNE | {"tune.epochs": 3})
+    assert (tuned.before, tuned.after, tuned.step, tuned.steps) == ({"text": 4.0}, {"text": 2.0}, 2, 3)
+    assert all(torch.equal(tensor, after[name]) for name, tensor in states[2].items())
+    assert not all(torch.equal(tensor, after[name]) for name, tensor in states[3].items())

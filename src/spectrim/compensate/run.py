@@ -23,7 +23,7 @@ from spectrim.compensate.tap import Tap
 from spectrim.compensate.units import Group, Unit
 from spectrim.disk.lock import writing
 from spectrim.errors import ModelError, NumericalError, RecipeError
-from spectrim.maths.closed_form import ShiftedSum, anchored_weight, blended, shown
+from spectrim.maths.closed_form import ShiftedSum, anchored_weight, blended
 from spectrim.maths.roots import wide
 from spectrim.metrics.metric import chosen, joint_weights, layer_metric
 from spectrim.plan.maker import Maker
@@ -224,9 +224,7 @@ class Compensation:
         own = part.model_copy(update={"kind": kind, "per_head": heads > 1})
         metric = layer_metric(own, linear, self._statistics, W.device)
         assert metric.value is not None
-        seen = sum(s.count for s in taken)
-        weight = shown(seen, linear.in_features) if how.weight == "auto" else how.weight
-        second, cross = blended(W, second, cross, metric.value, weight)
+        second, cross = blended(W, second, cross, metric.value, how.weight)
         value: torch.Tensor | None = second
         if part.kind != kind:  # the recipe's metric does not consist of second moments and is kept
             value = layer_metric(part, linear, self._statistics, W.device).value

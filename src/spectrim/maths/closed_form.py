@@ -7,8 +7,6 @@ import torch
 from spectrim.errors import NumericalError
 from spectrim.maths.roots import check_finite, times_metric, wide
 
-POSITIONS = 50  # of one input, at which the compressed model's moments count as much as the dense model's
-
 
 @dataclass
 class ShiftedSum:
@@ -40,11 +38,6 @@ class ShiftedSum:
                 self.cross[name] = torch.zeros_like(product, dtype=torch.float64)
             self.cross[name] += product
         self.count += len(x)
-
-
-def shown(positions: int, size: int) -> float:
-    """The share ω of moments of ``positions`` of ``size`` inputs: ``n / (n + 50 in)`` (docs/methods.md, section 7)."""
-    return positions / (positions + POSITIONS * size)
 
 
 def blended(

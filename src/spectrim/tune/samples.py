@@ -12,7 +12,7 @@ from spectrim.calibrate.passes import prepared
 from spectrim.samples import Modality
 
 LEFT_OUT = 8  # one sample in so many is left out
-_TOKENS = 1024  # of samples of one shape that run together
+_TOKENS = 512  # of samples of one shape that run together
 
 Samples = Mapping[Modality, Sequence[Labelled]]
 
@@ -53,7 +53,7 @@ def tokens(samples: Sequence[Labelled]) -> int:
 
 
 def together(samples: Sequence[Labelled]) -> list[Labelled]:
-    """Samples of one shape joined, up to 1024 tokens; ``labelled`` is bool [batch, tokens - 1] then."""
+    """Samples of one shape joined, up to 512 tokens; ``labelled`` is bool [batch, tokens - 1] then."""
     groups: dict[tuple[object, ...], list[list[Labelled]]] = {}
     for one in samples:
         shapes = tuple((name, *value.shape) for name, value in sorted(one.inputs.items()))
