@@ -180,9 +180,9 @@ class TunePart(_Part):
 
     ``epochs`` is how often Adam runs through the calibration samples (0: never); what it minimizes is the divergence of
     the predictions from those of the dense model. Factors, scales of integers, norms and biases change; integers, and
-    all sizes, stay. One sample in eight is not trained on: by these the best state is chosen, the first one if none is
-    better. ``rate`` is a step of Adam, as a share of the size of each tensor. ``samples`` limits how many calibration
-    samples of each modality there are (None for all).
+    all sizes, stay. The last eighth of the samples is not trained on: by these the best state is chosen, the first if
+    none is better. ``rate`` is a step of Adam, as a share of the size of each tensor. ``samples`` limits how many
+    calibration samples of each modality there are (None for all).
     """
 
     epochs: int = Field(default=0, ge=0)

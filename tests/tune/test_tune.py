@@ -20,7 +20,7 @@ from spectrim.pipeline import compress, compression
 from spectrim.storage.packed import PackedLinear
 from spectrim.tune import run
 from spectrim.tune.run import _turns
-from spectrim.tune.samples import together
+from spectrim.tune.samples import divided, together
 from spectrim.tune.scales import trained_scales
 
 RANKS = {"quantize.bits": None}
@@ -188,3 +188,10 @@ def test_the_best_state_is_kept_and_not_the_last(words, tmp_path, monkeypatch):
     assert (tuned.before, tuned.after, tuned.step, tuned.steps) == ({"text": 4.0}, {"text": 2.0}, 2, 3)
     assert all(torch.equal(tensor, after[name]) for name, tensor in states[2].items())
     assert not all(torch.equal(tensor, after[name]) for name, tensor in states[3].items())
+
+
+@given(st.integers(1, 100))
+def test_what_is_left_out_are_the_last_samples(size):
+    trained, left_out = divided({"text": list(range(size))})
+    assert trained["text"] + left_out["text"] == list(range(size))
+    assert len(left_out["text"]) == max(1, size // 8)

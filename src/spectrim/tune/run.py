@@ -33,7 +33,7 @@ from spectrim.tune.scales import trained_scales
 
 _log = logging.getLogger(__name__)
 
-VERSION = 1  # of what the tensors mean; a change makes earlier files unused
+VERSION = 2  # of what the tensors mean; a change makes earlier files unused
 STEP = 2048  # tokens of the larger modality behind one step of Adam
 WARM = 20  # the rate rises over one step in so many, and falls to zero by half a cosine over all of them
 FLOOR = 1e-3  # nats that are added to divergences before they are compared by their ratio

@@ -42,9 +42,13 @@ def gathered(model: PreTrainedModel, data: Data, *, answer_tokens: int, seed: in
 
 
 def divided(samples: Samples) -> tuple[dict[Modality, list[Labelled]], dict[Modality, list[Labelled]]]:
-    """The samples that are trained on, and those that are left out: the first of every eight, and at least one."""
-    trained = {m: [one for number, one in enumerate(some) if number % LEFT_OUT] for m, some in samples.items()}
-    return trained, {modality: list(some[::LEFT_OUT]) for modality, some in samples.items()}
+    """The samples that are trained on, and the last eighth, at least one, that is left out.
+
+    They are in random order, and compensation runs the first ones: to what it fitted, the start would be too near.
+    """
+    most = {modality: len(some) - max(1, len(some) // LEFT_OUT) for modality, some in samples.items()}
+    trained = {modality: list(some[: most[modality]]) for modality, some in samples.items()}
+    return trained, {modality: list(some[most[modality] :]) for modality, some in samples.items()}
 
 
 def tokens(samples: Sequence[Labelled]) -> int:
