@@ -17,7 +17,7 @@ FLOORS = (
     ("calibrate", "checks", "storage"),
     ("checkpoint", "metrics", "mismatch"),
     ("evaluate", "plan", "serve"),
-    ("bench", "compensate"),
+    ("bench", "compensate", "tune"),
     ("pipeline", "report", "ui"),
     ("spectrim", "demonstration"),
     ("cli", "harness"),

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 Level = Annotated[
-    str, typer.Option("--effort", help="quick, standard or thorough: samples, compensation and refinement together.")
+    str, typer.Option("--effort", help="quick, standard or thorough: samples, compensation and end-to-end pass.")
 ]
 
 

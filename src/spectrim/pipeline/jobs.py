@@ -255,7 +255,7 @@ def with_effort(
     level, changed, given = effort(name), dict(changes or {}), dict(samples)
     chosen = Recipe.read(recipe, changed)
     if chosen.compensate.kind != "none" and not any(key.split(".")[0] == "compensate" for key in changed):
-        changed |= level.compensation
+        changed = {**level.compensation, **changed}
         chosen = Recipe.read(recipe, changed)
     if gathers and name != EFFORT and chosen.needs_statistics:
         given = {"samples": level.samples, **given}

@@ -187,7 +187,7 @@ def compress(
         processor: the processor or tokenizer of a loaded model, or the directory that has it; needed to gather samples
             and to make `out` complete. Found by itself where `model` is a name.
         keep, only: patterns of names of linears that stay dense, or that alone are compressed, such as "*.layers.0.*".
-        effort: "quick", "standard" or "thorough": samples, compensation and refinement where nothing else sets them.
+        effort: "quick", "standard" or "thorough": samples, compensation and end-to-end pass where nothing else says it.
         trust_remote_code: run code that the model brings; it is written into `out`, too.
         calibration: arguments of :func:`spectrim.calibrate`, such as text, images, samples and seed.
 
