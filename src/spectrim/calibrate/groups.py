@@ -114,6 +114,7 @@ def grouped(shares: Sequence[Share], limit: int) -> list[list[Linear]]:
             continue
         for share in whole:
             if share.nbytes > limit:
+                share = max(shares, key=lambda one: one.nbytes)
                 raise UsageError(
                     f"moments of {share.linears[0].name} take {amount(share.nbytes)} and the memory leaves "
                     f"{amount(max(0, limit))} beside the model and a batch; raise --memory, lower --batch-size, or "

@@ -1,8 +1,9 @@
 """How much memory there is for moments: a limit, less what is held already and what a batch takes."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +73,27 @@ def fitted(
     Raises UsageError where the memory holds the model and a batch, and not the moments of one linear besides.
     """
     positions = batch_positions(model, data, options)
+    return fit(model, parts, positions, options, forms, partial(room, model, options), away=is_away(model))
+
+
+def fit(
+    model: PreTrainedModel,
+    parts: Anatomy,
+    positions: Positions,
+    options: CalibrationOptions,
+    forms: Mapping[str, CurvatureForm],
+    room: Callable[[int], int],
+    *,
+    away: bool,
+) -> Fit:
+    """The same of shapes alone: `room` gives bytes for moments beside a batch of so many bytes.
+
+    Where weights are `away`, blocks always run again: a graph would hold the weights of all of them.
+    """
     rows = max(count for places in positions.values() for count in places.values())
-    settings, modalities = options.settings, [*data.samples]
-    away = is_away(model)  # then a graph would hold the weights of all blocks
+    settings, modalities = options.settings, [*positions]
     for recomputes in (True,) if away else (False, True):
-        limit = room(model, batch_bytes(model, parts, positions, options, recomputes=recomputes), options)
+        limit = room(batch_bytes(model, parts, positions, options, recomputes=recomputes))
         try:
             groups = passes(parts, settings, modalities, forms, limit, rows if recomputes else 0)
         except UsageError:
@@ -88,7 +105,7 @@ def fitted(
     return Fit(groups, recomputes)
 
 
-def room(model: PreTrainedModel, batch: int, options: CalibrationOptions) -> int:
+def room(model: PreTrainedModel, options: CalibrationOptions, batch: int) -> int:
     """Bytes for moments, the same in all processes: the limit, less what is held now, and less what a batch takes."""
     return least(limit_bytes(options.memory, model.device) - held_memory(model.device) - batch)
 
