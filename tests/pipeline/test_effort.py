@@ -21,7 +21,13 @@ THOROUGH = {"compensate.samples": 128, "compensate.weight": 0.7, "tune.epochs": 
         ("quick", "spectrim", {"compensate.samples": 9}, {}, ({"compensate.samples": 9}, {"samples": 32})),
         ("quick", "svd", {}, {}, ({}, {})),  # which reads none
         ("thorough", "laser", {"metric.eta": "token"}, {}, ({"metric.eta": "token"}, {"samples": 256})),
-        ("thorough", "adasvd", {}, {}, (THOROUGH, {"samples": 256})),
+        (
+            "thorough",
+            "adasvd",
+            {},
+            {},
+            ({k: x for k, x in THOROUGH.items() if k != "compensate.weight"}, {"samples": 256}),
+        ),
         ("thorough", "spectrim", {"tune.epochs": 0}, {"samples": 9}, (THOROUGH | {"tune.epochs": 0}, {"samples": 9})),
     ],
 )

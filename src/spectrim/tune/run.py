@@ -158,11 +158,10 @@ class Tuning:
 
     def _add(self, part: Labelled, share: float, trained: Sequence[Number]) -> None:
         """Add the gradient of `share` times the sum of divergences of some samples; products may be of bfloat16."""
-        torch.set_float32_matmul_precision("medium")
-        with torch.enable_grad():
+        with _rough_products(), torch.enable_grad():
             loss = share * self._divergence(part)
-        gradients = torch.autograd.grad(loss, [one.tensor for one in trained], allow_unused=True)  # unchosen experts
-        torch.set_float32_matmul_precision("highest")
+            wanted = [one.tensor for one in trained]
+            gradients = torch.autograd.grad(loss, wanted, allow_unused=True)  # of experts that no token chose
         for one, gradient in zip(trained, gradients, strict=True):
             one.add(gradient)
 
@@ -183,6 +182,17 @@ class Tuning:
         if not bool(found.isfinite()):
             raise NumericalError("the predictions of the compressed model are not finite; set tune.epochs=0")
         return found
+
+
+@contextmanager
+def _rough_products() -> Iterator[None]:
+    """Products of float32 may be of bfloat16 inside the block."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _predicted(model: PreTrainedModel, part: Labelled) -> torch.Tensor:
