@@ -1,6 +1,6 @@
 """How far an expert's moments should be drawn to its layer's mean: divergence on left-out samples by the constant.
 
-    python benchmarks/shrinkage.py MODEL [--samples 4,16] [--constants 0.004,0.03,0.125,0.5,2]
+    python benchmarks/shrinkage.py MODEL [--samples 4,16] [--constants 0.0005,0.004,0.03,0.125]
 
 For each number of calibration samples and each constant: KL divergence from the dense model, nats per position, on
 other samples of the calibration's sources (text, image), of two recipes at one size each. No test data is read.
@@ -22,7 +22,7 @@ from spectrim.calibrate.data import load_data
 from spectrim.calibrate.passes import model_inputs
 from spectrim.pipeline import compression
 
-CASES = (("curvature+gptq", 0.2), ("laser", 0.45))
+CASES = (("jw-svd", 0.45), ("laser", 0.45))
 LEFT_OUT = 16  # samples of each modality
 
 
@@ -40,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--samples", default="4,16")
-    parser.add_argument("--constants", default="0.004,0.03,0.125,0.5,2")
+    parser.add_argument("--constants", default="0.0005,0.004,0.03,0.125")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

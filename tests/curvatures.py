@@ -82,7 +82,7 @@ def gather(model, samples, forms: str = "full", fisher: bool = False) -> Sums:
     with prepared(model):
         for sample in samples:
             run_gradients(
-                model, modules, sample, sums, {x.name: CurvatureForm.read(forms) for x in modules}, fisher=fisher
+                model, modules, [sample], sums, {x.name: CurvatureForm.read(forms) for x in modules}, fisher=fisher
             )
     return sums
 

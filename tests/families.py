@@ -234,6 +234,73 @@ def _deepseek_v3() -> PreTrainedModel:
     return _seeded(hf.DeepseekV3ForCausalLM, config)
 
 
+def _deepseek_v2() -> PreTrainedModel:
+    latent = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_shared_experts": 1}
+    config = hf.DeepseekV2Config(
+        **{**TEXT, "num_key_value_heads": 4}, **latent, **experts, first_k_dense_replace=1, topk_method="greedy"
+    )
+    return _seeded(hf.DeepseekV2ForCausalLM, config)
+
+
+GLM_MOE = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_shared_experts": 1}
+GLM_MOE |= {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+
+
+def _glm4_moe() -> PreTrainedModel:
+    return _seeded(hf.Glm4MoeForCausalLM, hf.Glm4MoeConfig(**TEXT, head_dim=16, **GLM_MOE))
+
+
+def _glm4v_moe() -> PreTrainedModel:
+    vision = {
+        "depth": 2,
+        "hidden_size": 32,
+        "num_heads": 2,
+        "patch_size": PATCH,
+        "image_size": SIDE,
+        "out_hidden_size": 64,
+        "intermediate_size": 48,
+    }
+    config = hf.Glm4vMoeConfig(
+        text_config={**TEXT, "head_dim": 16, "rope_parameters": {**MROPE, "partial_rotary_factor": 1.0}, **GLM_MOE},
+        vision_config=vision,
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        image_start_token_id=VISION_START,
+        image_end_token_id=VISION_END,
+    )
+    return _seeded(hf.Glm4vMoeForConditionalGeneration, config)
+
+
+def _llama4() -> PreTrainedModel:
+    experts = {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "intermediate_size_mlp": 96,
+        "interleave_moe_layer_step": 1,
+    }
+    config = hf.Llama4TextConfig(**TEXT, head_dim=16, attention_chunk_size=64, attn_temperature_tuning=False, **experts)
+    return _seeded(hf.Llama4ForCausalLM, config)
+
+
+def _gemma4_moe() -> PreTrainedModel:
+    layers = {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, "enable_moe_block": True}
+    experts = {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 24}
+    config = hf.Gemma4TextConfig(**TEXT, head_dim=16, sliding_window=64, **layers, **experts)
+    return _seeded(hf.Gemma4ForCausalLM, config)
+
+
+def _qwen3_5_moe() -> PreTrainedModel:
+    linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    linear |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
+    text = {**TEXT, "head_dim": 16, "rope_parameters": {**MROPE, "partial_rotary_factor": 1.0}, **linear, **MOE}
+    text |= {"layer_types": ["linear_attention", "full_attention"], "shared_expert_intermediate_size": 24}
+    vision = _qwen3_vision()
+    del vision["deepstack_visual_indexes"]
+    config = hf.Qwen3_5MoeConfig(text_config=text, vision_config=vision, **QWEN_TOKENS)
+    return _seeded(hf.Qwen3_5MoeForConditionalGeneration, config)
+
+
 def _qwen3_5() -> PreTrainedModel:
     linear = {"linear_num_key_heads": 2, "linear_num_value_heads": 4}
     linear |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
@@ -332,7 +399,13 @@ FURTHER: dict[str, Callable[[], PreTrainedModel]] = {
     "olmo2": lambda: _seeded(hf.Olmo2ForCausalLM, hf.Olmo2Config(**TEXT)),
     "granite": lambda: _seeded(hf.GraniteForCausalLM, hf.GraniteConfig(**TEXT)),
     "gpt_oss": _gpt_oss,
+    "deepseek_v2": _deepseek_v2,
     "deepseek_v3": _deepseek_v3,
+    "glm4_moe": _glm4_moe,
+    "glm4v_moe": _glm4v_moe,
+    "llama4": _llama4,
+    "gemma4_moe": _gemma4_moe,
+    "qwen3_5_moe": _qwen3_5_moe,
     "falcon": _falcon,
     "gpt2": _gpt2,
 }

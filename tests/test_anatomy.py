@@ -98,7 +98,7 @@ def test_roles_heads_and_shapes_fit_together(family: str) -> None:
     text, vision = model.config.get_text_config(), getattr(model.config, "vision_config", None)
     by_block: dict[str, dict[str, list]] = defaultdict(lambda: defaultdict(list))
     for x in parts.linears:
-        if x.block is not None and x.expert is None:
+        if x.block is not None and x.expert in (None, 0):
             by_block[x.block][x.role].append(x)
     assert by_block.keys() == set(parts.blocks())
     for roles in by_block.values():
@@ -120,7 +120,8 @@ def test_roles_heads_and_shapes_fit_together(family: str) -> None:
                 assert (one[role].out_features, one[role].heads) == (keys * head_dim, keys)
             assert {one[role].in_features for role in "qkv"} == {width}
         if "gate" in one:
-            inner = (config.intermediate_size, width)
+            size = "intermediate_size" if one["gate"].expert is None or family == "mixtral" else "moe_intermediate_size"
+            inner = (getattr(config, size), width)
             assert [(one[r].out_features, one[r].in_features) for r in ("gate", "up")] == [inner, inner]
             assert (one["down"].out_features, one["down"].in_features) == inner[::-1]
         elif "gate_up" in one:
@@ -193,6 +194,22 @@ def test_fused_experts_are_linears_and_routers_are_named(family: str) -> None:
     assert Counter(x.role for x in experts).keys() == {"gate", "up", "down"}
     assert not any(x.expert is not None for x in parts.linears if x not in experts)
     assert {x.params for x in routers} == {MOE["num_experts"] * TEXT["hidden_size"]}
+
+
+def test_what_is_left_out_is_named_with_its_share() -> None:
+    config = hf.JetMoeConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_key_value_heads=2, kv_channels=8, intermediate_size=48,
+        num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    parts = anatomy(hf.JetMoeForCausalLM(config))
+    fused = [kept for kept in parts.kept if "fused experts of a kind that is not known" in kept.reason]
+    assert fused
+    whole = sum(x.params for x in (*parts.linears, *parts.kept))
+    assert sum(map(parts.share, fused)) == pytest.approx(sum(kept.params for kept in fused) / whole)
+    (line,) = parts.left_out()
+    assert "JetMoeParallelExperts" in line
+    assert line.endswith(f"{sum(map(parts.share, fused)):.0%}")
+    assert anatomy(FAMILIES["mixtral"]()).left_out() == []
 
 
 class _ExpertBlock(nn.Module):

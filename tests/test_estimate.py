@@ -43,13 +43,15 @@ def test_linears_that_were_not_measured_are_in_proportion_to_the_nearest():
 def test_a_compression_counts_what_is_left_and_each_checkpoint():
     rates = {"a": Rates(1.0, 0.5, 2.0), "b": Rates(10.0, 1.0, 4.0)}
     job = Checkpoints({"a": 3, "b": 1}, {"a": 5, "b": 2}, {"a": 100, "b": 900}, 2, 5000, 700, compensates=True)
-    found = compression(job, rates, walk=1.0, held=10, work=20)
+    found = compression(job, rates, walk=1.0, tune=0.5, held=10, work=20)
     disk = 3 * 100 + 900 + 5000 + 700
     walked = found.seconds - (3 * 1 + 10 + 5 * 0.5 + 2 * 1 + 2 * (5 * 2 + 2 * 4) + 2 * disk / WRITE)
     assert walked > 2.0  # two checkpoints, more than one pass each
     assert (found.memory, found.disk) == (30, disk)
     without = Checkpoints({}, {"a": 5, "b": 2}, {}, 2, 5000, 0, compensates=False)
-    assert compression(without, rates, walk=9.0, held=0, work=0).seconds == pytest.approx(40.5 + 2 * 5000 / WRITE)
+    assert compression(without, rates, walk=9.0, tune=0.0, held=0, work=0).seconds == pytest.approx(
+        40.5 + 2 * 5000 / WRITE
+    )
 
 
 def test_a_cost_is_what_was_taken_since_it_began():

@@ -17,12 +17,9 @@ from spectrim.checkpoint.quantizer import attach
 from spectrim.experts import all_tokens, fuse, unfuse, unfused
 from spectrim.storage import exchange, stored_layers
 
-MIXTURES = ("mixtral", "qwen3_moe", "qwen3_vl_moe", "gpt_oss", "deepseek_v3")
+MIXTURES = ("mixtral", "qwen3_moe", "qwen3_vl_moe", "gpt_oss", "deepseek_v2", "deepseek_v3", "glm4_moe", "glm4v_moe")
+MIXTURES += ("llama4", "gemma4_moe", "qwen3_5_moe")
 BUILD: dict[str, Callable[[], Any]] = {name: (FAMILIES | FURTHER)[name] for name in MIXTURES}
-FILES = {"mixtral": "model.layers.0.block_sparse_moe.experts.3.w1"}
-FILES |= dict.fromkeys(("qwen3_moe", "gpt_oss"), "model.layers.0.mlp.experts.3.gate_proj")
-FILES |= {"deepseek_v3": "model.layers.1.mlp.experts.3.gate_proj"}
-FILES |= {"qwen3_vl_moe": "model.language_model.layers.0.mlp.experts.3.gate_proj"}
 
 
 def mixtures(model: torch.nn.Module) -> list[Any]:
@@ -105,14 +102,15 @@ def test_a_checkpoint_names_experts_one_by_one_and_loads(family: str, tmp_path: 
     expected = logits(model)
     save(model, tmp_path / "a")
     stored = load_file(tmp_path / "a" / "model.safetensors")
-    gate = FILES[family]
+    first = "w1" if family == "mixtral" else "gate_proj"
+    gate = next(name for name in stored if name.endswith(f".experts.3.{first}.A.weight")).removesuffix(".A.weight")
     up, down = (gate.replace("gate_proj", f"{x}_proj").replace("w1", w) for x, w in (("up", "w3"), ("down", "w2")))
     assert stored[f"{gate}.A.weight"].shape[1] == stored[f"{gate}.B.weight"].shape[0] == 8
     assert stored[f"{up}.weight_packed"].dtype == torch.int32
     assert stored[f"{down}.weight"].numel() > 0
     assert not any(name.endswith(("gate_up_proj", "experts.down_proj")) for name in stored)
     assert gate in config_of(tmp_path / "a")["quantization_config"]["ranks"]
-    auto = AutoModelForImageTextToText if "vl" in family else AutoModelForCausalLM
+    auto = AutoModelForImageTextToText if hasattr(model.config, "vision_config") else AutoModelForCausalLM
     again, report = auto.from_pretrained(tmp_path / "a", output_loading_info=True)
     assert not any(report.values())
     torch.testing.assert_close(logits(again), expected, rtol=1e-3, atol=1e-4)

@@ -11,13 +11,13 @@ SRC = Path(__file__).parents[1] / "src" / "spectrim"
 # From the ground up. Rooms of one line stand beside each other and do not know each other.
 FLOORS = (
     ("errors", "kernels", "linear", "public", "registration", "versions"),
-    ("dense", "estimate", "experts", "files", "latent", "lazy", "maths", "settings"),
+    ("away", "dense", "estimate", "experts", "files", "latent", "lazy", "maths", "settings"),
     ("demo", "disk", "recipe", "trace"),
     ("anatomy", "samples"),
     ("calibrate", "checks", "storage"),
     ("checkpoint", "metrics", "mismatch"),
     ("evaluate", "plan", "serve"),
-    ("bench", "compensate"),
+    ("bench", "compensate", "tune"),
     ("pipeline", "report", "ui"),
     ("spectrim", "demonstration"),
     ("cli", "harness"),

@@ -124,6 +124,23 @@ class Anatomy:
         """Elements of all parameters of two or more dimensions that are kept; shared ones count once."""
         return sum(kept.params for kept in self.kept)
 
+    def share(self, kept: Kept) -> float:
+        """Its part of all parameters of two or more dimensions."""
+        return kept.params / (self.kept_params + sum(linear.params for linear in self.linears))
+
+    def left_out(self) -> list[str]:
+        """What is no plain linear and takes 1 % and more, though it is no table and no router: a phrase each."""
+        plain = ("embedding", "output head", "expert router", "tied to", "convolution")
+        by_reason: dict[str, list[Kept]] = {}
+        for kept in self.kept:
+            if not kept.reason.startswith(plain):
+                by_reason.setdefault(kept.reason, []).append(kept)
+        found = []
+        for reason, each in by_reason.items():
+            if (share := sum(map(self.share, each))) >= 0.01:
+                found.append(f"{each[0].name}{f' and {len(each) - 1} more' * (len(each) > 1)} ({reason}), {share:.0%}")
+        return found
+
 
 def anatomy(model: nn.Module) -> Anatomy:
     """Take a model, in memory or on the meta device, apart into compressible linears and kept matrices.

@@ -1,4 +1,4 @@
-"""Experts that a model keeps in fused 3-D parameters, as linears of their own, and back (docs/methods.md, section 9).
+"""Experts that a model keeps in fused 3-D parameters, as linears of their own, and back (docs/methods.md, section 11).
 
 transformers 5 keeps ``gate_up_proj`` [E, 2·inter, hidden] (or transposed, or interleaved) and ``down_proj`` in one
 module, which functions of its experts interface read. Unfused, that module keeps its class and everything that is no
@@ -56,7 +56,8 @@ def layout(module: nn.Module) -> Layout | None:
     own = dict(module.named_parameters(recurse=False))
     blocks = type(module).__name__ == "Llama4TextExperts"
     interface = hasattr(module, "_apply_gate") and hasattr(module, "is_transposed")
-    if not (blocks or interface) or getattr(module, "_is_expert_parallel", False):
+    away = hasattr(module, "_hf_hook") and any(parameter.is_meta for parameter in own.values())  # offloaded
+    if not (blocks or interface) or away or getattr(module, "_is_expert_parallel", False):
         return None
     gated, biased = getattr(module, "has_gate", True), getattr(module, "has_bias", False)
     concatenated, transposed = getattr(module, "is_concatenated", True), getattr(module, "is_transposed", blocks)

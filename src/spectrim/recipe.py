@@ -175,6 +175,21 @@ class QuantizePart(_Part):
         return self.damping if self.method == "gptq" else None
 
 
+class TunePart(_Part):
+    """Whether the compressed model is trained as a whole, after its linears are made.
+
+    ``epochs`` is how often Adam runs through the calibration samples (0: never); what it minimizes is the divergence of
+    the predictions from those of the dense model. Factors, scales of integers, norms and biases change; integers, and
+    all sizes, stay. The last eighth of the samples is not trained on: by these the best state is chosen, the first if
+    none is better. ``rate`` is a step of Adam, as a share of the size of each tensor. ``samples`` limits how many
+    calibration samples of each modality there are (None for all).
+    """
+
+    epochs: int = Field(default=0, ge=0)
+    rate: float = Field(default=2e-3, gt=0, allow_inf_nan=False)
+    samples: int | None = Field(default=None, ge=2)
+
+
 class Recipe(_Part):
     """A compression method by name. ``summary`` and ``paper`` are what `spectrim recipes` prints."""
 
@@ -187,6 +202,7 @@ class Recipe(_Part):
     storage: StoragePart = StoragePart()
     compensate: CompensatePart = CompensatePart()
     quantize: QuantizePart = QuantizePart()
+    tune: TunePart = TunePart()
 
     @property
     def needs_statistics(self) -> bool:
@@ -196,7 +212,8 @@ class Recipe(_Part):
     @property
     def needs_samples(self) -> bool:
         """Whether the samples of the calibration are run through the model again."""
-        return self.allocation.rule in ("sensitivity", "adacr") or self.compensate.kind != "none"
+        measured = self.allocation.rule in ("sensitivity", "adacr")
+        return measured or self.compensate.kind != "none" or self.tune.epochs > 0
 
     @property
     def needs_gradients(self) -> bool:

@@ -259,7 +259,7 @@ REPLACED = {"curvature_gib": "memory", "curvature_passes": "memory"}
 
 
 class Effort(BaseModel):
-    """What one level of ``--effort`` sets where nothing else is said: samples, compensation and refinement together.
+    """What one level of ``--effort`` sets where nothing else is said: samples, compensation and the end-to-end pass.
 
     ``compensation`` are changes of a recipe that compensates; one that does not is left as it is.
     """
@@ -267,13 +267,16 @@ class Effort(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     samples: _Count
-    compensation: dict[str, str | int]
+    compensation: dict[str, str | int | float]
 
 
 EFFORTS = {
     "quick": Effort(samples=32, compensation={"compensate.kind": "none"}),
     "standard": Effort(samples=CalibrationSettings().samples, compensation={}),
-    "thorough": Effort(samples=256, compensation={"compensate.samples": 128, "compensate.refine": 50}),
+    "thorough": Effort(
+        samples=256,
+        compensation={"compensate.samples": 128, "compensate.weight": 0.7, "tune.epochs": 4, "tune.samples": 128},
+    ),
 }
 EFFORT = "standard"
 
@@ -314,6 +317,9 @@ class EvaluationOptions(EvaluationSettings):
     )
     batch_size: _Count | None = Field(default=None, description="Samples that run together.")
     blind: bool = Field(default=True, description="Also ask with swapped images: the blind floor.")
+    memory: Memory = Field(
+        default=None, description="Leave blocks of a model on disk that would take half of this, such as 20GiB."
+    )
 
     @property
     def scored(self) -> EvaluationSettings:

@@ -50,6 +50,11 @@ def used_outside(model: PreTrainedModel, names: Collection[str]) -> set[str]:
     return watch.found
 
 
+def as_traced(model: PreTrainedModel, empty: PreTrainedModel) -> None:
+    """Let a model use its weights as the same one on the meta device does: weights that come and go are not traced."""
+    _known[model] = _known.get(empty, set())
+
+
 def few_tokens(model: PreTrainedModel, count: int) -> dict[str, torch.Tensor]:
     """Inputs [1, count] of a forward pass that needs no sample: token ids, of a decoder beside its encoder, too."""
     inputs = {name: value[:1, :count].to(model.device) for name, value in model.dummy_inputs.items()}

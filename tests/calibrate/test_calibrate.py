@@ -227,7 +227,7 @@ def test_a_linear_that_runs_twice_is_one_gradient():
     gradient, expected = model.a.weight.grad, sum(g.T @ g for g in calls)
     model.requires_grad_(False)
     everything, linear = Positions((1, 4), None, None, 0), anatomy(model).linears[0]
-    with GradientWatch({linear: model.a}, sums, everything, {"a": CurvatureForm("full")}, fisher=1.0) as watch:
+    with GradientWatch({linear: model.a}, sums, everything, {"a": CurvatureForm("full")}, fisher=[1.0]) as watch:
         model(x).square().sum().backward()
     watch.finish("sample")
     torch.testing.assert_close(sums.fisher["a"], gradient.square().sum(0))

@@ -12,7 +12,7 @@ from families import FAMILIES
 from helpers.calibrated import assert_same_bits
 from helpers.samples import processor
 from spectrim.anatomy import anatomy
-from spectrim.calibrate import Statistics, calibrate, memory, run, snapshot
+from spectrim.calibrate import Statistics, calibrate, memory, outlook, run, snapshot
 from spectrim.calibrate.forms import CurvatureForm
 from spectrim.calibrate.groups import Share, grouped, input_shares, output_shares, total
 from spectrim.checkpoint import load, load_processor
@@ -92,7 +92,7 @@ def test_the_same_bits_under_every_limit_and_after_every_stop(demo, tmp_path, mo
     whole = calibrate(model, tmp_path / "whole", **options)
     assert [len(groups) for groups in whole.manifest.groups.values()] == [1, 1, 1, 1]
     sums = []
-    monkeypatch.setattr(run, "room", lambda *_: two_blocks(model))
+    monkeypatch.setattr(memory, "room", lambda *_: two_blocks(model))
     kept = run.SnapshotStore.restore
     monkeypatch.setattr(run.SnapshotStore, "restore", lambda *a: sums.append(found := kept(*a)) or found)
 
@@ -112,7 +112,7 @@ def test_the_same_bits_under_every_limit_and_after_every_stop(demo, tmp_path, mo
             with pytest.raises(StatisticsError, match="was interrupted"):
                 Statistics.open(tmp_path / "parts")
             if stops == 2:  # what is left goes on in groups of another size
-                monkeypatch.setattr(run, "room", lambda *_: 2 * two_blocks(model))
+                monkeypatch.setattr(memory, "room", lambda *_: 2 * two_blocks(model))
     counts = [len(groups) for groups in parts.manifest.groups.values()]
     assert min(counts) > 1
     assert stops > 2
@@ -143,7 +143,7 @@ def test_another_limit_opens_what_is_finished(words, tmp_path, monkeypatch):
     options = {"processor": processor("llama"), "text": words, "samples": 2, "seqlen": 8}
     calibrate(FAMILIES["llama"](), tmp_path / "a", **options)
     calibrate(FAMILIES["llama"](), tmp_path / "b", **options)
-    monkeypatch.setattr(run, "room", lambda *_: 10**6)
+    monkeypatch.setattr(memory, "room", lambda *_: 10**6)
     found = calibrate(FAMILIES["llama"](), tmp_path / "a", **options, memory="1TB")
     assert found.manifest == Statistics.open(tmp_path / "b").manifest
     assert_same_bits(tmp_path / "a", tmp_path / "b")
@@ -151,7 +151,7 @@ def test_another_limit_opens_what_is_finished(words, tmp_path, monkeypatch):
 
 def test_too_little_memory_is_said_before_samples_run(words, tmp_path):
     options = {"processor": processor("llama"), "text": words, "samples": 2, "seqlen": 8}
-    with pytest.raises(UsageError, match=r"moments of model\.layers\.0\S+ take .* leaves 0 bytes .* raise --memory"):
+    with pytest.raises(UsageError, match=r"moments of model\.layers\.\S+ take .* leaves 0 bytes .* raise --memory"):
         calibrate(FAMILIES["llama"](), tmp_path / "s", **options, memory="100MB")
     assert not (tmp_path / "s").exists()
 
@@ -181,7 +181,13 @@ def test_a_batch_takes_more_with_more_tokens_and_with_gradients():
     parts, options = anatomy(model), CalibrationOptions(images=None)
 
     def taken(tokens, **changes):
-        return memory.batch_bytes(model, parts, {"text": {"backbone": tokens}}, options.model_copy(update=changes))
+        return memory.batch_bytes(
+            model,
+            parts,
+            {"text": {"backbone": tokens}},
+            options.model_copy(update=changes),
+            recomputes=True,
+        )
 
     assert taken(64) < taken(128)
     assert taken(128, curvature=False) < taken(128)
@@ -190,8 +196,27 @@ def test_a_batch_takes_more_with_more_tokens_and_with_gradients():
 def test_a_disk_that_is_too_small_is_said_before_samples_run(words, tmp_path, monkeypatch):
     options = {"processor": processor("llama"), "text": words, "samples": 2, "seqlen": 8}
     monkeypatch.setattr(snapshot.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    with pytest.raises(
-        StatisticsError, match=r"s will take \d+ kB and its disk has 1\.0 kB left; choose another disk"
-    ):
+    with pytest.raises(StatisticsError, match=r"s will take \d+ kB and its disk has 1\.0 kB left; choose another disk"):
         calibrate(FAMILIES["llama"](), tmp_path / "s", **options)
     assert not (tmp_path / "s").exists()
+
+
+def test_what_is_foreseen_of_shapes_is_what_happens(words, tmp_path):
+    """Passes and disk, with and without samples at hand; more memory never takes more time."""
+    options = {"text": words, "images": None, "samples": 2, "seqlen": 8}
+    found = calibrate(FAMILIES["llama"](), tmp_path / "s", processor=processor("llama"), **options)
+    with torch.device("meta"):
+        model = FAMILIES["llama"]()
+    parts, chosen = anatomy(model), CalibrationOptions(**options)
+    passes, estimate = outlook.outlook(model, parts, None, chosen)
+    assert passes == {kind: len(groups) for kind, groups in found.manifest.groups.items()}
+    files = sum(path.stat().st_size for path in (tmp_path / "s").glob("*.safetensors"))
+    assert 0.9 * files < estimate.disk < files
+    assert estimate.seconds > 0
+    tokens = {"backbone": 1e6}
+    block = [x for x in parts.linears if x.block == parts.blocks()[1]]
+    once = outlook._work(model, parts, block, tokens, gradients=True, again=False)
+    assert once < outlook._work(model, parts, block, tokens, gradients=True, again=True)
+    inputs = sum(2 * x.in_features**2 for x in block if x.role in ("q", "o", "gate", "down")) * 1e6
+    forward = sum(2 * x.params for x in parts.linears) * 1e6
+    assert outlook._work(model, parts, block, tokens, gradients=False, again=True) == pytest.approx(inputs + forward)

@@ -14,8 +14,8 @@ from compressed import logits, low_rank
 from helpers.samples import processor, word_tokenizer
 from helpers.streams import weights
 from spectrim.anatomy import anatomy
-from spectrim.calibrate import Statistics, calibrate
-from spectrim.calibrate.experts import SHRINKAGE, expert_statistics
+from spectrim.calibrate import Statistics, calibrate, experts
+from spectrim.calibrate.experts import expert_statistics
 from spectrim.checkpoint import read_provenance
 from spectrim.errors import BudgetError, RecipeError
 from spectrim.metrics.metric import layer_metric
@@ -165,33 +165,37 @@ def test_a_dead_expert_has_the_mean_moments_of_its_layer(role, calibrated):
     damped = G + damping * float(G.trace()) / size * torch.eye(size, dtype=G.dtype)
     dense = found.output.dense(size)
     torch.testing.assert_close(dense / dense.trace(), damped / damped.trace(), rtol=1e-6, atol=1e-12)
-    # In nats: ½ κ/labels tr G tr C, as if κ tokens of the layer had chosen it.
-    kappa = round(SHRINKAGE * len(C))
-    expected = 0.5 * kappa / labels * float(G.trace()) * float(C.trace())
+    # In nats: ½ 1/labels tr G tr C, as if one token of the layer had chosen it.
+    expected = 0.5 / labels * float(G.trace()) * float(C.trace())
     assert float(found.output.nats[0] * G.trace() * C.trace()) == pytest.approx(expected, rel=1e-6)
     gradients = [statistics.gradient(name, "text") for name in others]
-    columns = torch.stack([g.fisher_cols / g.count for g in gradients if g is not None]).sum(0) * kappa / count
+    columns = torch.stack([g.fisher_cols / g.count for g in gradients if g is not None]).sum(0) / count
     fisher = layer_metric(Recipe.read("fwsvd").metric, parts.linear(f"{layer}.{DEAD}.{role}"), statistics)
     torch.testing.assert_close(fisher.value, columns.clamp_min(float(columns.max()) * 1e-12))
 
 
 @pytest.mark.parametrize("role", ["up_proj", "down_proj"])
-def test_an_experts_moments_are_drawn_towards_its_layers_mean(role, calibrated):
-    """Two sums of one kind: its own tokens, and κ of the layer's."""
-    statistics, layer = calibrated["mixture"], "model.layers.1.mlp.experts"
+def test_an_experts_moments_are_drawn_towards_its_layers_mean(role, calibrated, monkeypatch):
+    """A mean of its own tokens and of κ of the layer's, with the trace of its own."""
+    monkeypatch.setattr(experts, "SHRINKAGE", 0.125)
+    statistics, layer = Statistics.open(calibrated["mixture"].path), "model.layers.1.mlp.experts"
     names = [f"{layer}.{number}.{role}" for number in range(4) if number != DEAD]
     linear = anatomy(mixture()).linear(names[0])
-    read, kappa = expert_statistics(statistics, linear), round(SHRINKAGE * linear.in_features)
+    read, kappa = expert_statistics(statistics, linear), 0.125 * linear.in_features
     inputs, own = [statistics.moment(name, "text") for name in names], statistics.moment(names[0], "text")
     mean = sum(x.second for x in inputs) / sum(x.count for x in inputs)
     found = read.moment(names[0], "text")
-    assert found.count == own.count + kappa == read.positions(names[0], "text")
-    torch.testing.assert_close(found.second, own.second + kappa * mean)
+    assert found.count == own.count == read.positions(names[0], "text")
+    scaled = mean * own.second.trace() / mean.trace()
+    torch.testing.assert_close(found.second, (own.count * own.second + kappa * scaled) / (own.count + kappa))
     outputs, own = [statistics.output(name, "text") for name in names], statistics.output(names[0], "text")
-    traces = sum(x.traces for x in outputs) / sum(x.count for x in outputs)
+    mean = sum(x.sums["output"] for x in outputs)
     found = read.output(names[0], "text")
-    assert found.count == own.count + kappa
-    torch.testing.assert_close(found.traces, own.traces + kappa * traces)
+    assert found.count == own.count
+    scaled = mean * own.sums["output"].trace() / mean.trace()
+    blended = (own.count * own.sums["output"] + kappa * scaled) / (own.count + kappa)
+    torch.testing.assert_close(found.sums["output"], blended)
+    torch.testing.assert_close(found.traces, own.traces)
     assert expert_statistics(statistics, anatomy(mixture()).linear("model.layers.1.self_attn.q_proj")) is statistics
 
 

@@ -25,6 +25,7 @@ from spectrim.metrics.spectra import cache_key
 from spectrim.pipeline import compression
 from spectrim.plan.plan import Plan
 from spectrim.recipe import Recipe
+from spectrim.tune import Tuning
 
 # What does not change compensated weights: the names of a recipe, and its allocation, whose outcome is the plan.
 DESCRIPTIVE = {"version", "name", "summary", "paper"}
@@ -64,6 +65,11 @@ def store(statistics: Statistics, recipe: Recipe, plan: Plan) -> Path:
     return Store(statistics, anatomy(tiny("llama")), recipe, plan).directory
 
 
+def trained(statistics: Statistics, recipe: Recipe, plan: Plan) -> Path:
+    model = tiny("llama")
+    return Tuning(model, model, anatomy(model), recipe, plan, statistics, None).path
+
+
 @pytest.fixture(scope="module")
 def plan(statistics) -> Plan:
     with compression(tiny("llama", torch.float32), "laser", stats=statistics) as prepared:
@@ -73,11 +79,13 @@ def plan(statistics) -> Plan:
 @pytest.mark.parametrize("source", ["laser", "svd-llm", "adasvd", "jw-svd+gptq"])
 def test_recipes_that_differ_in_any_field_have_compensated_blocks_of_their_own(source, statistics, plan):
     recipe = Recipe.read(source)
-    keys = {recipe.model_dump_json(): store(statistics, recipe, plan)}
+    keys = {recipe.model_dump_json(): store(statistics, recipe, plan), "tuned": trained(statistics, recipe, plan)}
     seen = set()
     for field, other in variants(recipe):
-        if field.startswith("allocation."):
+        if field.startswith(("allocation.", "tune.")):
             assert store(statistics, other, plan) == store(statistics, recipe, plan), field
+            if field.startswith("tune."):
+                keys[other.model_dump_json()] = trained(statistics, other, plan)
         else:
             keys[other.model_dump_json()] = store(statistics, other, plan)
             seen.add(field)

@@ -1,42 +1,50 @@
-"""Moments of experts, each drawn towards the mean of its layer where it saw few tokens (docs/methods.md, section 9)."""
+"""Moments of experts, drawn towards the mean of their layer where they saw few tokens (docs/methods.md, section 11)."""
 
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
+
+import torch
 
 from spectrim.calibrate.moments import GradMoment, Moment, OutputMoment
 from spectrim.calibrate.statistics import Statistics
 from spectrim.linear import Linear
 from spectrim.samples import Modality
 
-SHRINKAGE = 0.125  # tokens of the layer's mean for each input of the linear
+SHRINKAGE = 0.0005  # tokens of the layer's mean for each input of the linear
 
 _T = TypeVar("_T", Moment, GradMoment, OutputMoment)
 
 
 class ExpertStatistics(Statistics):
-    """Statistics in which the moments of every expert of a layer have κ tokens of the layer's mean besides their own.
+    """Statistics in which the moment of every expert of a layer is its own, blended with κ tokens of the layer's mean.
 
-    An expert that no token chose has those alone. ``names`` are the linears of one role of all experts of a layer.
+    It keeps its trace and the weight of its own tokens: an expert that few tokens choose counts for little. One
+    that no token of any modality chose has the layer's moments and the weight of one token; one that a single modality
+    chose has nothing of the others. ``names`` are the linears of one role of all experts of a layer.
     """
 
-    def __init__(self, statistics: Statistics, names: list[str], kappa: int) -> None:
+    def __init__(self, statistics: Statistics, names: list[str], kappa: float) -> None:
         super().__init__(statistics.path, statistics.manifest)
         self._whole, self._names, self._kappa = statistics, names, kappa
         self._means: dict[tuple[str, Modality], Any] = {}
 
     def moment(self, linear: str, modality: Modality) -> Moment | None:
-        """What the expert read; None where the modality reached no expert."""
-        mean = self._mean("moment", modality, self._whole.moment, _add_moments)
-        if mean is None:
+        """What the expert read; None where the modality reached no expert, or another one this expert."""
+        mean, own = (
+            self._mean("moment", modality, self._whole.moment, _add_moments),
+            self._whole.moment(linear, modality),
+        )
+        if mean is None or (own is None and self._chosen(linear)):
             return None
-        share, own = self._kappa / mean.count, self._whole.moment(linear, modality)
-        drawn = Moment(mean.second * share, mean.abs_sum * share, self._kappa)
-        return drawn if own is None else _add_moments(drawn, own)
+        if own is None:
+            return Moment(mean.second / mean.count, mean.abs_sum / mean.count, 1)
+        a, b = self._shares(own.count, own.second.trace(), mean.second.trace())
+        return Moment(own.second * a + mean.second * b, own.abs_sum, own.count)
 
     def positions(self, linear: str, modality: Modality) -> int:
-        """Tokens of the expert, and those of the mean."""
-        return super().positions(linear, modality) + self._kappa
+        """Tokens that the moment of the expert weighs as much as."""
+        return max(1, self._whole.positions(linear, modality))
 
     def gradient(self, linear: str, modality: Modality) -> GradMoment | None:
         """Gradient statistic of the expert; None where none was gathered of any expert.
@@ -44,21 +52,48 @@ class ExpertStatistics(Statistics):
         It is a sum over samples: the mean is that of all experts, by their tokens.
         """
         mean = self._mean("gradient", modality, self._whole.gradient, _add_gradients)
-        if mean is None:
+        own, positions = self._whole.gradient(linear, modality), self._whole.positions
+        if mean is None or (own is None and self._chosen(linear)):
             return None
-        tokens = sum(self._whole.positions(name, modality) for name in self._names)
-        columns, own = mean.fisher_cols * (self._kappa / max(tokens, 1)), self._whole.gradient(linear, modality)
-        return GradMoment(columns if own is None else columns + own.fisher_cols, mean.count)
+        if own is None:
+            every = max(1, sum(positions(name, modality) for name in self._names))
+            return GradMoment(mean.fisher_cols / every, mean.count)
+        a, b = self._shares(positions(linear, modality), own.fisher_cols.sum(), mean.fisher_cols.sum())
+        return GradMoment(own.fisher_cols * a + mean.fisher_cols * b, own.count)
 
     def output(self, linear: str, modality: Modality) -> OutputMoment | None:
         """Moment of the expert's output gradients; None where none was gathered of any expert."""
-        mean = self._mean("output", modality, self._whole.output, _add_outputs)
-        if mean is None:
+        mean, own = (
+            self._mean("output", modality, self._whole.output, _add_outputs),
+            self._whole.output(linear, modality),
+        )
+        if mean is None or (own is None and self._chosen(linear)):
             return None
-        share, own = self._kappa / mean.count, self._whole.output(linear, modality)
-        sums = {part: value * share for part, value in mean.sums.items()}
-        drawn = OutputMoment(mean.form, sums, mean.traces * share, self._kappa, mean.labels)
-        return drawn if own is None else _add_outputs(drawn, own)
+        if own is None:
+            sums = {part: value / mean.count for part, value in mean.sums.items()}
+            return OutputMoment(mean.form, sums, mean.traces / mean.count, 1, mean.labels)
+        a, b = self._shares(own.count, own.traces[2].sum(), mean.traces[2].sum())
+        sums = {part: value * a + mean.sums[part] * b for part, value in own.sums.items()}
+        return OutputMoment(own.form, sums, own.traces, own.count, own.labels)
+
+    def lean(self, linear: str) -> float:
+        """How much more of the images' tokens than of the text's an expert has: the ratio of both shares."""
+        if not self._chosen(linear):
+            return 1.0
+        shares = []
+        for modality in ("image", "text"):
+            every = sum(self._whole.positions(name, modality) for name in self._names)
+            shares.append(self.positions(linear, modality) / max(1, every))
+        return shares[0] / shares[1]
+
+    def _chosen(self, linear: str) -> bool:
+        """Whether any token chose the expert."""
+        return any(self._whole.positions(linear, modality) for modality in self.manifest.data.modalities)
+
+    def _shares(self, count: int, own: torch.Tensor, layer: torch.Tensor) -> tuple[float, float]:
+        """Factors of the sum of an expert with `count` tokens and of its layer's, from the traces of both."""
+        share = self._kappa / (count + self._kappa)
+        return 1 - share, share * float(own) / max(float(layer), 1e-300)
 
     def _mean(
         self, kind: str, modality: Modality, read: Callable[[str, Modality], _T | None], add: Callable[[_T, _T], _T]
@@ -74,7 +109,7 @@ class ExpertStatistics(Statistics):
         return mean
 
 
-def expert_statistics(statistics: Statistics, linear: Linear) -> Statistics:
+def expert_statistics(statistics: Statistics, linear: Linear) -> "Statistics | ExpertStatistics":
     """The statistics in which to read the moments of `linear`: of an expert those with its layer's mean, else as given.
 
     A counterpart in another expert has the same name but for the expert's number, the same shape, and the same form of
@@ -98,9 +133,8 @@ def expert_statistics(statistics: Statistics, linear: Linear) -> Statistics:
             )
 
         names = [name for name in manifest.blocks if pattern.fullmatch(name) and alike(name)]
-        kappa = max(1, round(SHRINKAGE * linear.in_features))
-        statistics.means[key] = ExpertStatistics(statistics, names, kappa)
-    found: Statistics = statistics.means[key]
+        statistics.means[key] = ExpertStatistics(statistics, names, SHRINKAGE * linear.in_features)
+    found: ExpertStatistics = statistics.means[key]
     return found
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from spectrim.away import values
 from spectrim.calibrate.manifest import ModelPrint
 from spectrim.errors import ModelError
 
@@ -28,7 +29,12 @@ def model_print(model: PreTrainedModel) -> ModelPrint:
         ModelError: a parameter is not in memory, or was made under ``torch.inference_mode()``.
     """
     config = json.dumps(_lasting(model.config.to_dict()), sort_keys=True, default=str)
-    tensors = {name: _tensor_print(name, parameter) for name, parameter in model.named_parameters()}
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        owner, _, last = name.rpartition(".")
+        module = model.get_submodule(owner)
+        there = parameter.is_meta and hasattr(module, "_hf_hook")  # on disk
+        tensors[name] = _tensor_print(name, values(module, last) if there else parameter)
     return ModelPrint(config=hashlib.sha256(config.encode()).hexdigest(), tensors=tensors)
 
 

@@ -71,14 +71,21 @@ def passes(
     modalities: Sequence[Modality],
     forms: Mapping[str, CurvatureForm],
     limit: int,
+    rows: int = 0,
 ) -> dict[str, tuple[tuple[str, ...], ...]]:
     """By kind of unit, the names of the linears of each pass, whose moments fit into `limit` bytes.
+
+    In gradient passes the inputs of these linears, of so many `rows`, are kept besides until the backward pass.
 
     Raises UsageError as :func:`grouped`.
     """
     found = {}
     for kind in kinds(settings, modalities):
-        groups = grouped(shares(parts, kind, forms, settings), limit)
+        several = shares(parts, kind, forms, settings)
+        if kind.gradients:
+            read = [sum(x.in_features * x.dtype.itemsize for x in share.linears) for share in several]
+            several = [replace(one, nbytes=one.nbytes + rows * x) for one, x in zip(several, read, strict=True)]
+        groups = grouped(several, limit)
         found[kind.name] = tuple(tuple(linear.name for linear in group) for group in groups)
     return found
 
@@ -107,6 +114,7 @@ def grouped(shares: Sequence[Share], limit: int) -> list[list[Linear]]:
             continue
         for share in whole:
             if share.nbytes > limit:
+                share = max(shares, key=lambda one: one.nbytes)
                 raise UsageError(
                     f"moments of {share.linears[0].name} take {amount(share.nbytes)} and the memory leaves "
                     f"{amount(max(0, limit))} beside the model and a batch; raise --memory, lower --batch-size, or "

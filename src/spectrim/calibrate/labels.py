@@ -1,7 +1,7 @@
 """Samples with labels: the tokens whose loss a gradient pass differentiates."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,6 +35,27 @@ class Labelled:
         return torch.multinomial(chances, 1, generator=self.sampler)[:, 0].to(logits.device)
 
 
+@dataclass(frozen=True)
+class Known:
+    """What earlier passes over the samples found: drawn answers by sample, and modalities of which all was checked."""
+
+    answers: dict[int, torch.Tensor] = field(default_factory=dict)
+    checked: set[Modality] = field(default_factory=set)
+
+
+def together(samples: Iterable[Labelled], size: int) -> Iterator[list[Labelled]]:
+    """Neighbours of equal shapes, at most `size` of them at a time."""
+    group: list[Labelled] = []
+    for sample in samples:
+        alike = group and all(x.shape == group[0].inputs[name].shape for name, x in sample.inputs.items())
+        if group and (len(group) >= size or not alike):
+            yield group
+            group = []
+        group.append(sample)
+    if group:
+        yield group
+
+
 def labelled_samples(
     model: PreTrainedModel,
     data: Data,
@@ -44,6 +65,7 @@ def labelled_samples(
     answer_tokens: int,
     seed: int,
     numbers: range,
+    known: Known | None = None,
 ) -> Iterator[Labelled]:
     """The samples of one modality that have these numbers, one by one, each with its labels.
 
@@ -55,6 +77,7 @@ def labelled_samples(
         ModelError: the model cannot generate, or its tokens see the labels.
         SampleError: an image sample has an empty answer and the model no token that ends one.
     """
+    known = known or Known()
     for number, batch in enumerate(data.batches(modality, 1)):
         if number not in numbers:
             continue
@@ -62,14 +85,18 @@ def labelled_samples(
         draw = seed * 1_000_003 + number
         sampler = torch.Generator().manual_seed(draw) if sampled else None
         length = inputs["input_ids"].shape[1]
+        first = modality not in known.checked
+        known.checked.add(modality)
         if modality == "text":
-            if number == numbers.start:
+            if first:
                 check_causal(model, inputs, 1, "choose a recipe that needs no gradients")
             yield Labelled(modality, inputs, torch.ones(length - 1, dtype=torch.bool, device=model.device), sampler)
             continue
-        answer = _answer(model, data, batch, inputs, answer_tokens, draw)
+        if number not in known.answers:
+            known.answers[number] = _answer(model, data, batch, inputs, answer_tokens, draw)
+        answer = known.answers[number]
         inputs = _extended(inputs, answer)
-        if number == numbers.start:
+        if first:
             check_causal(model, inputs, length, "calibrate curvature on text alone")
         where = torch.arange(length + len(answer) - 1, device=model.device) >= length - 1
         yield Labelled(modality, inputs, where, sampler)

@@ -1,6 +1,9 @@
 """How much memory there is for moments: a limit, less what is held already and what a batch takes."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +12,13 @@ import torch
 from transformers import PreTrainedModel
 
 from spectrim.anatomy import Anatomy
+from spectrim.away import is_away
 from spectrim.calibrate.data import Data
 from spectrim.calibrate.distributed import least, share
+from spectrim.calibrate.forms import CurvatureForm
+from spectrim.calibrate.groups import passes
 from spectrim.calibrate.probe import held_memory
+from spectrim.errors import UsageError
 from spectrim.linear import Linear, Place
 from spectrim.maths.sums import SLAB
 from spectrim.samples import Modality
@@ -50,9 +57,56 @@ def free_memory(device: torch.device) -> int:
     return min(free, max(0, most - used + int(stat.get("inactive_file", 0))))
 
 
-def room(model: PreTrainedModel, parts: Anatomy, data: Data, options: CalibrationOptions) -> int:
+@dataclass(frozen=True)
+class Fit:
+    """How a calibration fits its memory: linears of each pass, by kind of unit, and whether blocks run again."""
+
+    groups: dict[str, tuple[tuple[str, ...], ...]]
+    recomputes: bool
+
+
+def fitted(
+    model: PreTrainedModel, parts: Anatomy, data: Data, options: CalibrationOptions, forms: Mapping[str, CurvatureForm]
+) -> Fit:
+    """What fits, the same in all processes; blocks run again in backward passes where several passes are needed else.
+
+    Raises UsageError where the memory holds the model and a batch, and not the moments of one linear besides.
+    """
+    positions = batch_positions(model, data, options)
+    return fit(model, parts, positions, options, forms, partial(room, model, options), away=is_away(model))
+
+
+def fit(
+    model: PreTrainedModel,
+    parts: Anatomy,
+    positions: Positions,
+    options: CalibrationOptions,
+    forms: Mapping[str, CurvatureForm],
+    room: Callable[[int], int],
+    *,
+    away: bool,
+) -> Fit:
+    """The same of shapes alone: `room` gives bytes for moments beside a batch of so many bytes.
+
+    Where weights are `away`, blocks always run again: a graph would hold the weights of all of them.
+    """
+    rows = max(count for places in positions.values() for count in places.values())
+    settings, modalities = options.settings, [*positions]
+    for recomputes in (True,) if away else (False, True):
+        limit = room(batch_bytes(model, parts, positions, options, recomputes=recomputes))
+        try:
+            groups = passes(parts, settings, modalities, forms, limit, rows if recomputes else 0)
+        except UsageError:
+            if recomputes:
+                raise
+            continue
+        if recomputes or all(len(several) == 1 for several in groups.values()):
+            break
+    return Fit(groups, recomputes)
+
+
+def room(model: PreTrainedModel, options: CalibrationOptions, batch: int) -> int:
     """Bytes for moments, the same in all processes: the limit, less what is held now, and less what a batch takes."""
-    batch = batch_bytes(model, parts, batch_positions(model, data, options), options)
     return least(limit_bytes(options.memory, model.device) - held_memory(model.device) - batch)
 
 
@@ -71,8 +125,13 @@ def batch_positions(model: PreTrainedModel, data: Data, options: CalibrationOpti
     return found
 
 
-def batch_bytes(model: PreTrainedModel, parts: Anatomy, positions: Positions, options: CalibrationOptions) -> int:
-    """What a batch takes while it runs, of shapes alone: the graph of a block, boundaries, logits, products."""
+def batch_bytes(
+    model: PreTrainedModel, parts: Anatomy, positions: Positions, options: CalibrationOptions, *, recomputes: bool
+) -> int:
+    """What a batch takes while it runs, of shapes alone: graphs, boundaries, logits, products.
+
+    The graph is that of all blocks in gradient passes, unless a block `recomputes`.
+    """
     size, graded = model.dtype.itemsize, options.gradients or options.curvature
     head = model.get_output_embeddings()
     words = int(getattr(head, "weight", torch.empty(0, 0)).shape[0])
@@ -86,8 +145,10 @@ def batch_bytes(model: PreTrainedModel, parts: Anatomy, positions: Positions, op
             blocks: dict[str | None, list[Linear]] = {}
             for x in parts.in_place(place):
                 blocks.setdefault(x.block, []).append(x)
-            widest_block = max((sum(x.out_features for x in block) for block in blocks.values()), default=0)
-            graph = max(graph, count * (4 * size + 8) * widest_block)
+            widths = [sum(x.out_features for x in block) for block in blocks.values()]
+            if graded and not recomputes:
+                graph += count * 2 * size * sum(widths)
+            graph = max(graph, count * (4 * size + 8) * max(widths, default=0))
             boundaries += count * size * sum(block[-1].out_features for block in blocks.values())
             if model.config._attn_implementation == "eager":
                 heads = max((x.heads or 1 for x in parts.in_place(place)), default=1)
@@ -95,4 +156,7 @@ def batch_bytes(model: PreTrainedModel, parts: Anatomy, positions: Positions, op
         tokens = places["backbone"]
         logits = 2 * size * words * tokens + 12 * words * tokens // samples  # with their gradients; one in float32
         most = max(most, graph + (boundaries + logits if graded else 0))
-    return int(_ROUGH * (most + products))
+    coming = Counter[str | None]()  # the weights of a block that is elsewhere
+    for x in parts.linears if is_away(model) else ():
+        coming[x.block] += x.nbytes
+    return int(_ROUGH * (most + products)) + max(coming.values(), default=0)

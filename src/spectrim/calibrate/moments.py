@@ -1,5 +1,6 @@
 """Moments, and the running sums that they grow from."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -105,10 +106,11 @@ class OutputSum:
         sums = {name: torch.zeros(shape, dtype=torch.float64, device=home) for name, shape in shapes.items()}
         return cls(form, sums, sums.pop("traces"))
 
-    def add(self, g: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    def add(self, g: torch.Tensor, x: torch.Tensor, sizes: Sequence[int] | None = None) -> torch.Tensor:
         """Add the gradients ``g`` [positions, out] and inputs ``x`` [positions, in] of one sample.
 
-        Returns a bool scalar on their device: is everything finite?
+        Or of several, one after the other, of so many positions each (`sizes`). Returns a bool scalar on their device:
+        is everything finite?
         """
         g, x = wide(g), wide(x)
         out, heads = g.shape[1], self.traces.shape[1]
@@ -116,8 +118,8 @@ class OutputSum:
         if self.form.kind == "full":
             add_product(self.sums["output"], g, g)
         elif self.form.kind == "blocks":
-            parts = g.view(len(g), -1, self.form.size).transpose(0, 1)  # [blocks, positions, size]
-            products["output"] = parts.transpose(1, 2) @ parts
+            blocks = g.view(len(g), -1, self.form.size).transpose(0, 1)  # [blocks, positions, size]
+            products["output"] = blocks.transpose(1, 2) @ blocks
         else:
             products["output_diagonal"] = g.square().sum(0)
             if self.form.kind == "sketch":
@@ -126,7 +128,9 @@ class OutputSum:
             self.sums[name] += product.to(self.sums[name].device)
         by_head = g.view(len(g), heads, -1)
         energy, size = by_head.square().sum(2), x.square().sum(1)  # [positions, heads], [positions]
-        traces = torch.stack([size @ energy, _sequence(by_head, x), energy.sum(0), size.sum().expand(heads)])
+        parts = [len(g)] if sizes is None else [*sizes]
+        sequence = torch.stack([_sequence(*one) for one in zip(by_head.split(parts), x.split(parts), strict=True)])
+        traces = torch.stack([size @ energy, sequence.sum(0), energy.sum(0), size.sum().expand(heads)])
         self.traces += traces.double().to(self.traces.device)
         self.count += len(g)
         return traces.isfinite().all()

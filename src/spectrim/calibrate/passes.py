@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from spectrim.calibrate.data import load_data
 from spectrim.calibrate.hooks import Watch
 from spectrim.calibrate.moments import Sums
 from spectrim.calibrate.positions import positions
+from spectrim.calibrate.route import Route
 from spectrim.calibrate.statistics import Statistics
 from spectrim.errors import SpectrimError
 from spectrim.linear import Linear
@@ -63,6 +64,7 @@ def run_batch(
     sums: Sums,
     *,
     image_tokens_only: bool = False,
+    route: Route | None = None,
 ) -> None:
     """Run a batch through a :func:`prepared` model and add what its linears read to ``sums``.
 
@@ -72,13 +74,15 @@ def run_batch(
         batch: of any size.
         sums: of the batch's modality.
         image_tokens_only: the backbone counts only positions of image tokens.
+        route: that of the batch's modality; the pass then ends behind the last of these linears.
 
     Raises:
         NumericalError: NaN or infinity; names the linear and the batch.
     """
     inputs = model_inputs(model, batch)
     counted = positions(model, inputs, image_tokens_only=image_tokens_only)
-    with torch.no_grad(), Watch(modules, sums, counted) as watch:
+    way = nullcontext() if route is None else route.followed(modules)
+    with torch.no_grad(), Watch(modules, sums, counted) as watch, way:
         model(**inputs, **forward_options(model))
     watch.finish(f"{batch.modality} batch {sums.batches + 1}")
     sums.batches += 1

@@ -48,6 +48,15 @@ class Positions:
         rows = self.select(place, x)
         return rows.view(samples, -1, rows.shape[-1]).mean(0)
 
+    def split(self, place: Place, layout: torch.Size) -> list[int] | None:
+        """How many rows of `select` are of each sample, whose rows follow each other; None where that is not known."""
+        samples, mask = self.shape[0], self.rows(place, layout)
+        if samples == 1:
+            return [layout.numel() if mask is None else int(mask.sum())]
+        if self.chosen(place, layout) or layout.numel() % samples:
+            return None
+        return [layout.numel() // samples] * samples if mask is None else mask.view(samples, -1).sum(1).tolist()
+
     def chosen(self, place: Place, layout: torch.Size) -> bool:
         """Whether a linear reads only the positions that are routed to it, as an expert does."""
         return place == "backbone" and len(layout) == 1 and layout.numel() != self.shape[0] * self.shape[1]

@@ -56,7 +56,12 @@ def foresee(
         steps: runs a unit's batches into sums, and yields after each.
     """
     before, units, kept = held_memory(device), [], 0
+    tried: dict[str, tuple[float, int]] = {}  # by kind of unit: seconds for a sample, bytes of sums
     for unit in manifest.units:
+        left = samples[unit.modality] - manifest.gathered[unit.name].samples
+        if unit.kind in tried:  # the first group of it stands for all
+            units.append(Unit(left, *tried[unit.kind]))
+            continue
         sums = Sums(torch.device("cpu"))
         began = time.monotonic()
         first, counted = 0, 0
@@ -70,8 +75,8 @@ def foresee(
                 break
         counted = counted or sums.samples
         kept = max(kept, nbytes := sums_bytes(sums))
-        left = samples[unit.modality] - manifest.gathered[unit.name].samples
-        units.append(Unit(left, (time.monotonic() - began) / max(counted, 1), nbytes))
+        tried[unit.kind] = (time.monotonic() - began) / max(counted, 1), nbytes
+        units.append(Unit(left, *tried[unit.kind]))
         del sums
     work = max(0, peak_memory(device) - before - kept)
     return calibration(units, held=before, work=work, processes=share()[1])

@@ -6,6 +6,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -21,14 +22,14 @@ from spectrim.calibrate.experts import described, tokens_by_expert
 from spectrim.calibrate.fingerprint import model_print
 from spectrim.calibrate.forms import choose_forms
 from spectrim.calibrate.gradients import run_gradients
-from spectrim.calibrate.groups import passes
-from spectrim.calibrate.labels import labelled_samples
+from spectrim.calibrate.labels import Known, labelled_samples, together
 from spectrim.calibrate.manifest import COST_FILE, MANIFEST, CalibrationUnit, DataPrint, Gathered, Manifest
-from spectrim.calibrate.memory import room
+from spectrim.calibrate.memory import fitted
 from spectrim.calibrate.moments import Sums
 from spectrim.calibrate.passes import prepared, run_batch
 from spectrim.calibrate.positions import image_token
 from spectrim.calibrate.probe import foresee, peak_memory, written_bytes
+from spectrim.calibrate.route import Route
 from spectrim.calibrate.size import statistics_bytes
 from spectrim.calibrate.snapshot import SnapshotStore, check_home, check_space
 from spectrim.calibrate.statistics import Statistics
@@ -38,7 +39,7 @@ from spectrim.errors import SampleError, StatisticsError
 from spectrim.estimate import Cost, compared
 from spectrim.experts import all_tokens
 from spectrim.files import user_path, write_whole
-from spectrim.linear import Linear
+from spectrim.samples import Modality
 from spectrim.samples.sources import local_path, split_columns
 from spectrim.settings import CALIBRATION, CalibrationOptions, split_weight
 from spectrim.versions import release
@@ -91,7 +92,7 @@ def calibrate(
             images, and "builtin" means none there.
         samples: of each modality.
         seqlen: tokens of a text sample.
-        batch_size: samples that run together at most; gradient passes run them one at a time.
+        batch_size: samples that run together at most; in gradient passes neighbours of equal shapes.
         seed: of the choice of samples.
         instruction: of image samples that carry none.
         image_tokens_only: the backbone counts only the positions of image tokens in image samples.
@@ -154,7 +155,8 @@ def calibrate(
         image_token(model)
     shown = options.images if data.images else None
     source = DataPrint(text=_absolute(options.text), images=_absolute(shown), fingerprint=data.fingerprint())
-    fresh = _manifest(model, parts, data, source, options)
+    fresh, recomputes = _manifest(model, parts, data, source, options)
+    run = _Run(model, parts, data, recomputes)
     if SnapshotStore(out, fresh).manifest.complete:
         _log.info("calibrate: complete already, in %s", out)
     else:
@@ -164,8 +166,8 @@ def calibrate(
             if not store.manifest.complete:
                 store.check()
                 store.manifest = store.manifest.regrouped(fresh, data.samples)
-                cost = _cost(model, parts, data, store, out) if estimate else None
-                _gather(model, parts, data, store, checkpoint_seconds, progress or (lambda done, total: None))
+                cost = _cost(run, store, out) if estimate else None
+                _gather(run, store, checkpoint_seconds, progress or (lambda done, total: None))
                 if cost is not None:
                     _compare(cost, out)
     statistics = Statistics.open(out)
@@ -203,17 +205,59 @@ def _sole_writer(out: Path) -> Iterator[None]:
         yield
 
 
-def _gather(
-    model: PreTrainedModel,
-    parts: Anatomy,
-    data: Data,
-    store: SnapshotStore,
-    checkpoint_seconds: float,
-    progress: Callable[[int, int], None],
-) -> None:
+@dataclass(frozen=True)
+class _Run:
+    """What all units of a calibration run on, and what earlier ones found."""
+
+    model: PreTrainedModel
+    parts: Anatomy
+    data: Data
+    recomputes: bool  # blocks, in backward passes
+    known: Known = field(default_factory=Known)
+    routes: dict[Modality, Route] = field(default_factory=dict)
+
+    def steps(self, manifest: Manifest, unit: CalibrationUnit, sums: Sums) -> Iterator[None]:
+        """Run the batches of one unit that are this process's share and not in ``sums`` yet; yields after each."""
+        settings, (rank, processes), resumed = manifest.settings, share(), sums.batches
+        modules = {self.parts.linear(x): self.model.get_submodule(x) for x in manifest.linears(unit)}
+        if not unit.gradients:
+            only = settings.image_tokens_only and unit.modality == "image"
+            route = self.routes.setdefault(unit.modality, Route(self.model, self.parts.linears))
+            for number, batch in enumerate(self.data.batches(unit.modality, settings.batch_size)):
+                if number >= resumed and number % processes == rank:
+                    with all_tokens() if settings.all_experts else nullcontext():
+                        run_batch(self.model, modules, batch, sums, image_tokens_only=only, route=route)
+                    yield
+            return
+        blocks = self.parts.blocks() if self.recomputes else ()
+        how: dict[str, Any] = {
+            "fisher": settings.gradients and unit.modality == "text",
+            "blocks": {name: self.model.get_submodule(name) for name in blocks},
+        }
+        samples = labelled_samples(
+            self.model,
+            self.data,
+            unit.modality,
+            sampled=settings.labels == "sampled",
+            answer_tokens=settings.answer_tokens,
+            seed=settings.seed,
+            numbers=range(sums.samples or rank, self.data.samples[unit.modality], processes),
+            known=self.known,
+        )
+        apart = False
+        for several in together(samples, settings.batch_size):
+            apart = apart or not run_gradients(self.model, modules, several, sums, manifest.output_forms, **how)
+            if not apart:
+                yield
+            for sample in several if apart else ():
+                run_gradients(self.model, modules, [sample], sums, manifest.output_forms, **how)
+                yield
+
+
+def _gather(run: _Run, store: SnapshotStore, checkpoint_seconds: float, progress: Callable[[int, int], None]) -> None:
     rank, processes = share()
-    manifest = store.manifest
-    linears = {linear.name: linear for linear in parts.linears}
+    manifest, data, device = store.manifest, run.data, run.model.device
+    linears = {linear.name: linear for linear in run.parts.linears}
     total = sum(data.samples[unit.modality] for unit in manifest.units)
     finished = {x.name for x in manifest.units if manifest.gathered[x.name].samples == data.samples[x.modality]}
     # Snapshots hold the sums of one process, so that only one alone can continue from them.
@@ -230,13 +274,13 @@ def _gather(
         distributed.barrier()  # all have looked at the directory before one writes to it
     if rank == 0:
         store.save({}, complete=not units)  # claims the directory before the first files of moments
-    home = model.device if model.device.type == "cuda" else torch.device("cpu")
+    home = device if device.type == "cuda" else torch.device("cpu")
     due = time.monotonic() + checkpoint_seconds
-    with prepared(model):
+    with prepared(run.model):
         for unit in units:  # one at a time, so that memory is that of one unit's sums
             sums = store.restore(unit.name, home) if processes == 1 else Sums(home)
             done -= sums.samples
-            for _ in _steps(model, linears, data, manifest, unit, sums):
+            for _ in run.steps(manifest, unit, sums):
                 progress(done + sums.samples, total)
                 if processes == 1 and (started := time.monotonic()) >= due:
                     store.save({unit.name: sums}, complete=False)
@@ -252,15 +296,13 @@ def _gather(
         distributed.barrier()
 
 
-def _cost(model: PreTrainedModel, parts: Anatomy, data: Data, store: SnapshotStore, out: Path) -> Cost:
+def _cost(run: _Run, store: SnapshotStore, out: Path) -> Cost:
     """What is left to gather will take, said; the clock runs from here."""
-    linears = {linear.name: linear for linear in parts.linears}
-    with prepared(model):
-        found = foresee(
-            store.manifest, data.samples, model.device, partial(_steps, model, linears, data, store.manifest)
-        )
+    device = run.model.device
+    with prepared(run.model):
+        found = foresee(store.manifest, run.data.samples, device, partial(run.steps, store.manifest))
     _log.info("calibrate: will take about %s", found)
-    return Cost(found, time.monotonic, partial(peak_memory, model.device), partial(written_bytes, out))
+    return Cost(found, time.monotonic, partial(peak_memory, device), partial(written_bytes, out))
 
 
 def _compare(cost: Cost, out: Path) -> None:
@@ -270,48 +312,14 @@ def _compare(cost: Cost, out: Path) -> None:
     write_whole(out / COST_FILE, json.dumps(compared(cost.estimate, found), indent=2).encode())
 
 
-def _steps(
-    model: PreTrainedModel,
-    linears: dict[str, Linear],
-    data: Data,
-    manifest: Manifest,
-    unit: CalibrationUnit,
-    sums: Sums,
-) -> Iterator[None]:
-    """Run the batches of one unit that are this process's share and not in ``sums`` yet; yields after each."""
-    settings, (rank, processes), resumed = manifest.settings, share(), sums.batches
-    modules = {linears[name]: model.get_submodule(name) for name in manifest.linears(unit)}
-    if not unit.gradients:
-        only = settings.image_tokens_only and unit.modality == "image"
-        for number, batch in enumerate(data.batches(unit.modality, settings.batch_size)):
-            if number >= resumed and number % processes == rank:
-                with all_tokens() if settings.all_experts else nullcontext():
-                    run_batch(model, modules, batch, sums, image_tokens_only=only)
-                yield
-        return
-    fisher = settings.gradients and unit.modality == "text"
-    forms = manifest.output_forms
-    for sample in labelled_samples(
-        model,
-        data,
-        unit.modality,
-        sampled=settings.labels == "sampled",
-        answer_tokens=settings.answer_tokens,
-        seed=settings.seed,
-        numbers=range(resumed or rank, data.samples[unit.modality], processes),
-    ):
-        run_gradients(model, modules, sample, sums, forms, fisher=fisher)
-        yield
-
-
 def _manifest(
     model: PreTrainedModel, parts: Anatomy, data: Data, source: DataPrint, options: CalibrationOptions
-) -> Manifest:
-    """The manifest of a calibration that has gathered nothing yet."""
+) -> tuple[Manifest, bool]:
+    """The manifest of a calibration that has gathered nothing yet, and whether its blocks run again."""
     packages = {name: release(name) or "unknown" for name in ("spectrim", "torch", "transformers")}
     settings, model_is = options.settings, model_print(model)  # which brings the weights into memory
     forms = choose_forms(parts.linears, settings.curvature_forms) if settings.curvature else {}
-    groups = passes(parts, settings, source.modalities, forms, room(model, parts, data, options))
+    fit = fitted(model, parts, data, options, forms)
     fresh = Manifest(
         model=model_is,
         data=source,
@@ -320,7 +328,7 @@ def _manifest(
         blocks={linear.name: linear.block or "other" for linear in parts.linears},
         forms={name: str(form) for name, form in forms.items()},
         heads={x.name: x.per_head for x in parts.linears if x.name in forms and x.per_head},
-        groups=groups,
+        groups=fit.groups,
         gathered={},
     )
-    return fresh.model_copy(update={"gathered": {unit.name: Gathered() for unit in fresh.units}})
+    return fresh.model_copy(update={"gathered": {unit.name: Gathered() for unit in fresh.units}}), fit.recomputes

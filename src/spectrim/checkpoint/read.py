@@ -14,11 +14,13 @@ from spectrim import files, latent
 from spectrim.checkpoint.config import METHOD, check_latent_cache
 from spectrim.checkpoint.model_files import CONFIGS, PROVENANCE, processor_files
 from spectrim.checkpoint.names import shortened
+from spectrim.checkpoint.offload import places, too_large
 from spectrim.checkpoint.sources import NO_MODEL, WHERE, failure, loader, read_config, read_object, sees, split_source
 from spectrim.checkpoint.weights import check_weights, weight_files
 from spectrim.dense import quantization
 from spectrim.errors import CheckpointError, ModelError, SpectrimError, printable
 from spectrim.storage.runtime import RUNTIMES, set_runtime
+from spectrim.trace import as_traced
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +35,7 @@ def load(
     dtype: torch.dtype | str | None = None,
     runtime: str | None = None,
     latent_cache: bool | str | None = None,
+    memory: str | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """Open a model directory or hub id, dense or compressed, as the image-text model or the language model that it is.
@@ -41,7 +44,9 @@ def load(
     `dtype` None keeps the dtype of the files; that of an unpacked GGUF file is bfloat16. `runtime` says how integers
     run: ``auto``, ``speed``, ``memory`` or ``reference`` (see ``storage.packed.PackedLinear``); None as the checkpoint
     says. `latent_cache` true lets every ``generate`` keep latents in place of keys and values (`spectrim.LatentCache`),
-    ``"int8"`` latents in integers; None as the checkpoint says. Other arguments are those of ``from_pretrained``. Code
+    ``"int8"`` latents in integers; None as the checkpoint says. With a `memory` such as ``"8GiB"`` of which the weights
+    of a local dense model would take more than half, blocks stay in their files and come in when they run, on the CPU;
+    None loads all. Other arguments are those of ``from_pretrained``. Code
     that a model brings is run with ``trust_remote_code=True`` only; nothing asks. The model is in eval mode.
 
     Raises:
@@ -73,6 +78,11 @@ def load(
     if local:
         _check_files(Path(source), config, kwargs, quantized=quantized)
     options = {"output_loading_info": True, **kwargs}
+    empty = None
+    dense = local and not quantized and quantization(config) is None
+    if memory is not None and dense and device_map in (None, "cpu") and too_large(Path(source), memory):
+        empty = load_empty(source, dtype=_dtype(dtype), trust_remote_code=bool(kwargs["trust_remote_code"]))
+        device_map = places(empty, memory)
     try:
         try:
             loaded: Any = auto.from_pretrained(source, device_map=device_map, dtype=dtype or "auto", **options)
@@ -105,6 +115,8 @@ def load(
         raise ModelError(f"the files of {str(directory)!r} lack {shortened(missing)}; copy or download them again")
     if gguf is not None:  # else what is saved would be named after the directory
         model.name_or_path = model.config.name_or_path = str(directory)
+    if empty is not None:
+        as_traced(model, empty)
     if runtime is not None:
         set_runtime(model, runtime)
     if latent_cache:
@@ -112,6 +124,12 @@ def load(
     elif latent_cache is not None:
         latent.use_ordinary_cache(model)
     return model
+
+
+def _dtype(name: torch.dtype | str | None) -> torch.dtype | None:
+    """A dtype as `load` takes it; None for that of the files."""
+    found = getattr(torch, name, None) if isinstance(name, str) else name
+    return found if isinstance(found, torch.dtype) else None
 
 
 def load_empty(

@@ -22,7 +22,7 @@ def saved_tensors(model: PreTrainedModel) -> dict[str, Stored]:
     seen: set[tuple[int, torch.Size]] = set()
     state = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        place = (tensor.data_ptr() or id(tensor), tensor.shape)  # without values, tied tensors are one object
+        place = (id(tensor) if tensor.is_meta else tensor.data_ptr(), tensor.shape)  # tied meta tensors are one object
         if tensor.numel() == 0 or place not in seen:
             seen.add(place)
             state[name] = torch.empty_like(tensor, device="meta")

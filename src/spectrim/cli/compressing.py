@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 Level = Annotated[
-    str, typer.Option("--effort", help="quick, standard or thorough: samples, compensation and refinement together.")
+    str, typer.Option("--effort", help="quick, standard or thorough: samples, compensation and end-to-end pass.")
 ]
 
 
@@ -84,7 +84,7 @@ def _calibrate(
     with progress() as report:
         processor = load_processor(source, **trust)
         statistics = calibrate(
-            load(source, **loaded_as),
+            load(source, **loaded_as, memory=options.memory),
             out,
             processor=processor,
             progress=lambda done, total: report("calibrate", done, total),
@@ -289,7 +289,12 @@ def _compress(
     with (
         progress() as report,
         job_compression(
-            job, load(source, **loaded_as), load_processor(source, **trust), report, given, estimate=True
+            job,
+            load(source, **loaded_as, memory=samples.memory),
+            load_processor(source, **trust),
+            report,
+            given,
+            estimate=True,
         ) as prepared,
     ):
         for item, target in zip(prepared.plans(job), job.targets, strict=True):

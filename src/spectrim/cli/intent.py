@@ -108,7 +108,7 @@ def calibration_items(
 
     Raises SpectrimError as the calibration would, as far as that is known without running it.
     """
-    from spectrim.calibrate.size import statistics_bytes
+    from spectrim.calibrate.outlook import outlook
 
     model, parts = shapes(source, dtype=dtype, trust_remote_code=trust_remote_code)
     data = samples_of(source, model, parts, options, trust_remote_code=trust_remote_code)
@@ -123,7 +123,10 @@ def calibration_items(
         f"{' and '.join(what)} of {len(parts.linears)} linears from "
         + " and ".join(f"{count} {modality} samples" for modality, count in counts.items())
     ]
-    size = statistics_bytes(parts, options.settings, tuple(counts))
+    passes, estimate = outlook(model, parts, data, options)
+    several = ", ".join(f"{kind} in {count}" for kind, count in passes.items())
+    gather.append(f"passes: {several}; about {estimate}")
+    size = estimate.disk
     read = source_items(text=options.text, images=images)
     return read, gather, [(f"statistics {out}", size, "about")], (model, parts)
 

@@ -54,9 +54,9 @@ def _anatomy(model: Model, json: Json = None, trust_remote_code: Trust = False, 
     show(rows)
     places = ", ".join(f"{place} {parts.params(place):,} in {len(parts.blocks(place))} blocks" for place in PLACES)
     show(f"compressible parameters: {places}")
-    kept = Table("kept as it is", "parameters", "why", box=None, pad_edge=False)
+    kept = Table("kept as it is", "parameters", "share", "why", box=None, pad_edge=False)
     for item in parts.kept:
-        kept.add_row(item.name, f"{item.params:,}", item.reason)
+        kept.add_row(item.name, f"{item.params:,}", f"{parts.share(item):.1%}", item.reason)
     show(kept)
     if json is not None:
         groups = [asdict(group) for group in parts.describe()]

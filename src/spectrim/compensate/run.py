@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from spectrim.anatomy import Anatomy
+from spectrim.away import here, values
 from spectrim.calibrate import Statistics
 from spectrim.calibrate.data import reload_data
 from spectrim.calibrate.passes import forward_options, model_inputs, prepared
@@ -167,7 +168,7 @@ class Compensation:
             if last is not None and self._recipe.metric.kind == "curvature":
                 whole = self._recipe.metric.model_copy(update={"per_head": False})
                 output = layer_metric(
-                    whole, unit.linears[last], self._statistics, unit.dense[last].weight.device
+                    whole, unit.linears[last], self._statistics, values(unit.dense[last]).device
                 ).output
             samples = [(p.dense.call, p.small.call, p.counted) for p in here if p.dense.call and p.small.call]
             refine(unit, samples, steps, None if output is None else output.roots[0])
@@ -192,7 +193,7 @@ class Compensation:
         rows = pair.counted.select if self._recipe.compensate.buckets is None else pair.counted.average
         targets = {}
         for name in group.members:
-            y, bias = dense.y[name], unit.dense[name].bias
+            y, bias = dense.y[name], here(unit.dense[name]).bias
             if y.shape[:-1] != x.shape[:-1]:
                 raise ModelError(f"{name} reads other positions in the compressed model; set compensate.kind=none")
             target = wide(y) if bias is None else wide(y) - wide(bias)
@@ -209,7 +210,7 @@ class Compensation:
         return self._maker.make(self._parts.linear(name), self._plan.linears[name])
 
     def _linear(self, unit: Unit, name: str, sums: dict[Modality, ShiftedSum]) -> Tensors:
-        linear, row, W = unit.linears[name], self._plan.linears[name], unit.dense[name].weight
+        linear, row, W = unit.linears[name], self._plan.linears[name], values(unit.dense[name])
         part, how = self._recipe.metric, self._recipe.compensate
         if not (taken := chosen(part, sums)):
             return self._alone(name)

@@ -1,7 +1,5 @@
 """Compensated linears on disk: a file for each unit that is done, so that a killed run goes on after it."""
 
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,7 +8,7 @@ import torch
 from spectrim.anatomy import Anatomy
 from spectrim.calibrate import Statistics
 from spectrim.disk.sealed import open_sealed, write_sealed
-from spectrim.metrics.spectra import cache_key
+from spectrim.plan.key import made_key
 from spectrim.plan.plan import Plan
 from spectrim.recipe import Recipe
 from spectrim.storage import Tensors
@@ -22,12 +20,9 @@ class Store:
     """The linears of one recipe and plan, in the statistics directory."""
 
     def __init__(self, statistics: Statistics, parts: Anatomy, recipe: Recipe, plan: Plan) -> None:
-        # All of a recipe counts but what says who it is, and the allocation, of which the plan is what came out.
-        content = recipe.model_dump(mode="json", exclude={"version", "name", "summary", "paper", "allocation"})
-        rows = {name: [row.form, row.spec] for name, row in plan.linears.items()}
-        key = json.dumps([VERSION, cache_key(recipe.metric, statistics, parts), content, rows], sort_keys=True)
         self.home = statistics.path
-        self.directory = self.home / "compensated" / hashlib.sha256(key.encode()).hexdigest()[:16]
+        key = made_key(VERSION, statistics, parts, recipe, plan.linears, without={"tune"})
+        self.directory = self.home / "compensated" / key
 
     def has(self, unit: str) -> bool:
         """Is this unit done?"""

@@ -77,6 +77,7 @@ def evaluate(
     prompts: str | Sequence[str | tuple[str, float]] | None = EVALUATION.prompts,
     batch_size: int | None = EVALUATION.batch_size,
     blind: bool = EVALUATION.blind,
+    memory: str | None = EVALUATION.memory,
     device: str | None = None,
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
@@ -112,6 +113,7 @@ def evaluate(
         prompts=prompts,
         batch_size=batch_size,
         blind=blind,
+        memory=memory,
     )
     found = check_evaluation(directories, chosen, device=device, trusted=trust_remote_code)
     paths, reference = found.paths, found.reference
@@ -299,7 +301,8 @@ def _evaluate_one(path: Path, work: _Work, *, floor: bool) -> tuple[DirectoryRes
         return answers, score(answers, perf_counter() - start)
 
     with PeakMemory() as meter:
-        model = load(path, device_map=work.device, dtype=work.dtype, trust_remote_code=work.trusted)
+        where: dict[str, Any] = {"device_map": work.device, "memory": work.settings.memory}
+        model = load(path, dtype=work.dtype, trust_remote_code=work.trusted, **where)
         processor = load_processor(path, trust_remote_code=work.trusted)
         language = None if work.text is None else read(work.text)
         answers, scores = look("vqa", work.questions)

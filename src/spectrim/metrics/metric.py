@@ -8,7 +8,7 @@ import torch
 
 from spectrim.anatomy import Anatomy
 from spectrim.calibrate import Moment, Statistics
-from spectrim.calibrate.experts import expert_statistics
+from spectrim.calibrate.experts import ExpertStatistics, expert_statistics
 from spectrim.errors import RecipeError
 from spectrim.linear import Linear
 from spectrim.maths.decompose import OutputMetric
@@ -51,9 +51,15 @@ def layer_metric(
     if statistics is None:
         raise RecipeError(f"metric '{part.kind}' needs calibration statistics; give a statistics directory or samples")
     _check_gathered(part, statistics)
-    reached = any(statistics.positions(linear.name, m) for m in statistics.manifest.data.modalities)
     read = expert_statistics(statistics, linear)
-    if (metric := _gathered(part, linear, read, device)) is not None:
+    if isinstance(read, ExpertStatistics) and part.modality == "joint":
+        lean = read.lean(linear.name)  # modalities weigh as their losses do: by the expert's share of their tokens
+        part = part.model_copy(update={"gamma": part.gamma * lean, "beta": part.beta * lean})
+    metric = _gathered(part, linear, read, device)
+    if metric is not None and read is statistics:
+        return metric
+    reached = any(statistics.positions(linear.name, m) for m in statistics.manifest.data.modalities)
+    if metric is not None:
         return metric if reached else replace(metric, source="experts")
     return Metric(None, "identity" if reached else "unreached")
 

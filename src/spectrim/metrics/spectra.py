@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from spectrim.anatomy import Anatomy
+from spectrim.away import values
 from spectrim.calibrate import Statistics
 from spectrim.disk.lock import writing
 from spectrim.disk.sealed import Sealed, open_sealed, write_sealed
@@ -24,7 +25,7 @@ from spectrim.recipe import MetricPart
 
 logger = logging.getLogger(__name__)
 
-VERSION = 5  # raised when the meaning of a spectrum changes; earlier files are then not used
+VERSION = 6  # raised when the meaning of a spectrum changes; earlier files are then not used
 
 
 class Spectra:
@@ -129,9 +130,7 @@ def _make(
     model: nn.Module, linear: Linear, part: MetricPart, statistics: Statistics | None
 ) -> tuple[dict[str, torch.Tensor], str]:
     """The tensors of one spectrum, and where its metric came from."""
-    weight = model.get_submodule(linear.name).weight
-    assert isinstance(weight, torch.Tensor)
-    W = check_finite(f"the weight of {linear.name}", weight.detach())
+    W = check_finite(f"the weight of {linear.name}", values(model.get_submodule(linear.name)))
     if not W.any():
         logger.warning("%s: all weights are zero; was it ever trained?", linear.name)
     metric = layer_metric(part, linear, statistics, W.device)

@@ -15,6 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from spectrim.anatomy import Anatomy, anatomy
+from spectrim.away import values
 from spectrim.calibrate import Statistics
 from spectrim.checks import check_retain
 from spectrim.errors import StatisticsError
@@ -217,8 +218,7 @@ def inspect(
     ranks: list[EffectiveRank] = []
     etas: list[Eta] = []
     for done, linear in enumerate(parts.linears):
-        weight: Any = model.get_submodule(linear.name).weight
-        W = check_finite(f"the weight of {linear.name}", weight.detach())
+        W = check_finite(f"the weight of {linear.name}", values(model.get_submodule(linear.name)))
         text, image = (_mean(statistics, linear, modality, W.device) for modality in ("text", "image"))
         gap = None if text is None or image is None else mismatch(W, text, image)
         if gap is not None:

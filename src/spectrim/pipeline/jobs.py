@@ -255,7 +255,9 @@ def with_effort(
     level, changed, given = effort(name), dict(changes or {}), dict(samples)
     chosen = Recipe.read(recipe, changed)
     if chosen.compensate.kind != "none" and not any(key.split(".")[0] == "compensate" for key in changed):
-        changed |= level.compensation
+        fitted = chosen.compensate.kind == "anchored"  # the weight of adaComp is another one, and its recipe's own
+        kept = {key: x for key, x in level.compensation.items() if fitted or key != "compensate.weight"}
+        changed = {**kept, **changed}
         chosen = Recipe.read(recipe, changed)
     if gathers and name != EFFORT and chosen.needs_statistics:
         given = {"samples": level.samples, **given}

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from spectrim.anatomy import Anatomy
+from spectrim.away import values
 from spectrim.calibrate import Statistics
 from spectrim.calibrate.data import SAMPLE_SETTINGS, load_data
 from spectrim.calibrate.passes import forward_options, model_inputs, prepared
@@ -27,6 +28,7 @@ from spectrim.recipe import Recipe
 from spectrim.storage import Problem, made
 
 _HELD = 14  # times the outputs of a block's linears: what walks hold of every sample, measured on two models
+_TRAINED = 28  # bytes of a number that is trained: itself, the first and the best state, master, gradient, two means
 _SECONDS = 4.0  # of linears that are tried; larger ones are then put in proportion
 
 Kind = tuple[int, int, int, bool]
@@ -70,7 +72,12 @@ def foresee(
                 _try(model, linear, recipe, statistics, share)  # libraries begin slowly
             measured[kind] = _try(model, linear, recipe, statistics, share)
     compensates = recipe.compensate.kind != "none"
-    walk, kept = _walk(model, parts, recipe, statistics, processor) if compensates else (0.0, 0)
+    walk, kept = 0.0, 0
+    if compensates:
+        walk, kept = _walk(model, parts, recipe, statistics, processor, recipe.compensate.samples)
+    trained = 0.0
+    if recipe.tune.epochs:
+        trained, _ = _walk(model, parts, recipe, statistics, processor, recipe.tune.samples)
     fresh = [linear for linear in parts.linears if not (spectra / f"{linear.name}.safetensors").exists()]
     changed = [linear for linear in parts.linears if recipe.allocation.reason(linear) is None]
     done = Checkpoints(
@@ -84,7 +91,10 @@ def foresee(
     )
     rates = by_work(measured, {kind: kind[:2] for kind in first})
     tried = max(0, peak_memory(model.device) - before)
-    return compression(done, rates, walk=walk, held=before, work=max(tried, kept + sizes.fixed + max(most)))
+    peak = max(tried, kept + sizes.fixed + max(most))
+    if recipe.tune.epochs:
+        peak = max(peak, _TRAINED * max(most) // model.dtype.itemsize)
+    return compression(done, rates, walk=walk, tune=trained * recipe.tune.epochs, held=before, work=peak)
 
 
 def _kind(recipe: Recipe, linear: Linear) -> Kind:
@@ -103,7 +113,7 @@ def _spectrum_bytes(recipe: Recipe, kind: Kind) -> int:
 
 def _try(model: PreTrainedModel, linear: Linear, recipe: Recipe, statistics: Statistics | None, share: float) -> Rates:
     """Seconds of one linear, whose results are thrown away."""
-    W: Any = model.get_submodule(linear.name).weight
+    W = values(model.get_submodule(linear.name))
     began = time.perf_counter()
     metric = layer_metric(recipe.metric, linear, statistics, W.device)
     heads = _kind(recipe, linear)[2]
@@ -137,9 +147,14 @@ def _bought(options: Menu, share: float) -> tuple[str, Any]:
 
 
 def _walk(
-    model: PreTrainedModel, parts: Anatomy, recipe: Recipe, statistics: Statistics | None, processor: Any
+    model: PreTrainedModel,
+    parts: Anatomy,
+    recipe: Recipe,
+    statistics: Statistics | None,
+    processor: Any,
+    most: int | None,
 ) -> tuple[float, int]:
-    """Seconds of one forward pass of all samples that compensation runs, and bytes that it keeps of them.
+    """Seconds of one forward pass of `most` samples of each modality, and bytes that compensation keeps of them.
 
     Both are zero where there are no samples any more, which the compression itself will say.
     """
@@ -153,7 +168,7 @@ def _walk(
         data = load_data(model, processor, text=source.text, images=source.images, sees=sees, **options)
     except SpectrimError:
         return 0.0, 0
-    number = min(settings.samples, recipe.compensate.samples or settings.samples)
+    number = min(settings.samples, most or settings.samples)
     blocks = Counter[str | None]()
     for linear in parts.linears:
         blocks[linear.block] += linear.out_features

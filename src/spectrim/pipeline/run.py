@@ -68,6 +68,8 @@ def compression(
         raise RecipeError("the model is compressed already; start from the dense model, or dequantize it first")
     check_dense(model)
     parts = anatomy(model)
+    for skipped in parts.left_out():
+        _log.warning("compress: stays dense: %s of all parameters", skipped)
     if check is not None:
         check(model, parts)
 
@@ -187,7 +189,7 @@ def compress(
         processor: the processor or tokenizer of a loaded model, or the directory that has it; needed to gather samples
             and to make `out` complete. Found by itself where `model` is a name.
         keep, only: patterns of names of linears that stay dense, or that alone are compressed, such as "*.layers.0.*".
-        effort: "quick", "standard" or "thorough": samples, compensation and refinement where nothing else sets them.
+        effort: "quick", "standard" or "thorough": samples, compensation and end-to-end pass where nothing else says it.
         trust_remote_code: run code that the model brings; it is written into `out`, too.
         calibration: arguments of :func:`spectrim.calibrate`, such as text, images, samples and seed.
 
@@ -210,7 +212,8 @@ def compress(
         samples=calibration,
         trust_remote_code=trust_remote_code,
     )
-    loaded = model if isinstance(model, PreTrainedModel) else load(str(source), trust_remote_code=trust_remote_code)
+    limit: dict[str, Any] = {"memory": calibration.get("memory"), "trust_remote_code": trust_remote_code}
+    loaded = model if isinstance(model, PreTrainedModel) else load(str(source), **limit)
     files = source or processor  # what a checkpoint copies: the directory where there is one
     if isinstance(found := processor or source, str | Path):
         processor = load_processor(found, trust_remote_code=trust_remote_code)

@@ -1,10 +1,10 @@
 """One dense model under one recipe: spectra → plan → factors (compensated or not) → checkpoint."""
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
+from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from spectrim.anatomy import Anatomy
+from spectrim.away import values
 from spectrim.calibrate import Statistics
 from spectrim.calibrate.data import reload_data
-from spectrim.calibrate.experts import tokens_by_expert
 from spectrim.calibrate.passes import short_samples
 from spectrim.calibrate.probe import written_bytes
 from spectrim.checkpoint import attach, save
@@ -29,6 +29,7 @@ from spectrim.metrics.metric import summed
 from spectrim.metrics.spectra import Spectra
 from spectrim.pipeline.budget import Budget, Sizes
 from spectrim.pipeline.jobs import Job, priced_tables, shared, too_small
+from spectrim.pipeline.record import provenance
 from spectrim.pipeline.tables import Tables
 from spectrim.plan.importance import SAMPLES, block_cosines, importance
 from spectrim.plan.maker import Maker
@@ -40,8 +41,9 @@ from spectrim.plan.spend import spend
 from spectrim.plan.teams import Teams
 from spectrim.recipe import Recipe
 from spectrim.samples import load_windows
-from spectrim.storage import DENSE, Spec, Tensors, filled, form, share, unshare
+from spectrim.storage import DENSE, Spec, Tensors, filled, share, unshare
 from spectrim.storage.base import checked_linear
+from spectrim.tune import Tuned, Tuning, beside
 
 _log = logging.getLogger("spectrim")
 
@@ -76,6 +78,7 @@ class Compression:
         self._tables = Tables(model, parts, recipe, statistics, processor, progress)
         self._losses: Mapping[str, torch.Tensor] | None = None
         self._cosines: Mapping[str, float] | None = None
+        self._tuned: Tuned | None = None
 
     def plan(self, retain: float | None = None, **limit: Any) -> Plan:
         """The plan of least loss within one limit, and less than one step of any linear below it.
@@ -250,9 +253,8 @@ class Compression:
             for modality, nats in measured.items():
                 total[modality] += nats
             return
-        W: Any = self.model.get_submodule(name).weight
         exact: Any = deepcopy(layer).double()
-        change = exact.product() - W.double()
+        change = exact.product() - values(self.model.get_submodule(name)).double()
         for modality in self.statistics.manifest.data.modalities:
             moment, output = self.statistics.moment(name, modality), self.statistics.output(name, modality)
             if moment is not None and output is not None:
@@ -275,6 +277,7 @@ class Compression:
         linears by themselves, in the recipe's metric.
         """
         compensates = self.recipe.compensate.kind != "none"
+        dense = beside(self.model) if self.recipe.tune.epochs else None
         solved, losses = self._compensated(plan), None if compensates else self._no_losses()
         for name in plan.exchanged:
             layer = self._layer(plan, name, solved)
@@ -283,6 +286,7 @@ class Compression:
         share(self.model)
         if plan.exchanged:
             attach(self.model)
+        self._tuned = None if dense is None else self._tune(plan, dense)
         return {str(self.recipe.metric.modality): plan.loss} if compensates and plan.loss is not None else losses
 
     def apply(self, plan: Plan) -> PreTrainedModel:
@@ -293,6 +297,17 @@ class Compression:
         """
         self._put(plan)
         return self.model
+
+    def _tune(self, plan: Plan, dense: PreTrainedModel) -> Tuned | None:
+        """Train the compressed model towards the dense one."""
+        if self.statistics is None or self.processor is None:
+            raise RecipeError(
+                "the end-to-end pass runs the calibration samples through the model; give statistics and the model's "
+                "processor, or set tune.epochs=0"
+            )
+        progress = None if self._progress is None else partial(self._progress, "tune")
+        given = self.parts, self.recipe, plan, self.statistics, self.processor
+        return Tuning(dense, self.model, *given).run(progress)
 
     def _compensated(self, plan: Plan) -> Mapping[str, Tensors]:
         """Compensated linears by name; none where the recipe does not compensate."""
@@ -318,8 +333,11 @@ class Compression:
     def _dense_after(self, plan: Plan, *, failure: bool = False) -> Iterator[None]:
         """Put the dense linears back after the block; with `failure`, only if it fails."""
         dense: dict[str, nn.Module] = {name: self.model.get_submodule(name) for name in plan.exchanged}
+        tuned = [(x, x.detach().clone()) for x in self.model.parameters() if x.ndim == 1 and self.recipe.tune.epochs]
 
         def restore() -> None:
+            for parameter, value in tuned:
+                parameter.data.copy_(value)
             for name, linear in dense.items():
                 self.model.set_submodule(name, linear)
             unshare(self.model)
@@ -333,34 +351,8 @@ class Compression:
                 stack.pop_all()
 
     def provenance(self, plan: Plan) -> dict[str, Any]:
-        """What spectrim.json records of a plan: recipe, what is kept in all and by place, data, versions."""
-        params = sum(linear.params for linear in self.parts.linears)
-        kept = sum(
-            form(row.form).params(linear, row.spec)
-            for linear, row in zip(self.parts.linears, plan.linears.values(), strict=True)
-        )
-        whole = sum(p.numel() * p.dtype.itemsize for p in self.model.parameters())
-        saved = plan.dense_bytes - plan.bytes + sum(row.dense_bytes - row.bytes for row in plan.tables.values())
-        data = None if self.statistics is None else self.statistics.manifest
-        return {
-            "recipe": self.recipe.model_dump(mode="json"),
-            "limit": plan.limit,
-            "retention": {
-                **({} if plan.retain is None else {"asked": plan.retain}),
-                "bytes": plan.bytes / plan.dense_bytes,
-                "params": kept / params,
-                "checkpoint": (whole - saved) / whole,
-            },
-            "bytes": {"linears": plan.bytes, "linears_dense": plan.dense_bytes},
-            "places": plan.by_place(self.parts),
-            **({"tables": plan.model_dump(mode="json")["tables"]} if plan.tables else {}),
-            "kept": dict(Counter(row.reason for row in plan.linears.values() if row.reason is not None)),
-            "unreached": sorted(self.unreached - set(plan.changed)),
-            **({"experts": experts} if (experts := tokens_by_expert(self.statistics, self.parts.linears)) else {}),
-            "data": None if data is None else data.data.model_dump(mode="json"),
-            "calibration": None if data is None else data.settings.model_dump(mode="json"),
-            "versions": None if data is None else data.versions,
-        }
+        """What spectrim.json records of a plan."""
+        return provenance(self.model, self.parts, self.recipe, self.statistics, plan, self.unreached)
 
     @cached_property
     def _compared(self) -> list[Mapping[str, torch.Tensor]]:
@@ -378,6 +370,8 @@ class Compression:
         record, samples = self.provenance(plan), self._compared
         with self._dense_after(plan, failure=keep):
             record["predicted_loss"] = self._put(plan)
+            if self._tuned is not None:
+                record["tuned"] = asdict(self._tuned)
             return save(
                 self.model,
                 out,

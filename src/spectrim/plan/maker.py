@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from spectrim.away import values
 from spectrim.calibrate import Statistics
 from spectrim.disk.lock import writing
 from spectrim.disk.sealed import open_sealed, write_sealed
@@ -39,9 +40,7 @@ class Maker:
         as_kept = heads is None or heads == spectrum.heads
         if not as_kept:
             part = part.model_copy(update={"per_head": heads != 1})
-        parameter = self._model.get_submodule(linear.name).weight
-        assert isinstance(parameter, torch.Tensor)
-        weight = parameter.detach()
+        weight = values(self._model.get_submodule(linear.name))
 
         def metrics() -> tuple[torch.Tensor | None, OutputMetric | None]:
             metric = layer_metric(part, linear, self._statistics, weight.device)

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from spectrim.anatomy import Anatomy
+from spectrim.away import here
 from spectrim.maths.decompose import factors
 from spectrim.maths.roots import check_finite
 from spectrim.metrics.spectra import Spectra
@@ -33,7 +34,8 @@ def probe(
     dense = _loss(model, windows)
     wanted = {}
     for done, linear in enumerate(parts.linears):
-        module: Any = model.get_submodule(linear.name)
+        held: Any = model.get_submodule(linear.name)
+        module = here(held)
         original = module.weight.detach().clone()
         full = linear.params / (linear.out_features + linear.in_features)
         spectrum = spectra.spectrum(linear.name)
@@ -44,9 +46,11 @@ def probe(
             A, B = factors(original, *spectrum.directions(spectrum.rank(rank), original.device))
             module.weight.copy_(A @ B)
             try:
+                model.set_submodule(linear.name, module)
                 losses.append(_loss(model, windows) - dense)
             finally:
                 module.weight.copy_(original)
+                model.set_submodule(linear.name, held)
         curve = np.interp(np.arange(size), [*ranks, size], [*losses, 0.0])
         wanted[linear.name] = torch.from_numpy(np.maximum.accumulate(curve[::-1])[::-1].copy())
         if progress is not None:

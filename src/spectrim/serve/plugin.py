@@ -119,7 +119,7 @@ class FactoredConfig(QuantizationConfig):
             return UnquantizedLinearMethod()
         if isinstance(layer, VocabParallelEmbedding):
             return embedding_method(layer, prefix, self.embeddings, self.grids, self.unpacked)
-        if prefix in known:
+        if any(name == prefix or name.startswith(f"{prefix}.") for name in known):  # experts stand below their module
             raise CheckpointError(f"vLLM has no linear {prefix!r} but a {type(layer).__name__}; keep it dense")
         return None
 

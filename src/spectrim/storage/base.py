@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn.utils import skip_init
 
+from spectrim.away import here
 from spectrim.errors import ModelError, NumericalError
 from spectrim.lazy import LazyWeight
 from spectrim.linear import Linear
@@ -379,7 +380,7 @@ def made(problem: Problem, kind: str, spec: Spec) -> Tensors:
 
 def filled(linear: nn.Linear, kind: str, spec: Spec, tensors: Tensors) -> nn.Module:
     """The layer of a form that takes the place of a dense one, with its bias and these tensors."""
-    layer = form(kind).build(linear, spec)
+    layer = form(kind).build(here(linear), spec)
     missing, unexpected = layer.load_state_dict(dict(tensors), strict=False)
     if unexpected or set(missing) - {"bias"}:
         raise ModelError(f"the tensors {sorted(tensors)} are not those of the form '{kind}' with {dict(spec)}")

@@ -1,0 +1,51 @@
+"""Where forward passes can end: behind the last block whose linears are wanted."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from spectrim.linear import Linear
+
+
+class _EndError(BaseException):
+    """Ends a forward pass; no error handler of the model's may catch it."""
+
+
+class Route:
+    """The way of forward passes through the blocks of a model, as the first pass finds it.
+
+    Args:
+        model: with these blocks.
+        linears: all that can be compressed; those outside blocks are stations of their own.
+    """
+
+    def __init__(self, model: nn.Module, linears: Iterable[Linear]) -> None:
+        self._stations = {name: model.get_submodule(name) for name in {x.block or x.name for x in linears}}
+        self._way: list[str] | None = None
+
+    @contextmanager
+    def followed(self, wanted: Iterable[Linear]) -> Iterator[None]:
+        """A forward pass inside the block ends behind the last of these linears, if it goes the way of the first."""
+        passed: list[str] = []
+        needed = {x.block or x.name for x in wanted}
+        way = self._way or []
+        end = 1 + max((number for number, name in enumerate(way) if name in needed), default=-1)
+
+        def enter(name: str) -> None:
+            if way and passed == way[:end]:
+                raise _EndError
+            passed.append(name)
+
+        hooks = [
+            module.register_forward_pre_hook(lambda *_, name=name: enter(name))
+            for name, module in self._stations.items()
+        ]
+        try:
+            yield
+        except _EndError:
+            return
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self._way = self._way or passed

@@ -1,0 +1,197 @@
+"""The end-to-end pass: nearer to the dense model on samples that it did not train on, at the same bytes."""
+
+from dataclasses import asdict
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import families
+from compressed import logits
+from helpers.matrices import normal
+from helpers.samples import processor
+from helpers.streams import assert_same, prepare, weights
+from spectrim.calibrate import calibrate
+from spectrim.checkpoint import load, read_provenance
+from spectrim.errors import NumericalError, RecipeError
+from spectrim.maths.rounding import Grid, quantize
+from spectrim.pipeline import compress, compression
+from spectrim.storage.packed import PackedLinear
+from spectrim.tune import run
+from spectrim.tune.run import _turns
+from spectrim.tune.samples import divided, together
+from spectrim.tune.scales import trained_scales
+
+RANKS = {"quantize.bits": None}
+AUTO = {"quantize.bits": "auto"}
+TUNE = {"compensate.kind": "none", "tune.epochs": 6, "tune.rate": 0.01}
+
+
+def integers(group: int | None, symmetric: bool) -> PackedLinear:
+    """A layer [12, 32] of 3 bits in float64, with a bias."""
+    grid = Grid(3, group, symmetric)
+    layer = PackedLinear(32, 12, grid, dtype=torch.float64)
+    layer.load(quantize(normal(12, 32), grid))
+    layer.bias.data = normal(12, seed=1)
+    return layer
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group", [None, 8])
+def test_gradients_of_scales_are_those_of_the_formula(group, symmetric):
+    """Of any function of the output, against automatic differentiation of scale · (code − zero)."""
+    layer = integers(group, symmetric)
+    x = normal(2, 5, 32, seed=2).requires_grad_(True)
+    codes, zeros, scale = layer.codes().double(), layer.zeros(), layer.weight_scale.clone().requires_grad_(True)
+    codes = codes.view(12, scale.shape[1], -1) - (0 if zeros is None else zeros[..., None].double())
+    y = x @ (codes * scale[..., None]).flatten(1).T + layer.bias
+    wanted = torch.autograd.grad(y.pow(3).sum(), (x, scale))
+    plain = layer(x)
+    layer.weight_scale.requires_grad_(True)
+    with trained_scales([layer]):
+        found = layer(x)
+        gradients = torch.autograd.grad(found.pow(3).sum(), (x, layer.weight_scale))
+    for a, b in zip((found, *gradients), (y, *wanted), strict=True):
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(layer(x), plain)
+    assert "forward" not in vars(layer)
+
+
+def sharp(family, words, path, samples):
+    """A model that is sure of its predictions, so that they can be lost, and its statistics."""
+    model = families.FAMILIES[family]()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(6 if parameter.ndim > 1 else 1)
+    given = {"processor": processor(family), "text": words, "samples": samples, "seqlen": 16, "answer_tokens": 6}
+    return model, calibrate(model, path, **given, curvature=True)
+
+
+def small(model, statistics, family, changes, retain=0.3):
+    """The tensors of the compressed model, and the dense model as it was before."""
+    options = {"stats": statistics, "processor": processor(family), "changes": changes}
+    with compression(model, "spectrim", **options) as prepared, prepared.applied(prepared.plan(retain)) as made:
+        return weights(made), prepared._tuned
+
+
+@pytest.mark.parametrize(("family", "changes", "retain"), [("llama", AUTO, 0.1), ("llava", RANKS, 0.3)])
+def test_it_lowers_the_divergence_and_changes_floats_alone(family, changes, retain, words, tmp_path, monkeypatch):
+    model, statistics = sharp(family, words, tmp_path / "s", 40 if family == "llama" else 16)
+    dense = weights(model)
+    before, nothing = small(model, statistics, family, changes | {"compensate.kind": "none"}, retain)
+    after, tuned = small(model, statistics, family, changes | TUNE, retain)
+    assert nothing is None
+    assert_same(model, dense)
+    assert before.keys() == after.keys()
+    changed = set()
+    for name, tensor in after.items():
+        assert (tensor.dtype, tensor.shape) == (before[name].dtype, before[name].shape)
+        if not torch.equal(tensor, before[name]):
+            changed.add(name)
+    assert changed.isdisjoint(name for name, x in after.items() if not x.is_floating_point() or "embed_tokens" in name)
+    kinds = ["weight_scale"] if family == "llama" else ["A.weight", "B.weight", "bias"]
+    assert all(any(name.endswith(kind) for name in changed) for kind in [*kinds, "norm.weight"])
+    assert tuned.step > 0
+    assert tuned.before.keys() == ({"text", "image"} if family == "llava" else {"text"})
+    assert sum(tuned.after.values()) < 0.98 * sum(tuned.before.values())
+    # What is found lies on disk: nothing is trained again, also for a checkpoint, whose record has the nats.
+    monkeypatch.setattr(run.Tuning, "_train", None)
+    again, found = small(model, statistics, family, changes | TUNE, retain)
+    assert found == tuned
+    assert all(torch.equal(tensor, again[name]) for name, tensor in after.items())
+    given = {"stats": statistics, "processor": processor(family), "changes": changes | TUNE}
+    made = compress(model, tmp_path / "small", retain=retain, **given)
+    assert torch.equal(logits(load(tmp_path / "small")), logits(made))
+    assert read_provenance(tmp_path / "small")["tuned"] == asdict(tuned)
+
+
+def test_the_start_is_kept_where_nothing_is_better(words, tmp_path):
+    model, statistics = prepare("llama", words, tmp_path / "s")
+    before, _ = small(model, statistics, "llama", {"compensate.kind": "none"})
+    after, tuned = small(model, statistics, "llama", TUNE | {"tune.rate": 30.0})
+    assert (tuned.step, tuned.after) == (0, tuned.before)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+
+
+def test_a_failure_leaves_the_dense_model(words, tmp_path, monkeypatch):
+    model, statistics = prepare("llama", words, tmp_path / "s")
+    dense, real, calls = weights(model), run._predicted, []
+
+    def later(one, part):
+        calls.append(0)
+        return real(one, part) * (torch.nan if len(calls) > 20 else 1)
+
+    monkeypatch.setattr(run, "_predicted", later)
+    with pytest.raises(NumericalError, match=r"not finite; set tune\.epochs=0"):
+        small(model, statistics, "llama", TUNE)
+    assert_same(model, dense)
+    assert all(not parameter.isnan().any() for parameter in model.parameters())
+    assert not list((tmp_path / "s" / "tuned").glob("*"))
+
+
+def test_it_needs_samples(words, tmp_path):
+    model, statistics = prepare("llama", words, tmp_path / "s", samples=4)
+    wanted = r"give statistics and the model's processor, or set tune\.epochs=0"
+    with (
+        compression(model, "spectrim", stats=statistics, changes=TUNE) as prepared,
+        pytest.raises(RecipeError, match=wanted),
+    ):
+        prepared.apply(prepared.plan(0.5))
+
+
+@given(st.integers(1, 20), st.integers(1, 7), st.integers(0, 9))
+@settings(max_examples=50)
+def test_every_sample_has_its_turn_before_any_comes_again(size, count, seed):
+    turns, flat = _turns(list(range(size)), count, seed), []
+    while len(flat) < 3 * size:
+        flat += (batch := next(turns))
+        assert len(batch) == count
+    assert [sorted(flat[i : i + size]) for i in (0, size, 2 * size)] == [list(range(size))] * 3
+
+
+def test_samples_of_one_shape_run_together_and_none_is_lost(words, tmp_path):
+    model, statistics = prepare("llava", words, tmp_path / "s")
+    data = run.reload_data(model, processor("llava"), statistics, sees=True, samples=None)
+    samples = [one for some in run.gathered(model, data, answer_tokens=6, seed=0).values() for one in some]
+    joined = together(samples)
+    assert 1 < len(joined) < len(samples)
+    with torch.no_grad():
+        apart = sum(run._predicted(model, together([one])[0]).double().sum() for one in samples)
+        whole = sum(run._predicted(model, part).double().sum() for part in joined)
+    torch.testing.assert_close(apart, whole, rtol=1e-6, atol=0)
+
+
+def test_the_model_beside_shares_what_is_not_trained_and_is_exchanged_apart():
+    model = families.FAMILIES["qwen2"]()
+    other = run.beside(model)
+    assert other.lm_head.weight is other.model.embed_tokens.weight is model.model.embed_tokens.weight
+    same = [a is b for a, b in zip(model.parameters(), other.parameters(), strict=True)]
+    assert same == [a.ndim > 1 for a in model.parameters()]
+    model.model.norm.weight.data.mul_(2)
+    model.set_submodule("model.layers.0.mlp", torch.nn.Identity())
+    assert torch.equal(other.model.norm.weight, torch.ones_like(other.model.norm.weight))
+    assert hasattr(other.model.layers[0].mlp, "down_proj")
+
+
+def test_the_best_state_is_kept_and_not_the_last(words, tmp_path, monkeypatch):
+    """Of measurements that fall and rise again; the tensors are those of that step."""
+    model, statistics = prepare("llama", words, tmp_path / "s")
+    nats, states = iter([4.0, 3.0, 2.0, 3.5]), []
+
+    def measured(self, held):
+        states.append(weights(self._small))
+        return {"text": next(nats)}
+
+    monkeypatch.setattr(run.Tuning, "_nats", measured)
+    after, tuned = small(model, statistics, "llama", TUNE | {"tune.epochs": 3})
+    assert (tuned.before, tuned.after, tuned.step, tuned.steps) == ({"text": 4.0}, {"text": 2.0}, 2, 3)
+    assert all(torch.equal(tensor, after[name]) for name, tensor in states[2].items())
+    assert not all(torch.equal(tensor, after[name]) for name, tensor in states[3].items())
+
+
+@given(st.integers(1, 100))
+def test_what_is_left_out_are_the_last_samples(size):
+    trained, left_out = divided({"text": list(range(size))})
+    assert trained["text"] + left_out["text"] == list(range(size))
+    assert len(left_out["text"]) == max(1, size // 8)
