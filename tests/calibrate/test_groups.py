@@ -193,6 +193,20 @@ def test_a_batch_takes_more_with_more_tokens_and_with_gradients():
     assert taken(128, curvature=False) < taken(128)
 
 
+def test_experts_read_their_share_of_a_batch_alone():
+    model = FAMILIES["mixtral"]()
+    parts, options = anatomy(model), CalibrationOptions(images=None)
+    experts = 1 + max(x.expert or 0 for x in parts.linears)
+    chosen = model.config.num_experts_per_tok
+    assert memory.expert_share(model, parts, options) == chosen / experts < 1
+    every = options.model_copy(update={"all_experts": True})
+    assert memory.expert_share(model, parts, every) == 1
+    positions = {"text": {"backbone": 4096}}
+    some, whole = (memory.batch_bytes(model, parts, positions, x, recomputes=True) for x in (options, every))
+    assert some < whole
+    assert memory.expert_share(FAMILIES["llama"](), anatomy(FAMILIES["llama"]()), options) == 1
+
+
 def test_a_disk_that_is_too_small_is_said_before_samples_run(words, tmp_path, monkeypatch):
     options = {"processor": processor("llama"), "text": words, "samples": 2, "seqlen": 8}
     monkeypatch.setattr(snapshot.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))

@@ -125,6 +125,14 @@ def batch_positions(model: PreTrainedModel, data: Data, options: CalibrationOpti
     return found
 
 
+def expert_share(model: PreTrainedModel, parts: Anatomy, options: CalibrationOptions) -> float:
+    """The share of all tokens that an expert reads, if tokens are spread evenly."""
+    text: Any = getattr(model.config, "text_config", model.config)
+    experts = max((x.expert or 0 for x in parts.linears), default=0) + 1
+    chosen = experts if options.all_experts else getattr(text, "num_experts_per_tok", None) or experts
+    return min(1.0, chosen / experts)
+
+
 def batch_bytes(
     model: PreTrainedModel, parts: Anatomy, positions: Positions, options: CalibrationOptions, *, recomputes: bool
 ) -> int:
@@ -137,7 +145,7 @@ def batch_bytes(
     words = int(getattr(head, "weight", torch.empty(0, 0)).shape[0])
     widest = max(max(x.in_features, x.out_features) for x in parts.linears)
     products = SLAB * widest * 12 + max(x.params for x in parts.linears) * 4  # float32 and float64; a gradient
-    most = 0
+    share, most = (1.0, expert_share(model, parts, options)), 0
     for places in positions.values():
         samples = min(options.samples, options.batch_size)
         graph = boundaries = 0
@@ -145,7 +153,7 @@ def batch_bytes(
             blocks: dict[str | None, list[Linear]] = {}
             for x in parts.in_place(place):
                 blocks.setdefault(x.block, []).append(x)
-            widths = [sum(x.out_features for x in block) for block in blocks.values()]
+            widths = [int(sum(x.out_features * share[x.expert is not None] for x in b)) for b in blocks.values()]
             if graded and not recomputes:
                 graph += count * 2 * size * sum(widths)
             graph = max(graph, count * (4 * size + 8) * max(widths, default=0))

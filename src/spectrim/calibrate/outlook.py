@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -12,7 +11,7 @@ from spectrim.calibrate.data import Data
 from spectrim.calibrate.forms import choose_forms
 from spectrim.calibrate.groups import input_shares
 from spectrim.calibrate.manifest import kinds
-from spectrim.calibrate.memory import Positions, batch_bytes, batch_positions, fit, limit_bytes
+from spectrim.calibrate.memory import Positions, batch_bytes, batch_positions, expert_share, fit, limit_bytes
 from spectrim.calibrate.size import statistics_bytes
 from spectrim.estimate import WRITE, Estimate
 from spectrim.linear import Linear, Place
@@ -45,13 +44,13 @@ def outlook(
     positions, counts = _positions(model, parts, data, options)
     forms = choose_forms(parts.linears, options.curvature_forms) if options.curvature else {}
     found = fit(model, parts, positions, options, forms, lambda batch: limit - held - batch, away=held < weights)
-    work = 0.0
+    work, share = 0.0, expert_share(model, parts, options)
     for kind in kinds(options.settings, [*positions]):
         size = min(counts[kind.modality], options.batch_size)
         tokens = {place: n * counts[kind.modality] / size for place, n in positions[kind.modality].items()}
         for group in found.groups[kind.name]:
             chosen = [parts.linear(name) for name in group if parts.linear(name).place in tokens]
-            work += _work(model, parts, chosen, tokens, gradients=kind.gradients, again=found.recomputes)
+            work += _work(parts, chosen, tokens, share=share, gradients=kind.gradients, again=found.recomputes)
     disk = statistics_bytes(parts, options.settings, tuple(positions))
     passes = {name: len(groups) for name, groups in found.groups.items()}
     batch = batch_bytes(model, parts, positions, options, recomputes=found.recomputes)
@@ -74,18 +73,15 @@ def _positions(
 
 
 def _work(
-    model: PreTrainedModel,
     parts: Anatomy,
     group: list[Linear],
     tokens: Mapping[Place, float],
     *,
+    share: float,
     gradients: bool,
     again: bool,
 ) -> float:
-    """Multiplications and additions of one pass for the moments of a group."""
-    text: Any = getattr(model.config, "text_config", model.config)
-    experts = max((x.expert or 0 for x in parts.linears), default=0) + 1
-    share = min(1.0, (getattr(text, "num_experts_per_tok", None) or experts) / experts)
+    """Multiplications and additions of one pass for the moments of a group; experts read a `share` of the tokens."""
 
     def read(x: Linear) -> float:
         return tokens.get(x.place, 0.0) * (share if x.expert is not None else 1.0)
