@@ -43,6 +43,10 @@ class Stub:
     def moment(self, linear: str, modality: str) -> Moment | None:
         return self.moments.get(modality, {}).get(linear)
 
+    def positions(self, linear: str, modality: str) -> int:
+        found = self.moment(linear, modality)
+        return 0 if found is None else found.count
+
     def gradient(self, linear: str, modality: str) -> GradMoment | None:
         return None if modality != "text" or self.gradients is None else self.gradients.get(linear)
 
@@ -55,7 +59,7 @@ BOTH = Stub(
 
 def test_the_stub_has_what_metrics_read():
     read = {name for name, value in vars(Stub).items() if not name.startswith("_") and (callable(value))}
-    assert read == {"moment", "gradient"} <= vars(Statistics).keys()
+    assert read == {"moment", "positions", "gradient"} <= vars(Statistics).keys()
 
 
 def metric(part: MetricPart, linear: Linear = BACKBONE, statistics=BOTH):

@@ -22,7 +22,7 @@ _TILE = 32  # rows and columns that one wave runs over
 _BATCH = 8  # tiles whose products with what is above and to the left are one, on a CPU; on a GPU all at once
 _BLOCK = 128  # columns between two matrix products
 _RANGES = 16  # how many are tried for every group, between these shares of that of all its values:
-_ALONE, _FED = (1.0, 0.5), (1.2, 0.7)  # with feedback, values grow by errors before they are rounded
+_ALONE, _FED = (1.0, 0.5), (1.1, 0.6)  # with feedback, values grow by errors before they are rounded
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from spectrim.plan.plan import PlanRow
 from spectrim.recipe import Recipe
 from spectrim.storage import Problem, Tensors, form, forms, made
 
-VERSION = 2  # of what options and tensors on disk mean; a change makes earlier files unused
+VERSION = 3  # of what options and tensors on disk mean; a change makes earlier files unused
 
 
 class Maker:
