@@ -229,8 +229,8 @@ def test_what_is_foreseen_of_shapes_is_what_happens(words, tmp_path):
     assert estimate.seconds > 0
     tokens = {"backbone": 1e6}
     block = [x for x in parts.linears if x.block == parts.blocks()[1]]
-    once = outlook._work(model, parts, block, tokens, gradients=True, again=False)
-    assert once < outlook._work(model, parts, block, tokens, gradients=True, again=True)
+    once = outlook._work(parts, block, tokens, share=1.0, gradients=True, again=False)
+    assert once < outlook._work(parts, block, tokens, share=1.0, gradients=True, again=True)
     inputs = sum(2 * x.in_features**2 for x in block if x.role in ("q", "o", "gate", "down")) * 1e6
     forward = sum(2 * x.params for x in parts.linears) * 1e6
-    assert outlook._work(model, parts, block, tokens, gradients=False, again=True) == pytest.approx(inputs + forward)
+    assert outlook._work(parts, block, tokens, share=1.0, gradients=False, again=True) == pytest.approx(inputs + forward)
