@@ -233,4 +233,6 @@ def test_what_is_foreseen_of_shapes_is_what_happens(words, tmp_path):
     assert once < outlook._work(parts, block, tokens, share=1.0, gradients=True, again=True)
     inputs = sum(2 * x.in_features**2 for x in block if x.role in ("q", "o", "gate", "down")) * 1e6
     forward = sum(2 * x.params for x in parts.linears) * 1e6
-    assert outlook._work(parts, block, tokens, share=1.0, gradients=False, again=True) == pytest.approx(inputs + forward)
+    assert outlook._work(parts, block, tokens, share=1.0, gradients=False, again=True) == pytest.approx(
+        inputs + forward
+    )
