@@ -167,7 +167,7 @@ def compare(args: argparse.Namespace) -> None:
     from recipes import stored_in
     from spectrim.calibrate import calibrate
     from spectrim.checkpoint import load, load_processor
-    from spectrim.evaluate import perplexity, vqa
+    from spectrim.evaluate import load_questions, perplexity, vqa
     from spectrim.evaluate.results import score
     from spectrim.files import parse_yaml
     from spectrim.recipe import Recipe
@@ -176,11 +176,7 @@ def compare(args: argparse.Namespace) -> None:
     home, settings = args.work / "dense", json.loads((args.work / "samples.json").read_text())
     model, processor = load(home, dtype=torch.float32), load_processor(home)
     tokenizer, text = getattr(processor, "tokenizer", processor), load_text(args.text, split="heldout")
-    questions = None
-    if settings["images"]:
-        from spectrim.evaluate import load_questions
-
-        questions = load_questions("builtin", samples=args.questions, seed=0)
+    questions = load_questions("builtin", samples=args.questions, seed=0) if settings["images"] else None
 
     def measured(one: Any) -> dict[str, float | None]:
         found = perplexity(one, tokenizer, text, seqlen=args.window, max_tokens=args.max_tokens).per_token

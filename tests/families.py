@@ -245,14 +245,8 @@ def _deepseek_v2() -> PreTrainedModel:
 
 GLM_MOE = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "n_shared_experts": 1}
 GLM_MOE |= {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
-
-
-def _glm4_moe() -> PreTrainedModel:
-    return _seeded(hf.Glm4MoeForCausalLM, hf.Glm4MoeConfig(**TEXT, head_dim=16, **GLM_MOE))
-
-
-def _glm4v_moe() -> PreTrainedModel:
-    vision = {
+GLM_VISION = {
+    "vision_config": {
         "depth": 2,
         "hidden_size": 32,
         "num_heads": 2,
@@ -260,14 +254,22 @@ def _glm4v_moe() -> PreTrainedModel:
         "image_size": SIDE,
         "out_hidden_size": 64,
         "intermediate_size": 48,
-    }
+    },
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "image_start_token_id": VISION_START,
+    "image_end_token_id": VISION_END,
+}
+
+
+def _glm4_moe() -> PreTrainedModel:
+    return _seeded(hf.Glm4MoeForCausalLM, hf.Glm4MoeConfig(**TEXT, head_dim=16, **GLM_MOE))
+
+
+def _glm4v_moe() -> PreTrainedModel:
     config = hf.Glm4vMoeConfig(
         text_config={**TEXT, "head_dim": 16, "rope_parameters": {**MROPE, "partial_rotary_factor": 1.0}, **GLM_MOE},
-        vision_config=vision,
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
-        image_start_token_id=VISION_START,
-        image_end_token_id=VISION_END,
+        **GLM_VISION,
     )
     return _seeded(hf.Glm4vMoeForConditionalGeneration, config)
 
@@ -314,22 +316,9 @@ def _qwen3_5() -> PreTrainedModel:
 
 
 def _glm4v() -> PreTrainedModel:
-    vision = {
-        "depth": 2,
-        "hidden_size": 32,
-        "num_heads": 2,
-        "patch_size": PATCH,
-        "image_size": SIDE,
-        "out_hidden_size": 64,
-        "intermediate_size": 48,
-    }
     config = hf.Glm4vConfig(
         text_config={**TEXT, "rope_parameters": {**MROPE, "partial_rotary_factor": 1.0}},
-        vision_config=vision,
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
-        image_start_token_id=VISION_START,
-        image_end_token_id=VISION_END,
+        **GLM_VISION,
     )
     return _seeded(hf.Glm4vForConditionalGeneration, config)
 

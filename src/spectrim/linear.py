@@ -8,6 +8,7 @@ import torch
 
 Place = Literal["tower", "connector", "backbone"]
 PLACES: tuple[Place, ...] = ("tower", "connector", "backbone")
+_EXPERT = re.compile(r".*?\.(?:expert_?)?(\d+)\.")  # behind the name of a block
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,13 @@ class Linear:
     @property
     def expert(self) -> int | None:
         """Number of the expert that it belongs to: its place in a list inside the block; None for other linears."""
-        match = re.match(r".*?\.(?:expert_?)?(\d+)\.", self.name[len(self.block) :]) if self.block else None
-        return None if match is None else int(match[1])
+        return None if (span := self.expert_span) is None else int(self.name[slice(*span)])
+
+    @property
+    def expert_span(self) -> tuple[int, int] | None:
+        """Where in the name that number stands."""
+        match = _EXPERT.match(self.name, len(self.block)) if self.block else None
+        return None if match is None else match.span(1)
 
     @property
     def shared(self) -> bool:

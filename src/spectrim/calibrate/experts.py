@@ -31,12 +31,9 @@ class ExpertStatistics(Statistics):
 
     def moment(self, linear: str, modality: Modality) -> Moment | None:
         """What the expert read; None where the modality reached no expert, or another one this expert."""
-        mean, own = (
-            self._mean("moment", modality, self._whole.moment, _add_moments),
-            self._whole.moment(linear, modality),
-        )
-        if mean is None or (own is None and self._chosen(linear)):
+        if (found := self._found("moment", linear, modality, self._whole.moment, _add_moments)) is None:
             return None
+        mean, own = found
         if own is None:
             return Moment(mean.second / mean.count, mean.abs_sum / mean.count, 1)
         a, b = self._shares(own.count, own.second.trace(), mean.second.trace())
@@ -51,10 +48,9 @@ class ExpertStatistics(Statistics):
 
         It is a sum over samples: the mean is that of all experts, by their tokens.
         """
-        mean = self._mean("gradient", modality, self._whole.gradient, _add_gradients)
-        own, positions = self._whole.gradient(linear, modality), self._whole.positions
-        if mean is None or (own is None and self._chosen(linear)):
+        if (found := self._found("gradient", linear, modality, self._whole.gradient, _add_gradients)) is None:
             return None
+        (mean, own), positions = found, self._whole.positions
         if own is None:
             every = max(1, sum(positions(name, modality) for name in self._names))
             return GradMoment(mean.fisher_cols / every, mean.count)
@@ -63,12 +59,9 @@ class ExpertStatistics(Statistics):
 
     def output(self, linear: str, modality: Modality) -> OutputMoment | None:
         """Moment of the expert's output gradients; None where none was gathered of any expert."""
-        mean, own = (
-            self._mean("output", modality, self._whole.output, _add_outputs),
-            self._whole.output(linear, modality),
-        )
-        if mean is None or (own is None and self._chosen(linear)):
+        if (found := self._found("output", linear, modality, self._whole.output, _add_outputs)) is None:
             return None
+        mean, own = found
         if own is None:
             sums = {part: value / mean.count for part, value in mean.sums.items()}
             return OutputMoment(mean.form, sums, mean.traces / mean.count, 1, mean.labels)
@@ -95,6 +88,18 @@ class ExpertStatistics(Statistics):
         share = self._kappa / (count + self._kappa)
         return 1 - share, share * float(own) / max(float(layer), 1e-300)
 
+    def _found(
+        self,
+        kind: str,
+        linear: str,
+        modality: Modality,
+        read: Callable[[str, Modality], _T | None],
+        add: Callable[[_T, _T], _T],
+    ) -> tuple[_T, _T | None] | None:
+        """The layer's sum and the expert's own; None where no expert has one, or the expert has others alone."""
+        mean, own = self._mean(kind, modality, read, add), read(linear, modality)
+        return None if mean is None or (own is None and self._chosen(linear)) else (mean, own)
+
     def _mean(
         self, kind: str, modality: Modality, read: Callable[[str, Modality], _T | None], add: Callable[[_T, _T], _T]
     ) -> _T | None:
@@ -115,12 +120,10 @@ def expert_statistics(statistics: Statistics, linear: Linear) -> "Statistics | E
     A counterpart in another expert has the same name but for the expert's number, the same shape, and the same form of
     output moment.
     """
-    block = linear.block or ""
-    match = re.match(r"(.*?\.(?:expert_?)?)\d+(\..+)", linear.name[len(block) :])
-    if linear.expert is None or match is None:
+    if (span := linear.expert_span) is None:
         return statistics
-    before, after = block + match[1], match[2]
-    if not any(key.startswith(block + ".") for key in statistics.means):
+    before, after, block = linear.name[: span[0]], linear.name[span[1] :], linear.block
+    if not any(key.startswith(f"{block}.") for key in statistics.means):
         statistics.means.clear()  # one block at a time is in memory
     if (key := f"{before}*{after}") not in statistics.means:
         manifest = statistics.manifest

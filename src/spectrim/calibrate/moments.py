@@ -49,14 +49,16 @@ class OutputMoment:
     count: int  # positions
     labels: int  # labelled tokens
 
-    def eta(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """``tr F / (tr G tr C)`` by token and by sequence, [heads] float64 each (docs/methods.md, section 3).
+    def eta(self, *, whole: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """``tr F / (tr G tr C)`` by token and by sequence, float64, [heads] or of the `whole` (docs/methods.md, 3).
 
         It is 1 where g and x are independent; 0 for a head without gradients.
         """
         token, sequence, gradients, inputs = self.traces
-        scale = self.count / (gradients * inputs).clamp_min(1e-300)
-        return token * scale, sequence * scale
+        if whole:
+            token, sequence, gradients, inputs = token.sum(), sequence.sum(), gradients.sum(), inputs[0]
+        scale = (gradients * inputs).clamp_min(1e-300)
+        return token * self.count / scale, sequence * self.count / scale
 
 
 @dataclass

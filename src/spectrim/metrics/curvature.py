@@ -76,12 +76,9 @@ def predicted_trace(eta: str, moment: Moment, output: OutputMoment, parts: int =
     corrects for the dependence of positions as well. Both numerators are divided by the same number of labels, so that
     lengths of samples cancel.
     """
-    token, sequence, gradients, inputs = output.traces
-    if parts == 1:
-        token, sequence, gradients, inputs = token.sum(), sequence.sum(), gradients.sum(), inputs[0]
+    token, sequence = output.eta(whole=parts == 1)
+    gradients = output.traces[2].sum() if parts == 1 else output.traces[2]
     correction = {"none": torch.ones_like(token), "token": token, "sequence": sequence}[eta]
-    if eta != "none":
-        correction = correction * output.count / (gradients * inputs).clamp_min(1e-300)
     energy = float(moment.second.trace()) / moment.count
     return (0.5 * correction * gradients / output.labels * energy).reshape(-1)
 
