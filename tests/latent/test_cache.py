@@ -264,7 +264,7 @@ def test_integers_give_what_latents_rounded_to_them_do(family, monkeypatch):
     exact = generated(model, inputs, ordinary(model))
     model = copy.deepcopy(model_of(family))
     monkeypatch.setattr(attention, "_take", rounded)
-    monkeypatch.setattr(cache, "_PROBED", 0)
+    monkeypatch.setattr(cache, "PROBED", 0)
     expected = generated(model, inputs, LatentCache(model))
     assert torch.equal(expected[0], found[0])
     assert (expected[1] - found[1]).abs().max() <= CLOSE * expected[1].abs().max()

@@ -36,7 +36,7 @@ def latent_decode(
         window: how many last tokens are seen, the query's own among them.
 
     Returns:
-        [B, Hq, D] in the dtype of q.
+        [B, Hq, D] in the dtype of q; folded, [B, Hq / H · Σ r_h].
     """
     place = torch.arange(z_k.shape[1], device=q.device)
     end = torch.full((len(q), 1), z_k.shape[1], device=q.device) if length is None else length[:, None]
@@ -46,7 +46,8 @@ def latent_decode(
     if window is not None:
         seen = seen & (place >= end - window)
     mask = None if start is None and length is None and window is None else seen[:, None]
-    return latent_attention(q[:, :, None], z_k, z_v, A_k, A_v, **options, mask=mask)[:, :, 0]
+    found = latent_attention(q[:, :, None], z_k, z_v, A_k, A_v, **options, mask=mask)
+    return found[:, 0] if options.get("folded") else found[:, :, 0]
 
 
 def latent_attention(
@@ -67,6 +68,7 @@ def latent_attention(
     scale_v: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
     softcap: float | None = None,
+    folded: bool = False,
 ) -> torch.Tensor:
     """Attention of S queries of each sequence over latents, under any mask.
 
@@ -84,10 +86,12 @@ def latent_attention(
         scale_k, scale_v: by which int8 latents are multiplied, [B, T, H].
         mask: which tokens a query sees, bool [B or 1, S, T], or what is added to its scores, floating; None: all.
         softcap: c of ``c · tanh(score / c)``.
+        folded: stop before A_v and b_v, which whoever reads the result has in its own product.
 
     Returns:
-        [B, Hq, S, D] in the dtype of q. Sums are in float32 (float64 for float64 queries). A query that sees nothing
-        gets the bias.
+        [B, Hq, S, D] in the dtype of q; folded, the mean latents ``Σ p z`` of all query heads one after another, which
+        have the ranks of their key/value heads, [B, S, Hq / H · Σ r_h]. Sums are in float32 (float64 for float64
+        queries). A query that sees nothing gets the bias, or zeros.
     """
     (batch, queries, steps, width), heads, tokens = q.shape, len(A_k), z_k.shape[1]
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -128,7 +132,10 @@ def latent_attention(
             total[head] = total[head] * kept + weights.sum(2, keepdim=True)
             sums[head] = sums[head] * kept + weights @ _numbers(parts_v[head], scale_v, at, head, wide)
             highest[head] = top
-    means = (one / whole.masked_fill(whole == 0, 1.0) for one, whole in zip(sums, total, strict=True))
+    means = [one / whole.masked_fill(whole == 0, 1.0) for one, whole in zip(sums, total, strict=True)]
+    if folded:
+        parts = [mean.view(batch, group, steps, -1).transpose(1, 2).flatten(2) for mean in means]
+        return torch.cat(parts, dim=2).to(q.dtype)
     found = torch.stack([m if up is None else m @ up for m, up in zip(means, up_v, strict=True)], dim=1)
     if bias_v is not None:
         found += bias_v

@@ -26,6 +26,7 @@ from spectrim.kernels.latent_decode import latent_attention
 
 PREFIX = "latent-"  # of the names of attention functions; the function from before follows
 BASES = ("sdpa", "eager")
+PROBED = 8  # first tokens of a layer, of which what the model computes is compared with what latents would give
 
 
 class HasLatents(Protocol):
@@ -120,6 +121,8 @@ class Call:
     turns: tuple[torch.Tensor, torch.Tensor] | None  # cos and sin of the new tokens
     taken: dict[int, torch.Tensor] = field(default_factory=dict)  # outputs by the identity of B
     attended: bool = False
+    given: torch.Tensor | None = None  # the last of what attention over whole values gave, [B, few, Hq · D]
+    read: bool = False  # by a product that A_v is folded into
 
 
 _CALLS: ContextVar[tuple[tuple[nn.Module, Call | None], ...]] = ContextVar("calls", default=())
@@ -158,6 +161,8 @@ def _end(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
                 f"{type(module).__name__} does not call the attention function that its config names; it cannot use a "
                 "latent cache"
             )
+        if call.layer.folded is not None and not call.read:
+            raise ModelError(f"{type(module).__name__} does not hand to o_proj what attention gives; leave folding out")
         call.layer.settle()
 
 
@@ -192,7 +197,10 @@ def attend(
     if call is None or call.layer.get_seq_length() == steps:
         function = eager_of(module) if base is None else base
         how = {"scaling": scaling, **({} if softcap is None else {"softcap": softcap}), **kwargs}
-        return function(module, query, key, value, attention_mask, **how)
+        output, weights = function(module, query, key, value, attention_mask, **how)
+        if call is not None and call.layer.folded is not None:
+            call.given = output[:, -PROBED:].flatten(2).clone()
+        return output, weights
     mask, count = attention_mask, call.layer.visible(steps)
     if mask is None and steps > 1:
         mask = query.new_ones(steps, count, dtype=torch.bool).tril(count - steps)[None, None]
@@ -205,7 +213,7 @@ def attend(
     found = _one_step(query, call.layer.factors, arguments, mask, scaling, softcap)
     if found is None:
         found = latent_attention(query, **arguments, scaling=scaling, softcap=softcap, mask=mask)
-    return found.transpose(1, 2), None
+    return found[:, :, None] if call.layer.folded is not None else found.transpose(1, 2), None
 
 
 def _one_step(
@@ -216,7 +224,7 @@ def _one_step(
     scaling: float,
     softcap: float | None,
 ) -> torch.Tensor | None:
-    """The same by the kernel for one new token, [B, Hq, 1, D]; None where it does not run (see `cuda.takes`)."""
+    """The same by the kernel for one new token; None where it does not run (see `cuda.takes`)."""
     if query.shape[2] > 1 or not cuda.takes(query) or not (mask is None or mask.dtype == torch.bool):
         return None
     if (kernels := cuda.latent_kernels()) is None:
@@ -229,7 +237,7 @@ def _one_step(
         scaling=scaling,
         softcap=softcap,
     )
-    return found[:, :, None]
+    return found[:, None] if arguments["folded"] else found[:, :, None]
 
 
 def _check(module: Any, options: dict[str, Any]) -> None:

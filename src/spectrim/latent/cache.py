@@ -9,11 +9,11 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 
 from spectrim.errors import ModelError
 from spectrim.kernels.latent_decode import rotate
-from spectrim.latent.attention import Call, Factors, Site, connect, running
+from spectrim.latent.attention import PROBED, Call, Factors, Site, connect, running
+from spectrim.latent.folding import Folded, fold
 from spectrim.latent.rows import Rows
 
 LATENT_DTYPES = (None, "int8")
-_PROBED = 8  # first tokens of a layer, of which keys and values are rebuilt and compared with the model's own
 
 
 class Table:
@@ -35,9 +35,9 @@ class LatentLayer(CacheLayerMixin):
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, site: Site, window: int | None, latent_dtype: str | None) -> None:
+    def __init__(self, site: Site, window: int | None, latent_dtype: str | None, folds: bool = False) -> None:
         super().__init__()
-        self.site, self.window, self.latent_dtype = site, window, latent_dtype
+        self.site, self.window, self.latent_dtype, self.folds = site, window, latent_dtype, folds
         self.is_sliding, self.record_past = window is not None, False
         self.reset()
 
@@ -48,6 +48,7 @@ class LatentLayer(CacheLayerMixin):
         self.inverse_rms = Rows()  # of normalised keys
         self.table: int | None = None  # its number in the cache; None without rotation
         self.factors: Factors | None = None
+        self.folded: Folded | None = None  # what o_proj makes of mean latents
         self.seen = self.probed = 0
         self.keys = self.values = None
         self.is_initialized = False
@@ -65,6 +66,7 @@ class LatentLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Read the factors of the model; keys and values, at which some models look, stay empty."""
         self.factors = self.site.factors()
+        self.folded = fold(self.site) if self.folds else None
         self.keys, self.values = key_states.new_empty(0), value_states.new_empty(0)
         self.is_initialized = True
 
@@ -83,7 +85,7 @@ class LatentLayer(CacheLayerMixin):
         if [z.shape[:2] for z in latents] != [(len(key_states), steps)] * 2:
             raise ModelError(f"{kind} computes keys or values in another way than by its factors; it has no latents")
         self.table = call.cache.add_turns(self, call, steps)
-        if self.probed < _PROBED:
+        if self.probed < PROBED:
             self._probe(kind, call, latents, key_states, value_states)
         for rows, scales, z, ranks in zip(
             (self.z_k, self.z_v), (self.scale_k, self.scale_v), latents, self.site.ranks, strict=True
@@ -106,7 +108,7 @@ class LatentLayer(CacheLayerMixin):
     def _probe(self, kind: str, call: Call, latents: list[torch.Tensor], K: torch.Tensor, V: torch.Tensor) -> None:
         """Compare the last new keys and values with what attention will rebuild."""
         assert self.factors is not None
-        count = min(K.shape[2], _PROBED)
+        count = min(K.shape[2], PROBED)
         z_k, z_v = (z[:, -count:] for z in latents)
         ranks_k, ranks_v = self.site.ranks
         keys = rebuilt(z_k, None, self.factors.A_k, self.factors.b_k, ranks_k)  # [B, count, H, D]
@@ -139,7 +141,7 @@ class LatentLayer(CacheLayerMixin):
             place = slice(self.seen - count, self.seen)
             held |= {"cos": table.cos.held[:, place], "sin": table.sin.held[:, place]}
         parts = ("A_k", "A_v", "b_k", "b_v", "norm")
-        return held | {name: getattr(factors, name) for name in parts}
+        return held | {name: getattr(factors, name) for name in parts} | {"folded": self.folded is not None}
 
     def settle(self) -> None:
         """After attention: keep no more than a window, unless tokens may be taken back."""
@@ -217,13 +219,15 @@ class LatentCache(Cache):
         model: the model that will use it; its attention is connected to latent caches, and works as before without
             one.
         latent_dtype: ``"int8"`` keeps integers with one scale for each token and head; None keeps the model's dtype.
+        folded: multiply A_v into the output projection of each layer, in tensors besides it.
 
     Raises:
         ModelError: the model has no such layers, or its attention, its sharing of keys between layers or its kind of
-            cache is one that latents do not work with; names it. Some are found by the first forward pass.
+            cache is one that latents do not work with, or its output projection one that nothing can be folded into;
+            names it. Some are found by the first forward pass.
     """
 
-    def __init__(self, model: PreTrainedModel, latent_dtype: str | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, latent_dtype: str | None = None, folded: bool = False) -> None:
         if latent_dtype not in LATENT_DTYPES:
             raise ModelError(f"there are no latents of the dtype {latent_dtype!r}; choose int8 or None")
         if model.config.is_encoder_decoder:
@@ -239,7 +243,9 @@ class LatentCache(Cache):
             if kind not in (DynamicLayer, DynamicSlidingWindowLayer):
                 name = "none" if kind is None else kind.__name__
                 raise ModelError(f"layer {index} has the cache {name}, which cannot keep latents; use the ordinary one")
-            layers[index] = LatentLayer(site, getattr(layers[index], "sliding_window", None), latent_dtype)
+            if folded:
+                fold(site)  # what it refuses is refused now
+            layers[index] = LatentLayer(site, getattr(layers[index], "sliding_window", None), latent_dtype, folded)
         super().__init__(layers=layers)
         self.tables: list[Table] = []
 
