@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of the name 
 
 
 def values_by_head(family: str) -> Any:
-    """A model whose output projections are dense: keys and values alone are factored, by head, with ranks that differ."""
+    """A model with dense output projections: keys and values alone are factored, with ranks that differ by head."""
     model = FAMILIES[family]()
     linears = [x for x in anatomy(model).linears if x.role in "kv" and x.place == "backbone"]
     return cut_linears(model, {x.name: tuple(4 + 2 * h for h in range(x.heads)) for x in linears}, ())
@@ -57,7 +57,9 @@ def test_the_same_logits_through_a_dense_projection_and_through_a_factor(family,
     past = LatentCache(model, folded=True)
     expected = generated(model, inputs, ordinary(model))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(folding.nn.functional, "linear", lambda x, W, b=None: steps.append(W.shape[1]) or product(x, W, b))
+        patch.setattr(
+            folding.nn.functional, "linear", lambda x, W, b=None: steps.append(W.shape[1]) or product(x, W, b)
+        )
         found = generated(model, inputs, past)
     assert torch.equal(expected[0], found[0])
     assert (expected[1] - found[1]).abs().max() <= 1e-5 * expected[1].abs().max()
@@ -151,7 +153,9 @@ def test_ordinary_caches_and_training_read_the_weight_as_it_is():
 
 def test_a_gate_between_is_refused():
     model = factored("qwen3_5", FURTHER["qwen3_5"](), form="headwise")
-    with pytest.raises(ModelError, match="Attention changes what attention gives before o_proj reads it; leave folding"):
+    with pytest.raises(
+        ModelError, match="Attention changes what attention gives before o_proj reads it; leave folding"
+    ):
         generated(model, text_inputs(model), LatentCache(model, folded=True))
 
 

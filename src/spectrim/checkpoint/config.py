@@ -56,7 +56,9 @@ _INTEGERS = "integers"  # and the one that `inner` alone stands for
 def latent_options(asked: bool | str) -> tuple[str | None, bool] | None:
     """One of LATENT_CACHES. Raises CheckpointError for what is none."""
     if not isinstance(asked, bool | str) or asked not in LATENT_CACHES:
-        raise CheckpointError(f"there is no latent_cache {asked!r}; choose true, false, 'int8', 'folded' or 'int8-folded'")
+        raise CheckpointError(
+            f"there is no latent_cache {asked!r}; choose true, false, 'int8', 'folded' or 'int8-folded'"
+        )
     return LATENT_CACHES[asked]
 
 

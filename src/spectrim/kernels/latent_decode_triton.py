@@ -387,7 +387,8 @@ def decode(
         )  # fmt: skip
         merge_kernel[(queries, batch)](
             parts, peaks, totals, None if folded else factors.a_v, factors.b_v, factors.columns_v, o, splits,
-            HEADS=heads, GROUP=group, D=width, RANK_V=rank_v, SPLITS_BLOCK=max(64, triton.next_power_of_2(splits)), num_warps=4,
+            HEADS=heads, GROUP=group, D=width, RANK_V=rank_v, SPLITS_BLOCK=max(64, triton.next_power_of_2(splits)),
+            num_warps=4,
         )  # fmt: skip
     return o
 

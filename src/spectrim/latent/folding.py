@@ -1,6 +1,6 @@
 """A_v of all heads inside the product that reads what attention gives (docs/methods.md, section 10).
 
-The mean latents of a step then go into ``o_proj`` as they are: the columns ``W_i`` of query head i become ``W_i A_v,h``,
+The mean latents of a step then go into ``o_proj`` as they are: columns ``W_i`` of query head i become ``W_i A_v,h``,
 r_h for the d of a head. The first tokens attend with whole values and the weight as it is stored, so both are held; the
 folded one is no part of the state dict, and is made anew for the next cache after weights have changed.
 """
@@ -51,9 +51,9 @@ def fold(site: Site) -> Folded | None:
 def unfold(model: nn.Module) -> None:
     """Take all folded products off a model."""
     for module in model.modules():
-        if vars(module).pop(_HELD, None) is not None:
-            if getattr(vars(module).get("forward"), "__func__", None) is _read:
-                del vars(module)["forward"]
+        vars(module).pop(_HELD, None)
+        if getattr(vars(module).get("forward"), "__func__", None) is _read:
+            del vars(module)["forward"]
 
 
 def _reader(module: Any) -> nn.Linear:
