@@ -88,6 +88,7 @@ def accuracy(model: Any, processor: Any, questions: list[Question], make: Make) 
         inputs: Any = model_tensors(processor, *given, padding=True, padding_side="left").to(dtype=model.dtype)
         past, words = make(model), {name: inputs[name] for name in ("input_ids", "attention_mask")}
         early = {name: x[:, :-LATER] for name, x in words.items()}
+        early["position_ids"] = (early["attention_mask"].cumsum(1) - 1).clamp(min=0)  # as `generate` counts them
         model(**early, pixel_values=inputs["pixel_values"], past_key_values=past)
         how = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": processor.tokenizer.pad_token_id}
         found = model.generate(**words, past_key_values=past, **how)[:, words["input_ids"].shape[1] :]
