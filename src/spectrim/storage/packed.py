@@ -27,6 +27,10 @@ from spectrim.kernels.cpu import (
     int8_layout,
     int8_product,
     int8_rows,
+    layout_scales,
+    planes_codes,
+    planes_layout,
+    planes_product,
 )
 from spectrim.maths.rounding import Grid, Quantized
 from spectrim.storage.base import StoredLayer
@@ -103,7 +107,8 @@ class PackedLinear(StoredLayer):
         assert self.layout_codes is not None
         if self.layout == "int8":
             return int8_codes(self.layout_codes).to(dtype)
-        return int4_codes(self.layout_codes, self.out_features, self.in_features).to(dtype)
+        codes = planes_codes if self.layout == "planes" else int4_codes
+        return codes(self.layout_codes, self.out_features, self.in_features).to(dtype)
 
     def zeros(self) -> torch.Tensor | None:
         """The zero points, int8 [out, groups]; None where all are zero."""
@@ -133,7 +138,7 @@ class PackedLinear(StoredLayer):
             return 0
         if self.layout == "humming":
             return inf
-        return INT4_ROWS if self.layout == "int4" else int8_rows(self.weight_scale.shape[1])
+        return int8_rows(self.weight_scale.shape[1]) if self.layout == "int8" else INT4_ROWS
 
     def _multiplies(self, input: torch.Tensor) -> bool:
         """Whether the kernel of the layout takes these inputs."""
@@ -149,7 +154,8 @@ class PackedLinear(StoredLayer):
             return cuda.product(x, cuda.Layout(self._humming, *parts))
         if self.layout == "int8":
             return int8_product(x, self.layout_codes, self.layout_scales)
-        return int4_product(x, self.layout_codes, self.layout_scales, self.out_features)
+        product = planes_product if self.layout == "planes" else int4_product
+        return product(x, self.layout_codes, self.layout_scales, self.out_features)
 
     @torch.no_grad()
     def run_as(self, runtime: str) -> str:
@@ -157,9 +163,10 @@ class PackedLinear(StoredLayer):
 
         ``reference``: it is unpacked in every pass. ``speed``: a kernel multiplies few rows of inputs with integers in
         a layout of its own, which takes the place of the packed words ("int4", "int8"; bfloat16 on a CPU whose layout
-        is known); integers of 2 and 3 bits take the room of 4. ``memory``: the same where that takes no more room.
-        ``auto`` is ``speed``. On a GPU, in float16 and bfloat16, all of these are the kernels of humming-kernels
-        ("humming") where they take the weight (see `kernels.cuda.prepare`); the words then wait in the host's memory.
+        is known); integers of 2 and 3 bits take the room of 4. ``memory``: the same, but integers of 2 and 3 bits keep
+        their room and are widened in every pass ("planes"). ``auto`` is ``speed``. On a GPU, in float16 and bfloat16,
+        all of these are the kernels of humming-kernels ("humming") where they take the weight (see
+        `kernels.cuda.prepare`); the words then wait in the host's memory.
         """
         self._pack_again()
         self.runtime = runtime
@@ -171,16 +178,19 @@ class PackedLinear(StoredLayer):
         if grid.bits == 8 and int8_fits(self.in_features, scale.shape[1]):
             codes, scales = int8_layout(self.codes(), scale, self.zeros())
             self.layout = "int8"
-        elif grid.bits == 4 or (grid.bits < 4 and runtime != "memory"):
-            if int4_group(self.in_features, grid.group) is None:
-                return self.layout
+        elif grid.bits > 4 or int4_group(self.in_features, grid.group) is None:
+            return self.layout
+        elif grid.bits < 4 and runtime == "memory":
+            codes, scales = planes_layout(self.codes(), scale, self.zeros(), grid.bits)
+            self.layout = "planes"
+        else:
             codes, scales = int4_layout(self.codes(), scale, self.zeros())
             self.layout = "int4"
-        else:
-            return self.layout
         self.register_buffer("layout_codes", codes, persistent=False)
         self.register_buffer("layout_scales", scales, persistent=False)
         self.weight_packed = self.weight_packed.new_empty(0)
+        pairs = scales.transpose(1, 2) if self.layout == "int8" else scales
+        self.weight_scale = layout_scales(pairs, *scale.shape)
         return self.layout
 
     def _run_on_gpu(self) -> str:
@@ -206,6 +216,7 @@ class PackedLinear(StoredLayer):
             del self._humming, self._host_words, self.layout_zeros, self.layout_locks
         elif self.layout != "packed":
             self.weight_packed = pack(self.codes(), self.grid.bits)
+            self.weight_scale = self.weight_scale.contiguous()
         if self.layout != "packed":
             self.layout = "packed"
             del self.layout_codes, self.layout_scales
@@ -216,6 +227,7 @@ class PackedLinear(StoredLayer):
             destination[f"{prefix}weight_packed"] = self._words()
         elif self.layout != "packed":
             destination[f"{prefix}weight_packed"] = pack(self.codes(), self.grid.bits)
+            destination[f"{prefix}weight_scale"] = self.weight_scale.contiguous()
 
     @torch.no_grad()
     def load(self, found: Quantized) -> None:
