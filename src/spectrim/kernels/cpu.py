@@ -57,7 +57,7 @@ def int4_product(x: torch.Tensor, packed: torch.Tensor, pairs: torch.Tensor, out
     """``x Wᵀ`` of x bfloat16 [rows, in], [rows, out]."""
     group = x.shape[1] // len(pairs)
     y: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), packed, group, pairs)
-    return y[:, :out]
+    return y if y.shape[1] == out else y[:, :out]
 
 
 def int4_codes(packed: torch.Tensor, out: int, size: int) -> torch.Tensor:
