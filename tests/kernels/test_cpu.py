@@ -75,7 +75,7 @@ def test_memory_is_that_of_the_layout_alone(bits):
     one = layer(Grid(bits, 128), out=256, size=1024)
     before = held_bytes(one)
     assert one.run_as("memory") == ("planes" if bits < 4 else f"int{bits}") if KNOWN or bits == 8 else "packed"
-    assert held_bytes(one) <= 1.07 * before  # an offset for each scale
+    assert held_bytes(one) <= (1.01 if bits < 4 else 1.07) * before  # an offset for each scale
     one.run_as("reference")
     assert held_bytes(one) == before
 

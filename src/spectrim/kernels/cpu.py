@@ -88,19 +88,17 @@ def _block() -> int | None:
     return None
 
 
-def planes_layout(
-    codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, bits: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `planes_product` takes, of codes int8 [out, in] of 2 or 3 bits with scales [out, groups] and zero points.
+def planes_layout(codes: torch.Tensor, scale: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `planes_product` takes, of codes int8 [out, in] of 2 or 3 bits with scales [out, groups].
 
-    Returns words int64 [parts, bits, in · rows / 64] of parts of equally many rows, and scales and offsets as
-    `int4_layout` does. A part's first two planes hold the low two bits of all numbers of its 4-bit layout,
-    those of its second half above those of its first; the third holds the high bits of its quarters.
+    Returns words int64 [parts, bits, in · rows / 64] of parts of equally many rows, and scales bfloat16 [in / width,
+    rows of all parts, 1]. A part's first two planes hold the low two bits of all numbers of its 4-bit layout, those of
+    its second half above those of its first; the third holds the high bits of its quarters.
     """
     out, size = codes.shape
     parts = -(-out * size // 2 // _PART)
     rows = -(-out // parts // _OUTPUTS) * _OUTPUTS
-    packed, pairs = int4_layout(codes, scale, zero, rows)
+    packed, pairs = int4_layout(codes, scale, None, rows)
     words = packed.view(torch.int64).view(-1, 4, size * rows // 64) - _least(bits)
     low, halves = 3 * _NIBBLES, words.unflatten(1, (2, 2))
     planes = halves[:, 0] & low | (halves[:, 1] & low) << 2
@@ -108,14 +106,22 @@ def planes_layout(
         quarters = [(words[:, quarter] >> 2 & _NIBBLES) << quarter for quarter in range(4)]
         high = quarters[0] | quarters[1] | quarters[2] | quarters[3]
         planes = torch.cat([planes, high[:, None]], dim=1)
-    return planes, pairs
+    return planes, pairs[..., :1].contiguous()
 
 
-def planes_product(x: torch.Tensor, planes: torch.Tensor, pairs: torch.Tensor, out: int) -> torch.Tensor:
-    """``x Wᵀ`` of x bfloat16 [rows, in], [rows, out]."""
-    size, rows = x.shape[1], pairs.shape[1] // len(planes)
+def planes_product(
+    x: torch.Tensor, planes: torch.Tensor, scales: torch.Tensor, zero: torch.Tensor | None, out: int
+) -> torch.Tensor:
+    """``x Wᵀ`` of x bfloat16 [rows, in], [rows, out]; zero points are int8 [out, groups]."""
+    if zero is None:
+        pairs = torch.nn.functional.pad(scales, (0, 1))
+    else:
+        each = zero.T.repeat_interleave(len(scales) // zero.shape[1], dim=0).to(scales.dtype)
+        offsets = torch.nn.functional.pad(each, (0, scales.shape[1] - out))[..., None] * -scales
+        pairs = torch.cat([scales, offsets], dim=2)
+    size, rows = x.shape[1], scales.shape[1] // len(planes)
     parts = zip(planes, pairs.split(rows, dim=1), strict=True)
-    found = [int4_product(x, _widened(part, size), scales.contiguous(), rows) for part, scales in parts]
+    found = [int4_product(x, _widened(part, size), some.contiguous(), rows) for part, some in parts]
     return (found[0] if len(found) == 1 else torch.cat(found, dim=1))[:, :out]
 
 

@@ -142,7 +142,9 @@ class PackedLinear(StoredLayer):
             return cuda.product(x, cuda.Layout(self._humming, codes, scales, self.layout_zeros, self.layout_locks))
         if self.layout == "int8":
             return int8_product(x, codes, scales)
-        return (planes_product if self.layout == "planes" else int4_product)(x, codes, scales, self.out_features)
+        if self.layout == "planes":
+            return planes_product(x, codes, scales, self.zeros(), self.out_features)
+        return int4_product(x, codes, scales, self.out_features)
 
     @torch.no_grad()
     def run_as(self, runtime: str) -> str:
@@ -168,7 +170,7 @@ class PackedLinear(StoredLayer):
         elif grid.bits > 4 or int4_group(self.in_features, grid.group) is None:
             return self.layout
         elif grid.bits < 4 and runtime == "memory":
-            codes, scales = planes_layout(self.codes(), scale, self.zeros(), grid.bits)
+            codes, scales = planes_layout(self.codes(), scale, grid.bits)
             self.layout = "planes"
         else:
             codes, scales = int4_layout(self.codes(), scale, self.zeros())
