@@ -121,6 +121,7 @@ def test_rows_and_logits_in_every_runtime(bits, symmetric, dtype, runtime, tmp_p
 def prepared():
     """The built-in model, calibrated once, whose tables a size may round."""
     changes = {"quantize.bits": "auto", "quantize.embeddings": "auto", "compensate.kind": "none"}
+    changes["allocation.places"] = ["backbone"]  # fewer linears, whose options take the time
     how = {"processor": load_processor(resolve("demo")), "samples": 16, "text": "builtin", "images": "builtin"}
     with compression(load(resolve("demo")), "spectrim", changes=changes, **how) as found:
         yield found
@@ -129,18 +130,18 @@ def prepared():
 def test_a_size_rounds_what_costs_least_and_everything_counts(prepared, tmp_path):
     dense = stored_bytes(prepared_dense(tmp_path))
     chosen = {}
-    for size in (0.9, 0.5, 0.25, 0.17):
+    for size in (0.9, 0.5, 0.35):
         plan = prepared.plan(size=int(size * dense))
         (row,) = plan.tables.values()
         chosen[size] = row.form, row.spec.get("bits")
         assert plan.loss == pytest.approx(sum(row.loss for row in plan.rows.values()))
         assert 0.97 * size * dense < prepared.sizes.of(plan) <= size * dense
-    assert stored_bytes(prepared.save(plan, tmp_path / "0.17")) <= 0.17 * dense
+    assert stored_bytes(prepared.save(plan, tmp_path / "m")) <= 0.35 * dense
     assert chosen[0.9] == ("dense", None)
-    assert chosen[0.17] == ("integer-embedding", 4)
-    record = json.loads((tmp_path / "0.17" / "spectrim.json").read_text())
+    assert chosen[0.35] == ("integer-embedding", 4)
+    record = json.loads((tmp_path / "m" / "spectrim.json").read_text())
     assert record["tables"].keys() == plan.tables.keys()
-    read = Plan.read(tmp_path / "0.17" / "plan.json", prepared.parts)
+    read = Plan.read(tmp_path / "m" / "plan.json", prepared.parts)
     assert read.tables[next(iter(read.tables))].spec == row.spec
     floats = prepared.plan(0.4)
     assert not floats.tables  # a share is one of the linears
