@@ -205,9 +205,8 @@ def merge_kernel(
     column = tl.load(columns_v + head)
     rank = tl.load(columns_v + head + 1) - column
     if a_v is None:
-        width = GROUP * tl.load(columns_v + HEADS).to(tl.int64)  # of one sequence
-        place = tl.program_id(1) * width + GROUP * column + tl.program_id(0) % GROUP * rank
-        tl.store(o + place + s, sums.to(o.dtype.element_ty), s < rank)
+        place = GROUP * (tl.program_id(1).to(tl.int64) * tl.load(columns_v + HEADS) + column)  # of the first query
+        tl.store(o + place + tl.program_id(0) % GROUP * rank + s, sums.to(o.dtype.element_ty), s < rank)
     else:
         for first in range(0, D, OUT):
             d = first + tl.arange(0, OUT)
@@ -372,8 +371,7 @@ def decode(
     splits = triton.cdiv(tokens if window is None else min(window, tokens), tiles.split)
     parts = torch.empty(batch, queries, splits, rank_v, dtype=torch.float32, device=q.device)
     peaks, totals = torch.empty(2, batch, queries, splits, dtype=torch.float32, device=q.device)
-    size = (group * z_v.shape[2],) if folded else (queries, width)
-    o = torch.empty(batch, *size, dtype=q.dtype, device=q.device)
+    o = q.new_empty(batch, *((group * z_v.shape[2],) if folded else (queries, width)))
     scale = scale_v if scale_k is None else scale_k
     strides = [stride for x in (z_k, z_v, cos, inverse_rms, scale, mask) for stride in _strides(x)]
     with torch.cuda.device_of(q):  # Triton starts its programs on the current device
@@ -385,10 +383,10 @@ def decode(
             RANK_V=rank_v, ALIGNED=factors.aligned, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
             num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
+        a_v, most = None if folded else factors.a_v, max(64, triton.next_power_of_2(splits))
         merge_kernel[(queries, batch)](
-            parts, peaks, totals, None if folded else factors.a_v, factors.b_v, factors.columns_v, o, splits,
-            HEADS=heads, GROUP=group, D=width, RANK_V=rank_v, SPLITS_BLOCK=max(64, triton.next_power_of_2(splits)),
-            num_warps=4,
+            parts, peaks, totals, a_v, factors.b_v, factors.columns_v, o, splits, HEADS=heads, GROUP=group, D=width,
+            RANK_V=rank_v, SPLITS_BLOCK=most, num_warps=4,
         )  # fmt: skip
     return o
 
