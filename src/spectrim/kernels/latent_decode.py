@@ -157,9 +157,7 @@ def attend(
     """`latent_attention` with factors that were made ready, and cos and sin as `turned` makes them."""
     (batch, queries, steps, width), heads, tokens = q.shape, len(factors.up_k), z_k.shape[1]
     group, wide = queries // heads, torch.promote_types(q.dtype, torch.float32)
-    rows = (
-        (q.to(wide) * scaling).reshape(batch, heads, group * steps, width).transpose(0, 1)
-    )  # these read the same keys
+    rows = (q.to(wide) * scaling).reshape(batch, heads, group * steps, width).transpose(0, 1)  # of a head's keys
     rows = (rows if turns is None else rows[..., factors.order]).reshape(heads * batch, group * steps, width)
     ranks_k, ranks_v = ([width if up is None else len(up) for up in side] for side in (factors.up_k, factors.up_v))
     tile = min(max(64, TILE // (batch * heads)), tokens)
@@ -167,7 +165,7 @@ def attend(
     found: list[tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]] = []  # of each span
     for first in range(0, tokens, span):
         last = min(first + span, tokens)
-        scores = rows.new_empty(heads, batch, group * steps, last - first)
+        parts: list[torch.Tensor] = []
         for begin in range(first, last, tile):
             at = slice(begin, min(begin + tile, last))
             K = _keys(z_k[:, at].split(ranks_k, dim=2), factors, wide)  # [H, B, tile, D]
@@ -181,8 +179,8 @@ def attend(
                 K *= factors.norm
             if turns is not None:
                 torch.view_as_complex(K[..., : 2 * factors.half].unflatten(3, (-1, 2))).mul_(turns[:, at])
-            part = rows @ K.flatten(0, 1).transpose(1, 2)
-            scores[..., begin - first : at.stop - first] = part.view(heads, batch, group * steps, -1)
+            parts.append(rows @ K.flatten(0, 1).transpose(1, 2))
+        scores = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)).view(heads, batch, group * steps, -1)
         if softcap is not None:
             scores = scores.div_(softcap).tanh_().mul_(softcap)
         if mask is not None:
@@ -200,8 +198,8 @@ def attend(
         total.masked_fill_(total == 0, 1.0)
     means = [one / whole for one, whole in zip(sums, total, strict=True)]  # [B, group · S, r_h]
     if folded:
-        parts = [mean.view(batch, group, steps, -1).transpose(1, 2).flatten(2) for mean in means]
-        return torch.cat(parts, dim=2).to(q.dtype)
+        by_query = [mean.view(batch, group, steps, -1).transpose(1, 2).flatten(2) for mean in means]
+        return torch.cat(by_query, dim=2).to(q.dtype)
     output = torch.stack([m if up is None else m @ up for m, up in zip(means, factors.up_v, strict=True)], dim=1)
     if factors.b_v is not None:
         output += factors.b_v
@@ -245,11 +243,10 @@ def _merged(
     found: Sequence[tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]],
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Totals [H, B, rows, 1] and sums of all spans, by the logarithms of their sums."""
-    top = torch.stack([one[0] for one in found]).amax(0)
-    shares = [(one[0] - top).exp() for one in found]
-    total = sum(share * one[1] for share, one in zip(shares, found, strict=True))
-    sums = [sum(share[h] * one[2][h] for share, one in zip(shares, found, strict=True)) for h in range(len(top))]
-    return total, sums
+    tops, totals = (torch.stack(each) for each in list(zip(*found, strict=True))[:2])
+    shares = (tops - tops.amax(0)).exp()  # [spans, H, B, rows, 1]
+    sums = [torch.stack(each) for each in zip(*(one[2] for one in found), strict=True)]  # of each head
+    return (totals * shares).sum(0), [(each * shares[:, head]).sum(0) for head, each in enumerate(sums)]
 
 
 def _mask(scores: torch.Tensor, mask: torch.Tensor) -> None:
