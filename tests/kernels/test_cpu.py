@@ -125,6 +125,15 @@ def test_planes_in_several_parts(bits, monkeypatch):
     assert error(one(x), truth) < max(2.5 * error(reference(x), truth), 4e-3)
 
 
+@pytest.mark.parametrize("bits", [4, 8] if KNOWN else [8])
+def test_rows_of_a_layout_are_those_of_its_codes(bits):
+    one = layer(Grid(bits, 32, symmetric=False), out=200)
+    one.run_as("speed")
+    rows = torch.tensor([0, 199, 3, 64, 31, 32, 3, 127, 16])
+    found = cpu.int8_codes(one.layout_codes, rows) if bits == 8 else cpu.int4_codes_of(one.layout_codes, rows, 256)
+    assert torch.equal(found, one.codes()[rows])
+
+
 def test_sizes_that_no_kernel_takes_are_unpacked():
     one = layer(Grid(4, None), out=8, size=40)
     assert one.run_as("speed") == "packed"
