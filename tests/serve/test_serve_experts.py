@@ -1,0 +1,153 @@
+"""vLLM's fused experts, in one and several processes, from experts in stored forms. Needs vLLM."""
+
+import logging
+import warnings
+from typing import Any
+
+import pytest
+import torch
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    pytest.importorskip("vllm")
+    from vllm.model_executor.layers.fused_moe import RoutedExperts
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+    from vllm.model_executor.layers.fused_moe.config import (
+        FusedMoEConfig,
+        FusedMoEParallelConfig,
+        RoutingMethodType,
+    )
+    from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapManager
+
+    from helpers.vllm_layers import config, part, rounded
+
+from spectrim.errors import CheckpointError
+from spectrim.storage import StoredLayer
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+EXPERTS, HIDDEN, INNER = 4, 64, 96
+ROLES = {"w1": ("gate_proj", INNER, HIDDEN), "w3": ("up_proj", INNER, HIDDEN), "w2": ("down_proj", HIDDEN, INNER)}
+
+
+def experts() -> dict[str, Any]:
+    """All linears of four experts: dense, integers, factors of floats and integers, pivoted, with a rest."""
+    torch.manual_seed(0)
+    made = {}
+    for expert in range(EXPERTS):
+        for number, (name, out, inputs) in enumerate(ROLES.values()):
+            kind = (3 * expert + number) % 6
+            rank = (None, None, 9, 32, 7, 32)[kind]
+            layer: Any = part(out, rank, kind == 4, inputs)
+            layer.bias = None
+            integers = ((), ("",), (), ("A", "B"), (), ("R",))[kind]
+            if integers:
+                layer = rounded(layer, integers, (3, 4, 8, 2)[expert], expert % 2 == 0, 32)
+            made[f"x.experts.{expert}.{name}"] = layer
+    return made
+
+
+def fused(made: dict[str, Any], *, tensor: tuple[int, int] = (0, 1), expert: tuple[int, int] = (0, 1)) -> Any:
+    """vLLM's module, in a process with this rank and size, for tensors and for experts; nothing is loaded."""
+    parallel = FusedMoEParallelConfig.make_no_parallel()
+    parallel.tp_rank, parallel.tp_size = tensor
+    parallel.ep_rank, parallel.ep_size = expert
+    parallel.use_ep = expert[1] > 1
+    manager = ExpertMapManager(
+        max_num_batched_tokens=8, top_k=2, global_num_experts=EXPERTS, num_redundant_experts=0, num_expert_group=None,
+        moe_parallel_config=parallel, placement_strategy="linear", enable_eplb=False,
+    )  # fmt: skip
+    settings = FusedMoEConfig(
+        num_experts=EXPERTS, experts_per_token=2, hidden_dim=HIDDEN, intermediate_size=INNER,
+        num_local_experts=manager.local_num_experts, num_logical_experts=EXPERTS, activation=MoEActivation.SILU,
+        device="cpu", routing_method=RoutingMethodType.Renormalize, moe_parallel_config=parallel,
+        in_dtype=torch.float32,
+    )  # fmt: skip
+    return RoutedExperts("x.experts", torch.float32, settings, config(made), manager)
+
+
+def load(layer: Any, made: dict[str, Any], left_out: str = "") -> None:
+    """Load the tensors of all experts, and the guards beside compressed ones, as vLLM's loader does."""
+    for name, source in made.items():
+        tensors = dict(source.state_dict())
+        if isinstance(source, StoredLayer):
+            tensors["weight"] = torch.empty(0)
+        found = ((f"{name}.{key}".removeprefix("x.experts."), tensor.clone()) for key, tensor in tensors.items())
+        list(layer.load_weights((key, tensor) for key, tensor in found if key != left_out))
+
+
+def dense(made: dict[str, Any], expert: int, shard: str) -> torch.Tensor:
+    source = made[f"x.experts.{expert}.{ROLES[shard][0]}"]
+    return source.product().detach() if isinstance(source, StoredLayer) else source.weight.detach()
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("by", ["tensor", "expert"])
+def test_experts_arrive_as_the_weights_that_they_stand_for(by, size, process):
+    """Each process has its part of every expert, or its experts whole."""
+    process(0, 1)
+    made, seen = experts(), 0
+    for rank in range(size):
+        layer = fused(made, **{by: (rank, size)})
+        load(layer, made)
+        for expert in range(EXPERTS):
+            local = layer.expert_map_manager.map_global_to_local(expert)
+            if local < 0:
+                continue
+            seen += 1
+            parts = (rank, size) if by == "tensor" else (0, 1)
+            gate, up = (dense(made, expert, shard).chunk(parts[1])[parts[0]] for shard in ("w1", "w3"))
+            torch.testing.assert_close(layer.w13_weight[local].data, torch.cat([gate, up]))
+            down = dense(made, expert, "w2").chunk(parts[1], dim=1)[parts[0]]
+            torch.testing.assert_close(layer.w2_weight[local].data, down)
+    assert seen == (EXPERTS * size if by == "tensor" else EXPERTS)
+
+
+def test_they_run_in_vllm_s_kernel(process, caplog):
+    process(0, 1)
+    made = experts()
+    layer = fused(made)
+    load(layer, made)
+    with caplog.at_level(logging.WARNING, logger="spectrim"):
+        layer.quant_method.process_weights_after_loading(layer)
+    stored = [x for x in made.values() if isinstance(x, StoredLayer)]
+    cost = sum(4 * x.in_features * x.out_features - sum(t.nbytes for t in x.tensors().values()) for x in stored)
+    assert (
+        f"experts of 1 layers are unpacked into floats for vLLM's fused kernels, which takes {cost / 1e6:.1f} MB"
+        in (caplog.text)
+    )
+    assert {name for name, _ in layer.named_parameters()} == {"w13_weight", "w2_weight"}
+    x = torch.randn(5, HIDDEN)
+    ids = torch.tensor([[0, 1], [2, 3], [1, 3], [3, 0], [2, 1]], dtype=torch.int32)
+    weights = torch.rand(5, 2)
+    got = layer.quant_method.apply(layer, x, weights, ids, None, None)
+    for row in range(5):
+        wanted = torch.zeros(HIDDEN)
+        for expert, weight in zip(ids[row].tolist(), weights[row], strict=True):
+            gate, up, down = (dense(made, expert, shard) for shard in ("w1", "w3", "w2"))
+            wanted += weight * (down @ (torch.nn.functional.silu(gate @ x[row]) * (up @ x[row])))
+        torch.testing.assert_close(got[row], wanted, rtol=1e-4, atol=1e-3)
+
+
+def test_a_tensor_that_is_missing_misshapen_or_unknown_is_an_error(process):
+    process(0, 1)
+    made = experts()
+    layer = fused(made)
+    load(layer, made, left_out="1.up_proj.pivots")
+    with pytest.raises(CheckpointError, match=r"the checkpoint lacks x\.experts\.1\.up_proj\.pivots"):
+        layer.quant_method.process_weights_after_loading(layer)
+    layer = fused(made)
+    with pytest.raises(CheckpointError, match=r"x\.experts\.0\.down_proj\.A\.weight has the shape \[9, 9\] instead"):
+        list(layer.load_weights([("0.down_proj.A.weight", torch.zeros(9, 9))]))
+    with pytest.raises(CheckpointError, match=r"holds x\.experts\.0\.gate_proj\.B\.weight, of which its config\.json"):
+        list(layer.load_weights([("0.gate_proj.B.weight", torch.zeros(9, 9))]))
+
+
+def test_experts_that_a_model_loads_in_its_own_way_are_refused(process):
+    class Own(RoutedExperts):
+        def weight_loader(self, *args: Any) -> None: ...
+
+    process(0, 1)
+    made = experts()
+    layer = fused(made)
+    with pytest.raises(CheckpointError, match=r"vLLM loads the experts 'x\.experts' in a way of their own \(Own\)"):
+        Own("x.experts", torch.float32, layer.moe_config, config(made), layer.expert_map_manager)
