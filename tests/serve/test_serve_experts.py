@@ -138,7 +138,7 @@ def test_a_tensor_that_is_missing_misshapen_or_unknown_is_an_error(process):
     layer = fused(made)
     with pytest.raises(CheckpointError, match=r"x\.experts\.0\.down_proj\.A\.weight has the shape \[9, 9\] instead"):
         list(layer.load_weights([("0.down_proj.A.weight", torch.zeros(9, 9))]))
-    with pytest.raises(CheckpointError, match=r"holds x\.experts\.0\.gate_proj\.B\.weight, of which its config\.json"):
+    with pytest.raises(CheckpointError, match=r"holds x\.experts\.0\.gate_proj\.B\.weight, of which config\.json"):
         list(layer.load_weights([("0.gate_proj.B.weight", torch.zeros(9, 9))]))
 
 

@@ -130,7 +130,7 @@ def test_what_is_unpacked_is_said_once(process, caplog):
     assert not caplog.records
     with caplog.at_level(logging.WARNING, logger="spectrim"):
         layer = merged(parts, torch.float32, "reference")
-        layer.quant_method.config.report()
+        layer.quant_method.served.report()
     (record,) = caplog.records
     packs = [each for source in parts.values() for each in source.modules() if isinstance(each, PackedLinear)]
     cost = sum(

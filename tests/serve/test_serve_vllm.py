@@ -101,7 +101,6 @@ def mixture_cases(home: Path) -> Cases:
             cases[f"{family}, {form}"] = job, greedy(model, TOKENS, input_ids=torch.tensor([IDS]))
         job, wanted = cases[f"{family}, mixed"]
         cases[f"{family}, two processes"] = {**job, "parallel": 2}, wanted
-        cases[f"{family}, experts in two processes"] = {**job, "parallel": 2, "expert_parallel": True}, wanted
     job, wanted = cases["mixtral, mixed"]
     cases["mixtral, compiled"] = {**job, "eager": False}, wanted
     return cases

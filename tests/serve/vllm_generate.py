@@ -1,6 +1,6 @@
 """Greedy tokens from vLLM, in a process of its own: ``python vllm_generate.py JOBS.json RESULTS.json``.
 
-A job is ``{"directory", "parallel", "expert_parallel", "dtype", "eager", "tokens", "prompt" or "prompt_token_ids",
+A job is ``{"directory", "parallel", "dtype", "eager", "tokens", "prompt" or "prompt_token_ids",
 "image"}``; the results are, in the same order, lists of token ids, or the traceback of what went wrong as a string.
 With ``"weights": true``, the bytes follow in which the engine holds the weights that are factored or integers.
 """
@@ -27,7 +27,6 @@ def generate(job: dict[str, Any]) -> list[int]:
         max_model_len=256,
         max_num_seqs=2,
         tensor_parallel_size=job.get("parallel", 1),
-        enable_expert_parallel=job.get("expert_parallel", False),
         distributed_executor_backend="mp" if job.get("parallel", 1) > 1 else None,
         skip_tokenizer_init=image is None,
         seed=0,

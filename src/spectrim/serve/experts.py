@@ -6,8 +6,7 @@ is a slot for every name that an expert may bring; with the last tensor of a lin
 one, by vLLM's own loader, which shares it among processes.
 """
 
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,7 +17,8 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import Un
 
 from spectrim.checkpoint.names import shortened
 from spectrim.errors import CheckpointError, ModelError
-from spectrim.storage import Spec, form
+from spectrim.serve.served import Served
+from spectrim.storage import form
 from spectrim.storage.base import StoredLayer, empty_linear, tensors_of
 
 _WHOLE = {"w1": "w13", "w3": "w13", "w2": "w2"}  # the fused weight that a shard is part of
@@ -39,26 +39,17 @@ def add_slot(module: nn.Module, name: str, dtype: torch.dtype, load: Callable[..
 class ExpertsMethod(UnquantizedFusedMoEMethod):
     """vLLM's own method for experts in floats, with slots for the tensors of those that are stored in any form.
 
-    `layers` has form and spec of linears by vLLM's names. `report` is called when all layers of the model are there;
-    before that, what the floats of a linear cost beyond its file is added to `unpacked`. Raises CheckpointError for
-    experts that vLLM loads in a way of the model.
+    Raises CheckpointError for experts that vLLM loads in a way of the model.
     """
 
-    def __init__(
-        self,
-        layer: Any,
-        prefix: str,
-        layers: Mapping[str, tuple[str, Spec]],
-        unpacked: Counter[str],
-        report: Callable[[], None],
-    ) -> None:
+    def __init__(self, layer: Any, prefix: str, served: Served) -> None:
         if type(layer).weight_loader is not RoutedExperts.weight_loader:
             raise CheckpointError(
                 f"vLLM loads the experts {prefix!r} in a way of their own ({type(layer).__name__}); keep experts "
                 "dense, or serve the dequantized model (model.dequantize() and save_pretrained)"
             )
         super().__init__(layer.moe_config)
-        self.prefix, self.layers, self.unpacked, self.report = prefix, layers, unpacked, report
+        self.prefix, self.served = prefix, served
         self.held: dict[str, StoredLayer] = {}  # linears of which some tensors have arrived
         self.missing: dict[str, set[str]] = {}  # tensors by linear
         self._load_dense: Callable[..., Any] | None = None
@@ -84,22 +75,22 @@ class ExpertsMethod(UnquantizedFusedMoEMethod):
         slots: dict[str, torch.dtype] = {}
         shares = self.moe.moe_parallel_config.tp_size
         for expert in range(self.moe.num_logical_experts):
-            if layer.expert_map_manager.map_global_to_local(expert) < 0:
-                continue
             for shard, whole in _WHOLE.items():
                 name = self._name(layer, expert, shard)
-                if name not in self.layers:
+                if name not in self.served.layers:
                     continue
                 out, inputs = self._shape(shard)
-                kind, spec = self.layers[name]
+                kind, spec = self.served.layers[name]
                 try:
                     tensors = tensors_of(kind, inputs, out, spec, params_dtype)
                 except ModelError as error:
                     raise CheckpointError(f"{name!r}: {error}; copy the checkpoint's config.json again") from error
-                self.missing[name] = {*tensors}
                 slots |= {f"{whole}_{part}": tensor.dtype for part, tensor in tensors.items()}
+                if not _is_here(layer, expert):
+                    continue  # the loader asks for its slots, too
+                self.missing[name] = {*tensors}
                 stored = sum(tensor.nbytes for tensor in tensors.values())
-                self.unpacked[self.prefix] += (out * inputs * params_dtype.itemsize - stored) // shares
+                self.served.experts[self.prefix] += (out * inputs * params_dtype.itemsize - stored) // shares
         for name, dtype in slots.items():
             add_slot(layer, name, dtype, partial(self._load, layer, name.partition("_")[2]))
             if "." in name:  # RoutedExperts asks by getattr, loaders of models ask named_parameters
@@ -145,7 +136,7 @@ class ExpertsMethod(UnquantizedFusedMoEMethod):
         return_success: bool = False,
     ) -> bool | None:
         """Keep a tensor of a linear; with the last one, load the weight that it stands for."""
-        if layer.expert_map_manager.map_global_to_local(expert_id) < 0:
+        if not _is_here(layer, expert_id):
             return False if return_success else None
         name = self._name(layer, expert_id, shard_id)
         if part not in self.missing.get(name, ()):
@@ -154,7 +145,7 @@ class ExpertsMethod(UnquantizedFusedMoEMethod):
             )
         if name not in self.held:
             out, inputs = self._shape(shard_id)
-            kind, spec = self.layers[name]
+            kind, spec = self.served.layers[name]
             # Products in float32: one rounding, as of a dense weight.
             built: Any = form(kind).build(empty_linear(inputs, out, torch.float32), spec)
             self.held[name] = built.to_empty(device=param.device)
@@ -181,7 +172,7 @@ class ExpertsMethod(UnquantizedFusedMoEMethod):
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Take the slots away. Raises CheckpointError if a tensor never arrived."""
-        self.report()
+        self.served.report()
         if missing := sorted(f"{name}.{part}" for name, parts in self.missing.items() for part in parts):
             raise CheckpointError(f"the checkpoint lacks {shortened(missing)}; copy or compress it again")
         own = {f"{whole}_{kind}" for whole in ("w13", "w2") for kind in ("weight", "bias")}
@@ -191,3 +182,8 @@ class ExpertsMethod(UnquantizedFusedMoEMethod):
         for name in [name for name in vars(layer) if name.startswith(("w13_", "w2_")) and "." in name]:
             del vars(layer)[name]
         super().process_weights_after_loading(layer)
+
+
+def _is_here(layer: Any, expert: int) -> bool:
+    """Whether this process has the expert."""
+    return bool(layer.expert_map_manager.map_global_to_local(expert) >= 0)

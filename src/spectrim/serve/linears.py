@@ -11,7 +11,7 @@ and ``first`` then has one for each grid; else they are unpacked as soon as all 
 
 from collections import Counter
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -31,11 +31,9 @@ from spectrim.errors import CheckpointError, ModelError
 from spectrim.maths.rounding import Grid
 from spectrim.serve.experts import add_slot
 from spectrim.serve.matrices import Matrix, OwnMatrix, PackedMatrix, packed
+from spectrim.serve.served import Served
 from spectrim.serve.shards import Piece, fused, row_shards
 from spectrim.storage.packed import PackedLinear
-
-if TYPE_CHECKING:
-    from spectrim.serve.plugin import FactoredConfig
 
 AnyMatrix = Matrix | PackedMatrix | OwnMatrix
 
@@ -65,9 +63,9 @@ class Span(NamedTuple):
 class FactoredLinearMethod(LinearMethodBase):
     """Loads and runs the vLLM linear `prefix`, at least one of whose parts `names` is factored, or integers."""
 
-    def __init__(self, names: list[str], config: "FactoredConfig", prefix: str) -> None:
+    def __init__(self, names: list[str], served: Served, prefix: str) -> None:
         super().__init__()
-        self.names, self.config, self.prefix = names, config, prefix
+        self.names, self.served, self.prefix = names, served, prefix
         self.dtype = torch.float32  # of inputs and outputs
         self.reduces = False  # whether the sum over processes is taken here, of what the first product gives
         self.pieces: list[Piece] = []
@@ -155,7 +153,7 @@ class FactoredLinearMethod(LinearMethodBase):
         """An empty matrix for these columns of a weight in which its integers stay packed, if that can be."""
         if grid is None:
             return None
-        return packed(out, columns, grid, dtype, self.config.runtime, f"{self.prefix}.{where}")
+        return packed(out, columns, grid, dtype, self.served.runtime, f"{self.prefix}.{where}")
 
     def _count_unpacked(self, itemsize: int) -> None:
         """Note what the integers cost that are in matrices of floats."""
@@ -165,7 +163,7 @@ class FactoredLinearMethod(LinearMethodBase):
                 if grid is not None and isinstance(matrix, Matrix):
                     out, inputs = sum(map(len, rows)), len(columns)
                     cost = out * inputs * itemsize - grid.nbytes(out, inputs, itemsize)
-                    self.config.unpacked[self.pieces[i].name] += cost
+                    self.served.unpacked[self.pieces[i].name] += cost
 
     def _pieces(self, layer: Any, inputs: int, local_inputs: int, sizes: list[int]) -> list[Piece]:
         # vLLM's own classes; a subclass that loads in a way of its own also shares its weights in another way.
@@ -200,12 +198,12 @@ class FactoredLinearMethod(LinearMethodBase):
         return [
             Piece(
                 name,
-                self.config.ranks.get(name),
-                name in self.config.pivoted,
+                self.served.ranks.get(name),
+                name in self.served.pivoted,
                 (whole, inputs),
                 rows,
                 columns,
-                self.config.grids.get(name, {}),
+                self.served.grids.get(name, {}),
             )
             for name, whole, rows in zip(self.names, wholes, shards, strict=True)
         ]
@@ -252,7 +250,7 @@ class FactoredLinearMethod(LinearMethodBase):
 
         Raises CheckpointError if a tensor never arrived, and for pivots that are no different rows.
         """
-        self.config.report()  # all linears are there by now
+        self.served.report()  # all linears are there by now
         if self.missing:
             missing = sorted(f"{self.pieces[i].name}.{name}" for i, name in self.missing)
             raise CheckpointError(f"the checkpoint lacks {shortened(missing)}; copy or compress it again")

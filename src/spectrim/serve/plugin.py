@@ -1,7 +1,5 @@
 """How vLLM sees a compressed checkpoint: its quantization config, which says what loads and runs which layer."""
 
-import logging
-from collections import Counter
 from typing import Any
 
 import torch
@@ -12,38 +10,23 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 from spectrim.checkpoint.config import METHOD, SpectrimConfig
-from spectrim.checkpoint.names import shortened
 from spectrim.errors import CheckpointError
-from spectrim.maths.decompose import Rank
-from spectrim.maths.rounding import Grid
 from spectrim.serve.embeddings import embedding_method
 from spectrim.serve.experts import ExpertsMethod
 from spectrim.serve.linears import FactoredLinearMethod
+from spectrim.serve.served import Served
 from spectrim.serve.shards import members
-from spectrim.storage.embedding import IntegerEmbedding
-
-logger = logging.getLogger("spectrim")
 
 
 class FactoredConfig(QuantizationConfig):
     """vLLM's view of ``quantization_config`` of a checkpoint, keyed by vLLM's names of linears.
 
-    Raises CheckpointError where `SpectrimConfig.layers` does.
+    Raises CheckpointError where `Served` does.
     """
 
     def __init__(self, config: SpectrimConfig) -> None:
         super().__init__()
-        self.embeddings: dict[str, Grid] = {}
-        self.layers = config.layers()  # form and spec of each linear
-        for name, entry in config.forms.items():
-            if entry["form"] == IntegerEmbedding.name:
-                self.embeddings[name] = IntegerEmbedding().grid(self.layers[name][1])
-        self.ranks: dict[str, Rank] = dict(config.ranks)
-        self.pivoted = set(config.pivoted)
-        self.grids = config.grids()  # of the parts of each linear
-        self.runtime = config.runtime
-        self.unpacked: Counter[str] = Counter()  # bytes that unpacked integers take beyond packed ones, by linear
-        self.experts: Counter[str] = Counter()  # bytes that experts in floats take beyond their file, by module
+        self.served = Served(config)
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "FactoredConfig":
@@ -74,19 +57,16 @@ class FactoredConfig(QuantizationConfig):
         def renamed(name: str) -> str:
             return str(hf_to_vllm_mapper.map_name(f"{name}.weight")).removesuffix(".weight")
 
-        self.ranks = {renamed(name): rank for name, rank in self.ranks.items()}
-        self.pivoted = {renamed(name) for name in self.pivoted}
-        self.grids = {renamed(name): parts for name, parts in self.grids.items()}
-        self.layers = {renamed(name): layer for name, layer in self.layers.items()}
+        self.served.rename(renamed)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> Any:
         """A method of ours for linears and experts of which a part is compressed, vLLM's own method for all others.
 
         Raises CheckpointError for what is compressed and is neither.
         """
-        known, served = self.layers, self.ranks | self.grids | self.embeddings
+        served, known = self.served, self.served.layers
         names = members(prefix, self.packed_modules_mapping, known)
-        strange = [name for name in names if name in known and name not in served]
+        strange = [name for name in names if name in known and not served.runs(name)]
         if strange and isinstance(layer, LinearBase | VocabParallelEmbedding):
             raise CheckpointError(
                 f"vLLM does not run the form '{known[strange[0]][0]}', which {strange[0]!r} is stored in; serve the "
@@ -94,33 +74,12 @@ class FactoredConfig(QuantizationConfig):
             )
         if isinstance(layer, LinearBase):
             if any(name in known for name in names):
-                return FactoredLinearMethod(names, self, prefix)
+                return FactoredLinearMethod(names, served, prefix)
             return UnquantizedLinearMethod()
         if isinstance(layer, VocabParallelEmbedding):
-            return embedding_method(layer, prefix, self.embeddings, self.grids, self.unpacked)
+            return embedding_method(layer, prefix, served.embeddings, served.grids, served.unpacked)
         if not any(name == prefix or name.startswith(f"{prefix}.") for name in known):
             return None
         if isinstance(layer, RoutedExperts):
-            return ExpertsMethod(layer, prefix, known, self.experts, self.report)
+            return ExpertsMethod(layer, prefix, served)
         raise CheckpointError(f"vLLM has no linear {prefix!r} but a {type(layer).__name__}; keep it dense")
-
-    def report(self) -> None:
-        """Say, once, what this process has had to unpack, and what that costs."""
-        if self.experts:
-            logger.warning(
-                "experts of %d layers are unpacked into floats for vLLM's fused kernels, which takes %.1f MB more than "
-                "in their file: %s",
-                len(self.experts),
-                sum(self.experts.values()) / 1e6,
-                shortened(sorted(self.experts)),
-            )
-        if self.unpacked:
-            logger.warning(
-                "integers of %d linears are unpacked, which takes %.1f MB more memory than packed ones "
-                "(docs/serving.md says which stay packed): %s",
-                len(self.unpacked),
-                sum(self.unpacked.values()) / 1e6,
-                shortened(sorted(self.unpacked)),
-            )
-        self.unpacked.clear()
-        self.experts.clear()
