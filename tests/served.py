@@ -94,7 +94,9 @@ def mixture(family: str, form: str) -> hf.PreTrainedModel:
     if family == "mixtral":
         model = _seeded(hf.MixtralForCausalLM, hf.MixtralConfig(**WIDE, num_local_experts=4, num_experts_per_tok=2))
     else:
-        model = _seeded(hf.Qwen3MoeForCausalLM, hf.Qwen3MoeConfig(**WIDE, head_dim=32, **MOE))
+        model = _seeded(
+            hf.Qwen3MoeForCausalLM, hf.Qwen3MoeConfig(**WIDE, head_dim=32, **{**MOE, "moe_intermediate_size": 64})
+        )
     if form == "dense":
         return model
     if form != "mixed":

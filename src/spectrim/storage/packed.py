@@ -103,7 +103,7 @@ class PackedLinear(StoredLayer):
         assert self.layout_codes is not None
         if self.layout == "int8":
             return int8_codes(self.layout_codes).to(dtype)
-        return int4_codes(self.layout_codes, self.out_features, self.in_features).to(dtype)
+        return int4_codes(self.layout_codes, self.out_features, self.in_features, dtype)
 
     def zeros(self) -> torch.Tensor | None:
         """The zero points, int8 [out, groups]; None where all are zero."""
