@@ -17,6 +17,10 @@ KNOWN = cpu._block() is not None
 GRIDS = [Grid(bits, group, even) for bits in (2, 3, 4, 8) for group in (None, 32, 128) for even in (True, False)]
 
 
+def test_the_layouts_of_usual_cpus_are_known():
+    assert KNOWN or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512")
+
+
 def layer(grid: Grid, out: int = 33, size: int = 256, dtype: torch.dtype = torch.bfloat16) -> PackedLinear:
     W = torch.randn(out, size, generator=torch.Generator().manual_seed(out + size))
     found = PackedLinear(size, out, grid, dtype=dtype)
