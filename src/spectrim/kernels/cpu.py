@@ -60,18 +60,21 @@ def int4_product(x: torch.Tensor, packed: torch.Tensor, pairs: torch.Tensor, out
     return y if y.shape[1] == out else y[:, :out]
 
 
-def int4_codes(packed: torch.Tensor, out: int, size: int) -> torch.Tensor:
-    """The codes int8 [out, in] of a layout."""
+def int4_codes(packed: torch.Tensor, out: int, size: int, dtype: torch.dtype = torch.int8) -> torch.Tensor:
+    """The codes [out, in] of a layout, as numbers of a dtype."""
     block = _block()
     assert block is not None
-    return (_unpacked(packed, block, size)[:out].to(torch.int8) - 8).contiguous()
+    return _unpacked(packed, block, size, dtype)[:out]
 
 
-def _unpacked(packed: torch.Tensor, block: int, size: int) -> torch.Tensor:
-    """Numbers 0 … 15 [outputs, in] of a layout in blocks of so many outputs."""
+def _unpacked(packed: torch.Tensor, block: int, size: int, dtype: torch.dtype) -> torch.Tensor:
+    """Codes −8 … 7 [outputs, in] of a layout in blocks of so many outputs."""
     columns = packed.view(-1, size, block // 2)  # [blocks, in, half a block]
-    halves = torch.cat([columns & 15, columns >> 4], dim=2)  # [blocks, in, block]
-    return halves.transpose(1, 2).reshape(-1, size)
+    rows = columns.transpose(1, 2).contiguous()  # two codes in a byte: the only copy that jumps
+    signed = rows.bitwise_xor_(0x88).view(torch.int8)  # from 0 … 15 to numbers of four bits with a sign
+    codes = packed.new_empty(len(rows), 2, block // 2, size, dtype=dtype)
+    codes[:, 0], codes[:, 1] = (signed << 4) >> 4, signed >> 4
+    return codes.view(-1, size)
 
 
 @cache
@@ -83,9 +86,18 @@ def _block() -> int | None:
     except (RuntimeError, NotImplementedError):
         return None
     for block in _BLOCKS:
-        if torch.equal(_unpacked(packed, block, codes.shape[1]).int(), codes):
+        if torch.equal(_unpacked(packed, block, codes.shape[1], torch.int32) + 8, codes):
             return block
     return None
+
+
+def int4_codes_of(packed: torch.Tensor, rows: torch.Tensor, size: int) -> torch.Tensor:
+    """The codes int8 [n, in] of some rows int64 [n] of a layout."""
+    block = _block()
+    assert block is not None
+    half, place = block // 2, rows % block
+    found = packed.view(-1, size, half)[rows // block, :, place % half]  # [n, in]
+    return (found >> (4 * (place >= half)).to(torch.uint8)[:, None] & 15).to(torch.int8) - 8
 
 
 def planes_layout(codes: torch.Tensor, scale: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -181,6 +193,6 @@ def int8_product(x: torch.Tensor, codes: torch.Tensor, pairs: torch.Tensor) -> t
     return y.to(x.dtype)
 
 
-def int8_codes(codes: torch.Tensor) -> torch.Tensor:
-    """The codes int8 [out, in] of a layout."""
-    return codes.transpose(0, 1).flatten(1)
+def int8_codes(codes: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+    """The codes int8 [out, in] of a layout, or of some rows int64 [n] of it, [n, in]."""
+    return (codes if rows is None else codes[:, rows]).transpose(0, 1).flatten(1)

@@ -108,8 +108,9 @@ class PackedLinear(StoredLayer):
         assert self.layout_codes is not None
         if self.layout == "int8":
             return int8_codes(self.layout_codes).to(dtype)
-        codes = planes_codes if self.layout == "planes" else int4_codes
-        return codes(self.layout_codes, self.out_features, self.in_features).to(dtype)
+        if self.layout == "planes":
+            return planes_codes(self.layout_codes, self.out_features, self.in_features).to(dtype)
+        return int4_codes(self.layout_codes, self.out_features, self.in_features, dtype)
 
     def zeros(self) -> torch.Tensor | None:
         """The zero points, int8 [out, groups]; None where all are zero."""
