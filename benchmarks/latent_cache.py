@@ -199,7 +199,7 @@ def greedy(args: argparse.Namespace) -> None:
             words = prompted(processor, load(source).config, [question])
             prompts.append(model_tensors(processor, words, [[question.image]], ["a question"]))
     else:
-        ids = processor(text, return_tensors="pt")["input_ids"][0, : 64 * 12]
+        ids = processor(text, return_tensors="pt")["input_ids"][0, : 64 * 8]
         prompts = [
             {"input_ids": part[None], "attention_mask": torch.ones(1, 64, dtype=torch.long)} for part in ids.split(64)
         ]
