@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-gc.disable()  # until tests run: imports leave nothing to collect
+if gc.isenabled():  # until tests run: imports leave nothing to collect
+    gc.disable()
 if not torch.cuda.is_available():  # before triton is imported: its kernels run in its interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each worker and for the processes that it starts
