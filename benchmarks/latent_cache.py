@@ -188,7 +188,6 @@ def steps(
     return best
 
 
-@torch.inference_mode()
 def greedy(args: argparse.Namespace) -> None:
     """Print how many prompts have the same greedy tokens with every cache, and what differs first in the others."""
     source, text = resolve(args.model), load_text(args.heldout, split="heldout")
