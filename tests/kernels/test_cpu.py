@@ -17,6 +17,10 @@ KNOWN = cpu._block() is not None
 GRIDS = [Grid(bits, group, even) for bits in (2, 3, 4, 8) for group in (None, 32, 128) for even in (True, False)]
 
 
+def test_the_layouts_of_usual_cpus_are_known():
+    assert KNOWN or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512")
+
+
 def layer(grid: Grid, out: int = 33, size: int = 256, dtype: torch.dtype = torch.bfloat16) -> PackedLinear:
     W = torch.randn(out, size, generator=torch.Generator().manual_seed(out + size))
     found = PackedLinear(size, out, grid, dtype=dtype)
@@ -123,6 +127,15 @@ def test_planes_in_several_parts(bits, monkeypatch):
     x = torch.randn(3, 256).bfloat16()
     truth = exact(reference, x)
     assert error(one(x), truth) < max(2.5 * error(reference(x), truth), 4e-3)
+
+
+@pytest.mark.parametrize("bits", [4, 8] if KNOWN else [8])
+def test_rows_of_a_layout_are_those_of_its_codes(bits):
+    one = layer(Grid(bits, 32, symmetric=False), out=200)
+    one.run_as("speed")
+    rows = torch.tensor([0, 199, 3, 64, 31, 32, 3, 127, 16])
+    found = cpu.int8_codes(one.layout_codes, rows) if bits == 8 else cpu.int4_codes_of(one.layout_codes, rows, 256)
+    assert torch.equal(found, one.codes()[rows])
 
 
 def test_sizes_that_no_kernel_takes_are_unpacked():

@@ -13,6 +13,7 @@ import spectrim
 from helpers.command import run
 from helpers.samples import processor
 from spectrim.anatomy import anatomy
+from spectrim.bench.engines import held_bytes
 from spectrim.checkpoint import attach, load, load_processor, save
 from spectrim.demo import resolve
 from spectrim.errors import BudgetError, ModelError, RecipeError
@@ -104,6 +105,7 @@ def test_rows_and_logits_in_every_runtime(bits, symmetric, dtype, runtime, tmp_p
     table = again.get_input_embeddings()
     assert isinstance(table, PackedEmbedding)
     assert table.shared
+    assert held_bytes(table) <= 1.15 * sum(tensor.nbytes for tensor in table.state_dict().values())
     ids = torch.tensor([[0, 5, 5], [95, 1, 0]])
     torch.testing.assert_close(table(ids), nn.functional.embedding(ids, dense.get_input_embeddings().weight))
     within = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.02}

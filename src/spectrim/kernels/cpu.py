@@ -91,6 +91,15 @@ def _block() -> int | None:
     return None
 
 
+def int4_codes_of(packed: torch.Tensor, rows: torch.Tensor, size: int) -> torch.Tensor:
+    """The codes int8 [n, in] of some rows int64 [n] of a layout."""
+    block = _block()
+    assert block is not None
+    half, place = block // 2, rows % block
+    found = packed.view(-1, size, half)[rows // block, :, place % half]  # [n, in]
+    return (found >> (4 * (place >= half)).to(torch.uint8)[:, None] & 15).to(torch.int8) - 8
+
+
 def planes_layout(codes: torch.Tensor, scale: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """What `planes_product` takes, of codes int8 [out, in] of 2 or 3 bits with scales [out, groups].
 
@@ -184,6 +193,6 @@ def int8_product(x: torch.Tensor, codes: torch.Tensor, pairs: torch.Tensor) -> t
     return y.to(x.dtype)
 
 
-def int8_codes(codes: torch.Tensor) -> torch.Tensor:
-    """The codes int8 [out, in] of a layout."""
-    return codes.transpose(0, 1).flatten(1)
+def int8_codes(codes: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+    """The codes int8 [out, in] of a layout, or of some rows int64 [n] of it, [n, in]."""
+    return (codes if rows is None else codes[:, rows]).transpose(0, 1).flatten(1)

@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 from spectrim.anatomy import Anatomy
 from spectrim.calibrate import Statistics
 from spectrim.calibrate.data import reload_data
-from spectrim.calibrate.labels import Labelled
 from spectrim.calibrate.passes import prepared
 from spectrim.disk.lock import writing
 from spectrim.disk.sealed import open_sealed, write_sealed
@@ -28,13 +27,13 @@ from spectrim.plan.key import made_key
 from spectrim.plan.plan import Plan
 from spectrim.recipe import Recipe
 from spectrim.tune.numbers import Number, numbers, packed_layers
-from spectrim.tune.samples import divided, gathered, together, tokens
+from spectrim.tune.samples import Sample, divided, gathered, together, tokens
 from spectrim.tune.scales import trained_scales
 
 _log = logging.getLogger(__name__)
 
-VERSION = 2  # of what the tensors mean; a change makes earlier files unused
-STEP = 2048  # tokens of the larger modality behind one step of Adam
+VERSION = 3  # of what the tensors mean; a change makes earlier files unused
+STEP = 512  # tokens of the larger modality behind one step of Adam; 2048 leave more at equal passes
 WARM = 20  # the rate rises over one step in so many, and falls to zero by half a cosine over all of them
 FLOOR = 1e-3  # nats that are added to divergences before they are compared by their ratio
 
@@ -121,7 +120,7 @@ class Tuning:
             for step in range(1, steps + 1):
                 for modality, turns in batches.items():
                     batch = next(turns)
-                    share = 1 / (before[modality] + FLOOR) / sum(int(one.labelled.sum()) for one in batch)
+                    share = 1 / (before[modality] + FLOOR) / sum(one.labels for one in batch)
                     for part in together(batch):
                         self._add(part, share, trained)
                 optimizer.step()
@@ -156,7 +155,7 @@ class Tuning:
                 for one in trained:
                     one.tensor.requires_grad_(False)
 
-    def _add(self, part: Labelled, share: float, trained: Sequence[Number]) -> None:
+    def _add(self, part: Sample, share: float, trained: Sequence[Number]) -> None:
         """Add the gradient of `share` times the sum of divergences of some samples; products may be of bfloat16."""
         with _rough_products(), torch.enable_grad():
             loss = share * self._divergence(part)
@@ -166,18 +165,18 @@ class Tuning:
             one.add(gradient)
 
     @torch.no_grad()
-    def _nats(self, held: Mapping[Any, Sequence[Labelled]]) -> dict[str, float]:
+    def _nats(self, held: Mapping[Any, Sequence[Sample]]) -> dict[str, float]:
         """Of samples that were left out."""
         found = {}
         for modality, parts in held.items():
             total = sum(float(self._divergence(part)) for part in parts)
-            found[str(modality)] = total / sum(int(part.labelled.sum()) for part in parts)
+            found[str(modality)] = total / sum(part.labels for part in parts)
         return found
 
-    def _divergence(self, part: Labelled) -> torch.Tensor:
+    def _divergence(self, part: Sample) -> torch.Tensor:
         """Sum of the divergences at the labelled positions. Raises NumericalError where it is not finite."""
         with torch.no_grad():
-            target = _predicted(self._dense, part)
+            target = _expected(self._dense, part)
         found = kl_div(_predicted(self._small, part), target, reduction="sum", log_target=True)
         if not bool(found.isfinite()):
             raise NumericalError("the predictions of the compressed model are not finite; set tune.epochs=0")
@@ -195,15 +194,24 @@ def _rough_products() -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def _predicted(model: PreTrainedModel, part: Labelled) -> torch.Tensor:
+def _predicted(model: PreTrainedModel, part: Sample) -> torch.Tensor:
     """Log-probabilities float32 [labels, vocabulary] at the labelled positions."""
-    logits: torch.Tensor = model(**part.inputs, use_cache=False).logits
-    return logits[:, :-1][part.labelled].float().log_softmax(-1)
+    logits: torch.Tensor = model(**part.labelled.inputs, use_cache=False).logits
+    return logits[:, :-1][part.labelled.labelled].float().log_softmax(-1)
 
 
-def _turns(samples: Sequence[Labelled], count: int, seed: int) -> Iterator[list[Labelled]]:
+def _expected(dense: PreTrainedModel, part: Sample) -> torch.Tensor:
+    """Those of the dense model, which ran once for each sample if what its head read is known."""
+    if part.states is None:
+        return _predicted(dense, part)
+    head: Any = dense.get_output_embeddings()
+    logits: torch.Tensor = head(part.states)
+    return logits.float().log_softmax(-1)
+
+
+def _turns(samples: Sequence[Sample], count: int, seed: int) -> Iterator[list[Sample]]:
     """`count` samples at a time without end; every sample comes up once before any comes up again."""
-    order, waiting = random.Random(seed), list[Labelled]()
+    order, waiting = random.Random(seed), list[Sample]()
     while True:
         while len(waiting) < count:
             waiting += order.sample(samples, len(samples))

@@ -1,7 +1,8 @@
 """Calibration samples with labels, in batches of one shape; some are left out of training and judge it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -14,34 +15,62 @@ from spectrim.samples import Modality
 LEFT_OUT = 8  # one sample in so many is left out
 _TOKENS = 512  # of samples of one shape that run together
 
-Samples = Mapping[Modality, Sequence[Labelled]]
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample, or some of one shape joined, and what the dense model's output head reads at its labels.
+
+    ``states`` [labels, width] give the dense model's predictions without another pass through it; None where its head
+    alone does not.
+    """
+
+    labelled: Labelled
+    states: torch.Tensor | None
+
+    @property
+    def labels(self) -> int:
+        """How many predictions there are."""
+        return int(self.labelled.labelled.sum())
 
 
-def gathered(model: PreTrainedModel, data: Data, *, answer_tokens: int, seed: int) -> dict[Modality, list[Labelled]]:
+Samples = Mapping[Modality, Sequence[Sample]]
+
+
+def gathered(model: PreTrainedModel, data: Data, *, answer_tokens: int, seed: int) -> dict[Modality, list[Sample]]:
     """All samples: text labelled at every token, images at the answers that they bring or that the model draws.
 
     Raises:
         ModelError: the model cannot generate answers, or its tokens see the labels.
         SampleError: an image sample has an empty answer and the model no token that ends one.
     """
+    found: dict[Modality, list[Sample]] = {}
     with prepared(model):
-        return {
-            modality: list(
-                labelled_samples(
-                    model,
-                    data,
-                    modality,
-                    sampled=False,
-                    answer_tokens=answer_tokens,
-                    seed=seed,
-                    numbers=range(count),
-                )
-            )
-            for modality, count in data.samples.items()
-        }
+        for modality, count in data.samples.items():
+            given: dict[str, Any] = {"sampled": False, "answer_tokens": answer_tokens, "seed": seed}
+            labelled = labelled_samples(model, data, modality, **given, numbers=range(count))
+            found[modality] = [Sample(one, states(model, one)) for one in labelled]
+    return found
 
 
-def divided(samples: Samples) -> tuple[dict[Modality, list[Labelled]], dict[Modality, list[Labelled]]]:
+@torch.no_grad()
+def states(model: PreTrainedModel, one: Labelled) -> torch.Tensor | None:
+    """What the output head reads at the labels; None where the model does more to its outputs, or has no such head."""
+    head: Any = model.get_output_embeddings()
+    read: list[torch.Tensor] = []
+    if head is None:
+        return None
+    handle = head.register_forward_pre_hook(lambda _module, given: read.append(given[0]))
+    try:
+        logits = model(**one.inputs, use_cache=False).logits[:, :-1][one.labelled[None]]
+    finally:
+        handle.remove()
+    if len(read) != 1 or read[0].shape[:2] != one.inputs["input_ids"].shape:
+        return None
+    found = read[0][:, :-1][one.labelled[None]]
+    return found if torch.allclose(head(found).float(), logits.float(), rtol=1e-3, atol=1e-3) else None
+
+
+def divided(samples: Samples) -> tuple[dict[Modality, list[Sample]], dict[Modality, list[Sample]]]:
     """The samples that are trained on, and the last eighth, at least one, that is left out.
 
     They are in random order, and compensation runs the first ones: to what it fitted, the start would be too near.
@@ -51,23 +80,27 @@ def divided(samples: Samples) -> tuple[dict[Modality, list[Labelled]], dict[Moda
     return trained, {modality: list(some[most[modality] :]) for modality, some in samples.items()}
 
 
-def tokens(samples: Sequence[Labelled]) -> int:
+def tokens(samples: Sequence[Sample]) -> int:
     """How many tokens there are in all."""
-    return sum(one.inputs["input_ids"].numel() for one in samples)
+    return sum(one.labelled.inputs["input_ids"].numel() for one in samples)
 
 
-def together(samples: Sequence[Labelled]) -> list[Labelled]:
-    """Samples of one shape joined, up to 512 tokens; ``labelled`` is bool [batch, tokens - 1] then."""
-    groups: dict[tuple[object, ...], list[list[Labelled]]] = {}
+def together(samples: Sequence[Sample]) -> list[Sample]:
+    """Samples of one shape joined, up to 512 tokens; ``labelled.labelled`` is bool [batch, tokens - 1] then."""
+    groups: dict[tuple[object, ...], list[list[Sample]]] = {}
     for one in samples:
-        shapes = tuple((name, *value.shape) for name, value in sorted(one.inputs.items()))
-        found = groups.setdefault(shapes, [[]])
-        if (len(found[-1]) + 1) * one.inputs["input_ids"].numel() > _TOKENS and found[-1]:
+        inputs = one.labelled.inputs
+        shapes = tuple((name, *value.shape) for name, value in sorted(inputs.items()))
+        found = groups.setdefault((one.states is None, *shapes), [[]])
+        if (len(found[-1]) + 1) * inputs["input_ids"].numel() > _TOKENS and found[-1]:
             found.append([])
         found[-1].append(one)
     return [_joined(group) for found in groups.values() for group in found]
 
 
-def _joined(group: Sequence[Labelled]) -> Labelled:
-    inputs = {name: torch.cat([one.inputs[name] for one in group]) for name in group[0].inputs}
-    return replace(group[0], inputs=inputs, labelled=torch.stack([one.labelled for one in group]))
+def _joined(group: Sequence[Sample]) -> Sample:
+    each = [one.labelled for one in group]
+    inputs = {name: torch.cat([one.inputs[name] for one in each]) for name in each[0].inputs}
+    read = [one.states for one in group if one.states is not None]
+    whole = replace(each[0], inputs=inputs, labelled=torch.stack([one.labelled for one in each]))
+    return Sample(whole, torch.cat(read) if read else None)
