@@ -10,8 +10,9 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
-from compressed import cut_linears, factored, pack_nearest
-from families import IMAGE, MROPE, PATCH, QWEN_TOKENS, TEXT, VIDEO, VISION_END, VISION_START, VOCAB, _seeded
+from compressed import cut_linears, factored, pack_nearest, packed
+from families import IMAGE, MOE, MROPE, PATCH, QWEN_TOKENS, TEXT, VIDEO, VISION_END, VISION_START, VOCAB, _seeded
+from spectrim.anatomy import anatomy
 from spectrim.maths.decompose import Rank
 from spectrim.maths.rounding import Grid
 
@@ -84,6 +85,26 @@ def with_integers(model: hf.PreTrainedModel, one: str, two: str) -> hf.PreTraine
     }
     pack_nearest(model, grids)
     return model
+
+
+def mixture(family: str, form: str) -> hf.PreTrainedModel:
+    """A mixture of experts: dense, in one of the forms of `compressed.factored`; or ``mixed``: the linears of every
+    expert take turns in all forms, and some stay dense.
+    """
+    if family == "mixtral":
+        model = _seeded(hf.MixtralForCausalLM, hf.MixtralConfig(**WIDE, num_local_experts=4, num_experts_per_tok=2))
+    else:
+        model = _seeded(
+            hf.Qwen3MoeForCausalLM, hf.Qwen3MoeConfig(**WIDE, head_dim=32, **{**MOE, "moe_intermediate_size": 64})
+        )
+    if form == "dense":
+        return model
+    if form != "mixed":
+        return factored(family, model, form)
+    experts = [x.name for x in anatomy(model).linears if x.expert is not None]
+    packed(family, model)
+    dense = [name for name in experts if type(model.get_submodule(name)) is torch.nn.Linear]
+    return cut_linears(model, dict.fromkeys(dense[::2], 20), dense[::2])
 
 
 def qwen2_5_vl(form: str) -> tuple[hf.PreTrainedModel, Any]:

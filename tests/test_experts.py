@@ -66,6 +66,20 @@ def test_gradients_flow_as_through_fused_experts(family: str) -> None:
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "gemma4_moe"])
+def test_a_token_alone_is_what_it_is_among_others(family: str) -> None:
+    """Numbers from that of experts on stand for none."""
+    model = BUILD[family]().double()
+    unfuse(model)
+    experts = next(iter(mixtures(model)))
+    x, weights = torch.randn(3, 64, dtype=torch.float64), torch.rand(3, 2, dtype=torch.float64)
+    indices = torch.tensor([[3, 1], [2, 4], [0, 2]])
+    together = experts(x, indices, weights)
+    for token in range(3):
+        alone = experts(x[token : token + 1], indices[token : token + 1], weights[token : token + 1])
+        torch.testing.assert_close(alone, together[token : token + 1], rtol=0, atol=1e-12)
+
+
 def test_only_chosen_experts_run_unless_all_are_asked_for() -> None:
     model = BUILD["mixtral"]()
     unfuse(model)

@@ -278,7 +278,8 @@ MUTATIONS = [
     # layers
     M("zero points not subtracted", "storage/packed.py", "codes = codes - zero[..., None].to(scale.dtype)", "pass"),
     M("a table with the high bits first", "kernels/bits.py", "words >> _steps(size // bits, bits, words) &", "words >> _steps(size // bits, bits, words).flip(0) &"),
-    M("4-bit halves swapped", "kernels/cpu.py", "halves = torch.cat([columns & 15, columns >> 4], dim=2)  # [blocks, in, block]", "halves = torch.cat([columns >> 4, columns & 15], dim=2)"),
+    M("4-bit halves swapped", "kernels/cpu.py", "codes[:, 0], codes[:, 1] = (signed << 4) >> 4, signed >> 4", "codes[:, 1], codes[:, 0] = (signed << 4) >> 4, signed >> 4"),
+    M("planes in another order", "kernels/cpu.py", "high = planes[2] << 2 - quarter if quarter < 3 else planes[2] >> 1", "high = planes[2] << quarter if quarter < 3 else planes[2] >> 1"),
     M("offsets without their sign", "kernels/cpu.py", "pairs = [scale] if zero is None else [scale, -zero.to(scale.dtype) * scale]", "pairs = [scale] if zero is None else [scale, zero.to(scale.dtype) * scale]"),
     M("8-bit groups in float16 sums", "kernels/cpu.py", "y = y.float().sum(0)", "y = y[0].float()"),
     M("a stored layout", "storage/packed.py", "destination[f\"{prefix}weight_packed\"] = pack(self.codes(), self.grid.bits)", "pass"),

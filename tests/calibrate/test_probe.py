@@ -5,12 +5,14 @@ import logging
 import time
 
 import pytest
+import torch
 
 from families import FAMILIES
 from helpers.samples import processor
 from spectrim.anatomy import anatomy
 from spectrim.calibrate import Statistics, calibrate, run
 from spectrim.calibrate.manifest import COST_FILE
+from spectrim.calibrate.probe import forget_peak, peak_memory
 from spectrim.calibrate.size import statistics_bytes
 
 OPTIONS = {"samples": 6, "seqlen": 16, "batch_size": 2, "curvature": True}
@@ -89,3 +91,14 @@ def test_bytes_of_statistics_come_from_shapes(family, curvature, words, tmp_path
     # No gradient reaches the last block of a tower whose features are those of the block before.
     assert held <= predicted <= 1.05 * held
     assert predicted == held or (family, curvature) == ("llava", True)
+
+
+def test_a_peak_is_forgotten():
+    """Each job tells its own: what an earlier one of the same process took is not counted again."""
+    device, size = torch.device("cpu"), 400_000_000
+    forget_peak(device)
+    before = peak_memory(device)
+    torch.zeros(size // 4).add_(1)
+    assert peak_memory(device) > before + 0.9 * size
+    forget_peak(device)
+    assert peak_memory(device) < before + 0.1 * size

@@ -19,6 +19,7 @@ from spectrim.checkpoint import read_provenance, save
 from spectrim.checkpoint.plain import one_grid
 from spectrim.errors import CheckpointError, RecipeError
 from spectrim.evaluate.running import is_compressed
+from spectrim.experts import fuse
 from spectrim.maths.rounding import Grid
 from spectrim.pipeline import compress
 from spectrim.plan.plan import Plan
@@ -57,6 +58,7 @@ CASES: dict[str, tuple[str, Grid, torch.dtype]] = {
         ("llama", 4, 32, True, torch.bfloat16), ("llama", 4, None, True, torch.float32),
         ("llama", 8, None, True, torch.float16), ("llama", 2, 32, True, torch.float32),
         ("llava", 8, None, True, torch.float32), ("qwen2_5_vl", 4, None, True, torch.float32),
+        ("mixtral", 4, 32, True, torch.bfloat16), ("qwen3_moe", 8, None, True, torch.float32),
     ]
 }  # fmt: skip
 
@@ -191,3 +193,29 @@ def test_a_compression_from_end_to_end(roles, dense, tmp_path):
     assert forms == ({"integers"} if roles == "all" else {"dense", "integers"})
     inputs = example_inputs(made)
     torch.testing.assert_close(load(tmp_path / "plain")(**inputs).logits, made(**inputs).logits)
+
+
+@pytest.mark.parametrize("which", ["one expert", "one role", "all", "fused"])
+def test_dense_experts_are_refused(which, tmp_path):
+    """transformers 5.24 would give them random numbers, or fail."""
+    model = FAMILIES["mixtral"]()
+    linears = anatomy(model).linears
+    left = {
+        "one expert": [x.name for x in linears if x.expert == 2],
+        "one role": [x.name for x in linears if x.name.endswith(".w2")],
+    }.get(which, [x.name for x in linears if x.expert is not None])
+    pack_nearest(model, {x.name: Grid(4, 32) for x in linears if x.name not in left})
+    if which == "fused":
+        fuse(model)
+    with pytest.raises(CheckpointError, match=r"experts.* would stay dense; compress every expert"):
+        save(model, tmp_path / "a", format=PLAIN)
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_recipe_that_keeps_experts_is_refused_before_samples_run(tmp_path):
+    changes = {"quantize.bits": 4, "quantize.group": 32, "quantize.format": PLAIN}
+    with pytest.raises(CheckpointError, match=r"'model\.layers\.0\.mlp\.experts\.0\.w1' would stay dense"):
+        compress(
+            FAMILIES["mixtral"](), tmp_path / "a", recipe="svd", retain=0.3, changes=changes, keep=["*.experts.*"],
+            processor=word_tokenizer(),
+        )  # fmt: skip

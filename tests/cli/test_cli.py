@@ -30,7 +30,20 @@ def budgets(statistics: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built-in model at two budgets."""
     out = tmp_path_factory.mktemp("budgets")
     done = fork(
-        "-m", "spectrim", "compress", "demo", "-o", out, "--retain", "0.5", "--retain", "0.4", "--stats", statistics
+        "-m",
+        "spectrim",
+        "compress",
+        "demo",
+        "-o",
+        out,
+        "--retain",
+        "0.5",
+        "--retain",
+        "0.4",
+        "--stats",
+        statistics,
+        "--recipe",
+        "curvature",
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("bytes of linears") == 2
@@ -55,7 +68,7 @@ def test_compress_evaluate_and_load(capsys: pytest.CaptureFixture[str], budgets:
     assert {path.name for path in budgets.iterdir()} == {"retain-0.5", "retain-0.4"}
     small = budgets / "retain-0.5"
     record = read_provenance(small)
-    assert record["recipe"]["name"] == "spectrim"
+    assert record["recipe"]["name"] == "curvature"
     assert 0.49 < record["retention"]["bytes"] <= 0.5
     assert (small / "plan.json").exists()
 

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,7 @@ def _python(
 ) -> None:
     for number, end in ((1, out), (2, err)):
         os.dup2(end.fileno(), number)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which jobs in the background of a shell ignore
     os.chdir(folder)
     os.environ.update(environment)
     tempfile.tempdir = None  # which the environment may have moved

@@ -199,7 +199,9 @@ def test_a_layer_that_loads_in_its_own_way_is_refused(process):
         Own(IN, 16, quant_config=config({"x.gate": part(16, 5, False, IN)}), prefix="x.gate")
 
 
-def test_a_form_that_the_plugin_does_not_run_is_named():
-    config = SpectrimConfig({"x.q": 3}, forms={"x.k": {"form": "columns", "count": 3}})
+def test_a_form_that_the_plugin_does_not_run_is_named(process):
+    process(0, 1)
+    settings = FactoredConfig(SpectrimConfig({"x.q": 3}, forms={"x.k": {"form": "columns", "count": 3}}))
+    vllm_linear.ReplicatedLinear(IN, 16, quant_config=settings, prefix="x.q")
     with pytest.raises(CheckpointError, match=r"does not run the form 'columns', which 'x\.k' .*dequantize"):
-        FactoredConfig(config)
+        vllm_linear.ReplicatedLinear(IN, 16, quant_config=settings, prefix="x.k")

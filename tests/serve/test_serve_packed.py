@@ -37,7 +37,7 @@ with warnings.catch_warnings():
 
 from spectrim.bench.engines import _laid_out, held_bytes
 from spectrim.maths.rounding import Grid
-from spectrim.serve import matrices, plugin
+from spectrim.serve import linears, matrices
 from spectrim.serve.matrices import Matrix, OwnMatrix, PackedMatrix, kernel_here
 from spectrim.storage.packed import PackedLinear
 
@@ -130,7 +130,7 @@ def test_what_is_unpacked_is_said_once(process, caplog):
     assert not caplog.records
     with caplog.at_level(logging.WARNING, logger="spectrim"):
         layer = merged(parts, torch.float32, "reference")
-        layer.quant_method.config.report()
+        layer.quant_method.served.report()
     (record,) = caplog.records
     packs = [each for source in parts.values() for each in source.modules() if isinstance(each, PackedLinear)]
     cost = sum(
@@ -294,7 +294,7 @@ def test_processes_add_up_latents_where_these_are_fewer(form, process, monkeypat
         outputs = []
         for index in range(2):
             process(index, 2)
-            monkeypatch.setattr(plugin, "tensor_model_parallel_all_reduce", lambda y, i=index: reduce(y, i))
+            monkeypatch.setattr(linears, "tensor_model_parallel_all_reduce", lambda y, i=index: reduce(y, i))
             monkeypatch.setattr(vllm_linear, "tensor_model_parallel_all_reduce", lambda y, i=index: reduce(y, i))
             layer = row_parallel(source, config({"x.down": source}))
             layer.bias.data.copy_(source.bias.detach())

@@ -23,7 +23,7 @@ with warnings.catch_warnings():
     pytest.importorskip("vllm")
 
 from compressed import pack_nearest
-from served import greedy, llama, picture, qwen2_5_vl
+from served import greedy, llama, mixture, picture, qwen2_5_vl
 from spectrim import compress, load, load_processor, save
 from spectrim.anatomy import anatomy
 from spectrim.evaluate import load_questions
@@ -90,6 +90,22 @@ def llama_cases(home: Path) -> Cases:
     return cases
 
 
+def mixture_cases(home: Path) -> Cases:
+    """In ``mixed``, experts of one layer are dense, integers, and factors of all kinds."""
+    cases: Cases = {}
+    for family in ("mixtral", "qwen3_moe"):
+        for form in ("whole", "pivoted", "mixed"):
+            model = mixture(family, form)
+            save(model, home / family / form)
+            job = {"directory": str(home / family / form), "prompt_token_ids": IDS, "tokens": TOKENS}
+            cases[f"{family}, {form}"] = job, greedy(model, TOKENS, input_ids=torch.tensor([IDS]))
+        job, wanted = cases[f"{family}, mixed"]
+        cases[f"{family}, two processes"] = {**job, "parallel": 2}, wanted
+    job, wanted = cases["mixtral, mixed"]
+    cases["mixtral, compiled"] = {**job, "eager": False}, wanted
+    return cases
+
+
 def qwen2_5_vl_cases(home: Path) -> Cases:
     cases: Cases = {}
     for form in ("whole", "pivoted"):
@@ -121,7 +137,7 @@ def llava_cases(home: Path) -> Cases:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", [llama_cases, qwen2_5_vl_cases, llava_cases])
+@pytest.mark.parametrize("family", [llama_cases, mixture_cases, qwen2_5_vl_cases, llava_cases])
 def test_same_tokens_as_transformers(family, tmp_path):
     """One process of vLLM runs all cases of a family."""
     cases = family(tmp_path)

@@ -1,8 +1,8 @@
 """Greedy tokens from vLLM, in a process of its own: ``python vllm_generate.py JOBS.json RESULTS.json``.
 
-A job is ``{"directory", "parallel", "dtype", "eager", "tokens", "prompt" or "prompt_token_ids", "image"}``; the results
-are, in the same order, lists of token ids, or the traceback of what went wrong as a string. With ``"weights": true``,
-the bytes follow in which the engine holds the weights that are factored or integers.
+A job is ``{"directory", "parallel", "dtype", "eager", "tokens", "prompt" or "prompt_token_ids",
+"image"}``; the results are, in the same order, lists of token ids, or the traceback of what went wrong as a string.
+With ``"weights": true``, the bytes follow in which the engine holds the weights that are factored or integers.
 """
 
 import json
@@ -43,7 +43,7 @@ def generate(job: dict[str, Any]) -> list[int]:
 
 def held(worker: Any) -> int:
     """Bytes of the linears that the plugin runs, each storage once; biases are not counted."""
-    from spectrim.serve.plugin import FactoredLinearMethod
+    from spectrim.serve.linears import FactoredLinearMethod
 
     modules = worker.get_model().modules()
     linears = [x for x in modules if isinstance(getattr(x, "quant_method", None), FactoredLinearMethod)]

@@ -4,6 +4,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -19,11 +20,22 @@ _WARM = 5.0  # seconds up to which a first step only warms up: it touches the me
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes that this process has held so far; on a CUDA device, those allocated there."""
+    """The most bytes that this process has held since `forget_peak`; on a CUDA device, those allocated there."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
     kilo = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilo
+
+
+def forget_peak(device: torch.device) -> None:
+    """Let `peak_memory` begin anew from here; without effect where the system has no way to."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def held_memory(device: torch.device) -> int:
@@ -55,6 +67,7 @@ def foresee(
         device: of the model.
         steps: runs a unit's batches into sums, and yields after each.
     """
+    forget_peak(device)
     before, units, kept = held_memory(device), [], 0
     tried: dict[str, tuple[float, int]] = {}  # by kind of unit: seconds for a sample, bytes of sums
     for unit in manifest.units:

@@ -28,7 +28,7 @@ from spectrim.calibrate.memory import fitted
 from spectrim.calibrate.moments import Sums
 from spectrim.calibrate.passes import prepared, run_batch
 from spectrim.calibrate.positions import image_token
-from spectrim.calibrate.probe import foresee, peak_memory, written_bytes
+from spectrim.calibrate.probe import foresee, forget_peak, peak_memory, written_bytes
 from spectrim.calibrate.route import Route
 from spectrim.calibrate.size import statistics_bytes
 from spectrim.calibrate.snapshot import SnapshotStore, check_home, check_space
@@ -302,6 +302,7 @@ def _cost(run: _Run, store: SnapshotStore, out: Path) -> Cost:
     with prepared(run.model):
         found = foresee(store.manifest, run.data.samples, device, partial(run.steps, store.manifest))
     _log.info("calibrate: will take about %s", found)
+    forget_peak(device)  # of loading the model, and of the probe
     return Cost(found, time.monotonic, partial(peak_memory, device), partial(written_bytes, out))
 
 

@@ -4,7 +4,7 @@ They hold dense integers on one grid, and dense linears. The tensors are those o
 what config.json says: all linears but those in ``ignore`` are on the grid.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from spectrim.checkpoint.names import checkpoint_names, stored_layers
 from spectrim.checkpoint.saving import write_described
 from spectrim.errors import CheckpointError
+from spectrim.experts import layout, unfused
 from spectrim.linear import Linear
 from spectrim.maths.rounding import Grid, fitting_group
 from spectrim.recipe import PLAIN_BITS, Recipe
@@ -61,13 +62,35 @@ def one_grid(layers: Mapping[str, tuple[str, Spec]]) -> Grid:
     return grid
 
 
-def check_recipe(recipe: Recipe, linears: list[Linear]) -> None:
-    """Whether the recipe's integers of these linears are on one grid; raises CheckpointError as `one_grid` does."""
+def check_experts(model: nn.Module, integers: Collection[str]) -> None:
+    """Raise CheckpointError where experts of a model would stay dense; `integers` are runtime names of linears.
+
+    transformers and vLLM fuse the experts of a layer by one rule for all of them. In transformers 5.24 it is one for
+    the whole model, and dense experts beside integers load as random numbers.
+    """
+    for path, module in model.named_modules():
+        dense = [path] if layout(module) is not None else []
+        if unfused(module):
+            names = (f"{path}.{name}" for name, child in module.named_modules() if isinstance(child, nn.Linear))
+            dense = [name for name in names if name not in integers]
+        if dense:
+            raise CheckpointError(
+                f"compressed-tensors loads the experts of a model all in one way, and {dense[0]!r} would stay dense; "
+                "compress every expert, or set quantize.format=spectrim"
+            )
+
+
+def check_recipe(recipe: Recipe, model: nn.Module, linears: list[Linear]) -> None:
+    """Whether the recipe's integers of these linears are on one grid, with all experts.
+
+    Raises CheckpointError as `one_grid` and `check_experts` do.
+    """
     part = recipe.quantize
     assert isinstance(part.bits, int)
     each = [x for x in linears if part.takes(x.role)]
     grids = {x.name: Grid(part.bits, fitting_group(x.in_features, part.group), part.symmetric) for x in each}
     one_grid({name: ("integers", asdict(grid)) for name, grid in grids.items()})
+    check_experts(model, grids.keys())
 
 
 def save_plain(model: PreTrainedModel, directory: Path, **options: Any) -> None:
@@ -79,11 +102,15 @@ def save_plain(model: PreTrainedModel, directory: Path, **options: Any) -> None:
 
 
 def plain_config(model: PreTrainedModel) -> dict[str, Any]:
-    """``quantization_config`` of compressed-tensors (JSON types). Raises CheckpointError as `one_grid` does."""
+    """``quantization_config`` of compressed-tensors (JSON types).
+
+    Raises CheckpointError as `one_grid` and `check_experts` do.
+    """
     from compressed_tensors.config import CompressionFormat
     from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus
 
     grid = one_grid({name: (layer.form, layer.spec) for name, layer in stored_layers(model).items()})
+    check_experts(model, ())  # those in integers are no linears of torch any more
     # transformers asks by names at run time, vLLM by those of the file.
     saved = checkpoint_names(model)
     dense = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]

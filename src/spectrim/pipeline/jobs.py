@@ -14,7 +14,7 @@ from spectrim.calibrate.data import check_there
 from spectrim.calibrate.forms import CurvatureForm
 from spectrim.calibrate.snapshot import check_home
 from spectrim.checkpoint import check_target, read_config
-from spectrim.checkpoint.plain import check_recipe, one_grid
+from spectrim.checkpoint.plain import check_experts, check_recipe, one_grid
 from spectrim.checks import check_directory, check_once, check_sources
 from spectrim.dense import check_dense
 from spectrim.errors import BudgetError, RecipeError, UsageError
@@ -51,11 +51,14 @@ class Job:
     def check_parts(self, model: PreTrainedModel, parts: Anatomy) -> None:
         """What of the plan or the budgets the model rules out, before samples run. Raises SpectrimError."""
         if self.plan is not None:
-            _check_format(self.recipe, self.fitted_plan(parts))
+            plan = self.fitted_plan(parts)
+            _check_format(self.recipe, plan)
+            if self.recipe.quantize.plain:
+                check_experts(model, [name for name, row in plan.linears.items() if row.form != DENSE])
             return
         if self.recipe.quantize.plain:
             chosen = [linear for linear in parts.linears if self.recipe.allocation.reason(linear) is None]
-            check_recipe(self.recipe, chosen)
+            check_recipe(self.recipe, model, chosen)
         sizes, quantize = Sizes(model, parts), self.recipe.quantize
         for budget in self.budgets:
             free, share = shared(self.recipe, parts, budget, sizes)

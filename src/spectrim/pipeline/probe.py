@@ -14,7 +14,7 @@ from spectrim.away import values
 from spectrim.calibrate import Statistics
 from spectrim.calibrate.data import SAMPLE_SETTINGS, load_data
 from spectrim.calibrate.passes import forward_options, model_inputs, prepared
-from spectrim.calibrate.probe import held_memory, peak_memory
+from spectrim.calibrate.probe import forget_peak, held_memory, peak_memory
 from spectrim.errors import SpectrimError
 from spectrim.estimate import Checkpoints, Estimate, Rates, by_work, compression, work
 from spectrim.linear import Linear
@@ -58,6 +58,7 @@ def foresee(
         most = [max(1, budget.linear_bytes(sizes)) for budget in job.budgets]
     else:
         most = [job.fitted_plan(parts).bytes]
+    forget_peak(model.device)
     before = held_memory(model.device)
     first: dict[Kind, Linear] = {}
     for linear in parts.linears:

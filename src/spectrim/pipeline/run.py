@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from spectrim.anatomy import Anatomy, anatomy
 from spectrim.calibrate import Statistics, calibrate
-from spectrim.calibrate.probe import peak_memory, written_bytes
+from spectrim.calibrate.probe import forget_peak, peak_memory, written_bytes
 from spectrim.checkpoint import load, load_processor
 from spectrim.demo import resolve
 from spectrim.dense import check_dense
@@ -92,6 +92,7 @@ def compression(
         if foresee is not None:
             found = foresee(model, parts, statistics, processor, home)
             disk = partial(written_bytes, home.parent.parent)
+            forget_peak(model.device)  # of calibration, and of the probe
             cost = Cost(found, time.monotonic, partial(peak_memory, model.device), disk)
             _log.info("compress: will take about %s", found)
         spectra = make_spectra(model, parts, chosen.metric, statistics, home, report("decompose"))

@@ -122,9 +122,7 @@ class OwnMatrix(nn.Module):
         if self._zeros is not None:
             self.layer.weight_zero_point = pack(self._zeros.T, self.layer.grid.bits).T
             self._zeros = None
-        if self.layer.run_as(self._runtime) == "int8":  # whose layout has the scales, too; nobody saves this layer
-            assert self.layer.layout_scales is not None
-            self.layer.weight_scale = self.layer.layout_scales[:, 0].T
+        self.layer.run_as(self._runtime)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map x [..., in] to [..., out]."""

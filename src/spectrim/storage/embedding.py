@@ -9,6 +9,7 @@ from torch import nn
 
 from spectrim.errors import ModelError
 from spectrim.kernels.bits import unpack
+from spectrim.kernels.cpu import int4_codes_of, int8_codes
 from spectrim.linear import Linear
 from spectrim.maths.rounding import Grid
 from spectrim.recipe import QuantizePart
@@ -22,11 +23,11 @@ _PAIRS = "_tied_weights_keys"  # transformers' pairs of tied weights, of a class
 class PackedEmbedding(PackedLinear):
     """An embedding [out tokens, in numbers] of integers, in the tensors of a :class:`PackedLinear`.
 
-    `shared` says that the model's output head multiplies with the same integers (see `share`). Rows are always looked
-    up in the packed words; a head that runs in another layout keeps these beside it.
+    `shared` says that the model's output head multiplies with the same integers (see `share`). Rows are looked up in
+    the layout in which it does; those of a GPU, which have no rows, keep the packed words beside them.
     """
 
-    rows: torch.Tensor | None  # packed words, where the product runs in another layout
+    rows: torch.Tensor | None  # packed words beside a layout without rows
 
     def __init__(
         self,
@@ -55,11 +56,29 @@ class PackedEmbedding(PackedLinear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # as nn.Embedding calls it
         """Rows [..., size] of token ids [...], in the dtype of the scales."""
-        ids, zeros = input.flatten(), self.zeros()
-        words = self.rows if self.rows is not None else self._words()
+        ids = input.flatten()
         scale = self.weight_scale[ids]
-        codes = unpack(words[ids], self.grid.bits, self.embedding_dim, scale.dtype)
-        return numbers(codes, scale, None if zeros is None else zeros[ids]).view(*input.shape, self.embedding_dim)
+        found = numbers(self._codes_of(ids).to(scale.dtype), scale, self._zeros_of(ids))
+        return found.view(*input.shape, self.embedding_dim)
+
+    def _codes_of(self, ids: torch.Tensor) -> torch.Tensor:
+        """The integers int8 [n, size] of token ids [n]."""
+        codes = self._buffers.get("layout_codes")
+        if codes is not None and self.layout == "int8":
+            return int8_codes(codes, ids)
+        if codes is not None and self.layout == "int4":
+            return int4_codes_of(codes, ids, self.embedding_dim)
+        words = self._words() if self.rows is None else self.rows
+        return unpack(words[ids], self.grid.bits, self.embedding_dim)
+
+    def _zeros_of(self, ids: torch.Tensor) -> torch.Tensor | None:
+        """The zero points int8 [n, groups] of token ids [n]; None where all are zero."""
+        bits, zero = self.grid.bits, self.weight_zero_point
+        if zero is None or 32 % bits:  # across words
+            zeros = self.zeros()
+            return None if zeros is None else zeros[ids]
+        found = zero[ids * bits // 32] >> (ids * bits % 32)[:, None].int() & (1 << bits) - 1
+        return (found - (1 << bits - 1)).to(torch.int8)
 
     def product_with(self, x: torch.Tensor) -> torch.Tensor:
         """Logits [..., tokens] of x [..., size]: what a shared output head computes."""
@@ -71,7 +90,7 @@ class PackedEmbedding(PackedLinear):
         self._pack_again()
         self.rows, words = None, self.weight_packed
         layout = super().run_as(runtime if self.shared else "reference")
-        if layout != "packed":
+        if layout == "humming":
             self.rows = words
         return layout
 

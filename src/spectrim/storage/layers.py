@@ -127,10 +127,13 @@ class LowRankLinear(StoredLayer):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # as nn.Linear calls it
         """Map inputs [..., in] to [..., out] in the dtype of the factors."""
-        latent: torch.Tensor = self.B(input)  # [..., sum of the ranks]
+        held: dict[str, Any] = self._modules  # from which a factor is read in less time than as an attribute
+        latent: torch.Tensor = held["B"](input)  # [..., sum of the ranks]
         if isinstance(self.rank, int):
-            if self.R is None and self.order is None and self._has_plain_half():
-                return nn.functional.linear(latent, self.A.weight, self.bias)
+            A = held["A"]
+            # Of floats of 16 bits, whose product may add the bias before it is rounded.
+            if self.R is None and self.order is None and _is_plain(A) and latent.dtype.itemsize == 2:
+                return nn.functional.linear(latent, A._parameters["weight"], self.bias)
             y: torch.Tensor = self.A(latent)
             if self.order is not None:  # one copy of each output, where joining and sorting would take two
                 p, others = self.order.split((latent.shape[-1], y.shape[-1]))
@@ -144,10 +147,6 @@ class LowRankLinear(StoredLayer):
         if self.R is not None:
             y = y + self.R(input)
         return y if self.bias is None else y + self.bias
-
-    def _has_plain_half(self) -> bool:
-        """Whether A is floats of 16 bits, whose product may add the bias before it is rounded."""
-        return _is_plain(self.A) and self.A.weight.dtype.itemsize == 2
 
     @torch.no_grad()
     def run_as(self, runtime: str) -> str | None:

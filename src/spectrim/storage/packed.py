@@ -27,6 +27,10 @@ from spectrim.kernels.cpu import (
     int8_layout,
     int8_product,
     int8_rows,
+    layout_scales,
+    planes_codes,
+    planes_layout,
+    planes_product,
 )
 from spectrim.maths.rounding import Grid, Quantized
 from spectrim.storage.base import StoredLayer
@@ -71,6 +75,7 @@ class PackedLinear(StoredLayer):
             raise ModelError(f"groups of {grid.group} do not divide {in_features} inputs; choose another group")
         self.in_features, self.out_features, self.grid = in_features, out_features, grid
         self.layout = "packed"
+        self.most_rows: float = 0  # of inputs, up to which a kernel multiplies them with the integers
         groups = 1 if grid.group is None else in_features // grid.group
         words, high = -(-in_features * grid.bits // 32), -(-out_features * grid.bits // 32)
         like: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -103,7 +108,9 @@ class PackedLinear(StoredLayer):
         assert self.layout_codes is not None
         if self.layout == "int8":
             return int8_codes(self.layout_codes).to(dtype)
-        return int4_codes(self.layout_codes, self.out_features, self.in_features).to(dtype)
+        if self.layout == "planes":
+            return planes_codes(self.layout_codes, self.out_features, self.in_features).to(dtype)
+        return int4_codes(self.layout_codes, self.out_features, self.in_features, dtype)
 
     def zeros(self) -> torch.Tensor | None:
         """The zero points, int8 [out, groups]; None where all are zero."""
@@ -121,35 +128,24 @@ class PackedLinear(StoredLayer):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # as nn.Linear calls it
         """Map inputs [..., in] to [..., out] in the dtype of the scales."""
-        if not self._multiplies(input):
-            return nn.functional.linear(input, self.unpacked(), self.bias)
-        y = self._product(input.reshape(-1, self.in_features)).view(*input.shape[:-1], self.out_features)
-        return y if self.bias is None else y + self.bias
-
-    @property
-    def most_rows(self) -> float:
-        """Rows of inputs up to which a kernel multiplies them with the integers; 0 without one."""
-        if self.layout == "packed":
-            return 0
-        if self.layout == "humming":
-            return inf
-        return INT4_ROWS if self.layout == "int4" else int8_rows(self.weight_scale.shape[1])
-
-    def _multiplies(self, input: torch.Tensor) -> bool:
-        """Whether the kernel of the layout takes these inputs."""
         rows = input.numel() // self.in_features
-        return 0 < rows <= self.most_rows and input.dtype == self.weight_scale.dtype and not input.requires_grad
+        held: dict[str, Any] = self._buffers  # from which a tensor is read in less time than as an attribute
+        if not 0 < rows <= self.most_rows or input.dtype != held["weight_scale"].dtype or input.requires_grad:
+            return nn.functional.linear(input, self.unpacked(), self.bias)
+        y = self._product(input.reshape(rows, self.in_features)).view(*input.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         """``x Wᵀ`` [rows, out] of x [rows, in] by a kernel that reads the layout."""
-        assert self.layout_codes is not None
-        assert self.layout_scales is not None
+        held: dict[str, Any] = self._buffers
+        codes, scales = held["layout_codes"], held["layout_scales"]
         if self.layout == "humming":
-            parts = self.layout_codes, self.layout_scales, self.layout_zeros, self.layout_locks
-            return cuda.product(x, cuda.Layout(self._humming, *parts))
+            return cuda.product(x, cuda.Layout(self._humming, codes, scales, self.layout_zeros, self.layout_locks))
         if self.layout == "int8":
-            return int8_product(x, self.layout_codes, self.layout_scales)
-        return int4_product(x, self.layout_codes, self.layout_scales, self.out_features)
+            return int8_product(x, codes, scales)
+        if self.layout == "planes":
+            return planes_product(x, codes, scales, self.zeros(), self.out_features)
+        return int4_product(x, codes, scales, self.out_features)
 
     @torch.no_grad()
     def run_as(self, runtime: str) -> str:
@@ -157,9 +153,10 @@ class PackedLinear(StoredLayer):
 
         ``reference``: it is unpacked in every pass. ``speed``: a kernel multiplies few rows of inputs with integers in
         a layout of its own, which takes the place of the packed words ("int4", "int8"; bfloat16 on a CPU whose layout
-        is known); integers of 2 and 3 bits take the room of 4. ``memory``: the same where that takes no more room.
-        ``auto`` is ``speed``. On a GPU, in float16 and bfloat16, all of these are the kernels of humming-kernels
-        ("humming") where they take the weight (see `kernels.cuda.prepare`); the words then wait in the host's memory.
+        is known); integers of 2 and 3 bits take the room of 4. ``memory``: the same, but integers of 2 and 3 bits keep
+        their room and are widened in every pass ("planes"). ``auto`` is ``speed``. On a GPU, in float16 and bfloat16,
+        all of these are the kernels of humming-kernels ("humming") where they take the weight (see
+        `kernels.cuda.prepare`); the words then wait in the host's memory.
         """
         self._pack_again()
         self.runtime = runtime
@@ -171,16 +168,20 @@ class PackedLinear(StoredLayer):
         if grid.bits == 8 and int8_fits(self.in_features, scale.shape[1]):
             codes, scales = int8_layout(self.codes(), scale, self.zeros())
             self.layout = "int8"
-        elif grid.bits == 4 or (grid.bits < 4 and runtime != "memory"):
-            if int4_group(self.in_features, grid.group) is None:
-                return self.layout
+        elif grid.bits > 4 or int4_group(self.in_features, grid.group) is None:
+            return self.layout
+        elif grid.bits < 4 and runtime == "memory":
+            codes, scales = planes_layout(self.codes(), scale, grid.bits)
+            self.layout = "planes"
+        else:
             codes, scales = int4_layout(self.codes(), scale, self.zeros())
             self.layout = "int4"
-        else:
-            return self.layout
         self.register_buffer("layout_codes", codes, persistent=False)
         self.register_buffer("layout_scales", scales, persistent=False)
         self.weight_packed = self.weight_packed.new_empty(0)
+        pairs = scales.transpose(1, 2) if self.layout == "int8" else scales
+        self.weight_scale = layout_scales(pairs, *scale.shape)
+        self.most_rows = int8_rows(scale.shape[1]) if self.layout == "int8" else INT4_ROWS
         return self.layout
 
     def _run_on_gpu(self) -> str:
@@ -190,6 +191,7 @@ class PackedLinear(StoredLayer):
         found = cuda.prepare(words, self.weight_scale, self.weight_zero_point, grid, shape, self.unpacked)
         if found is not None:
             self.layout, self._humming, self._host_words = "humming", found.config, words.cpu()
+            self.most_rows = inf
             for name in ("codes", "scales", "zeros", "locks"):
                 self.register_buffer(f"layout_{name}", getattr(found, name), persistent=False)
             self.weight_packed = words.new_empty(0)
@@ -206,8 +208,9 @@ class PackedLinear(StoredLayer):
             del self._humming, self._host_words, self.layout_zeros, self.layout_locks
         elif self.layout != "packed":
             self.weight_packed = pack(self.codes(), self.grid.bits)
+            self.weight_scale = self.weight_scale.contiguous()
         if self.layout != "packed":
-            self.layout = "packed"
+            self.layout, self.most_rows = "packed", 0
             del self.layout_codes, self.layout_scales
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -216,6 +219,7 @@ class PackedLinear(StoredLayer):
             destination[f"{prefix}weight_packed"] = self._words()
         elif self.layout != "packed":
             destination[f"{prefix}weight_packed"] = pack(self.codes(), self.grid.bits)
+            destination[f"{prefix}weight_scale"] = self.weight_scale.contiguous()
 
     @torch.no_grad()
     def load(self, found: Quantized) -> None:

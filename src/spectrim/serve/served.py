@@ -1,0 +1,65 @@
+"""What a compressed checkpoint says of its layers, by the server's names, and what unpacking some of them costs."""
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+
+from spectrim.checkpoint.config import SpectrimConfig
+from spectrim.checkpoint.names import shortened
+from spectrim.maths.decompose import Rank
+from spectrim.maths.rounding import Grid
+from spectrim.storage.embedding import IntegerEmbedding
+
+logger = logging.getLogger("spectrim")
+
+
+class Served:
+    """Form and spec of every compressed linear; ranks, pivots and grids of those whose parts a server runs.
+
+    ``unpacked`` counts the bytes that unpacked integers take beyond packed ones, by linear, and ``experts`` those that
+    experts in floats take beyond their file, by module. Raises CheckpointError where `SpectrimConfig.layers` does.
+    """
+
+    def __init__(self, config: SpectrimConfig) -> None:
+        tables = {name for name, entry in config.forms.items() if entry["form"] == IntegerEmbedding.name}
+        layers = config.layers()
+        self.layers = {name: layer for name, layer in layers.items() if name not in tables}
+        self.ranks: dict[str, Rank] = dict(config.ranks)
+        self.pivoted = set(config.pivoted)
+        self.grids = config.grids()  # of the parts of each linear
+        self.embeddings: dict[str, Grid] = {name: IntegerEmbedding().grid(layers[name][1]) for name in tables}
+        self.runtime = config.runtime
+        self.unpacked: Counter[str] = Counter()
+        self.experts: Counter[str] = Counter()
+
+    def rename(self, renamed: Callable[[str], str]) -> None:
+        """Give every linear another name; embeddings keep that of the checkpoint."""
+        self.layers = {renamed(name): layer for name, layer in self.layers.items()}
+        self.ranks = {renamed(name): rank for name, rank in self.ranks.items()}
+        self.pivoted = {renamed(name) for name in self.pivoted}
+        self.grids = {renamed(name): parts for name, parts in self.grids.items()}
+
+    def runs(self, name: str) -> bool:
+        """Whether a compressed linear is of a form whose parts a server can run one by one."""
+        return name in self.ranks or name in self.grids
+
+    def report(self) -> None:
+        """Say, once, what this process has had to unpack, and what that costs."""
+        if self.experts:
+            logger.warning(
+                "experts of %d layers are unpacked into floats for vLLM's fused kernels, which takes %.1f MB more than "
+                "in their file: %s",
+                len(self.experts),
+                sum(self.experts.values()) / 1e6,
+                shortened(sorted(self.experts)),
+            )
+        if self.unpacked:
+            logger.warning(
+                "integers of %d linears are unpacked, which takes %.1f MB more memory than packed ones "
+                "(docs/serving.md says which stay packed): %s",
+                len(self.unpacked),
+                sum(self.unpacked.values()) / 1e6,
+                shortened(sorted(self.unpacked)),
+            )
+        self.unpacked.clear()
+        self.experts.clear()
