@@ -27,7 +27,7 @@ from spectrim.maths.rounding import DAMPING, Grid, _by_waves, _spread, _triangul
 from spectrim.metrics.metric import layer_metric
 from spectrim.recipe import Recipe
 
-RANGES = ((1.6, 1.1), (1.1, 0.6), (0.9, 0.5))  # of which the best one counts, for every grid
+RANGES = ((1.6, 1.1), (1.1, 0.6), (0.7, 0.2))  # of which the best one counts, for every grid
 STATES = 256
 
 
