@@ -166,7 +166,7 @@ def trellis(W: np.ndarray, C: np.ndarray, G: np.ndarray, bits: int, scale: float
 
 
 def plain(W: torch.Tensor, grid: Grid, C: torch.Tensor, G: torch.Tensor) -> torch.Tensor:
-    """W on a grid of ours."""
+    """W on a grid of ours, the best of the ranges of scales."""
     tried = []
     for rounding._FED in RANGES:
         tried.append(quantize(W, grid, C, G, dtype=torch.bfloat16).dense())
@@ -180,6 +180,8 @@ def found(W: torch.Tensor, C: torch.Tensor, G: torch.Tensor, slow: bool) -> Iter
     W1, C1 = W @ U.T, U @ C @ U.T
     groups = [fitting_group(size, group) for group in (128, 32)]
     for bits, group in itertools.product((2, 3, 4), dict.fromkeys(groups)):
+        if bits == 4 and group != groups[0]:
+            continue  # there is no byte to compare with
         grid = Grid(bits, group)
         stored = bits + 16 / (group or size)
         yield f"today, {bits} bits, {group or 'channel'}", stored, error(W - plain(W, grid, C, G), C, G)
