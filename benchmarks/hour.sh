@@ -19,7 +19,7 @@ head -n $((lines * 4 / 5)) "$text" > calibration.txt
 tail -n $((lines / 5)) "$text" > other.txt
 step "clone" git clone -q "$source" clone
 step "environment" python3 -m venv .venv
-step "install" .venv/bin/pip install -q './clone[report]'
+step "install" .venv/bin/pip install -q './clone[report,gguf]'
 PATH=$PWD/.venv/bin:$PATH
 step "demo" spectrim demo
 step "anatomy" spectrim anatomy "$model"

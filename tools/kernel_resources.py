@@ -94,7 +94,7 @@ def decoding(every: bool) -> list[Kernel]:
             found.append(split(*shape, "fp16", "fp16", plain))
             found.append(split(*shape, "bf16", "bf16", EVERY))
             found.append(split(*shape, "bf16", "i8", (*EVERY, "scale_k", "scale_v")))
-    return [*found, merge(128, 64), merge(256, 256)]
+    return [*found, merge(128, 64), merge(256, 256), merge(128, 64, folded=True)]
 
 
 def split(width: int, group: int, rank: int, dtype: str, latents: str, given: Sequence[str], half: int = 0) -> Kernel:
@@ -122,12 +122,14 @@ def split(width: int, group: int, rank: int, dtype: str, latents: str, given: Se
     return Kernel(name, latent_decode_triton.split_kernel, types, constants, options)
 
 
-def merge(width: int, block: int) -> Kernel:
-    """`merge_kernel` of many splits."""
+def merge(width: int, block: int, folded: bool = False) -> Kernel:
+    """`merge_kernel` of many splits, with A_v or without."""
     types = dict.fromkeys(("parts", "peaks", "totals"), "*fp32") | {"columns_v": "*i32", "splits": "i32"}
     types |= dict.fromkeys(("a_v", "b_v", "o"), "*bf16")
-    constants = {"HEADS": 4, "GROUP": 7, "D": width, "RANK_V": block, "SPLITS_BLOCK": 1024}
-    return Kernel(f"merge {width}, rank {block}", latent_decode_triton.merge_kernel, types, constants, {"num_warps": 4})
+    constants: dict[str, Any] = {"HEADS": 4, "GROUP": 7, "D": width, "RANK_V": block, "SPLITS_BLOCK": 1024}
+    constants |= {"a_v": None, "b_v": None} if folded else {}
+    name = f"merge {width}, rank {block}{', folded' * folded}"
+    return Kernel(name, latent_decode_triton.merge_kernel, types, constants, {"num_warps": 4})
 
 
 def resources(kernel: Kernel, target: int) -> Resources:

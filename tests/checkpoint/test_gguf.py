@@ -11,7 +11,7 @@ import spectrim
 from compressed import logits
 from families import FAMILIES
 from helpers.command import run
-from spectrim.checkpoint import check_target, load, load_processor, read_provenance, save
+from spectrim.checkpoint import check_target, load, load_processor, read_provenance, save, sources
 from spectrim.errors import CheckpointError, ModelError
 
 PARTS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.o_proj": "attn_output"}
@@ -133,6 +133,12 @@ def test_files_that_are_none_or_not_there(tmp_path: Path, reader: object) -> Non
             reader(source)
     with pytest.raises(ModelError, match=r"somebody/model::none\.gguf.*check the name and the network"):
         reader("somebody/model::none.gguf", local_files_only=True)
+
+
+def test_without_the_package_the_extra_is_named(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "find_spec", lambda _name: None)
+    with pytest.raises(ModelError, match=r"package gguf: pip install 'spectrim\[gguf\]'"):
+        spectrim.load(tiny)
 
 
 def test_a_directory_with_a_gguf_file_alone_says_how_to_name_it(tiny: Path) -> None:

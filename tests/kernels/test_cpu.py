@@ -10,11 +10,16 @@ from spectrim.bench.engines import held_bytes
 from spectrim.errors import ModelError
 from spectrim.kernels import cpu
 from spectrim.maths.rounding import Grid, quantize
+from spectrim.storage import packed
 from spectrim.storage.packed import PackedLinear
 from spectrim.storage.runtime import RUNTIMES, set_runtime
 
 KNOWN = cpu._block() is not None
 GRIDS = [Grid(bits, group, even) for bits in (2, 3, 4, 8) for group in (None, 32, 128) for even in (True, False)]
+
+
+def test_the_layouts_of_usual_cpus_are_known():
+    assert KNOWN or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512")
 
 
 def layer(grid: Grid, out: int = 33, size: int = 256, dtype: torch.dtype = torch.bfloat16) -> PackedLinear:
@@ -112,17 +117,24 @@ def test_compiled_and_exported(bits, group):
     torch.testing.assert_close(compiled(x), one(x))
 
 
-@pytest.mark.parametrize("bits", [2, 3])
-def test_planes_in_several_parts(bits, monkeypatch):
-    monkeypatch.setattr(cpu, "_PART", 64 * 256)  # two blocks of outputs a part, of three
+@pytest.mark.parametrize("runtime", ["speed", "memory", "reference"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_large_weights_run_in_parts(bits, runtime, monkeypatch):
     one = layer(Grid(bits, 64, symmetric=False), out=161)
-    reference = copy.deepcopy(one)
-    assert one.run_as("memory") == ("planes" if KNOWN else "packed")
-    assert not KNOWN or len(one.layout_codes) == 2
-    assert torch.equal(one.codes(), reference.codes())
     x = torch.randn(3, 256).bfloat16()
-    truth = exact(reference, x)
+    many = torch.randn(cpu.INT4_ROWS + 1, 256).bfloat16()
+    truth, whole = exact(one, x), one(many)
+    small = 2 * 64 * 256  # two blocks of outputs in a part, of three
+    monkeypatch.setattr(cpu, "PART", small)
+    monkeypatch.setattr(packed, "PART", small)
+    reference = copy.deepcopy(one)
+    one.run_as(runtime)
+    assert one.layout != "planes" or len(one.layout_codes) == 2
+    assert torch.equal(one.codes(), reference.codes())
     assert error(one(x), truth) < max(2.5 * error(reference(x), truth), 4e-3)
+    torch.testing.assert_close(one(many), whole, rtol=2**-7, atol=1e-2)
+    monkeypatch.setattr(one, "unpacked", lambda: pytest.fail("unpacked as a whole"))
+    assert one(many).shape == (len(many), 161)
 
 
 @pytest.mark.parametrize("bits", [4, 8] if KNOWN else [8])

@@ -93,7 +93,7 @@ def options():
 @pytest.mark.parametrize("tile", [64, 70, 1024])
 @pytest.mark.parametrize("name", options())
 def test_attention_over_latents_is_that_over_their_keys_and_values(name, tile, monkeypatch):
-    monkeypatch.setattr(module, "TILE", tile * B)
+    monkeypatch.setattr(module, "TILE", tile * B * H)
     x, case = problem(steps=4), options()[name]
     torch.testing.assert_close(latent_attention(**x, **case), whole(x, case), rtol=1e-12, atol=1e-12)
 
@@ -115,6 +115,29 @@ def test_heads_without_factors_keep_their_keys_and_values():
     assert torch.equal(x["z_k"], before)
 
 
+@pytest.mark.parametrize("steps", [1, 4])
+def test_folded_latents_times_the_factors_are_the_outputs(steps):
+    x, case = problem(steps=steps), options()["bias"]
+    latents = latent_attention(**x, **case, folded=True)  # [B, S, queries of a head · ranks], by query
+    assert latents.shape == (B, steps, 3 * sum(RANKS_V))
+    columns = [r for r in RANKS_V for _ in range(3)]
+    ups = [A for A in x["A_v"] for _ in range(3)]
+    outputs = [z @ A.T for z, A in zip(latents.split(columns, 2), ups, strict=True)]
+    found = torch.stack(outputs, 1) + case["b_v"].view(H, 1, D).repeat_interleave(3, 0)
+    torch.testing.assert_close(found, whole(x, case), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["plain", "all", "added mask"])
+def test_spans_of_the_softmax_are_added_up(name, monkeypatch):
+    monkeypatch.setattr(module, "TILE", 64 * B * H)
+    monkeypatch.setattr(module, "SCORES", 1)
+    x, case = problem(steps=4), options()[name]
+    torch.testing.assert_close(latent_attention(**x, **case), whole(x, case), rtol=1e-12, atol=1e-12)
+    hidden = torch.ones(1, 4, T, dtype=torch.bool)
+    hidden[..., :70] = False  # a whole span
+    torch.testing.assert_close(latent_attention(**x, mask=hidden), whole(x, {"mask": hidden}), rtol=1e-12, atol=1e-12)
+
+
 def test_queries_may_lie_by_token_as_models_have_them():
     x = problem(steps=4)
     moved = {**x, "q": x["q"].transpose(1, 2).contiguous().transpose(1, 2)}
@@ -130,7 +153,7 @@ def test_integers_are_multiplied_by_the_scale_of_their_token_and_head():
 
 @pytest.mark.parametrize("window", [None, 1, 70])
 def test_a_step_sees_from_its_start_to_its_length_within_the_window(window, monkeypatch):
-    monkeypatch.setattr(module, "TILE", 64 * B)
+    monkeypatch.setattr(module, "TILE", 64 * B * H)
     x = problem()
     start, length = torch.tensor([0, 90]), torch.tensor([100, 150])
     place, seen = torch.arange(T), torch.zeros(B, 1, T, dtype=torch.bool)

@@ -56,6 +56,7 @@ def check(
     start=None,
     length=None,
     mask=None,
+    folded=False,
     tiles=SMALL,
     within=1e-6,
 ):
@@ -71,7 +72,7 @@ def check(
 
     q, z_k, z_v = random(batch, heads * group, width).to(dtype), latents(ranks[0]), latents(ranks[1])
     A_k, A_v = ([(random(width, r) / r**0.5).to(dtype) for r in side] for side in ranks)
-    options = {"scaling": width**-0.5, "softcap": softcap, "window": window}
+    options = {"scaling": width**-0.5, "softcap": softcap, "window": window, "folded": folded}
     if rotary:
         angles = (random(1 if shared else batch, tokens, rotary // 2) * 3).repeat(1, 1, 2)
         options |= {"cos": angles.cos().to(dtype), "sin": angles.sin().to(dtype)}
@@ -166,6 +167,11 @@ def test_a_mask_hides_any_tokens(rows):
 
 def test_scores_are_capped():
     check(softcap=1.5, rotary=64)
+
+
+@pytest.mark.parametrize("ranks", [((16, 16), (32, 32)), ((5, 23), (17, 1))])
+def test_folded_latents_are_left_as_they_are(ranks):
+    check(ranks=ranks, folded=True, bias=True, group=3, start=[0, 100])
 
 
 @pytest.mark.parametrize(("dtype", "within"), [(torch.float16, 2e-3), (torch.bfloat16, 0.03)], ids=str)

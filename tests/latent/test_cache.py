@@ -232,8 +232,8 @@ def test_bytes_are_those_of_the_ranks():
     for layer in (x for x in anatomy(FAMILIES["qwen3"]()).linears if x.role in "kv"):
         numbers += sum(model.get_submodule(layer.name).rank)
         heads += layer.heads if layer.role == "k" else 0  # an inverse root mean square of each key
-    turns = 2 * model.config.head_dim  # cos and sin, for all layers
-    positions = len(past.tables[0].cos.held)
+    turns = model.config.head_dim  # of half as many complex numbers, for all layers
+    positions = len(past.tables[0].rows["turns"].held)
     assert past.nbytes == tokens * 4 * (batch * (numbers + heads) + positions * turns)
     assert len(past.tables) == 1
 
@@ -264,7 +264,7 @@ def test_integers_give_what_latents_rounded_to_them_do(family, monkeypatch):
     exact = generated(model, inputs, ordinary(model))
     model = copy.deepcopy(model_of(family))
     monkeypatch.setattr(attention, "_take", rounded)
-    monkeypatch.setattr(cache, "_PROBED", 0)
+    monkeypatch.setattr(cache, "PROBED", 0)
     expected = generated(model, inputs, LatentCache(model))
     assert torch.equal(expected[0], found[0])
     assert (expected[1] - found[1]).abs().max() <= CLOSE * expected[1].abs().max()

@@ -20,7 +20,7 @@ def logits(model: Any, inputs: dict[str, torch.Tensor], **how: Any) -> torch.Ten
         return torch.stack(model.generate(**inputs, past_key_values=LatentCache(model, **how), **options).logits)
 
 
-@pytest.mark.parametrize("how", [{}, {"latent_dtype": "int8"}], ids=str)
+@pytest.mark.parametrize("how", [{}, {"latent_dtype": "int8", "folded": True}], ids=str)
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_a_model_gives_the_same_logits(family, how, monkeypatch):
     """Grouped queries and left padding; biases; normalised keys."""

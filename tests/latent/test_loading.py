@@ -74,8 +74,9 @@ def test_the_config_can_ask_for_it_and_the_argument_overrules(directory, tmp_pat
 
 def test_the_config_keeps_what_it_was_given():
     assert SpectrimConfig({"a": 2}, latent_cache="int8").to_dict()["latent_cache"] == "int8"
+    assert SpectrimConfig({"a": 2}, latent_cache="int8-folded").to_dict()["latent_cache"] == "int8-folded"
     assert "latent_cache" not in SpectrimConfig({"a": 2}).to_dict()
-    with pytest.raises(CheckpointError, match="no latent_cache 'int3'; choose true, false or 'int8'"):
+    with pytest.raises(CheckpointError, match="no latent_cache 'int3'; choose true, false, 'int8', 'folded'"):
         SpectrimConfig({"a": 2}, latent_cache="int3")
     with pytest.raises(CheckpointError, match="no latent_cache 1"):
         SpectrimConfig({"a": 2}, latent_cache=1)

@@ -40,16 +40,26 @@ from spectrim.storage.runtime import RUNTIMES
 from spectrim.versions import release
 
 METHOD = "spectrim"
-LATENT_CACHES = (False, True, "int8")  # none, of the model's dtype, of integers
+# `latent_cache` as the arguments of `use_latent_cache` after the model; None for the ordinary cache.
+LATENT_CACHES: Mapping[bool | str, tuple[str | None, bool] | None] = {
+    False: None,
+    True: (None, False),
+    "int8": ("int8", False),
+    "folded": (None, True),
+    "int8-folded": ("int8", True),
+}
 VERSION = 1
 _FACTORED = ("low-rank", "integer-factors", "integers+factors")  # forms that `ranks` stands for
 _INTEGERS = "integers"  # and the one that `inner` alone stands for
 
 
-def check_latent_cache(asked: bool | str) -> None:
-    """Raises CheckpointError for what is none of LATENT_CACHES."""
-    if not any(asked is choice or (isinstance(asked, str) and asked == choice) for choice in LATENT_CACHES):
-        raise CheckpointError(f"there is no latent_cache {asked!r}; choose true, false or 'int8'")
+def latent_options(asked: bool | str) -> tuple[str | None, bool] | None:
+    """One of LATENT_CACHES. Raises CheckpointError for what is none."""
+    if not isinstance(asked, bool | str) or asked not in LATENT_CACHES:
+        raise CheckpointError(
+            f"there is no latent_cache {asked!r}; choose true, false, 'int8', 'folded' or 'int8-folded'"
+        )
+    return LATENT_CACHES[asked]
 
 
 @register_quantization_config(METHOD)
@@ -60,8 +70,8 @@ class SpectrimConfig(QuantizationConfigMixin):
     those of them that are stored by pivots; `inner` is the compressed-tensors config of the integer weights, None where
     there are none; `forms` maps the names of linears in any other form to ``{"form": its name, …its spec}``;
     `runtime` says how layers run once they are loaded (see ``storage.runtime``), `latent_cache` whether
-    every ``generate`` keeps latents in place of keys and values: true, or their dtype, ``"int8"``; `spectrim_version`
-    is the release that wrote the checkpoint. Raises CheckpointError for another format version, unknown entries,
+    every ``generate`` keeps latents in place of keys and values (see `LATENT_CACHES`); `spectrim_version` is the
+    release that wrote the checkpoint. Raises CheckpointError for another format version, unknown entries,
     impossible ranks, pivots without a rank, an inner config of another kind, and forms without names.
     """
 
@@ -124,7 +134,7 @@ class SpectrimConfig(QuantizationConfigMixin):
         if runtime not in RUNTIMES:
             raise CheckpointError(f"quantization_config has the runtime {runtime!r}; set one of {', '.join(RUNTIMES)}")
         self.runtime = runtime
-        check_latent_cache(latent_cache)
+        latent_options(latent_cache)
         self.latent_cache = latent_cache
 
     @classmethod

@@ -23,7 +23,7 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from spectrim import latent
-from spectrim.checkpoint.config import METHOD, SpectrimConfig
+from spectrim.checkpoint.config import METHOD, SpectrimConfig, latent_options
 from spectrim.checkpoint.names import compressed_layers, runtime_names, shortened, stored_layers
 from spectrim.errors import CheckpointError, ModelError
 from spectrim.experts import fuse, loads_as_is, unfuse, unfused
@@ -159,8 +159,8 @@ class SpectrimQuantizer(HfQuantizer):
             if type(parameter) is nn.Parameter and parameter.device.type == "cpu" and parameter.data_ptr() % 64:
                 parameter.data = parameter.data.clone()
         set_runtime(model, self.quantization_config.runtime)
-        if (asked := self.quantization_config.latent_cache) and model.can_generate():
-            latent.use_latent_cache(model, None if asked is True else str(asked))
+        if (asked := latent_options(self.quantization_config.latent_cache)) and model.can_generate():
+            latent.use_latent_cache(model, *asked)
         vars(model)["is_quantized"] = False  # the factors are ordinary floats; half(), float() and fine-tuning are fine
         return model
 
@@ -179,6 +179,7 @@ class SpectrimQuantizer(HfQuantizer):
     def dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """Merge factors and unpack integers into dense linears, in place, and make `model` a plain one."""
         dense = {name: layer.to_dense() for name, layer in compressed_layers(model).items()}
+        latent.use_ordinary_cache(model)
         for name, linear in dense.items():
             model.set_submodule(name, linear if dtype is None else linear.to(dtype))
         unshare(model)

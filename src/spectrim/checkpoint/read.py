@@ -11,7 +11,7 @@ from transformers.utils import quantization_config as hf_quantization
 from transformers.utils.hub import cached_file
 
 from spectrim import files, latent
-from spectrim.checkpoint.config import METHOD, check_latent_cache
+from spectrim.checkpoint.config import METHOD, latent_options
 from spectrim.checkpoint.model_files import CONFIGS, PROVENANCE, processor_files
 from spectrim.checkpoint.names import shortened
 from spectrim.checkpoint.offload import places, too_large
@@ -44,7 +44,8 @@ def load(
     `dtype` None keeps the dtype of the files; that of an unpacked GGUF file is bfloat16. `runtime` says how integers
     run: ``auto``, ``speed``, ``memory`` or ``reference`` (see ``storage.packed.PackedLinear``); None as the checkpoint
     says. `latent_cache` true lets every ``generate`` keep latents in place of keys and values (`spectrim.LatentCache`),
-    ``"int8"`` latents in integers; None as the checkpoint says. With a `memory` such as ``"8GiB"`` of which the weights
+    ``"int8"`` latents in integers, ``"folded"`` and ``"int8-folded"`` these with A_v multiplied into the output
+    projection; None as the checkpoint says. With a `memory` such as ``"8GiB"`` of which the weights
     of a local dense model would take more than half, blocks stay in their files and come in when they run, on the CPU;
     None loads all. Other arguments are those of ``from_pretrained``. Code
     that a model brings is run with ``trust_remote_code=True`` only; nothing asks. The model is in eval mode.
@@ -56,8 +57,7 @@ def load(
     """
     if runtime not in (None, *RUNTIMES):
         raise ModelError(f"there is no runtime {runtime!r}; choose from {', '.join(RUNTIMES)}")
-    if latent_cache is not None:
-        check_latent_cache(latent_cache)
+    asked = None if latent_cache is None else latent_options(latent_cache)
     kwargs.setdefault("trust_remote_code", False)
     where = {name: kwargs[name] for name in WHERE if name in kwargs}
     config = read_config(directory, where)
@@ -119,8 +119,8 @@ def load(
         as_traced(model, empty)
     if runtime is not None:
         set_runtime(model, runtime)
-    if latent_cache:
-        latent.use_latent_cache(model, None if latent_cache is True else latent_cache)
+    if asked is not None:
+        latent.use_latent_cache(model, *asked)
     elif latent_cache is not None:
         latent.use_ordinary_cache(model)
     return model

@@ -1,5 +1,6 @@
 """Where a model is (a directory, a hub id, a GGUF file), and its config, checked before anything is loaded."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,8 @@ def read_config(source: str | Path, where: dict[str, Any]) -> PreTrainedConfig:
     if gguf is not None and (not name or Path(name).is_dir() or "::" not in str(source)):
         if not Path(name, gguf).is_file():
             raise ModelError(f"{Path(name, gguf)} does not exist; name a GGUF file")
+        if find_spec("gguf") is None:
+            raise ModelError(f"reading {Path(name, gguf)} needs the package gguf: pip install 'spectrim[gguf]'")
     elif Path(name).is_dir():
         _check_config_file(Path(name, where.get("subfolder", "")), trusted=bool(where.get("trust_remote_code")))
     elif Path(name).exists():

@@ -18,8 +18,14 @@ INT4_ROWS = 64  # of inputs, up to which the 4-bit product is faster than unpack
 _BLOCKS = (64, 32, 16)  # outputs of one block of the 4-bit layout: AVX-512, AVX2, others
 _OUTPUTS = 64  # outputs are padded to a multiple of this
 _GROUPS = (32, 64, 128, 256)  # sizes that the 4-bit product takes
-_PART = 1 << 21  # bytes of the 4-bit layout that are widened at once
+PART = 1 << 22  # weights that are widened or unpacked at once, so that caches hold them
 _NIBBLES = 0x1111111111111111  # a 1 in every place of a word
+
+
+def part_rows(out: int, size: int) -> int:
+    """Rows of each part of a weight [out, size] that is widened or unpacked part by part, a multiple of 64."""
+    parts = -(-out * size // PART)
+    return -(-out // parts // _OUTPUTS) * _OUTPUTS
 
 
 def int8_rows(groups: int) -> int:
@@ -61,10 +67,10 @@ def int4_product(x: torch.Tensor, packed: torch.Tensor, pairs: torch.Tensor, out
 
 
 def int4_codes(packed: torch.Tensor, out: int, size: int, dtype: torch.dtype = torch.int8) -> torch.Tensor:
-    """The codes [out, in] of a layout, as numbers of a dtype."""
+    """The codes [out, in] of a layout, or of its first `out` rows, as numbers of a dtype."""
     block = _block()
     assert block is not None
-    return _unpacked(packed, block, size, dtype)[:out]
+    return _unpacked(packed[: -(-out // _OUTPUTS) * _OUTPUTS], block, size, dtype)[:out]
 
 
 def _unpacked(packed: torch.Tensor, block: int, size: int, dtype: torch.dtype) -> torch.Tensor:
@@ -108,8 +114,7 @@ def planes_layout(codes: torch.Tensor, scale: torch.Tensor, bits: int) -> tuple[
     its second half above those of its first; the third holds the high bits of its quarters.
     """
     out, size = codes.shape
-    parts = -(-out * size // 2 // _PART)
-    rows = -(-out // parts // _OUTPUTS) * _OUTPUTS
+    rows = part_rows(out, size)
     packed, pairs = int4_layout(codes, scale, None, rows)
     words = packed.view(torch.int64).view(-1, 4, size * rows // 64) - _least(bits)
     low, halves = 3 * _NIBBLES, words.unflatten(1, (2, 2))

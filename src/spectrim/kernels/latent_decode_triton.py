@@ -185,7 +185,7 @@ def merge_kernel(
     RANK_V: tl.constexpr,
     SPLITS_BLOCK: tl.constexpr,
 ):
-    """The output [D] of one query, from the sums of its splits; see `decode`."""
+    """The output [D] of one query, from the sums of its splits, or their mean [rank] without a_v; see `decode`."""
     CHUNK: tl.constexpr = 2048 // RANK_V  # splits at once
     OUT: tl.constexpr = 4096 // RANK_V  # and numbers of the output
     query = tl.program_id(1).to(tl.int64) * HEADS * GROUP + tl.program_id(0)
@@ -204,13 +204,17 @@ def merge_kernel(
     sums /= tl.where(total == 0, 1.0, total)
     column = tl.load(columns_v + head)
     rank = tl.load(columns_v + head + 1) - column
-    for first in range(0, D, OUT):
-        d = first + tl.arange(0, OUT)
-        a = tl.load(a_v + (column + s[:, None]) * D + d[None, :], (s < rank)[:, None] & (d < D)[None, :], 0.0)
-        y = tl.sum(a.to(tl.float32) * sums[:, None], 0)
-        if b_v is not None:
-            y += tl.load(b_v + head * D + d, d < D, 0.0).to(tl.float32)
-        tl.store(o + query * D + d, y.to(o.dtype.element_ty), d < D)
+    if a_v is None:
+        place = GROUP * (tl.program_id(1).to(tl.int64) * tl.load(columns_v + HEADS) + column)  # of the first query
+        tl.store(o + place + tl.program_id(0) % GROUP * rank + s, sums.to(o.dtype.element_ty), s < rank)
+    else:
+        for first in range(0, D, OUT):
+            d = first + tl.arange(0, OUT)
+            a = tl.load(a_v + (column + s[:, None]) * D + d[None, :], (s < rank)[:, None] & (d < D)[None, :], 0.0)
+            y = tl.sum(a.to(tl.float32) * sums[:, None], 0)
+            if b_v is not None:
+                y += tl.load(b_v + head * D + d, d < D, 0.0).to(tl.float32)
+            tl.store(o + query * D + d, y.to(o.dtype.element_ty), d < D)
 
 
 @dataclass(frozen=True)
@@ -331,6 +335,7 @@ def decode(
     length: torch.Tensor | None = None,
     window: int | None = None,
     softcap: float | None = None,
+    folded: bool = False,
     tiles: Tiles | None = None,
 ) -> torch.Tensor:
     """One decode step of one layer over latents.
@@ -342,11 +347,11 @@ def decode(
         factors: of the layer, in the dtype of q.
         cos, sin: [B or 1, T, Drot]; both halves of the last dimension are alike, and only the first is read.
         mask: which tokens are seen, bool [B or 1, T], besides what the following say.
-        scaling, inverse_rms, scale_k, scale_v, start, length, window, softcap: see the reference.
+        scaling, inverse_rms, scale_k, scale_v, start, length, window, softcap, folded: see the reference.
         tiles: how the work is cut; None for what fits the device.
 
     Returns:
-        [B, Hq, D] in the dtype of q.
+        [B, Hq, D] in the dtype of q; folded, [B, Hq / H · Σ r_h].
 
     Raises:
         ValueError: the queries are no multiple of the key/value heads, or tensors do not lie in memory as is needed:
@@ -366,7 +371,7 @@ def decode(
     splits = triton.cdiv(tokens if window is None else min(window, tokens), tiles.split)
     parts = torch.empty(batch, queries, splits, rank_v, dtype=torch.float32, device=q.device)
     peaks, totals = torch.empty(2, batch, queries, splits, dtype=torch.float32, device=q.device)
-    o = torch.empty(batch, queries, width, dtype=q.dtype, device=q.device)
+    o = q.new_empty(batch, *((group * z_v.shape[2],) if folded else (queries, width)))
     scale = scale_v if scale_k is None else scale_k
     strides = [stride for x in (z_k, z_v, cos, inverse_rms, scale, mask) for stride in _strides(x)]
     with torch.cuda.device_of(q):  # Triton starts its programs on the current device
@@ -378,9 +383,10 @@ def decode(
             RANK_V=rank_v, ALIGNED=factors.aligned, PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
             num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
+        a_v, most = None if folded else factors.a_v, max(64, triton.next_power_of_2(splits))
         merge_kernel[(queries, batch)](
-            parts, peaks, totals, factors.a_v, factors.b_v, factors.columns_v, o, splits, HEADS=heads, GROUP=group,
-            D=width, RANK_V=rank_v, SPLITS_BLOCK=max(64, triton.next_power_of_2(splits)), num_warps=4,
+            parts, peaks, totals, a_v, factors.b_v, factors.columns_v, o, splits, HEADS=heads, GROUP=group, D=width,
+            RANK_V=rank_v, SPLITS_BLOCK=most, num_warps=4,
         )  # fmt: skip
     return o
 

@@ -22,10 +22,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from spectrim.errors import ModelError
 from spectrim.kernels import cuda
-from spectrim.kernels.latent_decode import latent_attention
+from spectrim.kernels import latent_decode as reference
 
 PREFIX = "latent-"  # of the names of attention functions; the function from before follows
 BASES = ("sdpa", "eager")
+PROBED = 8  # first tokens of a layer, of which what the model computes is compared with what latents would give
 
 
 class HasLatents(Protocol):
@@ -72,6 +73,15 @@ class Factors:
     b_v: torch.Tensor | None
     norm: torch.Tensor | None  # float32 [D]
     epsilon: float  # of the root mean square
+    width: int  # D
+    rotated: int  # numbers of a key
+
+    @cached_property
+    def ready(self) -> reference.Factors:
+        """The same as the reference reads them."""
+        like = next(A for A in (*self.A_k, *self.A_v) if A is not None)
+        parts = self.A_k, self.A_v, self.b_k, self.b_v, self.norm
+        return reference.Factors.of(*parts, like=like, width=self.width, rotated=self.rotated)
 
     @cached_property
     def packed(self) -> Any:
@@ -93,8 +103,11 @@ class Site:
     def __deepcopy__(self, memo: Any) -> "Site":
         return self
 
-    def factors(self) -> Factors:
-        """As they are now. Raises ModelError where they have no values or carry an adapter, and for other key norms."""
+    def factors(self, rotated: int = 0) -> Factors:
+        """As they are now, of keys of which so many numbers are rotated.
+
+        Raises ModelError where they have no values or carry an adapter, and for other key norms.
+        """
         norm, epsilon, width = None, 0.0, self.k.out_features // len(self.ranks[0])
         if (layer := getattr(self.module, "k_norm", None)) is not None:
             found = getattr(layer, "variance_epsilon", getattr(layer, "eps", None))
@@ -108,7 +121,7 @@ class Site:
             with torch.no_grad():  # some multiply by the weight, others by 1 + weight
                 norm = layer(torch.ones(width, dtype=torch.float32, device=weight.device)) * (1 + epsilon) ** 0.5
         b_k, b_v = (None if bias is None else bias.detach() for bias in (self.k.bias, self.v.bias))
-        return Factors(self.k.head_weights(), self.v.head_weights(), b_k, b_v, norm, epsilon)
+        return Factors(self.k.head_weights(), self.v.head_weights(), b_k, b_v, norm, epsilon, width, rotated)
 
 
 @dataclass(eq=False)
@@ -120,6 +133,8 @@ class Call:
     turns: tuple[torch.Tensor, torch.Tensor] | None  # cos and sin of the new tokens
     taken: dict[int, torch.Tensor] = field(default_factory=dict)  # outputs by the identity of B
     attended: bool = False
+    given: torch.Tensor | None = None  # the last of what attention over whole values gave, [B, few, Hq · D]
+    read: bool = False  # by a product that A_v is folded into
 
 
 _CALLS: ContextVar[tuple[tuple[nn.Module, Call | None], ...]] = ContextVar("calls", default=())
@@ -158,6 +173,8 @@ def _end(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
                 f"{type(module).__name__} does not call the attention function that its config names; it cannot use a "
                 "latent cache"
             )
+        if call.layer.folded is not None and not call.read:
+            raise ModelError(f"{type(module).__name__} does not hand to o_proj what attention gives; leave folding out")
         call.layer.settle()
 
 
@@ -192,7 +209,10 @@ def attend(
     if call is None or call.layer.get_seq_length() == steps:
         function = eager_of(module) if base is None else base
         how = {"scaling": scaling, **({} if softcap is None else {"softcap": softcap}), **kwargs}
-        return function(module, query, key, value, attention_mask, **how)
+        output, weights = function(module, query, key, value, attention_mask, **how)
+        if call is not None and call.layer.folded is not None:
+            call.given = output[:, -PROBED:].flatten(2).clone()
+        return output, weights
     mask, count = attention_mask, call.layer.visible(steps)
     if mask is None and steps > 1:
         mask = query.new_ones(steps, count, dtype=torch.bool).tril(count - steps)[None, None]
@@ -201,35 +221,27 @@ def attend(
     if mask is not None:
         mask = mask[:, 0, :, :count]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    arguments = call.layer.arguments(count, call.cache)
-    found = _one_step(query, call.layer.factors, arguments, mask, scaling, softcap)
+    how = {**call.layer.arguments(count, call.cache), "scaling": scaling, "softcap": softcap}
+    found = _one_step(query, call.layer.factors, mask, how)
     if found is None:
-        found = latent_attention(query, **arguments, scaling=scaling, softcap=softcap, mask=mask)
-    return found.transpose(1, 2), None
+        if "cos" in how:  # as the kernel for a GPU reads them
+            how["turns"] = reference.turned(how.pop("cos"), how.pop("sin"))
+        found = reference.attend(query, factors=call.layer.factors.ready, mask=mask, **how)
+    return found[:, :, None] if call.layer.folded is not None else found.transpose(1, 2), None
 
 
 def _one_step(
-    query: torch.Tensor,
-    factors: Factors,
-    arguments: dict[str, Any],
-    mask: torch.Tensor | None,
-    scaling: float,
-    softcap: float | None,
+    query: torch.Tensor, factors: Factors, mask: torch.Tensor | None, how: dict[str, Any]
 ) -> torch.Tensor | None:
-    """The same by the kernel for one new token, [B, Hq, 1, D]; None where it does not run (see `cuda.takes`)."""
+    """The same by the kernel for one new token; None where it does not run (see `cuda.takes`)."""
     if query.shape[2] > 1 or not cuda.takes(query) or not (mask is None or mask.dtype == torch.bool):
         return None
     if (kernels := cuda.latent_kernels()) is None:
         return None
     found: torch.Tensor = kernels.decode(
-        query[:, :, 0],
-        factors=factors.packed,
-        **{name: value for name, value in arguments.items() if not hasattr(factors, name)},
-        mask=None if mask is None else mask[:, 0],
-        scaling=scaling,
-        softcap=softcap,
+        query[:, :, 0], factors=factors.packed, mask=None if mask is None else mask[:, 0], **how
     )
-    return found[:, :, None]
+    return found[:, None] if how["folded"] else found[:, :, None]
 
 
 def _check(module: Any, options: dict[str, Any]) -> None:

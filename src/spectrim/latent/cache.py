@@ -8,20 +8,47 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from spectrim.errors import ModelError
-from spectrim.kernels.latent_decode import rotate
-from spectrim.latent.attention import Call, Factors, Site, connect, running
+from spectrim.kernels import cuda
+from spectrim.kernels.latent_decode import turned
+from spectrim.latent.attention import PROBED, Call, Factors, Site, connect, running
+from spectrim.latent.folding import Folded, fold
 from spectrim.latent.rows import Rows
 
 LATENT_DTYPES = (None, "int8")
-_PROBED = 8  # first tokens of a layer, of which keys and values are rebuilt and compared with the model's own
 
 
 class Table:
-    """cos and sin of the positions of all tokens, which layers share; [batch or 1, tokens, Drot] each."""
+    """Rotations of all tokens, which layers share: complex numbers [batch or 1, tokens, Drot / 2].
+
+    Where attention is a kernel on a GPU, these are cos and sin [batch or 1, tokens, Drot] in two.
+    """
 
     def __init__(self) -> None:
-        self.cos, self.sin = Rows(), Rows()
+        self.rows: dict[str, Rows] = {}
         self.latest: torch.Tensor | None = None
+
+    @staticmethod
+    def kept(cos: torch.Tensor, sin: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What is kept of tokens with these cos and sin, by the names that attention has for it."""
+        return {"cos": cos, "sin": sin} if cuda.takes(cos) else {"turns": turned(cos, sin)}
+
+    def __len__(self) -> int:
+        return len(next(iter(self.rows.values()), ()))
+
+    def append(self, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        """Add tokens."""
+        for name, new in self.kept(cos, sin).items():
+            self.rows.setdefault(name, Rows()).append(new)
+        self.latest = cos
+
+    def ends_with(self, cos: torch.Tensor, sin: torch.Tensor) -> bool:
+        """Whether these are its last tokens."""
+        if self.latest is cos:
+            return True
+        held = {name: rows.held[:, -cos.shape[1] :] for name, rows in self.rows.items()}
+        return all(
+            held[name].device == x.device and torch.equal(held[name], x) for name, x in self.kept(cos, sin).items()
+        )
 
 
 class LatentLayer(CacheLayerMixin):
@@ -35,9 +62,9 @@ class LatentLayer(CacheLayerMixin):
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, site: Site, window: int | None, latent_dtype: str | None) -> None:
+    def __init__(self, site: Site, window: int | None, latent_dtype: str | None, folds: bool = False) -> None:
         super().__init__()
-        self.site, self.window, self.latent_dtype = site, window, latent_dtype
+        self.site, self.window, self.latent_dtype, self.folds = site, window, latent_dtype, folds
         self.is_sliding, self.record_past = window is not None, False
         self.reset()
 
@@ -48,6 +75,7 @@ class LatentLayer(CacheLayerMixin):
         self.inverse_rms = Rows()  # of normalised keys
         self.table: int | None = None  # its number in the cache; None without rotation
         self.factors: Factors | None = None
+        self.folded: Folded | None = None  # what o_proj makes of mean latents
         self.seen = self.probed = 0
         self.keys = self.values = None
         self.is_initialized = False
@@ -64,7 +92,9 @@ class LatentLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Read the factors of the model; keys and values, at which some models look, stay empty."""
-        self.factors = self.site.factors()
+        call = running()
+        self.factors = self.site.factors(0 if call is None or call.turns is None else call.turns[0].shape[-1])
+        self.folded = fold(self.site) if self.folds else None
         self.keys, self.values = key_states.new_empty(0), value_states.new_empty(0)
         self.is_initialized = True
 
@@ -83,7 +113,7 @@ class LatentLayer(CacheLayerMixin):
         if [z.shape[:2] for z in latents] != [(len(key_states), steps)] * 2:
             raise ModelError(f"{kind} computes keys or values in another way than by its factors; it has no latents")
         self.table = call.cache.add_turns(self, call, steps)
-        if self.probed < _PROBED:
+        if self.probed < PROBED:
             self._probe(kind, call, latents, key_states, value_states)
         for rows, scales, z, ranks in zip(
             (self.z_k, self.z_v), (self.scale_k, self.scale_v), latents, self.site.ranks, strict=True
@@ -106,15 +136,15 @@ class LatentLayer(CacheLayerMixin):
     def _probe(self, kind: str, call: Call, latents: list[torch.Tensor], K: torch.Tensor, V: torch.Tensor) -> None:
         """Compare the last new keys and values with what attention will rebuild."""
         assert self.factors is not None
-        count = min(K.shape[2], _PROBED)
+        count = min(K.shape[2], PROBED)
         z_k, z_v = (z[:, -count:] for z in latents)
         ranks_k, ranks_v = self.site.ranks
         keys = rebuilt(z_k, None, self.factors.A_k, self.factors.b_k, ranks_k)  # [B, count, H, D]
         if self.factors.norm is not None:
             keys = keys * _inverse_rms(keys, self.factors.epsilon)[..., None] * self.factors.norm
-        keys = keys.transpose(1, 2).clone()
+        keys = keys.transpose(1, 2)
         if call.turns is not None:
-            rotate(keys, *(x[:, None, -count:].to(keys.dtype) for x in call.turns))
+            keys = _rotated(keys, turned(*(x[:, -count:] for x in call.turns)))
         values = rebuilt(z_v, None, self.factors.A_v, self.factors.b_v, ranks_v).transpose(1, 2)
         for name, found, own in (("keys", keys, K[:, :, -count:]), ("values", values, V[:, :, -count:])):
             near = torch.finfo(own.dtype).eps ** 0.5 * own.abs().max()  # half of the digits
@@ -129,17 +159,13 @@ class LatentLayer(CacheLayerMixin):
         return len(self.z_k) if self.window is None else min(len(self.z_k), self.window - 1 + steps)
 
     def arguments(self, count: int, cache: Any) -> dict[str, Any]:
-        """What `latent_attention` takes of the last `count` tokens."""
-        factors = self.factors
-        assert factors is not None
+        """What attention takes of the last `count` tokens."""
         names = ("z_k", "z_v", "scale_k", "scale_v", "inverse_rms")
         held = {n: rows.held[:, -count:] for n, rows in zip(names, self.rows, strict=True) if len(rows)}
         if self.table is not None:
-            table: Table = cache.tables[self.table]
             place = slice(self.seen - count, self.seen)
-            held |= {"cos": table.cos.held[:, place], "sin": table.sin.held[:, place]}
-        parts = ("A_k", "A_v", "b_k", "b_v", "norm")
-        return held | {name: getattr(factors, name) for name in parts}
+            held |= {name: rows.held[:, place] for name, rows in cache.tables[self.table].rows.items()}
+        return held | {"folded": self.folded is not None}
 
     def settle(self) -> None:
         """After attention: keep no more than a window, unless tokens may be taken back."""
@@ -217,13 +243,15 @@ class LatentCache(Cache):
         model: the model that will use it; its attention is connected to latent caches, and works as before without
             one.
         latent_dtype: ``"int8"`` keeps integers with one scale for each token and head; None keeps the model's dtype.
+        folded: multiply A_v into the output projection of each layer, in tensors besides it.
 
     Raises:
         ModelError: the model has no such layers, or its attention, its sharing of keys between layers or its kind of
-            cache is one that latents do not work with; names it. Some are found by the first forward pass.
+            cache is one that latents do not work with, or its output projection one that nothing can be folded into;
+            names it. Some are found by the first forward pass.
     """
 
-    def __init__(self, model: PreTrainedModel, latent_dtype: str | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, latent_dtype: str | None = None, folded: bool = False) -> None:
         if latent_dtype not in LATENT_DTYPES:
             raise ModelError(f"there are no latents of the dtype {latent_dtype!r}; choose int8 or None")
         if model.config.is_encoder_decoder:
@@ -239,7 +267,9 @@ class LatentCache(Cache):
             if kind not in (DynamicLayer, DynamicSlidingWindowLayer):
                 name = "none" if kind is None else kind.__name__
                 raise ModelError(f"layer {index} has the cache {name}, which cannot keep latents; use the ordinary one")
-            layers[index] = LatentLayer(site, getattr(layers[index], "sliding_window", None), latent_dtype)
+            if folded:
+                fold(site)  # what it refuses is refused now
+            layers[index] = LatentLayer(site, getattr(layers[index], "sliding_window", None), latent_dtype, folded)
         super().__init__(layers=layers)
         self.tables: list[Table] = []
 
@@ -247,7 +277,7 @@ class LatentCache(Cache):
     def nbytes(self) -> int:
         """Bytes of all tokens that are kept: latents, what is beside them, cos and sin, and others' keys and values."""
         kept = (layer.nbytes for layer in self.layers if isinstance(layer, LatentLayer))
-        turns = (rows.nbytes for table in self.tables for rows in (table.cos, table.sin))
+        turns = (rows.nbytes for table in self.tables for rows in table.rows.values())
         return sum(kept) + sum(turns) + whole_bytes(self)
 
     def add_turns(self, layer: LatentLayer, call: Call, steps: int) -> int | None:
@@ -265,23 +295,21 @@ class LatentCache(Cache):
             )
         number, end = layer.table, layer.seen + steps
         if number is None:  # the first call of this layer: a table that another layer has begun with the same numbers
-            same = (i for i, table in enumerate(self.tables) if _holds(table, cos, sin, end))
+            same = (i for i, table in enumerate(self.tables) if len(table) == end and table.ends_with(cos, sin))
             number = next(same, len(self.tables))
             if number == len(self.tables):
                 self.tables.append(Table())
         table = self.tables[number]
-        if len(table.cos) < end:
-            table.cos.append(cos)
-            table.sin.append(sin)
-            table.latest = cos
+        if len(table) < end:
+            table.append(cos, sin)
         return number
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last tokens, a negative number; see `LatentLayer.crop`."""
         super().crop(tokens_to_remove)
         for table in self.tables:
-            table.cos.drop_last(-tokens_to_remove)
-            table.sin.drop_last(-tokens_to_remove)
+            for rows in table.rows.values():
+                rows.drop_last(-tokens_to_remove)
 
     def reset(self) -> None:
         """Forget all tokens."""
@@ -306,7 +334,7 @@ class LatentCache(Cache):
     def _choose(self, choice: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """The same for cos and sin, where they differ by sequence."""
         for table in self.tables:
-            for rows in (table.cos, table.sin):
+            for rows in table.rows.values():
                 if len(rows) and len(rows.held) > 1:
                     rows.choose(choice)
 
@@ -317,14 +345,11 @@ def whole_bytes(cache: Cache) -> int:
     return sum(x.nbytes for x in found if isinstance(x, torch.Tensor))
 
 
-def _holds(table: Table, cos: torch.Tensor, sin: torch.Tensor, end: int) -> bool:
-    """Whether a table ends with these tokens."""
-    if len(table.cos) != end or table.cos.held.shape[-1] != cos.shape[-1] or table.cos.held.device != cos.device:
-        return False
-    if table.latest is cos:
-        return True
-    last = table.cos.held[:, -cos.shape[1] :], table.sin.held[:, -cos.shape[1] :]
-    return torch.equal(last[0], cos) and torch.equal(last[1], sin)
+def _rotated(K: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+    """Keys [B, H, T, D] with their first numbers rotated, half against half, by complex ones [B or 1, T, Drot / 2]."""
+    low, high, rest = K.split([turns.shape[2], turns.shape[2], K.shape[3] - 2 * turns.shape[2]], dim=3)
+    found = torch.complex(low, high) * turns[:, None]
+    return torch.cat([found.real, found.imag, rest], dim=3)
 
 
 def rebuilt(

@@ -239,6 +239,11 @@ class LowRankLinear(StoredLayer):
         """
         return head_ranks(self.rank) if self.pivots is None and self.R is None else None
 
+    @property
+    def reader(self) -> nn.Module | None:
+        """The factor B, where it alone reads the inputs; None where there is more to the layer."""
+        return self.B if self.R is None else None
+
     @torch.no_grad()
     def head_weights(self) -> list[torch.Tensor]:
         """The factors A of the heads, [out / H, rank[h]] each, not copied unless they are integers.

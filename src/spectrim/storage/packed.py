@@ -18,6 +18,7 @@ from spectrim.kernels import cuda
 from spectrim.kernels.bits import pack, unpack
 from spectrim.kernels.cpu import (
     INT4_ROWS,
+    PART,
     int4_codes,
     int4_group,
     int4_layout,
@@ -28,6 +29,7 @@ from spectrim.kernels.cpu import (
     int8_product,
     int8_rows,
     layout_scales,
+    part_rows,
     planes_codes,
     planes_layout,
     planes_product,
@@ -101,16 +103,19 @@ class PackedLinear(StoredLayer):
         self.check_values()
         return self.unpacked()
 
-    def codes(self, dtype: torch.dtype = torch.int8) -> torch.Tensor:
-        """The integers [out, in], as numbers of a dtype."""
+    def codes(self, dtype: torch.dtype = torch.int8, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """The integers [out, in], as numbers of a dtype; from row `start`, of a part (`part_rows`), to `stop`."""
+        stop = self.out_features if stop is None else stop
         if self.layout in ("packed", "humming"):
-            return unpack(self._words(), self.grid.bits, self.in_features, dtype)
-        assert self.layout_codes is not None
+            return unpack(self._words()[start:stop], self.grid.bits, self.in_features, dtype)
+        held, shape = self.layout_codes, (stop - start, self.in_features)
+        assert held is not None
         if self.layout == "int8":
-            return int8_codes(self.layout_codes).to(dtype)
+            return int8_codes(held[:, start:stop]).to(dtype)
         if self.layout == "planes":
-            return planes_codes(self.layout_codes, self.out_features, self.in_features).to(dtype)
-        return int4_codes(self.layout_codes, self.out_features, self.in_features, dtype)
+            rows = part_rows(self.out_features, self.in_features)
+            return planes_codes(held[start // rows : -(-stop // rows)], *shape).to(dtype)
+        return int4_codes(held[start:], *shape, dtype)
 
     def zeros(self) -> torch.Tensor | None:
         """The zero points, int8 [out, groups]; None where all are zero."""
@@ -131,9 +136,22 @@ class PackedLinear(StoredLayer):
         rows = input.numel() // self.in_features
         held: dict[str, Any] = self._buffers  # from which a tensor is read in less time than as an attribute
         if not 0 < rows <= self.most_rows or input.dtype != held["weight_scale"].dtype or input.requires_grad:
-            return nn.functional.linear(input, self.unpacked(), self.bias)
+            return self._unpack_and_multiply(input)
         y = self._product(input.reshape(rows, self.in_features)).view(*input.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
+
+    def _unpack_and_multiply(self, input: torch.Tensor) -> torch.Tensor:
+        """``W x + bias`` by the weight in floats; on a CPU in parts, since memory for all of it takes longer to get."""
+        scale, bias, out = self.weight_scale, self.bias, self.out_features
+        if scale.device.type != "cpu" or out * self.in_features <= PART:
+            return nn.functional.linear(input, self.unpacked(), bias)
+        step, zero, found = part_rows(out, self.in_features), self.zeros(), []
+        for start in range(0, out, step):
+            stop = min(start + step, out)
+            part = slice(start, stop)
+            W = numbers(self.codes(scale.dtype, start, stop), scale[part], None if zero is None else zero[part])
+            found.append(nn.functional.linear(input, W, None if bias is None else bias[part]))
+        return torch.cat(found, dim=-1)
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         """``x Wᵀ`` [rows, out] of x [rows, in] by a kernel that reads the layout."""
