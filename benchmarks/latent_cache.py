@@ -195,11 +195,11 @@ def greedy(args: argparse.Namespace) -> None:
     processor = load_processor(source)
     prompts: list[Any] = []
     if hasattr(processor, "image_processor"):
-        for question in load_questions("builtin", 4, 0):
+        for question in load_questions("builtin", 2, 0):
             words = prompted(processor, load(source).config, [question])
             prompts.append(model_tensors(processor, words, [[question.image]], ["a question"]))
     else:
-        ids = processor(text, return_tensors="pt")["input_ids"][0, : 64 * 36]
+        ids = processor(text, return_tensors="pt")["input_ids"][0, : 64 * 8]
         prompts = [
             {"input_ids": part[None], "attention_mask": torch.ones(1, 64, dtype=torch.long)} for part in ids.split(64)
         ]

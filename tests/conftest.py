@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+if gc.isenabled():  # until tests run: imports leave nothing to collect
+    gc.disable()
 if not torch.cuda.is_available():  # before triton is imported: its kernels run in its interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each worker and for the processes that it starts
@@ -25,6 +27,7 @@ from spectrim.calibrate import Statistics
 def pytest_collection_finish() -> None:
     """The collector leaves alone what was imported, which costs a tenth of the time."""
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -187,7 +187,9 @@ def right_basis(K: torch.Tensor, metric: torch.Tensor | None = None) -> tuple[to
     size = len(K)
     R = None if metric is None else metric.clamp_min(0).sqrt() if metric.ndim == 1 else root(metric)
     s, V = eigh_descending(K if R is None else (R[:, None] * K * R if R.ndim == 1 else R.T @ K @ R))
-    seen = int((s > _ROUNDING * s[:1]).sum())  # s is empty under a zero metric
+    # Where the metric sees next to nothing of X, even the largest is rounding. s is empty under a zero metric.
+    noise = 0.0 if R is None else torch.finfo(s.dtype).eps * size * K.diagonal().sum() * R.square().sum()
+    seen = int((s > (_ROUNDING * s[:1]).clamp_min(noise)).sum())
     Z = V[:, :seen] / s[:seen].sqrt()
     Z = Z if R is None else (R[:, None] * Z if R.ndim == 1 else R @ Z)
     if seen < size:
