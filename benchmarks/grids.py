@@ -6,8 +6,8 @@ Every grid is rounded with feedback on both sides. `rotated` turns the inputs by
 power of two in their number; any rotation of what is left), `half` has its levels at odd halves of a step, `zero
 points` is asymmetric, `E8` rounds 8 inputs at once to points of that lattice, of which 2^(8·bits) lie in a ball, and
 `trellis` runs a code of 256 states down each column, the feedback of every survivor its own. The last two turn inputs
-and outputs first. Errors are divided by those of today's grid, groups of 128 with signed scales, on the straight lines
-between its points at 2, 3 and 4 bits: what the allocation gets there by mixing them.
+and outputs first. Errors are divided by those of today's grid (groups of 128 where they divide the inputs, signed
+scales), on the straight lines between its points at 2, 3 and 4 bits: what the allocation gets there by mixing them.
 """
 
 import argparse
@@ -22,11 +22,12 @@ from spectrim.anatomy import anatomy
 from spectrim.calibrate import Statistics
 from spectrim.checkpoint import load
 from spectrim.demo import resolve
+from spectrim.maths import rounding
 from spectrim.maths.rounding import DAMPING, Grid, _by_waves, _spread, _triangular, error, fitting_group, quantize
 from spectrim.metrics.metric import layer_metric
 from spectrim.recipe import Recipe
 
-RANGES = ((1.3, 0.9), (1.1, 0.6), (0.9, 0.5))  # of which the best one counts
+RANGES = ((1.6, 1.1), (1.1, 0.6), (0.7, 0.2))  # of which the best one counts, for every grid
 STATES = 256
 
 
@@ -82,7 +83,7 @@ def turned(size: int, seed: int = 0) -> torch.Tensor:
         H = torch.cat([torch.cat([H, H], 1), torch.cat([H, -H], 1)]) / 2**0.5
     odd = torch.linalg.qr(torch.randn(size // power, size // power, dtype=torch.float64, generator=generator))[0]
     signs = torch.randint(2, (size,), generator=generator) * 2.0 - 1
-    return torch.kron(odd, H) * signs
+    return torch.kron(odd.contiguous(), H.contiguous()) * signs
 
 
 def unit_factor(M: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray]:
@@ -165,8 +166,11 @@ def trellis(W: np.ndarray, C: np.ndarray, G: np.ndarray, bits: int, scale: float
 
 
 def plain(W: torch.Tensor, grid: Grid, C: torch.Tensor, G: torch.Tensor) -> torch.Tensor:
-    """W on a grid of ours."""
-    return quantize(W, grid, C, G, dtype=torch.bfloat16).dense()
+    """W on a grid of ours, the best of the ranges of scales."""
+    tried = []
+    for rounding._FED in RANGES:
+        tried.append(quantize(W, grid, C, G, dtype=torch.bfloat16).dense())
+    return min(tried, key=lambda Q: error(W - Q, C, G))
 
 
 def found(W: torch.Tensor, C: torch.Tensor, G: torch.Tensor, slow: bool) -> Iterator[tuple[str, float, float]]:
@@ -174,8 +178,10 @@ def found(W: torch.Tensor, C: torch.Tensor, G: torch.Tensor, slow: bool) -> Iter
     out, size = W.shape
     U, V = turned(size), turned(out, 1)
     W1, C1 = W @ U.T, U @ C @ U.T
-    groups = [fitting_group(size, group) for group in (128, 64, 32)]
+    groups = [fitting_group(size, group) for group in (128, 32)]
     for bits, group in itertools.product((2, 3, 4), dict.fromkeys(groups)):
+        if bits == 4 and group != groups[0]:
+            continue  # there is no byte to compare with
         grid = Grid(bits, group)
         stored = bits + 16 / (group or size)
         yield f"today, {bits} bits, {group or 'channel'}", stored, error(W - plain(W, grid, C, G), C, G)
@@ -219,8 +225,10 @@ def main() -> None:
         assert metric.output is not None
         assert metric.value is not None
         rows = list(found(W, metric.value, metric.output.dense(len(W)), args.trellis))
-        widest = "128" if W.shape[1] % 128 == 0 else "64" if W.shape[1] % 64 == 0 else "channel"
-        today = sorted((stored, lost) for name, stored, lost in rows if name.startswith("today") and widest in name)
+        widest = str(fitting_group(W.shape[1], 128) or "channel")
+        today = sorted(
+            (stored, lost) for name, stored, lost in rows if name.startswith("today") and name.endswith(widest)
+        )
         for name, stored, lost in rows:
             at = np.interp(stored, [x for x, _ in today], [y for _, y in today])
             ratios.setdefault(name, []).append(lost / at)

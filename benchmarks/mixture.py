@@ -10,7 +10,6 @@ WORK keeps statistics, checkpoints and rows; a run that was stopped goes on.
 
 import argparse
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,7 @@ def measured(paths: list[str], args: argparse.Namespace) -> list[dict[str, Any]]
         assert result.perplexity is not None
         assert result.vqa is not None
         row = {"bytes": result.bytes, "accuracy": result.vqa.mean, "perplexity": result.perplexity.per_token}
-        row |= {"kl": {x.modality: x.mean for x in result.divergence}, "predicted": result.predicted_loss}
+        row |= {"kl": {x.modality: x.mean for x in result.divergence}}
         if path != paths[0]:
             names = ["dense", "small"]
             timed = bench([paths[0], path], names=names, prompt=64, new=24, repeats=args.repeats).rows[1]
@@ -101,15 +100,13 @@ def main() -> None:
 
 def table(rows: dict[str, Any]) -> str:
     """The rows as a Markdown table; times as multiples of the dense model's."""
-    head = "recipe|experts|linears|file, MB|of dense|VQA|perplexity|KL text|KL images|predicted/measured|prefill|decode"
+    head = "recipe|experts|linears|file, MB|of dense|VQA|perplexity|KL text|KL images|prefill|decode"
     lines = [f"| {head.replace('|', ' | ')} |", "|---" * (head.count("|") + 1) + "|"]
     dense = rows["dense | – | 100%"]
     for name, row in rows.items():
-        loss = math.log(row["perplexity"] / dense["perplexity"])
         cells = [f"{row['bytes'] / 1e6:.1f}", f"{row['bytes'] / dense['bytes']:.1%}", f"{100 * row['accuracy']:.1f}"]
         cells.append(f"{row['perplexity']:.2f}")
         cells += [f"{row['kl'][kind]:.4f}" if kind in row["kl"] else "–" for kind in ("text", "image")]
-        cells.append(f"{row['predicted']['text'] / loss:.2f}" if row["predicted"] and loss > 0 else "–")
         cells += [f"{row[kind]:.2f}" if kind in row else "–" for kind in ("prefill", "decode")]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)

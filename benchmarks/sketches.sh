@@ -10,7 +10,7 @@ for form in full blocks:64 sketch:256 sketch:64 diagonal; do
     here=$out/${form/:/-}
     [ ! -e "$here/results.json" ] || continue
     spectrim calibrate "$model" -o "$here/statistics" --text "$calibration" --seqlen 256 --samples 64 --gradients \
-        --curvature-form "all=$form"
+        $(printf -- "--curvature-form %s=$form " q k v o gate up down)
     spectrim compress "$model" -o "$here/ranks" --recipe curvature --retain 0.6 --retain 0.4 --stats "$here/statistics"
     spectrim compress "$model" -o "$here/bits" --recipe curvature --set quantize.bits=auto --bits 3.25 \
         --stats "$here/statistics"

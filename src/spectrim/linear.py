@@ -44,8 +44,7 @@ class Linear:
     @property
     def expert_span(self) -> tuple[int, int] | None:
         """Where in the name that number stands."""
-        match = _EXPERT.match(self.name, len(self.block)) if self.block else None
-        return None if match is None else match.span(1)
+        return expert_span(self.name, self.block)
 
     @property
     def shared(self) -> bool:
@@ -61,3 +60,9 @@ class Linear:
     def nbytes(self) -> int:
         """Bytes of the weights in the model's dtype, bias not counted."""
         return self.params * self.dtype.itemsize
+
+
+def expert_span(name: str, block: str | None) -> tuple[int, int] | None:
+    """Where in the name of a linear of a block the number of its expert stands; None for other linears."""
+    match = _EXPERT.match(name, len(block)) if block else None
+    return None if match is None else match.span(1)

@@ -186,7 +186,7 @@ class TunePart(_Part):
     """
 
     epochs: int = Field(default=0, ge=0)
-    rate: float = Field(default=2e-3, gt=0, allow_inf_nan=False)
+    rate: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
     samples: int | None = Field(default=None, ge=2)
 
 

@@ -21,6 +21,7 @@ from spectrim.checkpoint import (
     save,
 )
 from spectrim.errors import CheckpointError, ModelError
+from spectrim.evaluate import evaluate
 
 
 @pytest.fixture(scope="module")
@@ -236,3 +237,10 @@ def test_a_hub_id_is_a_source_like_a_directory(tmp_path: Path, monkeypatch: pyte
     small = save(factored("llava"), tmp_path / "small", processor="somebody/llava")
     assert (small / "tokenizer.json").read_bytes() == (dense / "tokenizer.json").read_bytes()
     assert load_processor(small).apply_chat_template(QUESTION) == "<image> what"
+    (tmp_path / "words.txt").write_text("w7 w8 w9 w10 " * 40)
+    how = {"tasks": ["perplexity"], "text": str(tmp_path / "words.txt"), "seqlen": 16}
+    named, compressed = evaluate(["somebody/llava", small], **how).results
+    assert (named.directory, named.compressed, compressed.compressed) == ("somebody/llava", False, True)
+    assert named.bytes == (dense / "model.safetensors").stat().st_size
+    with pytest.raises(ModelError, match="somebody/nobody"):
+        evaluate(["somebody/nobody", small], **how)

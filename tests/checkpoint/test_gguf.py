@@ -103,7 +103,12 @@ def test_the_command_line_compresses_them(
     for path in out.iterdir():
         if path.suffix != ".safetensors":
             assert str(tiny.parent) not in path.read_text()
-    assert spectrim.evaluate([out], tasks=["perplexity"], text=str(words), seqlen=16).results
+    how = {"tasks": ["perplexity", "kl"], "text": str(words), "seqlen": 16}
+    dense, compressed = spectrim.evaluate([form.format(tiny), out], **how).results
+    assert dense.perplexity != compressed.perplexity
+    assert (dense.compressed, compressed.compressed) == (False, True)
+    written = save(load(tiny), tmp_path / "dense") / "model.safetensors"
+    assert 0 <= dense.bytes - written.stat().st_size < 200 * 40  # its header is known to within some bytes a tensor
 
 
 def test_a_gguf_file_is_not_replaced_by_what_is_made_of_it(tiny: Path) -> None:

@@ -103,6 +103,13 @@ def test_the_record_of_a_compensated_checkpoint_has_the_prediction_of_its_plan(d
     assert read_provenance(tmp_path / "small")["predicted_loss"] == {"joint": plan.loss}
 
 
+def test_the_prediction_of_a_language_model_is_of_text(words, tmp_path):
+    model = families.FAMILIES["llama"]()
+    given = {"text": words, "samples": 6, "seqlen": 16}
+    compress(model, tmp_path / "small", retain=0.6, processor=processor("llama"), **given)
+    assert list(read_provenance(tmp_path / "small")["predicted_loss"]) == ["text"]
+
+
 @pytest.mark.parametrize(("recipe", "retain"), [("spectrim", 0.6), ("curvature+gptq", 0.3), ("laser", 0.7)])
 def test_counts_by_place_are_those_of_the_layers(recipe, retain, dense, tmp_path):
     directory, statistics = dense[torch.float32]

@@ -13,6 +13,7 @@ from families import FAMILIES
 from helpers.browser import CHROMIUM, opened
 from helpers.command import run
 from helpers.evaluated import make_llava, make_processor, make_questions
+from helpers.samples import word_tokenizer
 from spectrim.bench import Attempt, Frontier
 from spectrim.bench.frontier import beside_dense
 from spectrim.checkpoint import save
@@ -173,6 +174,49 @@ def test_cells_are_the_linears_of_the_plan(front):
     (cell,) = (c for c in found.cells if (c.part, c.block, c.role) == ("backbone", 1, "gate"))
     row = plan["model.language_model.layers.1.mlp.gate_proj"]
     assert (cell.rank, cell.bits) == (row["rank"], pytest.approx(32 * row["bytes"] / row["dense_bytes"]))
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    """A checkpoint of a mixture of experts, and its statistics."""
+    home = tmp_path_factory.mktemp("mixture")
+    samples = {"text": "builtin", "images": None, "samples": 8, "seqlen": 12, "batch_size": 4}
+    statistics = spectrim.calibrate(
+        FAMILIES["mixtral"](), home / "stats", processor=word_tokenizer(), gradients=False, curvature=False, **samples
+    )
+    with spectrim.compression(FAMILIES["mixtral"](), "svd-llm", stats=statistics) as prepared:
+        prepared.save(prepared.plan(0.5), home / "small")
+    return home / "small", statistics
+
+
+def test_experts_are_shown_with_the_tokens_that_they_saw(mixture):
+    checkpoint, statistics = mixture
+    found = layout(checkpoint)
+    plan = json.loads((checkpoint / "plan.json").read_text())["linears"]
+    assert {(one.block, one.number) for one in found.experts} == {(b, e) for b in range(2) for e in range(4)}
+    for one in found.experts:
+        name = f"model.layers.{one.block}.mlp.experts.{one.number}"
+        rows = [plan[f"{name}.{role}"] for role in ("w1", "w2", "w3")]
+        assert one.tokens == statistics.positions(f"{name}.w1", "text")
+        assert one.bytes == sum(row["bytes"] for row in rows)
+        assert one.bits == pytest.approx(32 * one.bytes / sum(row["dense_bytes"] for row in rows))
+    assert sum(one.tokens for one in found.experts) == 2 * 2 * 8 * 12
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium, which `apt-get install chromium` brings")
+def test_a_browser_draws_experts(mixture, tmp_path):
+    page = report([mixture[0]], tmp_path / "page.html")
+    text = page.read_text()
+    assert text.count(">Experts by tokens</h4>") == 1
+    assert "Each point is one of 8 experts" in text
+    _, said, marks = opened(page, tmp_path / "profile")
+    assert said == []
+    assert [*marks.values()][-1] >= 8
+
+
+def test_models_without_experts_have_no_chart_of_them(front, page):
+    assert layout(front[0] / "out" / "svd-retain-0.4").experts == ()
+    assert ">Experts by tokens</h4>" not in page.read_text()
 
 
 def test_an_embedding_in_integers_is_a_cell_of_its_own(tmp_path):

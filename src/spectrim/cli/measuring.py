@@ -33,7 +33,9 @@ _NOT_OF_SUITES = tuple(name for name in EvaluationOptions.model_fields if name !
 @verb("evaluate", record=EvaluationOptions, after_stop="no results were written, and the same command starts again")
 def _evaluate(
     ctx: typer.Context,
-    models: Annotated[list[str], typer.Argument(help="Model directories, or 'demo'; the dense one first.")],
+    models: Annotated[
+        list[str], typer.Argument(help="Model directories, hub ids, .gguf files or 'demo'; the dense one first.")
+    ],
     options: EvaluationOptions,
     given: dict[str, Any],
     device: Device = None,
@@ -119,7 +121,9 @@ def _run_suite(suite: str, paths: list[str], json: Path | None, *, dry_run: bool
 
 @verb("bench", after_stop="no results were written, and the same command starts again")
 def _bench(
-    models: Annotated[list[str], typer.Argument(help="Model directories, or 'demo'; the dense one first.")],
+    models: Annotated[
+        list[str], typer.Argument(help="Model directories, hub ids, .gguf files or 'demo'; the dense one first.")
+    ],
     batch: Annotated[str, typer.Option(help="Prompts that run together; several by commas.")] = "1",
     prompt: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 128,
     new: Annotated[int, typer.Option(help="Tokens to generate.")] = 32,

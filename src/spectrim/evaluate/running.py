@@ -1,6 +1,7 @@
 """Evaluates model directories one after the other on the same text and the same questions."""
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -11,13 +12,15 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from transformers.utils.hub import cached_file
 
 from spectrim.calibrate.data import Data
 from spectrim.checkpoint import load, load_processor, read_provenance
 from spectrim.checkpoint.config import METHOD
 from spectrim.checkpoint.model_files import PROVENANCE
 from spectrim.checkpoint.plain import METHOD as PLAIN
-from spectrim.checkpoint.sources import read_config
+from spectrim.checkpoint.size import file_bytes, saved_tensors
+from spectrim.checkpoint.sources import failure, read_config, split_source
 from spectrim.checks import check_device
 from spectrim.demo.tasks import Question
 from spectrim.disk.scratch import scratch
@@ -41,6 +44,7 @@ from spectrim.files import read_object
 from spectrim.samples import load_text, media_tokens
 from spectrim.settings import EVALUATION, EvaluationOptions
 
+_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 StageProgress = Callable[[str, int, int], None]  # (what, done, total)
 
 
@@ -83,14 +87,14 @@ def evaluate(
     trust_remote_code: bool = False,
     progress: StageProgress | None = None,
 ) -> EvaluationReport:
-    """Perplexity and visual question answering of each directory, and paired differences to the dense one.
+    """Perplexity and visual question answering of each model, and paired differences to the dense one.
 
-    The reference is the first directory that is not compressed (`is_compressed`). :class:`EvaluationOptions` says what
-    the settings mean. `device` and `dtype` go to the loader (None: CUDA if there is one, else CPU; the stored dtype); a
-    batch size of None leaves the defaults of :func:`perplexity` and :func:`vqa`. `blind` adds the blind floor, one more
-    pass over the questions. `trust_remote_code` runs code that a model brings. Only one model is in memory at a time,
-    and every input is checked before the first loads. Conversations in a text source are rendered by the first model's
-    chat template.
+    A model is a directory, a hub id or a GGUF file, as for `load`. The reference is the first that is not compressed.
+    :class:`EvaluationOptions` says what the settings mean. `device` and `dtype` go to the loader (None: CUDA if there
+    is one, else CPU; the stored dtype); a batch size of None leaves the defaults of :func:`perplexity` and :func:`vqa`.
+    `blind` adds the blind floor, one more pass over the questions. `trust_remote_code` runs code that a model brings.
+    Only one model is in memory at a time, and every input is checked before the first loads. Conversations in a text
+    source are rendered by the first model's chat template.
 
     Raises:
         CheckpointError: for a directory that does not exist or holds no safetensors model.
@@ -182,7 +186,8 @@ def check_evaluation(
     paths = [Path(directory) for directory in directories]
     check_directories(paths)
     for path in paths:
-        stored_bytes(path), _stated(path, "retention"), _stated(path, "predicted_loss")  # each names what is wrong
+        if path.is_dir():
+            stored_bytes(path), _stated(path, "retention"), _stated(path, "predicted_loss")  # each names what is wrong
     reference = next((path for path in paths if not is_compressed(path)), None)
     if "kl" in chosen.tasks and (reference is None or len(paths) < 2):
         raise SampleError("the task kl compares models with a dense one; name the dense model, and another")
@@ -223,12 +228,36 @@ def readable(
 
 
 def is_compressed(directory: Path) -> bool:
-    """Whether the directory's config.json names one of the formats that spectrim writes as its quantization method."""
+    """Whether a model's config.json names one of the formats that spectrim writes as its quantization method."""
+    home = _home(directory)
+    if home is None:
+        return False
     try:
-        quantization = read_object(directory / "config.json").get("quantization_config")
+        quantization = read_object(home / "config.json").get("quantization_config")
     except ValueError as error:
         raise CheckpointError(f"{directory} is no model directory: {error}; give a directory of a model") from error
     return isinstance(quantization, dict) and quantization.get("quant_method") in (METHOD, PLAIN)
+
+
+def _home(path: Path) -> Path | None:
+    """Where a model's files are: its directory, or the snapshot of a hub id, from the cache; None for a GGUF file.
+
+    Raises ModelError for a hub id of which neither the hub nor the cache has a config.
+    """
+    if split_source(path)[1] is not None:
+        return None
+    if path.is_dir() or not _HUB_ID.fullmatch(str(path)):
+        return path
+    try:
+        return Path(str(cached_file(str(path), "config.json"))).parent
+    except OSError as error:
+        raise failure("config", path, error) from error
+
+
+def _file_bytes(path: Path, model: Any) -> int:
+    """Bytes of a model's safetensors files; of a GGUF file, of those that its unpacked weights would take."""
+    home = _home(path)
+    return file_bytes(saved_tensors(model).values()) if home is None else stored_bytes(home)
 
 
 def check_directories(paths: Sequence[Path]) -> None:
@@ -319,7 +348,7 @@ def _evaluate_one(path: Path, work: _Work, *, floor: bool) -> tuple[DirectoryRes
         compressed=is_compressed(path),
         device=str(model.device),
         dtype=str(model.dtype).removeprefix("torch."),
-        bytes=stored_bytes(path),
+        bytes=_file_bytes(path, model),
         memory=meter.memory,
         retention=_stated(path, "retention"),
         predicted_loss=_stated(path, "predicted_loss"),

@@ -25,6 +25,7 @@ from spectrim.compensate import Compensation
 from spectrim.errors import RecipeError
 from spectrim.estimate import Cost, compared
 from spectrim.metrics.curvature import predicted_loss
+from spectrim.metrics.metric import chosen as taken_by
 from spectrim.metrics.metric import summed
 from spectrim.metrics.spectra import Spectra
 from spectrim.pipeline.budget import Budget, Sizes
@@ -274,7 +275,7 @@ class Compression:
         """Exchange the linears of the model, each made once; returns the predicted losses by modality.
 
         With compensation nothing predicts by modality what is left: the plan's own prediction stands, which is of the
-        linears by themselves, in the recipe's metric.
+        linears by themselves, in the recipe's metric, and bears the name of the modality if that is made of one.
         """
         compensates = self.recipe.compensate.kind != "none"
         dense = beside(self.model) if self.recipe.tune.epochs else None
@@ -287,7 +288,12 @@ class Compression:
         if plan.exchanged:
             attach(self.model)
         self._tuned = None if dense is None else self._tune(plan, dense)
-        return {str(self.recipe.metric.modality): plan.loss} if compensates and plan.loss is not None else losses
+        if not compensates or plan.loss is None:
+            return losses
+        assert self.statistics is not None
+        given = {modality: modality for modality in self.statistics.manifest.data.modalities}
+        taken = taken_by(self.recipe.metric, given)
+        return {str(taken[0]) if len(taken) == 1 else "joint": plan.loss}
 
     def apply(self, plan: Plan) -> PreTrainedModel:
         """Compress the model in place, as the plan says; it then saves, loads and dequantizes like any other.

@@ -5,10 +5,12 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from spectrim.anatomy import ROLES, anatomy
 from spectrim.checkpoint import read_provenance
 from spectrim.checkpoint.read import load_empty
+from spectrim.linear import expert_span
 from spectrim.plan.plan import Plan, PlanRow, summed_up
 
 PLAN = "plan.json"
@@ -37,12 +39,29 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class Expert:
+    """What one expert of a block saw in calibration, over all modalities, and how its linears are stored."""
+
+    block: int | None
+    number: int
+    tokens: int
+    forms: str
+    rank: int | None
+    bits: float
+    bytes: int
+
+
+@dataclass(frozen=True)
 class Layout:
-    """All cells of one checkpoint, part by part; `name` is the last part of its path."""
+    """All cells of one checkpoint, part by part; `name` is the last part of its path.
+
+    `experts` are those whose tokens the record says: none of models without experts, and of plans without samples.
+    """
 
     name: str
     recipe: str
     cells: tuple[Cell, ...]
+    experts: tuple[Expert, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,32 +77,57 @@ def layout(directory: Path) -> Layout:
     record, plan = read_provenance(directory), Plan.read(directory / PLAN)
     spots = _spots(directory)
     groups: dict[tuple[str, int | None, str], list[tuple[PlanRow, int]]] = defaultdict(list)
+    each: dict[tuple[int | None, int, int], list[tuple[PlanRow, int]]] = defaultdict(list)
     for name, row in plan.rows.items():
         spot = spots.get(name) or _by_name(name)
-        groups[spot.part, spot.block, spot.role].append((row, spot.params or row.dense_bytes // _ITEMSIZE))
+        weighed = row, spot.params or row.dense_bytes // _ITEMSIZE
+        groups[spot.part, spot.block, spot.role].append(weighed)
+        if (seen := _seen(record.get("experts"), name)) is not None:
+            each[spot.block, *seen].append(weighed)
     order = [*PARTS, *sorted({part for part, _, _ in groups} - {*PARTS})]
     keys = sorted(groups, key=lambda key: order.index(key[0]))
     recipe = record.get("recipe")
     title = recipe.get("name") if isinstance(recipe, dict) else None
-    return Layout(directory.name, str(title or plan.recipe), tuple(_cell(*key, groups[key]) for key in keys))
+    return Layout(
+        directory.name,
+        str(title or plan.recipe),
+        tuple(_cell(*key, groups[key]) for key in keys),
+        tuple(Expert(*key, **_stored(rows)) for key, rows in each.items()),
+    )
 
 
 def _cell(part: str, block: int | None, role: str, rows: list[tuple[PlanRow, int]]) -> Cell:
-    whole = summed_up([row for row, _ in rows])
-    ranks = [row.rank for row, _ in rows if row.rank is not None]
     losses = [row.loss for row, _ in rows if row.loss is not None]
     return Cell(
         part=part,
         block=block,
         role=role,
         linears=len(rows),
-        forms=", ".join(name if len(rows) == 1 else f"{count} {name}" for name, count in whole["forms"].items()),
-        rank=round(median(ranks)) if ranks else None,
-        bits=8 * whole["bytes"] / max(1, sum(params for _, params in rows)),
-        bytes=whole["bytes"],
-        dense_bytes=whole["dense_bytes"],
+        dense_bytes=sum(row.dense_bytes for row, _ in rows),
         loss=sum(losses) if losses else None,
+        **_stored(rows),
     )
+
+
+def _stored(rows: list[tuple[PlanRow, int]]) -> dict[str, Any]:
+    """Forms, rank, bits and bytes of some linears, each with the number of its weights."""
+    whole = summed_up([row for row, _ in rows])
+    ranks = [row.rank for row, _ in rows if row.rank is not None]
+    return {
+        "forms": ", ".join(name if len(rows) == 1 else f"{count} {name}" for name, count in whole["forms"].items()),
+        "rank": round(median(ranks)) if ranks else None,
+        "bits": 8 * whole["bytes"] / max(1, sum(params for _, params in rows)),
+        "bytes": whole["bytes"],
+    }
+
+
+def _seen(record: Any, name: str) -> tuple[int, int] | None:
+    """Number of the expert that a linear belongs to, and its tokens, of a record of these by block."""
+    for block, tokens in record.items() if isinstance(record, dict) else ():
+        if name.startswith(f"{block}.") and (span := expert_span(name, block)) is not None:
+            number = name[slice(*span)]
+            return (int(number), tokens[number]) if isinstance(tokens, dict) and number in tokens else None
+    return None
 
 
 def _spots(directory: Path) -> dict[str, _Spot]:

@@ -79,6 +79,55 @@ def heat_maps(layout: Layout) -> Iterator[Chart]:
         yield Chart(part.capitalize(), note, styled(alt.layer(*layers), 26 * len(roles)))
 
 
+def experts(layout: Layout) -> Iterator[Chart]:
+    """Bits per weight of each expert by the tokens that it saw; nothing of a checkpoint without experts."""
+    if not layout.experts:
+        return
+    rows = [
+        {
+            "block": one.block,
+            "expert": one.number,
+            "tokens": one.tokens,
+            "bits": one.bits,
+            "rank": "–" if one.rank is None else str(one.rank),
+            "forms": one.forms,
+            "bytes": one.bytes,
+        }
+        for one in layout.experts
+    ]
+    tokens, none = sorted(one.tokens for one in layout.experts), sum(not one.tokens for one in layout.experts)
+    chart = (
+        alt.Chart(alt.Data(values=rows))
+        .mark_point(filled=True, size=45, opacity=0.75)
+        .encode(
+            x=alt.X(
+                "tokens:Q",
+                title="Tokens seen in calibration (log scale)",
+                scale=alt.Scale(type="symlog" if none else "log", zero=False),
+                axis=alt.Axis(format="~s", tickCount=6),
+            ),
+            y=alt.Y("bits:Q", title="Bits per weight", scale=alt.Scale(zero=True)),
+            color=alt.Color(
+                "block:Q", title="block", scale=alt.Scale(scheme="viridis"), legend=alt.Legend(gradientLength=180)
+            ),
+            tooltip=[
+                "block:Q",
+                "expert:Q",
+                alt.Tooltip("tokens:Q", format=","),
+                alt.Tooltip("bits:Q", title="bits per weight", format=".2f"),
+                "rank:N",
+                alt.Tooltip("forms:N", title="stored as"),
+                alt.Tooltip("bytes:Q", format=","),
+            ],
+        )
+    )
+    note = (
+        f"Each point is one of {len(rows)} experts with all its linears. Half of them saw {tokens[len(tokens) // 2]:,} "
+        f"tokens or more, and {none} none: these have the mean of their layer's moments."
+    )
+    yield Chart("Experts by tokens", note, styled(chart))
+
+
 def mismatches(inspection: Inspection) -> Iterator[Chart]:
     """Effective ranks by block, loss of images against text by block, and loss by rank for each kind of linear."""
     for place in dict.fromkeys(row.place for row in inspection.effective_ranks if row.layer is not None):

@@ -16,7 +16,7 @@ from spectrim.evaluate.tables import remarks
 from spectrim.report.cards import cards
 from spectrim.report.charts import Chart, Series, pareto, prediction, series_of
 from spectrim.report.layout import Layout
-from spectrim.report.maps import heat_maps, mismatches
+from spectrim.report.maps import experts, heat_maps, mismatches
 from spectrim.report.reading import Material
 
 MARK = '<meta name="generator" content="spectrim report">'
@@ -194,7 +194,7 @@ def _legend(series: Series, names: Sequence[str]) -> str:
 def _layouts(made: Page, layouts: Sequence[Layout]) -> str:
     shown = []
     for number, layout in enumerate(layouts):
-        charts = made.charts(heat_maps(layout), "wide", "h4")
+        charts = made.charts([*heat_maps(layout), *experts(layout)], "wide", "h4")
         size, dense = sum(cell.bytes for cell in layout.cells), sum(cell.dense_bytes for cell in layout.cells)
         title = f"{layout.name}: {size / 1e6:,.2f} of {dense / 1e6:,.2f} MB of matrices"
         shown.append(f"<details{' open' if number == 0 else ''}><summary>{escape(title)}</summary>{charts}</details>")
