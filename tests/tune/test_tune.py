@@ -191,6 +191,23 @@ def test_the_best_state_is_kept_and_not_the_last(words, tmp_path, monkeypatch):
     assert not all(torch.equal(tensor, after[name]) for name, tensor in states[3].items())
 
 
+def test_an_epoch_that_gains_nothing_is_taken_back_and_the_rate_falls(words, tmp_path, monkeypatch):
+    model, statistics = prepare("llama", words, tmp_path / "s")
+    nats, states = iter([4.0, 5.0, 3.0]), []
+
+    def measured(self, held):
+        states.append(weights(self._small))
+        return {"text": next(nats)}
+
+    monkeypatch.setattr(run.Tuning, "_nats", measured)
+    _, tuned = small(model, statistics, "llama", TUNE | {"tune.epochs": 2})
+    assert (tuned.step, tuned.steps) == (2, 2)
+    start, first, second = ({name: x.double() for name, x in state.items()} for state in states)
+    moved = [max(float((state[name] - start[name]).abs().max()) for name in start) for state in (first, second)]
+    # The first step of Adam is as long as its rate, which is half of the third in the middle of the way.
+    assert moved[1] == pytest.approx(moved[0] / 6, rel=0.01)
+
+
 @given(st.integers(1, 100))
 def test_what_is_left_out_are_the_last_samples(size):
     trained, left_out = divided({"text": list(range(size))})

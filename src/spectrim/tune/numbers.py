@@ -28,8 +28,7 @@ class Number:
         """A tensor as it is; with a unit for `each` of its elements."""
         values = tensor.detach().float()
         unit = values.abs() if each else values.square().mean().sqrt()
-        master = torch.where(unit > 0, values / unit, 0.0)
-        return cls(name, tensor, unit, nn.Parameter(master))
+        return cls(name, tensor, unit, nn.Parameter(_in_units(values, unit)))
 
     def add(self, gradient: torch.Tensor | None) -> None:
         """Add a gradient of the tensor to that of the master."""
@@ -40,6 +39,15 @@ class Number:
     def write(self) -> None:
         """Bring the tensor up to date."""
         self.tensor.data.copy_(self.master.detach() * self.unit)
+
+    def restore(self, values: torch.Tensor) -> None:
+        """Go back to earlier values of the tensor."""
+        self.tensor.data.copy_(values)
+        self.master.data.copy_(_in_units(values.float(), self.unit))
+
+
+def _in_units(values: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
+    return torch.where(unit > 0, values / unit, 0.0)
 
 
 def packed_layers(model: nn.Module) -> list[PackedLinear]:

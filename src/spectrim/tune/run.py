@@ -32,9 +32,10 @@ from spectrim.tune.scales import trained_scales
 
 _log = logging.getLogger(__name__)
 
-VERSION = 3  # of what the tensors mean; a change makes earlier files unused
+VERSION = 4  # of what the tensors mean; a change makes earlier files unused
 STEP = 512  # tokens of the larger modality behind one step of Adam; 2048 leave more at equal passes
 WARM = 20  # the rate rises over one step in so many, and falls to zero by half a cosine over all of them
+LESS = 1 / 3  # of the rate, after an epoch that was taken back
 FLOOR = 1e-3  # nats that are added to divergences before they are compared by their ratio
 
 Nats = Mapping[str, float]
@@ -111,8 +112,7 @@ class Tuning:
         held = {modality: together(some) for modality, some in left_out.items()}
         per_epoch = max(min(len(some), ceil(tokens(some) / STEP)) for some in seen.values())
         steps = self._part.epochs * per_epoch
-        optimizer = torch.optim.Adam([one.master for one in trained], lr=self._part.rate, betas=(0.9, 0.95))
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, max(steps, 1)))
+        rate, optimizer = self._part.rate, torch.optim.Adam([one.master for one in trained], betas=(0.9, 0.95))
         batches = {m: _turns(some, ceil(len(some) / per_epoch), settings.seed) for m, some in seen.items() if some}
         with self._training(trained):
             before = best = self._nats(held)
@@ -123,8 +123,8 @@ class Tuning:
                     share = 1 / (before[modality] + FLOOR) / sum(one.labels for one in batch)
                     for part in together(batch):
                         self._add(part, share, trained)
+                optimizer.param_groups[0]["lr"] = rate * _share(step - 1, steps)
                 optimizer.step()
-                schedule.step()
                 optimizer.zero_grad()
                 for one in trained:
                     one.write()
@@ -132,10 +132,15 @@ class Tuning:
                     best, at = now, step
                     for held_one, one in zip(kept, trained, strict=True):
                         held_one.copy_(one.tensor)
+                elif step % per_epoch == 0:  # an epoch that gained nothing is taken back
+                    rate *= LESS
+                    optimizer.state.clear()
+                    for held_one, one in zip(kept, trained, strict=True):
+                        one.restore(held_one)
                 if progress is not None:
                     progress(step, steps)
             for held_one, one in zip(kept, trained, strict=True):
-                one.tensor.data.copy_(held_one)
+                one.restore(held_one)
         return Tuned(before, best, at, steps)
 
     @contextmanager
@@ -219,7 +224,7 @@ def _turns(samples: Sequence[Sample], count: int, seed: int) -> Iterator[list[Sa
         del waiting[:count]
 
 
-def _rate(step: int, steps: int) -> float:
+def _share(step: int, steps: int) -> float:
     """Share of the rate in a step: it rises at once and falls slowly."""
     return min(1.0, (step + 1) * WARM / steps) * (1 + cos(pi * step / steps)) / 2
 
