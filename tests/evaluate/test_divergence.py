@@ -1,19 +1,24 @@
 """Divergence from the dense model: against sums by hand, its intervals, and as a task of `spectrim evaluate`."""
 
 import json
+from io import StringIO
 from math import sqrt
 
 import pytest
 import torch
+from rich.console import Console
 from scipy.stats import norm
 
 from helpers.command import run
 from helpers.evaluated import TEXT, TOKENIZER, make_llama, make_llava, make_processor, make_questions
 from spectrim.checkpoint import save
 from spectrim.errors import NumericalError, SampleError
-from spectrim.evaluate import evaluate
-from spectrim.evaluate.divergence import Predictions, _interval, samples_of
+from spectrim.evaluate import divergences, evaluate, remarks
+from spectrim.evaluate.divergence import Divergence, Predictions, _interval, samples_of
+from spectrim.evaluate.footprint import Memory
+from spectrim.evaluate.results import DirectoryResult, EvaluationReport
 from spectrim.pipeline import compress
+from spectrim.settings import EvaluationOptions
 
 
 def text_data(tokens: int = 90, seqlen: int = 31):
@@ -180,3 +185,24 @@ def test_what_cannot_be_compared_is_refused(directories, capsys, tmp_path):
         code, _, err = run(capsys, "evaluate", *arguments)
         assert code == 2
         assert message in err
+
+
+def result(predicted, price=1.0, **means):
+    rows = tuple(Divergence(modality, 9, 100, mean, mean, mean, 3.0, 0.9, 0.8, 1.0) for modality, mean in means.items())
+    given = {"predicted_loss": predicted, "divergence": rows, "image_price": price}
+    return DirectoryResult("m", True, "cpu", "float32", 10, Memory(1, 2, None), **given)
+
+
+def test_what_is_predicted_of_both_modalities_stands_beside_what_is_measured_of_both():
+    both = result({"joint": 0.5}, 5.0, text=0.1, image=0.06)
+    assert both.forecasts == [("text + 5 × image", 0.5, pytest.approx(0.4))]
+    apart = result({"text": 0.5, "image": 0.05}, text=0.1, image=0.06)
+    assert apart.forecasts == [("text", 0.5, 0.1), ("image", 0.05, 0.06)]
+    assert result({"joint": 0.5}, 5.0, text=0.1).forecasts == []  # images were not measured
+    report = EvaluationReport("", {}, EvaluationOptions.checked().scored, None, None, "d", None, (both, apart))
+    (remark,) = remarks(report)
+    assert "text, 0.100 nats, is less than half of the predicted 0.500" in remark
+    shown = StringIO()
+    Console(file=shown, width=200).print(divergences(report))
+    assert "text + 5 × image" in shown.getvalue()
+    assert "0.4000" in shown.getvalue()

@@ -77,9 +77,10 @@ class Source:
 class DirectoryResult:
     """One evaluated model. `bytes` is what its safetensors occupy.
 
-    `retention` and `predicted_loss` (nats per labelled token by modality, above the dense model's) are what its
-    spectrim.json states; `differences` and `divergence` (by modality) are empty for the reference and where there is
-    none. `answers` stays out of the JSON, but for those that are examples of the report.
+    `retention` and `predicted_loss` (nats per labelled token by modality, above the dense model's; ``joint`` is that of
+    text plus `image_price` times that of images) are what its spectrim.json states; `differences` and `divergence` (by
+    modality) are empty for the reference and where there is none. `answers` stays out of the JSON, but for those that
+    are examples of the report.
     """
 
     directory: str
@@ -96,6 +97,18 @@ class DirectoryResult:
     differences: tuple[TaskDifference, ...] = ()
     divergence: tuple[Divergence, ...] = ()
     answers: tuple[Answer, ...] = field(default=(), repr=False)
+    image_price: float = 1.0
+
+    @property
+    def forecasts(self) -> list[tuple[str, float, float]]:
+        """What is predicted, with the prediction and the divergence that was measured of it, in nats per token."""
+        measured = {str(row.modality): row.mean for row in self.divergence}
+        predicted = dict(self.predicted_loss or {})
+        if "joint" in predicted and measured.keys() >= {"text", "image"}:
+            both = f"text + {self.image_price:g} × image"
+            predicted[both] = predicted.pop("joint")
+            measured[both] = measured["text"] + self.image_price * measured["image"]
+        return [(name, nats, measured[name]) for name, nats in predicted.items() if name in measured]
 
 
 @dataclass(frozen=True)

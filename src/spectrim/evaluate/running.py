@@ -357,6 +357,7 @@ def _evaluate_one(path: Path, work: _Work, *, floor: bool) -> tuple[DirectoryRes
         vqa=scores,
         divergence=divergence,
         answers=tuple(answers),
+        image_price=_image_price(path),
     ), blind
 
 
@@ -370,6 +371,14 @@ def _stated(path: Path, key: str) -> dict[str, float] | None:
     ):
         raise CheckpointError(f'"{key}" in {path / PROVENANCE} is not a table of numbers; compress the model again')
     return stated
+
+
+def _image_price(path: Path) -> float:
+    """What one nat of images counts in a prediction of both; 1 where the record names no price."""
+    recipe = read_provenance(path).get("recipe") if (path / PROVENANCE).is_file() else None
+    metric = recipe.get("metric") if isinstance(recipe, dict) else None
+    price = metric.get("image_price", 1.0) if isinstance(metric, dict) else 1.0
+    return float(price) if isinstance(price, int | float) else 1.0
 
 
 def _fingerprint(questions: Sequence[Question]) -> str:

@@ -129,6 +129,9 @@ def divergences(report: EvaluationReport) -> Table | None:
                 f"{100 * row.agreement:.1f}{_bounds(row.agreement_low, row.agreement_high, 100, 1)}",
                 _NONE if predicted is None else f"{predicted:.4f}",
             )
+        for what, expected, mean in result.forecasts:
+            if what not in {row.modality for row in result.divergence}:  # of both modalities together
+                grid.add_row(name, what, _NONE, f"{mean:.4f}", _NONE, _NONE, f"{expected:.4f}")
     return grid
 
 
@@ -136,14 +139,13 @@ def remarks(report: EvaluationReport) -> list[str]:
     """A sentence for each prediction that is off by more than a factor of two."""
     found = []
     for result, name in zip(report.results, _names([result.directory for result in report.results]), strict=True):
-        for row in result.divergence:
-            predicted = (result.predicted_loss or {}).get(row.modality)
-            if predicted is None or row.mean < 1e-3 or 0.5 <= predicted / row.mean <= 2:
+        for what, predicted, mean in result.forecasts:
+            if mean < 1e-3 or 0.5 <= predicted / mean <= 2:
                 continue
-            how = f"{row.mean / max(predicted, 1e-9):.1f} times" if predicted < row.mean else "less than half of"
+            how = f"{mean / max(predicted, 1e-9):.1f} times" if predicted < mean else "less than half of"
             found.append(
-                f"{name}: the measured divergence of {row.modality}, {row.mean:.3f} nats, is {how} the predicted "
-                f"{predicted:.3f}; trust the measured one"
+                f"{name}: the measured divergence of {what}, {mean:.3f} nats, is {how} the predicted {predicted:.3f}; "
+                "trust the measured one"
             )
     return found
 

@@ -161,7 +161,7 @@ def prediction(points: Sequence[Point], dense: str | None, series: Series) -> Ch
         if "text" not in measured and whole and point.perplexity and series_of(point, dense) != DENSE:
             measured["text"] = log(point.perplexity) - log(whole)
         if measured.keys() >= {"text", "image"}:
-            measured["joint"] = (measured["text"] + measured["image"]) / 2
+            measured["joint"] = measured["text"] + point.result.image_price * measured["image"]
         name = series_of(point, dense)
         for modality, words in (("text", "text"), ("image", "images"), ("joint", "both, before compensation")):
             if modality in predicted and isfinite(measured.get(modality, inf)):
