@@ -125,7 +125,7 @@ def prepared_for(calibrated, places: tuple[str, ...], changes: dict) -> Compress
 PLACES = st.sampled_from([("backbone",), ("tower", "connector", "backbone"), ("tower",), ("connector", "backbone")])
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rule=st.sampled_from(RULES),
     places=PLACES,

@@ -293,7 +293,7 @@ def specs(form: Form, linear: Linear) -> list[Spec]:
 
 
 @pytest.mark.parametrize("name", STORED)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     st.sampled_from([(1, 1), (1, 32), (32, 1), (8, 32), (32, 8), (6, 6)]),
     st.sampled_from([-14, -8, 0, 8, 14]),
