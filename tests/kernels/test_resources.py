@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
+pytestmark = pytest.mark.slow
 TOOL = Path(__file__).parents[2] / "tools" / "kernel_resources.py"
 
 

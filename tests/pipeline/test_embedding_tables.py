@@ -129,6 +129,7 @@ def prepared():
         yield found
 
 
+@pytest.mark.slow
 def test_a_size_rounds_what_costs_least_and_everything_counts(prepared, tmp_path):
     dense = stored_bytes(prepared_dense(tmp_path))
     chosen = {}
@@ -153,6 +154,7 @@ def prepared_dense(folder):
     return save(load(resolve("demo")), folder / "dense")
 
 
+@pytest.mark.slow
 def test_prices_are_the_measured_divergence(prepared):
     """None where a table stays dense, and as squared steps of the grids in 8 and 4 bits."""
     (menu,) = prepared._tables.menus.values()
