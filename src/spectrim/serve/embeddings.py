@@ -11,6 +11,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 
 from spectrim.errors import CheckpointError, ModelError
 from spectrim.maths.rounding import Grid
+from spectrim.serve.served import check_shape
 from spectrim.storage.packed import PackedLinear
 
 
@@ -86,11 +87,7 @@ class UnpackedEmbeddingMethod(UnquantizedEmbeddingMethod):
         """Keep a tensor; with the last one, unpack those rows that this process has."""
         assert self.held is not None
         place = getattr(self.held, name)
-        if place.shape != tensor.shape:
-            raise CheckpointError(
-                f"the checkpoint's {self.name}.{name} has the shape {list(tensor.shape)} instead of "
-                f"{list(place.shape)}; copy or compress it again"
-            )
+        check_shape(f"{self.name}.{name}", tensor, place.shape)
         place.copy_(tensor)
         self.missing.discard(name)
         if self.missing:

@@ -17,7 +17,7 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import Un
 
 from spectrim.checkpoint.names import shortened
 from spectrim.errors import CheckpointError, ModelError
-from spectrim.serve.served import Served
+from spectrim.serve.served import Served, check_shape
 from spectrim.storage import form
 from spectrim.storage.base import StoredLayer, empty_linear, tensors_of
 
@@ -151,11 +151,7 @@ class ExpertsMethod(UnquantizedFusedMoEMethod):
             self.held[name] = built.to_empty(device=param.device)
         held = self.held[name]
         place = held.state_dict()[part]
-        if place.shape != loaded_weight.shape:
-            raise CheckpointError(
-                f"the checkpoint's {name}.{part} has the shape {list(loaded_weight.shape)} instead of "
-                f"{list(place.shape)}; copy or compress it again"
-            )
+        check_shape(f"{name}.{part}", loaded_weight, place.shape)
         place.copy_(loaded_weight)
         self.missing[name].discard(part)
         if self.missing[name]:

@@ -31,7 +31,7 @@ from spectrim.errors import CheckpointError, ModelError
 from spectrim.maths.rounding import Grid
 from spectrim.serve.experts import add_slot
 from spectrim.serve.matrices import Matrix, OwnMatrix, PackedMatrix, packed
-from spectrim.serve.served import Served
+from spectrim.serve.served import Served, check_shape
 from spectrim.serve.shards import Piece, fused, row_shards
 from spectrim.storage.packed import PackedLinear
 
@@ -217,11 +217,7 @@ class FactoredLinearMethod(LinearMethodBase):
         expected = piece.tensors().get(name)
         if name == "weight" and expected is None and not tensor.numel():
             return  # the guard against loaders that know no factors
-        if expected != tuple(tensor.shape):
-            raise CheckpointError(
-                f"the checkpoint's {piece.name}.{name} has the shape {list(tensor.shape)} instead of "
-                f"{None if expected is None else list(expected)}; copy or compress it again"
-            )
+        check_shape(f"{piece.name}.{name}", tensor, expected)
         self.missing.discard((i, name))
         part, _, kind = name.rpartition(".")
         found: torch.Tensor | PackedLinear = tensor

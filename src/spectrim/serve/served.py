@@ -2,10 +2,13 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+
+import torch
 
 from spectrim.checkpoint.config import SpectrimConfig
 from spectrim.checkpoint.names import shortened
+from spectrim.errors import CheckpointError
 from spectrim.maths.decompose import Rank
 from spectrim.maths.rounding import Grid
 from spectrim.storage.embedding import IntegerEmbedding
@@ -63,3 +66,12 @@ class Served:
             )
         self.unpacked.clear()
         self.experts.clear()
+
+
+def check_shape(name: str, found: torch.Tensor, expected: Sequence[int] | None) -> None:
+    """Raise CheckpointError where a tensor of the checkpoint has another shape than its linear wants; None: none."""
+    if expected is None or tuple(found.shape) != tuple(expected):
+        raise CheckpointError(
+            f"the checkpoint's {name} has the shape {list(found.shape)} instead of "
+            f"{None if expected is None else list(expected)}; copy or compress it again"
+        )
