@@ -107,19 +107,18 @@ def grouped(shares: Sequence[Share], limit: int) -> list[list[Linear]]:
         groups[-1] += [linear for share in several for linear in share.linears]
         room -= size
 
+    largest = max(shares, key=lambda share: share.nbytes, default=None)
+    if largest is not None and largest.nbytes > limit:
+        raise UsageError(
+            f"moments of {largest.linears[0].name} take {amount(largest.nbytes)} and the memory leaves "
+            f"{amount(max(0, limit))} beside the model and a batch; raise --memory, lower --batch-size, or keep output "
+            f"moments in a smaller form, such as --curvature-form {largest.linears[0].role}=sketch:256"
+        )
     for _, block in groupby(shares, key=lambda share: share.block):
         whole = list(block)
         if total(whole) <= limit:
             put(whole)
             continue
         for share in whole:
-            if share.nbytes > limit:
-                share = max(shares, key=lambda one: one.nbytes)
-                raise UsageError(
-                    f"moments of {share.linears[0].name} take {amount(share.nbytes)} and the memory leaves "
-                    f"{amount(max(0, limit))} beside the model and a batch; raise --memory, lower --batch-size, or "
-                    "keep output moments in a smaller form, such as --curvature-form "
-                    f"{share.linears[0].role}=sketch:256"
-                )
             put([share])
     return groups

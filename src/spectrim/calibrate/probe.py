@@ -23,9 +23,8 @@ def peak_memory(device: torch.device) -> int:
     """The most bytes that this process has held since `forget_peak`; on a CUDA device, those allocated there."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    with suppress(OSError, StopIteration):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
+    if (found := resident("VmHWM")) is not None:
+        return found
     kilo = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilo
 
@@ -34,18 +33,32 @@ def forget_peak(device: torch.device) -> None:
     """Let `peak_memory` begin anew from here; without effect where the system has no way to."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
+    forget_resident_peak()
 
 
 def held_memory(device: torch.device) -> int:
     """The bytes that this process holds now, as far as the system says; else as `peak_memory`."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    try:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    except OSError:
-        return peak_memory(device)
+    found = resident("VmRSS")
+    return peak_memory(device) if found is None else found
+
+
+def resident(field: str) -> int | None:
+    """Bytes of this process by Linux: ``VmRSS`` now, ``VmHWM`` the most so far; None on other systems."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(f"{field}:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def forget_resident_peak() -> bool:
+    """Let ``VmHWM`` begin anew from here; returns whether the system could."""
+    with suppress(OSError):  # not Linux, or a sandbox without this file
+        Path("/proc/self/clear_refs").write_text("5")
+        return True
+    return False
 
 
 def written_bytes(directory: Path) -> int:

@@ -1,7 +1,6 @@
 """What a model costs: stored bytes of a checkpoint, peak memory of a process."""
 
 import gc
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -9,6 +8,7 @@ from typing import Self
 
 import torch
 
+from spectrim.calibrate.probe import forget_resident_peak, resident
 from spectrim.checkpoint.weights import weight_files
 from spectrim.errors import CheckpointError, ModelError
 
@@ -38,7 +38,7 @@ class PeakMemory:
 
     def __enter__(self) -> Self:
         gc.collect()
-        self._start = _resident("VmRSS") if _reset_peak() else None
+        self._start = resident("VmRSS") if forget_resident_peak() else None
         self._devices = range(torch.cuda.device_count())
         for device in self._devices:
             torch.cuda.reset_peak_memory_stats(device)
@@ -47,23 +47,9 @@ class PeakMemory:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        peak = None if self._start is None else _resident("VmHWM")
+        peak = None if self._start is None else resident("VmHWM")
         cuda = max((torch.cuda.max_memory_allocated(device) for device in self._devices), default=None)
         self.memory = Memory(self._start, peak, cuda)
-
-
-def _reset_peak() -> bool:
-    with suppress(OSError):  # not Linux, or a sandbox without this file
-        Path("/proc/self/clear_refs").write_text("5")
-        return True
-    return False
-
-
-def _resident(field: str) -> int | None:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    return None
 
 
 def stored_bytes(directory: Path) -> int:

@@ -361,11 +361,14 @@ def _evaluate_one(path: Path, work: _Work, *, floor: bool) -> tuple[DirectoryRes
     ), blind
 
 
+def _record(path: Path) -> dict[str, Any]:
+    """The checkpoint's provenance; empty for a model without."""
+    return read_provenance(path) if (path / PROVENANCE).is_file() else {}
+
+
 def _stated(path: Path, key: str) -> dict[str, float] | None:
     """The table of numbers that the checkpoint's provenance has under `key`, None for a model without provenance."""
-    if not (path / PROVENANCE).is_file():
-        return None
-    stated = read_provenance(path).get(key)
+    stated = _record(path).get(key)
     if stated is not None and not (
         isinstance(stated, dict) and all(isinstance(value, int | float) for value in stated.values())
     ):
@@ -375,7 +378,7 @@ def _stated(path: Path, key: str) -> dict[str, float] | None:
 
 def _image_price(path: Path) -> float:
     """What one nat of images counts in a prediction of both; 1 where the record names no price."""
-    recipe = read_provenance(path).get("recipe") if (path / PROVENANCE).is_file() else None
+    recipe = _record(path).get("recipe")
     metric = recipe.get("metric") if isinstance(recipe, dict) else None
     price = metric.get("image_price", 1.0) if isinstance(metric, dict) else 1.0
     return float(price) if isinstance(price, int | float) else 1.0

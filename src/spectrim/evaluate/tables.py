@@ -118,8 +118,9 @@ def divergences(report: EvaluationReport) -> Table | None:
     for heading in ("model", "of", "tokens", "mean", "99 %", "same token, %", "predicted"):
         grid.add_column(heading, justify="left" if heading in ("model", "of") else "right", no_wrap=True)
     for result, name in zip(report.results, _names([result.directory for result in report.results]), strict=True):
+        forecasts = {what: (predicted, mean) for what, predicted, mean in result.forecasts}
         for row in result.divergence:
-            predicted = (result.predicted_loss or {}).get(row.modality)
+            predicted, _ = forecasts.pop(row.modality, (None, None))
             grid.add_row(
                 name,
                 row.modality,
@@ -129,9 +130,8 @@ def divergences(report: EvaluationReport) -> Table | None:
                 f"{100 * row.agreement:.1f}{_bounds(row.agreement_low, row.agreement_high, 100, 1)}",
                 _NONE if predicted is None else f"{predicted:.4f}",
             )
-        for what, expected, mean in result.forecasts:
-            if what not in {row.modality for row in result.divergence}:  # of both modalities together
-                grid.add_row(name, what, _NONE, f"{mean:.4f}", _NONE, _NONE, f"{expected:.4f}")
+        for both, (expected, mean) in forecasts.items():  # of both modalities together
+            grid.add_row(name, both, _NONE, f"{mean:.4f}", _NONE, _NONE, f"{expected:.4f}")
     return grid
 
 

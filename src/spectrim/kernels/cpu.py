@@ -142,9 +142,9 @@ def planes_product(
     return (found[0] if len(found) == 1 else torch.cat(found, dim=1))[:, :out]
 
 
-def planes_codes(planes: torch.Tensor, out: int, size: int) -> torch.Tensor:
-    """The codes int8 [out, in] of a layout."""
-    return int4_codes(torch.cat([_widened(part, size) for part in planes]), out, size)
+def planes_codes(planes: torch.Tensor, out: int, size: int, dtype: torch.dtype = torch.int8) -> torch.Tensor:
+    """The codes [out, in] of a layout, or of its first `out` rows, as numbers of a dtype."""
+    return int4_codes(torch.cat([_widened(part, size) for part in planes]), out, size, dtype)
 
 
 def _widened(planes: torch.Tensor, size: int) -> torch.Tensor:
@@ -198,6 +198,6 @@ def int8_product(x: torch.Tensor, codes: torch.Tensor, pairs: torch.Tensor) -> t
     return y.to(x.dtype)
 
 
-def int8_codes(codes: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
-    """The codes int8 [out, in] of a layout, or of some rows int64 [n] of it, [n, in]."""
-    return (codes if rows is None else codes[:, rows]).transpose(0, 1).flatten(1)
+def int8_codes(codes: torch.Tensor) -> torch.Tensor:
+    """The codes int8 [out, in] of a layout, or of those rows of it that are given."""
+    return codes.transpose(0, 1).flatten(1)

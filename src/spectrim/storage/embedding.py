@@ -65,7 +65,7 @@ class PackedEmbedding(PackedLinear):
         """The integers int8 [n, size] of token ids [n]."""
         codes = self._buffers.get("layout_codes")
         if codes is not None and self.layout == "int8":
-            return int8_codes(codes, ids)
+            return int8_codes(codes[:, ids])
         if codes is not None and self.layout == "int4":
             return int4_codes_of(codes, ids, self.embedding_dim)
         words = self._words() if self.rows is None else self.rows

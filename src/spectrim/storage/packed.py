@@ -114,7 +114,7 @@ class PackedLinear(StoredLayer):
             return int8_codes(held[:, start:stop]).to(dtype)
         if self.layout == "planes":
             rows = part_rows(self.out_features, self.in_features)
-            return planes_codes(held[start // rows : -(-stop // rows)], *shape).to(dtype)
+            return planes_codes(held[start // rows : -(-stop // rows)], *shape, dtype)
         return int4_codes(held[start:], *shape, dtype)
 
     def zeros(self) -> torch.Tensor | None:
