@@ -193,10 +193,12 @@ def right_basis(K: torch.Tensor, metric: torch.Tensor | None = None) -> tuple[to
     Z = V[:, :seen] / s[:seen].sqrt()
     Z = Z if R is None else (R[:, None] * Z if R.ndim == 1 else R @ Z)
     if seen < size:
-        # What is left of X after these directions, X (I − Z Yᵀ), by its own energy.
+        # What is left of X after these directions, X (I − Z Yᵀ), by its own energy. Small s are known least precisely.
+        Z = _orthonormal(Z, K)
         Y = K @ Z
         energy, V = eigh_descending(K - Y @ Y.T)
-        live = int((energy[: size - seen] > _ROUNDING * K.diagonal().sum()).sum())
+        lost = torch.finfo(s.dtype).eps * size * (Z.norm(dim=0) * Y.norm(dim=0)).norm()  # of K, in the products
+        live = int((energy[: size - seen] > lost.clamp_min(_ROUNDING) * K.diagonal().sum()).sum())
         unseen = V[:, :live] / energy[:live].sqrt()
         Z = torch.cat([Z, unseen - Z @ (Y.T @ unseen)], dim=1)
     Z = _orthonormal(Z, K)
