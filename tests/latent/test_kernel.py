@@ -23,9 +23,7 @@ def logits(model: Any, inputs: dict[str, torch.Tensor], **how: Any) -> torch.Ten
 INT8 = {"latent_dtype": "int8", "folded": True}
 
 
-@pytest.mark.parametrize(
-    ("family", "how"), [("llama", {}), ("qwen2", INT8), ("qwen3", {}), ("qwen3", INT8)], ids=str
-)
+@pytest.mark.parametrize(("family", "how"), [("llama", {}), ("qwen2", INT8), ("qwen3", {}), ("qwen3", INT8)], ids=str)
 def test_a_model_gives_the_same_logits(family, how, monkeypatch):
     """Grouped queries and left padding; biases; normalised keys."""
     model = factored(family, None if family in FAMILIES else FURTHER[family](), form="headwise")
