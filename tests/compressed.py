@@ -44,7 +44,9 @@ def _factored(model: Any, form: str) -> hf.PreTrainedModel:
     linears = anatomy(model).linears
     dense = {linear.name: model.get_submodule(linear.name).weight.detach() for linear in linears}
     ranks: dict[str, Rank] = {name: max(1, min(weight.shape) // 3) for name, weight in dense.items()}
-    turns = {x.name: ("whole", "headwise", "pivoted")[n % 3] if form == "mixed" else form for n, x in enumerate(linears)}
+    turns = {
+        x.name: ("whole", "headwise", "pivoted")[n % 3] if form == "mixed" else form for n, x in enumerate(linears)
+    }
     apart = {x.name: x.heads for x in linears if x.role in ("q", "k", "v") and x.heads and turns[x.name] == "headwise"}
     assert apart or form != "headwise"
     ranks |= {n: tuple(len(dense[n]) // heads // 3 + h for h in range(heads)) for n, heads in apart.items()}

@@ -106,8 +106,7 @@ MUTATIONS = [
     M("unseen values kept", "maths/roots.py", "return torch.where(torch.arange(len(s), device=s.device) < seen, s, 0.0), U", "return s, U"),
     M("right basis: diagonal without a root", "maths/roots.py", "else metric.clamp_min(0).sqrt() if metric.ndim == 1", "else metric.clamp_min(0) if metric.ndim == 1"),
     M("right basis: no rest", "maths/roots.py", "if seen < size:\n        # What", "if False:\n        # What"),
-    M("right basis: rounding is a rest", "maths/roots.py", "energy[: size - seen] > lost.clamp_min(_ROUNDING)", "energy[: size - seen] > _ROUNDING"),
-    M("right basis: small values as they come", "maths/roots.py", "        Z = _orthonormal(Z, K)\n        Y = K @ Z\n", "        Y = K @ Z\n"),
+    M("right basis: rounding is a rest", "maths/roots.py", "if 0 < int(failed) <= seen:", "if int(failed):"),
     M("right basis: rest not orthogonal", "maths/roots.py", "torch.cat([Z, unseen - Z @ (Y.T @ unseen)], dim=1)", "torch.cat([Z, unseen], dim=1)", equivalent="the Cholesky factor of the next step orthonormalises; the projection spares it an ill condition"),
     # decompose
     M("Q is P", "maths/decompose.py", "P, Q = G.solve(U), G.transposed_times(U)", "P, Q = G.solve(U), G.solve(U)"),
