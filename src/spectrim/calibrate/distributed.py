@@ -76,7 +76,7 @@ def reduce_sums(sums: Sums, linears: Mapping[str, Linear], forms: Mapping[str, C
 def _add_gram(gram: Gram, count: int) -> None:
     """Add up the `count` rows of all processes; they stay rows where they are few, in the order of the processes."""
     if count > few_rows(gram.width):
-        _add_up(gram.fold())
+        _add_up(*gram.sum())
         return
     rows: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(rows, gram.rows)

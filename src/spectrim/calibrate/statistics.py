@@ -108,9 +108,9 @@ class Statistics:
     def _gram(self, gathered: Gathered, linear: str, part: str) -> Gram:
         block, name = self.manifest.blocks[linear], f"{linear}.{part}"
         gram = read_gram(self.path, gathered, block, name)
-        check_finite(f"the moment {name} in {self.path}", gram.dense() if gram.rows is None else gram.rows)
-        if gram.rows is None:
-            self._check_sum(gathered, linear, part, gram.dense().diagonal())
+        for tensor in gram.parts:
+            check_finite(f"the moment {name} in {self.path}", tensor)
+        self._check_sum(gathered, linear, part, gram.diagonal())
         return gram
 
     def _read(self, gathered: Gathered, linear: str, part: str) -> torch.Tensor:
