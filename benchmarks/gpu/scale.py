@@ -3,10 +3,10 @@
     python benchmarks/gpu/scale.py [--json OUT]      # H100 or H200, under 4 minutes
     python benchmarks/gpu/scale.py --small           # small shapes on the CPU, to see that it runs
 
-Calibration with 20 windows of 512 tokens (fewer would be kept as they are, docs/methods.md, section 6), without and with
-full output moments (its passes, and then what is written); spectra in float64 of metrics on both sides, and
-eigenvectors in float32 beside them; feedback rounding to 3 bits on both sides. Weights and words are random: time does
-not depend on them. What does not fit into `--limit` seconds is left out and named.
+Calibration with 20 windows of 512 tokens (fewer would be kept as they are, docs/methods.md, section 6), without and
+with full output moments (its passes, and then what is written); spectra in float64 of metrics on both sides, and
+eigenvectors in float32 beside them; feedback rounding to 3 bits on both sides. Weights and words are random: time
+does not depend on them. What does not fit into `--limit` seconds is left out and named.
 """
 
 import gc
