@@ -116,13 +116,10 @@ class Statistics:
     def _read(self, gathered: Gathered, linear: str, part: str) -> torch.Tensor:
         block, name = self.manifest.blocks[linear], f"{linear}.{part}"
         moment = check_finite(f"the moment {name} in {self.path}", read_tensor(self.path, gathered, block, name))
-        form = self.manifest.forms.get(linear, "")
-        if part == "output":  # blocks, whose diagonals are sums of squares, or a sketch
-            self._check_sum(
-                gathered, linear, part, moment.diagonal(dim1=-2, dim2=-1) if "blocks" in form else moment**2
-            )
-        else:
+        if part != "output":
             self._check_sum(gathered, linear, part, moment)
+        elif moment.ndim == 3:  # blocks; a sketch may be negative
+            self._check_sum(gathered, linear, part, moment.diagonal(dim1=1, dim2=2))
         return moment
 
     def _check_sum(self, gathered: Gathered, linear: str, part: str, squares: torch.Tensor) -> None:
