@@ -5,7 +5,7 @@ from math import isqrt
 
 import torch
 
-SLAB = 1024  # rows of a sum that are formed and kept together
+SLAB = 512  # rows of a sum that are formed and kept together
 
 
 def few_rows(width: int) -> int:
