@@ -54,7 +54,7 @@ def test_rows_are_copied():
     assert torch.equal(gram.dense(), torch.full((8, 8), 2.0, dtype=torch.float64))
 
 
-@given(st.integers(1, 9), st.sampled_from([1, 3, 1024]))
+@given(st.integers(1, 9), st.sampled_from([1, 3, 512]))
 def test_a_half_gives_the_symmetric_matrix_back(width, slab):
     square = rows(width, width, torch.float64)
     symmetric = square + square.T

@@ -101,8 +101,9 @@ def _add_gram(gram: Gram, count: int) -> None:
     if count > few_rows(gram.width):
         _add_up(*gram.sum())
         return
+    assert gram.rows is not None
     rows: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(rows, gram.rows)
+    distributed.all_gather_object(rows, gram.rows.cpu())  # each process has a device of its own
     gram.hold(rows)
 
 

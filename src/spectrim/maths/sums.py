@@ -5,7 +5,7 @@ from math import isqrt
 
 import torch
 
-SLAB = 1024  # rows of a sum that are formed and kept together
+SLAB = 512  # rows of a sum that are formed and kept together
 
 
 def few_rows(width: int) -> int:
@@ -104,7 +104,7 @@ class Gram:
 
     def hold(self, rows: Sequence[torch.Tensor]) -> None:
         """Rows [n, width] one after the other, in place of all that there are."""
-        self._rows = [torch.cat([part.to(rows[0].device) for part in rows])]
+        self._rows = [torch.cat([*rows])]
 
     def add(self, x: torch.Tensor, home: torch.device) -> None:
         """Add rows x [n, width] of at least float32; kept on the device `home`."""
