@@ -21,7 +21,10 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("tx", None):
         return
     import torch
+    from hypothesis import settings
 
+    settings.register_profile("suite", deadline=None)  # on a busy machine any example may take long
+    settings.load_profile("suite")
     if not torch.cuda.is_available():  # before triton is imported: its kernels run in its interpreter
         os.environ.setdefault("TRITON_INTERPRET", "1")
     if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each worker and for the processes that it starts
