@@ -20,6 +20,7 @@ from spectrim.maths.rounding import Grid, quantize
 from spectrim.pipeline import compress, compression
 from spectrim.storage.packed import PackedLinear
 from spectrim.tune import run
+from spectrim.tune.numbers import Number
 from spectrim.tune.run import _turns
 from spectrim.tune.samples import Sample, divided, states, together
 from spectrim.tune.scales import trained_scales
@@ -234,3 +235,14 @@ def test_the_dense_model_runs_once_where_its_head_alone_predicts(family, alone):
         found, wanted = run._expected(model, part), run._predicted(model, part)
     assert len(runs) == (1 if alone else 2)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("each", [False, True])
+def test_gradients_reach_a_master_by_the_chain_rule(each):
+    tensor = torch.tensor([2.0, -0.5, 3.0])
+    number = Number.of("x", tensor, each=each)
+    master = number.master.detach().clone().requires_grad_()
+    (master * number.unit).square().sum().backward()
+    for times in (1, 2):
+        number.add(2 * tensor)
+        torch.testing.assert_close(number.master.grad, times * master.grad)
