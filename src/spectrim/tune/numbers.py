@@ -30,10 +30,10 @@ class Number:
         unit = values.abs() if each else values.square().mean().sqrt()
         return cls(name, tensor, unit, nn.Parameter(_in_units(values, unit)))
 
-    def add(self, gradient: torch.Tensor | None) -> None:
-        """Add a gradient of the tensor to that of the master."""
+    def add(self, gradient: torch.Tensor | None, share: float = 1.0) -> None:
+        """Add `share` times a gradient of the tensor to that of the master."""
         if gradient is not None:
-            own = gradient.float() * self.unit
+            own = gradient.float() * (share * self.unit)
             self.master.grad = own if self.master.grad is None else self.master.grad.add_(own)
 
     def write(self) -> None:

@@ -12,7 +12,6 @@ from math import ceil, cos, log, pi
 from typing import Any
 
 import torch
-from torch.nn.functional import kl_div
 from transformers import PreTrainedModel
 
 from spectrim.anatomy import Anatomy
@@ -21,11 +20,11 @@ from spectrim.calibrate.data import reload_data
 from spectrim.calibrate.passes import prepared
 from spectrim.disk.lock import writing
 from spectrim.disk.sealed import open_sealed, write_sealed
-from spectrim.errors import NumericalError
 from spectrim.files import parse_json
 from spectrim.plan.key import made_key
 from spectrim.plan.plan import Plan
 from spectrim.recipe import Recipe
+from spectrim.tune.divergence import divergence, gradients
 from spectrim.tune.numbers import Number, numbers, packed_layers
 from spectrim.tune.samples import Sample, divided, gathered, together, tokens
 from spectrim.tune.scales import trained_scales
@@ -162,29 +161,18 @@ class Tuning:
 
     def _add(self, part: Sample, share: float, trained: Sequence[Number]) -> None:
         """Add the gradient of `share` times the sum of divergences of some samples; products may be of bfloat16."""
+        wanted = [one.tensor for one in trained]
         with _rough_products(), torch.enable_grad():
-            loss = share * self._divergence(part)
-            wanted = [one.tensor for one in trained]
-            gradients = torch.autograd.grad(loss, wanted, allow_unused=True)  # of experts that no token chose
-        for one, gradient in zip(trained, gradients, strict=True):
-            one.add(gradient)
+            for found in gradients(self._dense, self._small, part, wanted):
+                for one, gradient in zip(trained, found, strict=True):
+                    one.add(gradient, share)
 
-    @torch.no_grad()
     def _nats(self, held: Mapping[Any, Sequence[Sample]]) -> dict[str, float]:
         """Of samples that were left out."""
         found = {}
         for modality, parts in held.items():
-            total = sum(float(self._divergence(part)) for part in parts)
+            total = sum(divergence(self._dense, self._small, part) for part in parts)
             found[str(modality)] = total / sum(part.labels for part in parts)
-        return found
-
-    def _divergence(self, part: Sample) -> torch.Tensor:
-        """Sum of the divergences at the labelled positions. Raises NumericalError where it is not finite."""
-        with torch.no_grad():
-            target = _expected(self._dense, part)
-        found = kl_div(_predicted(self._small, part), target, reduction="sum", log_target=True)
-        if not bool(found.isfinite()):
-            raise NumericalError("the predictions of the compressed model are not finite; set tune.epochs=0")
         return found
 
 
@@ -197,21 +185,6 @@ def _rough_products() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-def _predicted(model: PreTrainedModel, part: Sample) -> torch.Tensor:
-    """Log-probabilities float32 [labels, vocabulary] at the labelled positions."""
-    logits: torch.Tensor = model(**part.labelled.inputs, use_cache=False).logits
-    return logits[:, :-1][part.labelled.labelled].float().log_softmax(-1)
-
-
-def _expected(dense: PreTrainedModel, part: Sample) -> torch.Tensor:
-    """Those of the dense model, which ran once for each sample if what its head read is known."""
-    if part.states is None:
-        return _predicted(dense, part)
-    head: Any = dense.get_output_embeddings()
-    logits: torch.Tensor = head(part.states)
-    return logits.float().log_softmax(-1)
 
 
 def _turns(samples: Sequence[Sample], count: int, seed: int) -> Iterator[list[Sample]]:
