@@ -48,6 +48,7 @@ def test_a_compression_counts_what_is_left_and_each_checkpoint():
     walked = found.seconds - (3 * 1 + 10 + 5 * 0.5 + 2 * 1 + 2 * (5 * 2 + 2 * 4) + 2 * disk / WRITE)
     assert walked > 2.0  # two checkpoints, more than one pass each
     assert (found.memory, found.disk) == (30, disk)
+    assert compression(job, rates, walk=1.0, tune=2.5, held=10, work=20).seconds == pytest.approx(found.seconds + 2 * 2)
     without = Checkpoints({}, {"a": 5, "b": 2}, {}, 2, 5000, 0, compensates=False)
     assert compression(without, rates, walk=9.0, tune=0.0, held=0, work=0).seconds == pytest.approx(
         40.5 + 2 * 5000 / WRITE

@@ -5,6 +5,7 @@ all of them, and the head's part of a gradient is done before the next positions
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +18,17 @@ from spectrim.tune.samples import Sample, predicted, read
 ROWS = 128  # positions whose predictions are held at once; fewer or more take longer on a CPU
 
 Gradients = Sequence[torch.Tensor | None]
+
+
+@contextmanager
+def rough_products() -> Iterator[None]:
+    """Products of float32 may be of bfloat16 inside the block."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def divergence(dense: PreTrainedModel, small: PreTrainedModel, part: Sample) -> float:

@@ -24,7 +24,7 @@ from spectrim.files import parse_json
 from spectrim.plan.key import made_key
 from spectrim.plan.plan import Plan
 from spectrim.recipe import Recipe
-from spectrim.tune.divergence import divergence, gradients
+from spectrim.tune.divergence import divergence, gradients, rough_products
 from spectrim.tune.numbers import Number, numbers, packed_layers
 from spectrim.tune.samples import Sample, divided, gathered, together, tokens
 from spectrim.tune.scales import trained_scales
@@ -162,7 +162,7 @@ class Tuning:
     def _add(self, part: Sample, share: float, trained: Sequence[Number]) -> None:
         """Add the gradient of `share` times the sum of divergences of some samples; products may be of bfloat16."""
         wanted = [one.tensor for one in trained]
-        with _rough_products(), torch.enable_grad():
+        with rough_products(), torch.enable_grad():
             for found in gradients(self._dense, self._small, part, wanted):
                 for one, gradient in zip(trained, found, strict=True):
                     one.add(gradient, share)
@@ -174,17 +174,6 @@ class Tuning:
             total = sum(divergence(self._dense, self._small, part) for part in parts)
             found[str(modality)] = total / sum(part.labels for part in parts)
         return found
-
-
-@contextmanager
-def _rough_products() -> Iterator[None]:
-    """Products of float32 may be of bfloat16 inside the block."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _turns(samples: Sequence[Sample], count: int, seed: int) -> Iterator[list[Sample]]:

@@ -1,6 +1,6 @@
 """Calibration samples with labels, in batches of one shape; some are left out of training and judge it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,22 +37,28 @@ Samples = Mapping[Modality, Sequence[Sample]]
 
 
 def gathered(model: PreTrainedModel, data: Data, *, answer_tokens: int, seed: int) -> dict[Modality, list[Sample]]:
-    """All samples: text labelled at every token, images at the answers that they bring or that the model draws.
+    """All samples of all modalities (see `gathering`)."""
+    with prepared(model):
+        given: dict[str, Any] = {"answer_tokens": answer_tokens, "seed": seed}
+        return {modality: list(gathering(model, data, modality, **given)) for modality in data.samples}
+
+
+def gathering(
+    model: PreTrainedModel, data: Data, modality: Modality, *, answer_tokens: int, seed: int
+) -> Iterator[Sample]:
+    """The samples one by one: text labelled at every token, images at answers that they bring or the model draws.
 
     Raises:
         ModelError: the model cannot generate answers, or its tokens see the labels.
         SampleError: an image sample has an empty answer and the model no token that ends one.
     """
-    found: dict[Modality, list[Sample]] = {}
-    with prepared(model), torch.no_grad():
-        for modality, count in data.samples.items():
-            given: dict[str, Any] = {"sampled": False, "answer_tokens": answer_tokens, "seed": seed}
-            labelled, alone, some = labelled_samples(model, data, modality, **given, numbers=range(count)), None, []
-            for one in labelled:
-                alone = head_predicts(model, one) if alone is None else alone
-                some.append(Sample(one, read(model, one) if alone else None))
-            found[modality] = some
-    return found
+    given: dict[str, Any] = {"sampled": False, "answer_tokens": answer_tokens, "seed": seed}
+    alone: bool | None = None
+    for one in labelled_samples(model, data, modality, **given, numbers=range(data.samples[modality])):
+        with torch.no_grad():
+            alone = head_predicts(model, one) if alone is None else alone
+            found = read(model, one) if alone else None
+        yield Sample(one, found)
 
 
 def predicted(model: PreTrainedModel, one: Labelled) -> torch.Tensor:
