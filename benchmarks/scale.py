@@ -151,11 +151,13 @@ def computed(shape: str, blocks: int | None, memory: str) -> tuple[dict[str, int
     positions: Any = {"text": {"backbone": 1024}, "image": {"backbone": 1100, "tower": 1024, "connector": 1024}}
     number, unit = read_bytes(memory)
     outside = sum(x.nbytes for name, x in model.named_parameters() if ".layers." not in name)
-    batch = batch_bytes(model, parts, positions, options, recomputes=True)
+    batch, expected = batch_bytes(model, parts, positions, options, recomputes=True), dict(positions)
     forms, settings = choose_forms(parts.linears, {}), options.settings
-    groups = passes(parts, settings, ["text", "image"], forms, int(number * UNITS[unit]) - HELD - outside - batch, 1100)
+    groups = passes(
+        parts, settings, ["text", "image"], forms, int(number * UNITS[unit]) - HELD - outside - batch, 1100, expected
+    )
     counts = {kind: len(several) for kind, several in groups.items()}
-    return counts, statistics_bytes(parts, settings, ("text", "image"))
+    return counts, statistics_bytes(parts, settings, ("text", "image"), expected)
 
 
 def main(given: list[str] | None = None) -> None:

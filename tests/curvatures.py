@@ -16,6 +16,7 @@ from spectrim.calibrate.moments import OutputSum, Sums
 from spectrim.calibrate.passes import prepared
 from spectrim.linear import Linear
 from spectrim.maths.roots import OutputRoot
+from spectrim.maths.sums import Gram
 from spectrim.recipe import MetricPart
 
 CPU = torch.device("cpu")
@@ -27,7 +28,7 @@ def linear(out: int, size: int, *, heads: int | None = None, name: str = "a") ->
 
 
 def input_moment(X: torch.Tensor) -> Moment:
-    return Moment(X.T @ X, X.abs().sum(0), len(X))
+    return Moment(Gram.of(X.T @ X), X.abs().sum(0), len(X))
 
 
 def output_moment(samples, labels: int, form: str = "full", heads: int = 1) -> OutputMoment:

@@ -32,11 +32,12 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Unit:
-    """A part of a calibration: samples that are left, seconds for each, and bytes of the sums that it keeps."""
+    """A part of a calibration: samples that are left, seconds for each, and bytes of its sums in memory and on disk."""
 
     samples: int
     seconds: float
     sums: int
+    stored: int
 
 
 def calibration(units: Sequence[Unit], *, held: int, work: int, processes: int = 1) -> Estimate:
@@ -48,9 +49,9 @@ def calibration(units: Sequence[Unit], *, held: int, work: int, processes: int =
         work: bytes that a batch takes besides, while it runs.
         processes: that share the samples.
     """
-    sums = [unit.sums for unit in units]
+    disk = sum(unit.stored for unit in units)
     seconds = sum(unit.samples * unit.seconds for unit in units) / processes
-    return Estimate(seconds + sum(sums) / WRITE, held + work + max(sums, default=0), sum(sums))
+    return Estimate(seconds + disk / WRITE, held + work + max((unit.sums for unit in units), default=0), disk)
 
 
 @dataclass(frozen=True)

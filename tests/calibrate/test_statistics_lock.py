@@ -174,7 +174,7 @@ def test_a_full_disk_while_moments_are_written_is_a_sentence_and_leaves_the_snap
     before = moments(out)
     assert before
     call = f'calibrate(tiny("llama", torch.float32), {str(out)!r}, **OPTIONS)'
-    failed = process(words, FULL, calls=[(1000, call), (40_000, call)])
+    failed = process(words, FULL, calls=[(1000, call), (20_000, call)])
     messages = failed.done().stdout.splitlines()
     assert len(messages) == 2
     assert all(line.startswith(f"StatisticsError {out} cannot be written (") for line in messages)

@@ -15,6 +15,7 @@ from spectrim.compensate import Compensation, run
 from spectrim.compensate.streams import Call, Pass, stopping_at
 from spectrim.compensate.tap import Tap
 from spectrim.compensate.units import Unit
+from spectrim.maths.sums import Gram
 from spectrim.plan.plan import Plan, plan_row
 from spectrim.recipe import Recipe
 from spectrim.storage import filled
@@ -40,7 +41,7 @@ def test_every_linear_of_every_family_is_compensated(family, monkeypatch, tmp_pa
 
     def moment(name: str, _modality: str) -> Moment:
         size = parts.linear(name).in_features
-        return Moment(torch.eye(size, dtype=torch.float64), torch.ones(size, dtype=torch.float64), 1)
+        return Moment(Gram.of(torch.eye(size, dtype=torch.float64)), torch.ones(size, dtype=torch.float64), 1)
 
     statistics = SimpleNamespace(path=tmp_path, manifest=manifest, moment=moment)
     writers: set[str] = set()

@@ -69,7 +69,7 @@ def test_a_metric_that_is_not_positive_definite_is_refused():
         BlockRoot(torch.stack([good, torch.ones(3, 3).double() - good])).solve(torch.ones(6, 1).double())
     for d in (torch.tensor([1.0, 0.0]), torch.tensor([1.0, -1.0]), torch.tensor([1.0, torch.nan])):
         with pytest.raises(NumericalError, match=r"raise metric\.damping"):
-            LowRankRoot(d, torch.ones(2, 1))
+            LowRankRoot(d.double(), torch.ones(2, 1).double()).times(torch.ones(2, 1).double())
 
 
 @settings(max_examples=80, deadline=None)

@@ -8,6 +8,7 @@ import torch
 from spectrim.calibrate import Moment
 from spectrim.calibrate.experts import ExpertStatistics
 from spectrim.linear import Linear
+from spectrim.maths.sums import Gram
 from spectrim.metrics import metric
 from spectrim.recipe import Recipe
 
@@ -20,7 +21,7 @@ def moment(name, modality):
     if not (count := COUNTS[modality][number]):
         return None
     x = torch.randn(count, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(number + len(modality)))
-    return Moment(x.T @ x, x.abs().sum(0), count)
+    return Moment(Gram.of(x.T @ x), x.abs().sum(0), count)
 
 
 @pytest.fixture

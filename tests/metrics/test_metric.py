@@ -11,6 +11,7 @@ from spectrim.calibrate import Moment, Statistics
 from spectrim.calibrate.moments import GradMoment
 from spectrim.errors import NumericalError, RecipeError
 from spectrim.linear import Linear
+from spectrim.maths.sums import Gram
 from spectrim.metrics.metric import joint_second_moment, layer_metric
 from spectrim.recipe import MetricPart, Recipe
 
@@ -24,7 +25,7 @@ def samples(count: int, seed: int, scale: float = 1.0) -> torch.Tensor:
 
 
 def moment(X: torch.Tensor) -> Moment:
-    return Moment(X.T @ X, X.abs().sum(0), len(X))
+    return Moment(Gram.of(X.T @ X), X.abs().sum(0), len(X))
 
 
 @dataclass

@@ -20,6 +20,7 @@ from spectrim.calibrate.forms import CurvatureForm
 from spectrim.calibrate.moments import OutputSum
 from spectrim.errors import BudgetError, ReportError, StatisticsError
 from spectrim.maths.decompose import decompose
+from spectrim.maths.sums import Gram
 from spectrim.mismatch import writing
 from spectrim.mismatch.analysis import POINTS, effective_rank, inspect, mismatch
 from spectrim.mismatch.writing import write
@@ -127,7 +128,7 @@ class Same(Statistics):
         text = super().moment(linear, "text")
         if text is None or modality == "text":
             return text
-        return Moment(text.second * 7.0, text.abs_sum, text.count * 2)
+        return Moment(Gram.of(text.second * 7.0), text.abs_sum, text.count * 2)
 
 
 def test_images_that_are_text_have_rho_one(llava):
@@ -230,7 +231,7 @@ def test_text_that_loses_nothing_has_no_rho(llava):
     class Silent(Statistics):
         def moment(self, linear, modality):
             moment = super().moment(linear, modality)
-            return None if moment is None else replace(moment, second=moment.second * (modality == "image"))
+            return None if moment is None else replace(moment, gram=Gram.of(moment.second * (modality == "image")))
 
     found = inspect(model, Silent(statistics.path, statistics.manifest))
     assert {row.rho for row in found.linears} == {None}

@@ -10,6 +10,7 @@ from spectrim.calibrate.forms import CurvatureForm
 from spectrim.calibrate.moments import Sums
 from spectrim.errors import ModelError
 from spectrim.linear import Linear
+from spectrim.maths.sums import Gram, few_rows
 
 
 def share() -> tuple[int, int]:
@@ -57,14 +58,29 @@ def reduce_sums(sums: Sums, linears: Mapping[str, Linear], forms: Mapping[str, C
         sums.samples += samples
     for owner in sorted(set(sums.owners.values())):
         moment = sums.moment(owner, linears[owner].in_features)
-        _add_up(moment.second, moment.abs_sum)
         moment.count = _total(moment.count)
+        _add_gram(moment.gram, moment.count)
+        _add_up(moment.abs_sum)
     for name in sorted(fisher):
         _add_up(sums.fisher_columns(name, linears[name].in_features))
     for name in sorted(outputs):
         output = sums.output(linears[name], forms[name])
-        _add_up(*output.sums.values(), output.traces)
         output.count = _total(output.count)
+        for value in (*output.held.values(), output.traces):
+            if isinstance(value, Gram):
+                _add_gram(value, output.count)
+            else:
+                _add_up(value)
+
+
+def _add_gram(gram: Gram, count: int) -> None:
+    """Add up the `count` rows of all processes; they stay rows where they are few, in the order of the processes."""
+    if count > few_rows(gram.width):
+        _add_up(gram.fold())
+        return
+    rows: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(rows, gram.rows)
+    gram.hold(rows)
 
 
 def _total(count: int) -> int:

@@ -9,6 +9,7 @@ import torch
 from spectrim.calibrate.moments import GradMoment, Moment, OutputMoment
 from spectrim.calibrate.statistics import Statistics
 from spectrim.linear import Linear
+from spectrim.maths.sums import Gram
 from spectrim.samples import Modality
 
 SHRINKAGE = 0.0005  # tokens of the layer's mean for each input of the linear
@@ -35,9 +36,9 @@ class ExpertStatistics(Statistics):
             return None
         mean, own = found
         if own is None:
-            return Moment(mean.second / mean.count, mean.abs_sum / mean.count, 1)
-        a, b = self._shares(own.count, own.second.trace(), mean.second.trace())
-        return Moment(own.second * a + mean.second * b, own.abs_sum, own.count)
+            return Moment(Gram.of(mean.second / mean.count), mean.abs_sum / mean.count, 1)
+        a, b = self._shares(own.count, own.gram.trace(), mean.gram.trace())
+        return Moment(Gram.of(own.second * a + mean.second * b), own.abs_sum, own.count)
 
     def positions(self, linear: str, modality: Modality) -> int:
         """Tokens that the moment of the expert weighs as much as."""
@@ -66,7 +67,8 @@ class ExpertStatistics(Statistics):
             sums = {part: value / mean.count for part, value in mean.sums.items()}
             return OutputMoment(mean.form, sums, mean.traces / mean.count, 1, mean.labels)
         a, b = self._shares(own.count, own.traces[2].sum(), mean.traces[2].sum())
-        sums = {part: value * a + mean.sums[part] * b for part, value in own.sums.items()}
+        layer = mean.sums
+        sums = {part: value * a + layer[part] * b for part, value in own.sums.items()}
         return OutputMoment(own.form, sums, own.traces, own.count, own.labels)
 
     def lean(self, linear: str) -> float:
@@ -83,7 +85,7 @@ class ExpertStatistics(Statistics):
         """Whether any token chose the expert."""
         return any(self._whole.positions(linear, modality) for modality in self.manifest.data.modalities)
 
-    def _shares(self, count: int, own: torch.Tensor, layer: torch.Tensor) -> tuple[float, float]:
+    def _shares(self, count: int, own: torch.Tensor | float, layer: torch.Tensor | float) -> tuple[float, float]:
         """Factors of the sum of an expert with `count` tokens and of its layer's, from the traces of both."""
         share = self._kappa / (count + self._kappa)
         return 1 - share, share * float(own) / max(float(layer), 1e-300)
@@ -169,7 +171,7 @@ def described(tokens: Mapping[str, Mapping[int, int]]) -> str:
 
 
 def _add_moments(a: Moment, b: Moment) -> Moment:
-    return Moment(a.second + b.second, a.abs_sum + b.abs_sum, a.count + b.count)
+    return Moment(Gram.of(a.second + b.second), a.abs_sum + b.abs_sum, a.count + b.count)
 
 
 def _add_gradients(a: GradMoment, b: GradMoment) -> GradMoment:
@@ -177,5 +179,6 @@ def _add_gradients(a: GradMoment, b: GradMoment) -> GradMoment:
 
 
 def _add_outputs(a: OutputMoment, b: OutputMoment) -> OutputMoment:
-    sums = {part: value + b.sums[part] for part, value in a.sums.items()}
+    more = b.sums
+    sums = {part: value + more[part] for part, value in a.sums.items()}
     return OutputMoment(a.form, sums, a.traces + b.traces, a.count + b.count, a.labels)

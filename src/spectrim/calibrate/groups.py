@@ -1,15 +1,18 @@
 """Which linears are gathered together in one pass over the samples, so that their moments fit a limit of memory."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
+
+import torch
 
 from spectrim.anatomy import Anatomy
 from spectrim.calibrate.forms import CurvatureForm
 from spectrim.calibrate.manifest import CalibrationUnit, kinds
 from spectrim.errors import UsageError
 from spectrim.estimate import amount
-from spectrim.linear import Linear
+from spectrim.linear import Linear, Place
+from spectrim.maths.sums import gram_bytes, packed_bytes
 from spectrim.samples import Modality
 from spectrim.settings import CalibrationSettings
 
@@ -29,32 +32,60 @@ class Share:
         return self.linears[0].block
 
 
-def input_shares(linears: Sequence[Linear]) -> list[Share]:
-    """Input moments of one modality, float64; linears that usually read one input share a moment."""
-    found: dict[tuple[str | None, str, int], list[Linear]] = {}
+Expected = Mapping[Modality, Mapping[Place, int]]
+"""How many positions of all samples linears of each place are expected to read; a place that is not known is absent."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of the moments of one modality: in memory while they grow or, finished, on disk."""
+
+    positions: Mapping[Place, int] = field(default_factory=dict)
+    on_disk: bool = False
+
+    def full(self, x: Linear, width: int) -> int:
+        """Of all products of `width` inputs or outputs of a linear; nobody knows how many tokens an expert reads."""
+        rows = self.positions.get(x.place) if x.expert is None else None
+        itemsize = torch.promote_types(x.dtype, torch.float32).itemsize
+        return (packed_bytes if self.on_disk else gram_bytes)(width, rows, itemsize)
+
+
+def input_shares(linears: Sequence[Linear], sizes: Sizes | None = None) -> list[Share]:
+    """Input moments of one modality; linears that usually read one input share a moment."""
+    sizes, found = sizes or Sizes(), dict[tuple[str | None, str, int], list[Linear]]()
     for x in linears:
         found.setdefault((x.block, _TOGETHER.get(x.role, x.name), x.in_features), []).append(x)
-    return [Share(tuple(same), 8 * width * (width + 1)) for (_, _, width), same in found.items()]
+    return [Share(tuple(same), sizes.full(same[0], width) + 8 * width) for (_, _, width), same in found.items()]
 
 
-def output_shares(linears: Sequence[Linear], forms: Mapping[str, CurvatureForm], *, fisher: bool) -> list[Share]:
+def output_shares(
+    linears: Sequence[Linear], forms: Mapping[str, CurvatureForm], *, fisher: bool, sizes: Sizes | None = None
+) -> list[Share]:
     """Moments of output gradients in these forms (none where a linear has no form), and gradient statistics."""
+    sizes = sizes or Sizes()
 
     def nbytes(x: Linear) -> int:
-        output = forms[x.name].nbytes(x.out_features) if x.name in forms else 0
+        form, output = forms.get(x.name), 0
+        if form is not None:
+            output = sizes.full(x, x.out_features) if form.kind == "full" else form.nbytes(x.out_features)
         return output + 8 * x.in_features * fisher
 
     return [Share((x,), nbytes(x)) for x in linears]
 
 
 def shares(
-    parts: Anatomy, kind: CalibrationUnit, forms: Mapping[str, CurvatureForm], settings: CalibrationSettings
+    linears: Sequence[Linear],
+    kind: CalibrationUnit,
+    forms: Mapping[str, CurvatureForm],
+    settings: CalibrationSettings,
+    sizes: Sizes | None = None,
 ) -> list[Share]:
-    """What all linears take in one kind of unit. Text reaches the backbone alone: the others take nothing there."""
+    """What linears take in one kind of unit. Text reaches the backbone alone: the others take nothing there."""
     if kind.gradients:
-        found = output_shares(parts.linears, forms, fisher=settings.gradients and kind.modality == "text")
+        fisher = settings.gradients and kind.modality == "text"
+        found = output_shares(linears, forms, fisher=fisher, sizes=sizes)
     else:
-        found = input_shares(parts.linears)
+        found = input_shares(linears, sizes)
     if kind.modality == "image":
         return found
     return [share if share.linears[0].place == "backbone" else replace(share, nbytes=0) for share in found]
@@ -72,6 +103,7 @@ def passes(
     forms: Mapping[str, CurvatureForm],
     limit: int,
     rows: int = 0,
+    expected: Expected | None = None,
 ) -> dict[str, tuple[tuple[str, ...], ...]]:
     """By kind of unit, the names of the linears of each pass, whose moments fit into `limit` bytes.
 
@@ -81,7 +113,7 @@ def passes(
     """
     found = {}
     for kind in kinds(settings, modalities):
-        several = shares(parts, kind, forms, settings)
+        several = shares(parts.linears, kind, forms, settings, Sizes((expected or {}).get(kind.modality, {})))
         if kind.gradients:
             read = [sum(x.in_features * x.dtype.itemsize for x in share.linears) for share in several]
             several = [replace(one, nbytes=one.nbytes + rows * x) for one, x in zip(several, read, strict=True)]

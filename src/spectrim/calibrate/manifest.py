@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
+import torch
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -25,7 +26,8 @@ from spectrim.settings import CalibrationSettings
 MANIFEST = "manifest.json"
 COST_FILE = "cost.json"  # beside it: what the calibration was to take and took; no part of the statistics
 FORMAT: Literal["spectrim-statistics"] = "spectrim-statistics"
-VERSION: Literal[4] = 4
+VERSION: Literal[5] = 5
+_READ = (4, 5)  # 4 kept every moment as a whole matrix
 
 
 class _Record(BaseModel):
@@ -41,6 +43,11 @@ class ModelPrint(_Record):
     def shape(self, parameter: str) -> tuple[int, ...]:
         """Shape of one parameter."""
         return tuple(json.loads(self.tensors[parameter].partition("[")[2].partition("]")[0].join("[]")))
+
+    def dtype(self, parameter: str) -> torch.dtype:
+        """Dtype of one parameter."""
+        found: torch.dtype = getattr(torch, self.tensors[parameter].partition("[")[0])
+        return found
 
     def difference(self, other: Self) -> str | None:
         """What differs in ``other``, in words; None when nothing does."""
@@ -125,7 +132,7 @@ class Manifest(_Record):
     """The whole directory. A file that it does not name is no part of the statistics."""
 
     format: Literal["spectrim-statistics"] = FORMAT
-    version: Literal[4] = VERSION
+    version: Literal[4, 5] = VERSION
     generation: int = 0  # snapshots written
     complete: bool = False
     model: ModelPrint
@@ -218,7 +225,7 @@ class Manifest(_Record):
             raise StatisticsError(f"{path} {error}, so it cannot be read; {again}") from error
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise StatisticsError(f"{path} was not written by spectrim calibrate; give a statistics directory")
-        if content.get("version") != VERSION:
+        if content.get("version") not in _READ:
             raise StatisticsError(
                 f"{directory} has statistics format {content.get('version')} and this spectrim reads {VERSION}; {again}"
             )

@@ -16,7 +16,7 @@ from spectrim.away import is_away
 from spectrim.calibrate.data import Data
 from spectrim.calibrate.distributed import least, share
 from spectrim.calibrate.forms import CurvatureForm
-from spectrim.calibrate.groups import passes
+from spectrim.calibrate.groups import Expected, passes
 from spectrim.calibrate.probe import held_memory
 from spectrim.errors import UsageError
 from spectrim.linear import Linear, Place
@@ -63,6 +63,7 @@ class Fit:
 
     groups: dict[str, tuple[tuple[str, ...], ...]]
     recomputes: bool
+    expected: Expected
 
 
 def fitted(
@@ -73,13 +74,26 @@ def fitted(
     Raises UsageError where the memory holds the model and a batch, and not the moments of one linear besides.
     """
     positions = batch_positions(model, data, options)
-    return fit(model, parts, positions, options, forms, partial(room, model, options), away=is_away(model))
+    given = positions, data.samples, options, forms
+    return fit(model, parts, *given, partial(room, model, options), away=is_away(model))
+
+
+def of_all(positions: Positions, samples: Mapping[Modality, int], options: CalibrationOptions) -> Expected:
+    """The positions of all samples, of those of the largest batch."""
+    return {
+        modality: {
+            place: -(-count * samples[modality] // min(samples[modality], options.batch_size))
+            for place, count in places.items()
+        }
+        for modality, places in positions.items()
+    }
 
 
 def fit(
     model: PreTrainedModel,
     parts: Anatomy,
     positions: Positions,
+    samples: Mapping[Modality, int],
     options: CalibrationOptions,
     forms: Mapping[str, CurvatureForm],
     room: Callable[[int], int],
@@ -91,18 +105,18 @@ def fit(
     Where weights are `away`, blocks always run again: a graph would hold the weights of all of them.
     """
     rows = max(count for places in positions.values() for count in places.values())
-    settings, modalities = options.settings, [*positions]
+    settings, modalities, expected = options.settings, [*positions], of_all(positions, samples, options)
     for recomputes in (True,) if away else (False, True):
         limit = room(batch_bytes(model, parts, positions, options, recomputes=recomputes))
         try:
-            groups = passes(parts, settings, modalities, forms, limit, rows if recomputes else 0)
+            groups = passes(parts, settings, modalities, forms, limit, rows if recomputes else 0, expected)
         except UsageError:
             if recomputes:
                 raise
             continue
         if recomputes or all(len(several) == 1 for several in groups.values()):
             break
-    return Fit(groups, recomputes)
+    return Fit(groups, recomputes, expected)
 
 
 def room(model: PreTrainedModel, options: CalibrationOptions, batch: int) -> int:

@@ -1,6 +1,6 @@
 """Moments, and the running sums that they grow from."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -9,16 +9,21 @@ import torch
 from spectrim.calibrate.forms import CurvatureForm
 from spectrim.linear import Linear
 from spectrim.maths.roots import wide
-from spectrim.maths.sums import add_product
+from spectrim.maths.sums import Gram
 
 
 @dataclass(frozen=True)
 class Moment:
     """Sums over the token positions that a linear read; divide by ``count`` for means."""
 
-    second: torch.Tensor  # Σ x xᵀ  [in, in] float64, symmetric
+    gram: Gram  # Σ x xᵀ
     abs_sum: torch.Tensor  # Σ |x|  [in] float64
     count: int  # positions
+
+    @property
+    def second(self) -> torch.Tensor:
+        """``Σ x xᵀ`` [in, in] float64, symmetric; formed at every call where few positions are kept as they were."""
+        return self.gram.dense()
 
 
 @dataclass(frozen=True)
@@ -44,10 +49,15 @@ class OutputMoment:
     """
 
     form: CurvatureForm
-    sums: dict[str, torch.Tensor]  # float64, by CurvatureForm.shapes
+    held: Mapping[str, torch.Tensor | Gram]  # by CurvatureForm.shapes; a full G is a Gram
     traces: torch.Tensor
     count: int  # positions
     labels: int  # labelled tokens
+
+    @property
+    def sums(self) -> dict[str, torch.Tensor]:
+        """The sums, float64, by CurvatureForm.shapes; formed as `Moment.second` is."""
+        return formed(self.held)
 
     def eta(self, *, whole: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """``tr F / (tr G tr C)`` by token and by sequence, float64, [heads] or of the `whole` (docs/methods.md, 3).
@@ -61,25 +71,34 @@ class OutputMoment:
         return token * self.count / scale, sequence * self.count / scale
 
 
+def formed(held: Mapping[str, torch.Tensor | Gram]) -> dict[str, torch.Tensor]:
+    """All as tensors."""
+    return {name: x.dense() if isinstance(x, Gram) else x for name, x in held.items()}
+
+
 @dataclass
 class MomentSum:
     """The growing sums of one moment: a float32 product per batch, formed where the inputs are, into float64 sums."""
 
-    second: torch.Tensor
+    gram: Gram
     abs_sum: torch.Tensor
     count: int = 0
 
     @classmethod
     def zero(cls, width: int, home: torch.device) -> "MomentSum":
         """Zero sums on the device ``home``."""
-        second = torch.zeros(width, width, dtype=torch.float64, device=home)
-        return cls(second, torch.zeros(width, dtype=torch.float64, device=home))
+        return cls(Gram(width), torch.zeros(width, dtype=torch.float64, device=home))
+
+    @property
+    def second(self) -> torch.Tensor:
+        """``Σ x xᵀ`` [in, in] float64, symmetric up to rounding."""
+        return self.gram.dense()
 
     def add(self, x: torch.Tensor) -> torch.Tensor:
         """Add inputs ``[positions, in]``; returns a bool scalar on their device: is everything finite?"""
         x = wide(x)
         total = x.abs().sum(0)  # [in]
-        add_product(self.second, x, x)
+        self.gram.add(x, self.abs_sum.device)
         self.abs_sum += total.to(self.abs_sum.device)
         self.count += x.shape[0]
         # |Σ x_i x_j|² ≤ Σ x_i² Σ x_j²: a finite diagonal bounds all of the product.
@@ -97,16 +116,25 @@ class OutputSum:
     """The growing sums of one :class:`OutputMoment`."""
 
     form: CurvatureForm
-    sums: dict[str, torch.Tensor]
+    held: dict[str, torch.Tensor | Gram]
     traces: torch.Tensor  # [4, heads]
     count: int = 0
 
     @classmethod
     def zero(cls, form: CurvatureForm, out: int, heads: int, home: torch.device) -> "OutputSum":
         """Zero sums on the device ``home``."""
-        shapes = form.shapes(out) | {"traces": (4, heads)}
-        sums = {name: torch.zeros(shape, dtype=torch.float64, device=home) for name, shape in shapes.items()}
-        return cls(form, sums, sums.pop("traces"))
+
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.float64, device=home)
+
+        full = form.kind == "full"
+        held = {name: Gram(out) if full else zeros(*shape) for name, shape in form.shapes(out).items()}
+        return cls(form, held, zeros(4, heads))
+
+    @property
+    def sums(self) -> dict[str, torch.Tensor]:
+        """As those of an :class:`OutputMoment`, symmetric up to rounding."""
+        return formed(self.held)
 
     def add(self, g: torch.Tensor, x: torch.Tensor, sizes: Sequence[int] | None = None) -> torch.Tensor:
         """Add the gradients ``g`` [positions, out] and inputs ``x`` [positions, in] of one sample.
@@ -115,19 +143,12 @@ class OutputSum:
         is everything finite?
         """
         g, x = wide(g), wide(x)
-        out, heads = g.shape[1], self.traces.shape[1]
-        products: dict[str, torch.Tensor] = {}
-        if self.form.kind == "full":
-            add_product(self.sums["output"], g, g)
-        elif self.form.kind == "blocks":
-            blocks = g.view(len(g), -1, self.form.size).transpose(0, 1)  # [blocks, positions, size]
-            products["output"] = blocks.transpose(1, 2) @ blocks
-        else:
-            products["output_diagonal"] = g.square().sum(0)
-            if self.form.kind == "sketch":
-                products["output"] = g.T @ (g @ sketch_test(out, self.form.size).to(g))
-        for name, product in products.items():
-            self.sums[name] += product.to(self.sums[name].device)
+        heads = self.traces.shape[1]
+        for name, held in self.held.items():
+            if isinstance(held, Gram):
+                held.add(g, self.traces.device)
+            else:
+                held += self._product(name, g).to(held.device)
         by_head = g.view(len(g), heads, -1)
         energy, size = by_head.square().sum(2), x.square().sum(1)  # [positions, heads], [positions]
         parts = [len(g)] if sizes is None else [*sizes]
@@ -136,6 +157,15 @@ class OutputSum:
         self.traces += traces.double().to(self.traces.device)
         self.count += len(g)
         return traces.isfinite().all()
+
+    def _product(self, name: str, g: torch.Tensor) -> torch.Tensor:
+        """What gradients g [positions, out] add to a sum that is smaller than G."""
+        if self.form.kind == "blocks":
+            blocks = g.view(len(g), -1, self.form.size).transpose(0, 1)  # [blocks, positions, size]
+            return blocks.transpose(1, 2) @ blocks
+        if name == "output_diagonal":
+            return g.square().sum(0)
+        return g.T @ (g @ sketch_test(g.shape[1], self.form.size).to(g))
 
 
 def _sequence(g: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

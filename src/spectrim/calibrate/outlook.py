@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from spectrim.anatomy import Anatomy
 from spectrim.calibrate.data import Data
 from spectrim.calibrate.forms import choose_forms
-from spectrim.calibrate.groups import input_shares
+from spectrim.calibrate.groups import Sizes, input_shares, shares, total
 from spectrim.calibrate.manifest import kinds
 from spectrim.calibrate.memory import Positions, batch_bytes, batch_positions, expert_share, fit, limit_bytes
 from spectrim.calibrate.size import statistics_bytes
@@ -43,18 +43,22 @@ def outlook(
     held = LIBRARIES + (weights if weights <= limit / 2 or options.memory is None else weights - linears)
     positions, counts = _positions(model, parts, data, options)
     forms = choose_forms(parts.linears, options.curvature_forms) if options.curvature else {}
-    found = fit(model, parts, positions, options, forms, lambda batch: limit - held - batch, away=held < weights)
-    work, share = 0.0, expert_share(model, parts, options)
+    found = fit(
+        model, parts, positions, counts, options, forms, lambda batch: limit - held - batch, away=held < weights
+    )
+    work, share, sums = 0.0, expert_share(model, parts, options), 0
     for kind in kinds(options.settings, [*positions]):
         size = min(counts[kind.modality], options.batch_size)
         tokens = {place: n * counts[kind.modality] / size for place, n in positions[kind.modality].items()}
         for group in found.groups[kind.name]:
             chosen = [parts.linear(name) for name in group if parts.linear(name).place in tokens]
             work += _work(parts, chosen, tokens, share=share, gradients=kind.gradients, again=found.recomputes)
-    disk = statistics_bytes(parts, options.settings, tuple(positions))
+            sizes = Sizes(found.expected[kind.modality])
+            sums = max(sums, total(shares(chosen, kind, forms, options.settings, sizes)))
+    disk = statistics_bytes(parts, options.settings, tuple(positions), found.expected)
     passes = {name: len(groups) for name, groups in found.groups.items()}
     batch = batch_bytes(model, parts, positions, options, recomputes=found.recomputes)
-    memory = limit if max(passes.values()) > 1 else min(limit, held + batch + disk)
+    memory = limit if max(passes.values()) > 1 else min(limit, held + batch + sums)
     return passes, Estimate(work / product_rate() + disk / WRITE, memory, disk)
 
 

@@ -71,6 +71,7 @@ def foresee(
     samples: Mapping[Modality, int],
     device: torch.device,
     steps: Callable[[CalibrationUnit, Sums], Iterator[None]],
+    sizes: Callable[[CalibrationUnit], tuple[int, int]],
 ) -> Estimate:
     """What is left of a calibration.
 
@@ -79,14 +80,15 @@ def foresee(
         samples: of each modality.
         device: of the model.
         steps: runs a unit's batches into sums, and yields after each.
+        sizes: bytes of a unit's sums in memory and on disk.
     """
     forget_peak(device)
     before, units, kept = held_memory(device), [], 0
-    tried: dict[str, tuple[float, int]] = {}  # by kind of unit: seconds for a sample, bytes of sums
+    tried: dict[str, float] = {}  # by kind of unit: seconds for a sample
     for unit in manifest.units:
         left = samples[unit.modality] - manifest.gathered[unit.name].samples
         if unit.kind in tried:  # the first group of it stands for all
-            units.append(Unit(left, *tried[unit.kind]))
+            units.append(Unit(left, tried[unit.kind], *sizes(unit)))
             continue
         sums = Sums(torch.device("cpu"))
         began = time.monotonic()
@@ -100,9 +102,9 @@ def foresee(
             if took >= _SECONDS:
                 break
         counted = counted or sums.samples
-        kept = max(kept, nbytes := sums_bytes(sums))
-        tried[unit.kind] = (time.monotonic() - began) / max(counted, 1), nbytes
-        units.append(Unit(left, *tried[unit.kind]))
+        kept = max(kept, sums_bytes(sums))
+        tried[unit.kind] = (time.monotonic() - began) / max(counted, 1)
+        units.append(Unit(left, tried[unit.kind], *sizes(unit)))
         del sums
     work = max(0, peak_memory(device) - before - kept)
     return calibration(units, held=before, work=work, processes=share()[1])
@@ -110,7 +112,6 @@ def foresee(
 
 def sums_bytes(sums: Sums) -> int:
     """Bytes of all tensors of one unit's sums."""
-    tensors = [t for one in sums.moments.values() for t in (one.second, one.abs_sum)]
-    tensors += sums.fisher.values()
-    tensors += [t for one in sums.outputs.values() for t in (*one.sums.values(), one.traces)]
-    return sum(tensor.nbytes for tensor in tensors)
+    held = [x for one in sums.moments.values() for x in (one.gram, one.abs_sum)]
+    held += [x for one in sums.outputs.values() for x in (*one.held.values(), one.traces)]
+    return sum(x.nbytes for x in (*held, *sums.fisher.values()))

@@ -1,9 +1,9 @@
-"""Where forward passes can end: behind the last block whose linears are wanted."""
+"""Where forward passes can end: behind the last block whose linears are wanted, and before the vocabulary."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
-from torch import nn
+from transformers import PreTrainedModel
 
 from spectrim.linear import Linear
 
@@ -20,13 +20,19 @@ class Route:
         linears: all that can be compressed; those outside blocks are stations of their own.
     """
 
-    def __init__(self, model: nn.Module, linears: Iterable[Linear]) -> None:
+    def __init__(self, model: PreTrainedModel, linears: Iterable[Linear]) -> None:
         self._stations = {name: model.get_submodule(name) for name in {x.block or x.name for x in linears}}
+        head = model.get_output_embeddings()
+        # On a CPU a product of bfloat16 rows that are not contiguous with the vocabulary takes seconds.
+        self._head = None if head in self._stations.values() else head
         self._way: list[str] | None = None
 
     @contextmanager
     def followed(self, wanted: Iterable[Linear]) -> Iterator[None]:
-        """A forward pass inside the block ends behind the last of these linears, if it goes the way of the first."""
+        """A forward pass inside the block ends behind the last of these linears, if it goes the way of the first.
+
+        The first one goes on until the product with the vocabulary.
+        """
         passed: list[str] = []
         needed = {x.block or x.name for x in wanted}
         way = self._way or []
@@ -37,14 +43,18 @@ class Route:
                 raise _EndError
             passed.append(name)
 
+        def leave(*_: object) -> None:
+            raise _EndError
+
         hooks = [
             module.register_forward_pre_hook(lambda *_, name=name: enter(name))
             for name, module in self._stations.items()
         ]
+        if self._head is not None:
+            hooks.append(self._head.register_forward_pre_hook(leave))
         try:
-            yield
-        except _EndError:
-            return
+            with suppress(_EndError):
+                yield
         finally:
             for hook in hooks:
                 hook.remove()

@@ -22,9 +22,10 @@ from spectrim.calibrate.experts import described, tokens_by_expert
 from spectrim.calibrate.fingerprint import model_print
 from spectrim.calibrate.forms import choose_forms
 from spectrim.calibrate.gradients import run_gradients
+from spectrim.calibrate.groups import Sizes, shares, total
 from spectrim.calibrate.labels import Known, labelled_samples, together
 from spectrim.calibrate.manifest import COST_FILE, MANIFEST, CalibrationUnit, DataPrint, Gathered, Manifest
-from spectrim.calibrate.memory import fitted
+from spectrim.calibrate.memory import Fit, fitted
 from spectrim.calibrate.moments import Sums
 from spectrim.calibrate.passes import prepared, run_batch
 from spectrim.calibrate.positions import image_token
@@ -155,12 +156,12 @@ def calibrate(
         image_token(model)
     shown = options.images if data.images else None
     source = DataPrint(text=_absolute(options.text), images=_absolute(shown), fingerprint=data.fingerprint())
-    fresh, recomputes = _manifest(model, parts, data, source, options)
-    run = _Run(model, parts, data, recomputes)
+    fresh, fit = _manifest(model, parts, data, source, options)
+    run = _Run(model, parts, data, fit)
     if SnapshotStore(out, fresh).manifest.complete:
         _log.info("calibrate: complete already, in %s", out)
     else:
-        check_space(out, statistics_bytes(parts, options.settings, source.modalities))
+        check_space(out, statistics_bytes(parts, options.settings, source.modalities, fit.expected))
         with _sole_writer(out):
             store = SnapshotStore(out, fresh)  # as the last writer left it
             if not store.manifest.complete:
@@ -212,9 +213,16 @@ class _Run:
     model: PreTrainedModel
     parts: Anatomy
     data: Data
-    recomputes: bool  # blocks, in backward passes
+    fit: Fit
     known: Known = field(default_factory=Known)
     routes: dict[Modality, Route] = field(default_factory=dict)
+
+    def sizes(self, manifest: Manifest, unit: CalibrationUnit) -> tuple[int, int]:
+        """Bytes of the sums of one unit in memory and on disk."""
+        given = [self.parts.linear(x) for x in manifest.linears(unit)], unit, manifest.output_forms, manifest.settings
+        expected = self.fit.expected[unit.modality]
+        memory, disk = (total(shares(*given, Sizes(expected, on_disk=on_disk))) for on_disk in (False, True))
+        return memory, disk
 
     def steps(self, manifest: Manifest, unit: CalibrationUnit, sums: Sums) -> Iterator[None]:
         """Run the batches of one unit that are this process's share and not in ``sums`` yet; yields after each."""
@@ -229,7 +237,7 @@ class _Run:
                         run_batch(self.model, modules, batch, sums, image_tokens_only=only, route=route)
                     yield
             return
-        blocks = self.parts.blocks() if self.recomputes else ()
+        blocks = self.parts.blocks() if self.fit.recomputes else ()
         how: dict[str, Any] = {
             "fisher": settings.gradients and unit.modality == "text",
             "blocks": {name: self.model.get_submodule(name) for name in blocks},
@@ -273,7 +281,7 @@ def _gather(run: _Run, store: SnapshotStore, checkpoint_seconds: float, progress
     if processes > 1:
         distributed.barrier()  # all have looked at the directory before one writes to it
     if rank == 0:
-        store.save({}, complete=not units)  # claims the directory before the first files of moments
+        store.save({}, finished=False, complete=not units)  # claims the directory before the first files of moments
     home = device if device.type == "cuda" else torch.device("cpu")
     due = time.monotonic() + checkpoint_seconds
     with prepared(run.model):
@@ -282,14 +290,15 @@ def _gather(run: _Run, store: SnapshotStore, checkpoint_seconds: float, progress
             done -= sums.samples
             for _ in run.steps(manifest, unit, sums):
                 progress(done + sums.samples, total)
-                if processes == 1 and (started := time.monotonic()) >= due:
-                    store.save({unit.name: sums}, complete=False)
+                last = sums.samples == data.samples[unit.modality]  # after which the unit is written anyway
+                if processes == 1 and not last and (started := time.monotonic()) >= due:
+                    store.save({unit.name: sums}, finished=False, complete=False)
                     took = time.monotonic() - started
                     due = time.monotonic() + max(checkpoint_seconds, took / _SNAPSHOT_SHARE)
             if processes > 1:
                 reduce_sums(sums, linears, manifest.output_forms)
             if rank == 0:
-                store.save({unit.name: sums}, complete=unit == units[-1])
+                store.save({unit.name: sums}, finished=True, complete=unit == units[-1])
             done += sums.samples
             del sums
     if processes > 1:
@@ -300,7 +309,8 @@ def _cost(run: _Run, store: SnapshotStore, out: Path) -> Cost:
     """What is left to gather will take, said; the clock runs from here."""
     device = run.model.device
     with prepared(run.model):
-        found = foresee(store.manifest, run.data.samples, device, partial(run.steps, store.manifest))
+        steps, sizes = partial(run.steps, store.manifest), partial(run.sizes, store.manifest)
+        found = foresee(store.manifest, run.data.samples, device, steps, sizes)
     _log.info("calibrate: will take about %s", found)
     forget_peak(device)  # of loading the model, and of the probe
     return Cost(found, time.monotonic, partial(peak_memory, device), partial(written_bytes, out))
@@ -315,8 +325,8 @@ def _compare(cost: Cost, out: Path) -> None:
 
 def _manifest(
     model: PreTrainedModel, parts: Anatomy, data: Data, source: DataPrint, options: CalibrationOptions
-) -> tuple[Manifest, bool]:
-    """The manifest of a calibration that has gathered nothing yet, and whether its blocks run again."""
+) -> tuple[Manifest, Fit]:
+    """The manifest of a calibration that has gathered nothing yet, and how it fits the memory."""
     packages = {name: release(name) or "unknown" for name in ("spectrim", "torch", "transformers")}
     settings, model_is = options.settings, model_print(model)  # which brings the weights into memory
     forms = choose_forms(parts.linears, settings.curvature_forms) if settings.curvature else {}
@@ -332,4 +342,4 @@ def _manifest(
         groups=fit.groups,
         gathered={},
     )
-    return fresh.model_copy(update={"gathered": {unit.name: Gathered() for unit in fresh.units}}), fit.recomputes
+    return fresh.model_copy(update={"gathered": {unit.name: Gathered() for unit in fresh.units}}), fit

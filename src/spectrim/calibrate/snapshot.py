@@ -17,11 +17,12 @@ from safetensors.torch import save_file
 from spectrim.calibrate.forms import CurvatureForm
 from spectrim.calibrate.manifest import MANIFEST, Gathered, Manifest, TensorFile
 from spectrim.calibrate.moments import MomentSum, OutputSum, Sums
-from spectrim.calibrate.statistics import check_files, file_digest, read_tensor
+from spectrim.calibrate.tensors import check_files, file_digest, read_gram, read_tensor, written
 from spectrim.disk.lock import LOCK
 from spectrim.errors import StatisticsError
 from spectrim.estimate import amount
 from spectrim.files import PART, replacing, write_whole
+from spectrim.maths.sums import Gram
 
 _MOMENTS = re.compile(r".+\.g\d{6}\.safetensors")
 _OURS = re.compile(rf"{_MOMENTS.pattern}|\..+{re.escape(PART)}|{re.escape(LOCK)}")
@@ -43,7 +44,8 @@ class SnapshotStore:
         if (directory / MANIFEST).exists():
             manifest = Manifest.read(directory)
             manifest.check_fits(fresh, directory)
-            self.manifest = manifest.model_copy(update={"versions": fresh.versions, "data": fresh.data})
+            update = {"version": fresh.version, "versions": fresh.versions, "data": fresh.data}
+            self.manifest = manifest.model_copy(update=update)
             return
         check_home(directory)
         self.manifest = fresh
@@ -56,14 +58,19 @@ class SnapshotStore:
         """The sums of one unit in the last snapshot, bit for bit; zero sums when there is none."""
         return self._sums(self.manifest.gathered[unit], home)
 
-    def save(self, sums: dict[str, Sums], *, complete: bool) -> None:
+    def save(self, sums: dict[str, Sums], *, finished: bool, complete: bool) -> None:
         """Write a snapshot; units that are not given, or have not grown since the last one, keep their files.
+
+        Args:
+            sums: by unit.
+            finished: these units have all of their samples: their moments are packed.
+            complete: all units are finished.
 
         Raises:
             StatisticsError: the directory cannot be written.
         """
         try:
-            self._save(sums, complete)
+            self._save(sums, finished, complete)
         except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own error
             with suppress(OSError):
                 self._clean()  # makes room, too
@@ -71,9 +78,9 @@ class SnapshotStore:
                 f"{self._directory} cannot be written ({error}); make room or choose another output directory"
             ) from error
 
-    def _save(self, sums: dict[str, Sums], complete: bool) -> None:
+    def _save(self, sums: dict[str, Sums], finished: bool, complete: bool) -> None:
         generation = self.manifest.generation + 1
-        written = {unit: self._write(unit, state, generation) for unit, state in sums.items()}
+        written = {unit: self._write(unit, state, generation, finished) for unit, state in sums.items()}
         gathered = self.manifest.gathered | written
         update = {"generation": generation, "complete": complete, "gathered": gathered}
         manifest = self.manifest.model_copy(update=update)
@@ -93,19 +100,31 @@ class SnapshotStore:
             block = self.manifest.blocks[linear]
             return read_tensor(self._directory, gathered, block, f"{linear}.{part}").to(home)
 
+        def gram(linear: str, part: str) -> Gram:
+            block, name = self.manifest.blocks[linear], f"{linear}.{part}"
+            return read_gram(self._directory, gathered, block, name, growing=True).to(home)
+
         sums = Sums(home, gathered.batches, gathered.samples, dict(gathered.owners), labels=gathered.labels)
         for owner, count in gathered.counts.items():
-            sums.moments[owner] = MomentSum(read(owner, "second"), read(owner, "abs_sum"), count)
+            sums.moments[owner] = MomentSum(gram(owner, "second"), read(owner, "abs_sum"), count)
         sums.fisher = {linear: read(linear, "fisher_cols") for linear in gathered.fisher}
         for linear, count in gathered.outputs.items():
             form = CurvatureForm.read(self.manifest.forms[linear])
-            tensors = {part: read(linear, part) for part in form.parts}
-            sums.outputs[linear] = OutputSum(form, tensors, read(linear, "traces"), count)
+            get = gram if form.kind == "full" else read
+            held = {part: get(linear, part) for part in form.parts}
+            sums.outputs[linear] = OutputSum(form, held, read(linear, "traces"), count)
         return sums
 
-    def _write(self, unit: str, sums: Sums, generation: int) -> Gathered:
+    def _write(self, unit: str, sums: Sums, generation: int, finished: bool) -> Gathered:
         if (before := self.manifest.gathered[unit]).batches == sums.batches:
             return before
+
+        def held(linear: str, part: str, value: torch.Tensor | Gram) -> dict[str, torch.Tensor]:
+            if not isinstance(value, Gram):
+                return {f"{linear}.{part}": value}
+            precise = torch.promote_types(self.manifest.model.dtype(f"{linear}.weight"), torch.float32)
+            return written(f"{linear}.{part}", value, precise if finished else None)
+
         blocks = self.manifest.blocks
         moments = {owner: moment for owner, moment in sums.moments.items() if moment.count}  # others were never reached
         outputs = {linear: output for linear, output in sums.outputs.items() if output.count}
@@ -114,12 +133,12 @@ class SnapshotStore:
             tensors: dict[str, torch.Tensor] = {}
             for owner, moment in moments.items():
                 if blocks[owner] == block:
-                    tensors |= {f"{owner}.second": moment.second, f"{owner}.abs_sum": moment.abs_sum}
+                    tensors |= held(owner, "second", moment.gram) | {f"{owner}.abs_sum": moment.abs_sum}
             tensors |= {f"{name}.fisher_cols": value for name, value in sums.fisher.items() if blocks[name] == block}
             for name, output in outputs.items():
                 if blocks[name] == block:
-                    tensors |= {f"{name}.{part}": value for part, value in output.sums.items()}
-                    tensors[f"{name}.traces"] = output.traces
+                    for kind, value in (*output.held.items(), ("traces", output.traces)):
+                        tensors |= held(name, kind, value)
             path = self._directory / f"{unit}.{block}.g{generation:06d}.safetensors"
             with replacing(path) as part:
                 save_file(tensors, part)

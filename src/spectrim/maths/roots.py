@@ -109,18 +109,23 @@ class LowRankRoot:
     """``G = diag(d) + V Vᵀ``, d [out] positive and V [out, r], in memory of V's size.
 
     With ``diag(d)^{-1/2} V`` = Q S Pᵀ its root is ``L = (I + Q (√(1 + S²) − 1) Qᵀ) diag(d)^{1/2}``. Raises
-    NumericalError for a d that is not positive: add dampening first.
+    NumericalError at the first use of the root for a d that is not positive: add dampening first.
     """
 
     def __init__(self, d: torch.Tensor, V: torch.Tensor) -> None:
-        if not bool((d > 0).all()):
-            raise NumericalError("an output metric is not positive definite; raise metric.damping")
         self._d, self._V = d[:, None], V
-        self._Q, S, _ = torch.linalg.svd(V / self._d.sqrt(), full_matrices=False)
-        self._gain = (1 + S.square()).sqrt()[:, None]
 
-    def _stretch(self, X: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
-        return X + self._Q @ ((gain - 1) * (self._Q.T @ X))
+    @cached_property
+    def _factor(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Q [out, r] and √(1 + S²) [r, 1]."""
+        if not bool((self._d > 0).all()):
+            raise NumericalError("an output metric is not positive definite; raise metric.damping")
+        Q, S, _ = torch.linalg.svd(self._V / self._d.sqrt(), full_matrices=False)
+        return Q, (1 + S.square()).sqrt()[:, None]
+
+    def _stretch(self, X: torch.Tensor, power: int) -> torch.Tensor:
+        Q, gain = self._factor
+        return X + Q @ ((gain**power - 1) * (Q.T @ X))
 
     def metric_times(self, X: torch.Tensor) -> torch.Tensor:
         """``G X`` of X [out, n]."""
@@ -128,15 +133,15 @@ class LowRankRoot:
 
     def times(self, X: torch.Tensor) -> torch.Tensor:
         """``L X`` of X [out, n]."""
-        return self._stretch(self._d.sqrt() * X, self._gain)
+        return self._stretch(self._d.sqrt() * X, 1)
 
     def transposed_times(self, X: torch.Tensor) -> torch.Tensor:
         """``Lᵀ X`` of X [out, n]."""
-        return self._d.sqrt() * self._stretch(X, self._gain)
+        return self._d.sqrt() * self._stretch(X, 1)
 
     def solve(self, X: torch.Tensor) -> torch.Tensor:
         """``L⁻¹ X`` of X [out, n]."""
-        return self._stretch(X, 1 / self._gain) / self._d.sqrt()
+        return self._stretch(X, -1) / self._d.sqrt()
 
 
 def nystrom(Y: torch.Tensor, test: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from spectrim.errors import RecipeError
 from spectrim.linear import Linear
 from spectrim.maths.decompose import OutputMetric
 from spectrim.maths.roots import BlockRoot, LowRankRoot, OutputRoot, check_finite, nystrom
+from spectrim.maths.sums import Gram, few_rows
 from spectrim.recipe import MetricPart
 from spectrim.samples import Modality
 
@@ -59,9 +60,14 @@ def output_metric(
     first = outputs[0]
     weights = [1.0, *(part.beta * _trace(first) / _trace(output) for output in outputs[1:])]
     shares = [weight / output.count for weight, output in zip(weights, outputs, strict=True)]
-    sums = {name: _weighted(shares, [output.sums[name] for output in outputs]).to(device) for name in first.form.parts}
     damping = part.damping * sum(w * _trace(o) for w, o in zip(weights, outputs, strict=True)) / linear.out_features
-    roots = _roots(first, sums, damping, linear.out_features, parts)
+    if parts == 1 and (rows := _few_rows(outputs, shares)) is not None:
+        V = rows.T.to(device)
+        roots: tuple[OutputRoot, ...] = (LowRankRoot(V.new_full((len(V),), damping), V),)
+    else:
+        every = [output.sums for output in outputs]
+        sums = {name: _weighted(shares, [one[name] for one in every]).to(device) for name in first.form.parts}
+        roots = _roots(first, sums, damping, linear.out_features, parts)
     joint = _weighted(shares, [_by_part(output, parts) for output in outputs])
     losses = [price * predicted_trace(part.eta, moment, output, parts) for price, moment, output in moments]
     costs = torch.stack(losses).sum(0)
@@ -79,7 +85,7 @@ def predicted_trace(eta: str, moment: Moment, output: OutputMoment, parts: int =
     token, sequence = output.eta(whole=parts == 1)
     gradients = output.traces[2].sum() if parts == 1 else output.traces[2]
     correction = {"none": torch.ones_like(token), "token": token, "sequence": sequence}[eta]
-    energy = float(moment.second.trace()) / moment.count
+    energy = moment.gram.trace() / moment.count
     return (0.5 * correction * gradients / output.labels * energy).reshape(-1)
 
 
@@ -89,20 +95,31 @@ def predicted_loss(eta: str, change: torch.Tensor, moment: Moment, output: Outpu
     It uses the moments of that modality alone, without dampening, also for a plan that was made in a joint metric.
     """
     D = change.double().cpu()
-    CD, sums = D @ moment.second / moment.count, output.sums
-    if output.form.kind in ("full", "blocks"):
-        G = sums["output"] if output.form.kind == "blocks" else sums["output"][None]
+    CD, held = moment.gram.times(D.T).T / moment.count, output.held.get("output")
+    if isinstance(held, Gram):
+        GD = held.times(D)
+    elif held is not None and output.form.kind in ("full", "blocks"):
+        G = held if held.ndim == 3 else held[None]
         GD = (G @ D.reshape(len(G), G.shape[1], -1)).reshape(D.shape)
     else:
-        diagonal, V = _low_rank(output, sums)
+        diagonal, V = _low_rank(output, output.sums)
         GD = diagonal[:, None] * D + V @ (V.T @ D)
-    traces = float(output.traces[2].sum()) * float(moment.second.trace()) / moment.count
+    traces = float(output.traces[2].sum()) * moment.gram.trace() / moment.count
     share = float((GD * CD).sum()) / traces if traces > 0 else 0.0
     return share * float(predicted_trace(eta, moment, output))
 
 
 def _weighted(shares: Sequence[float], tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.stack([share * tensor for share, tensor in zip(shares, tensors, strict=True)]).sum(0)
+
+
+def _few_rows(outputs: Sequence[OutputMoment], shares: Sequence[float]) -> torch.Tensor | None:
+    """Rows [n, out] float64 whose products sum up to the joint moment; None where they are not few, or not kept."""
+    grams = [output.held.get("output") for output in outputs]
+    rows = [gram.rows for gram in grams if isinstance(gram, Gram) and gram.rows is not None]
+    if len(rows) < len(outputs) or sum(map(len, rows)) > few_rows(rows[0].shape[1]):
+        return None
+    return torch.cat([one.double() * share**0.5 for one, share in zip(rows, shares, strict=True)])
 
 
 def _trace(output: OutputMoment) -> float:
