@@ -20,6 +20,7 @@ from spectrim.maths.rounding import Grid, quantize
 from spectrim.pipeline import compress, compression
 from spectrim.storage.packed import PackedLinear
 from spectrim.tune import divergence, run
+from spectrim.tune.numbers import Number
 from spectrim.tune.run import _turns
 from spectrim.tune.samples import Sample, divided, head_predicts, predicted, read, together
 from spectrim.tune.scales import trained_scales
@@ -206,6 +207,55 @@ def test_an_epoch_that_gains_nothing_is_taken_back_and_the_rate_falls(words, tmp
     moved = [max(float((state[name] - start[name]).abs().max()) for name in start) for state in (first, second)]
     # The first step of Adam is as long as its rate, which is half of the third in the middle of the way.
     assert moved[1] == pytest.approx(moved[0] / 6, rel=0.01)
+
+
+def test_until_anything_is_gained_each_quarter_of_an_epoch_is_judged_by_its_mean(words, tmp_path, monkeypatch):
+    """Nine steps an epoch: the first two are taken back, and after the next two only whole epochs are judged."""
+    model, statistics = prepare("llama", words, tmp_path / "s", samples=10)
+    monkeypatch.setattr(run, "STEP", 16)  # tokens of a sample
+    nats, judged, masters = iter([4.0, 5.0, 3.0, 2.0, 1.0]), [], []
+
+    class Adam(torch.optim.Adam):
+        def step(self):
+            super().step()
+            masters.append([x.detach().clone() for x in self.param_groups[0]["params"]])
+
+    def measured(self, held):
+        judged.append((len(masters), {x.data_ptr(): x.clone() for x in self._small.parameters()}))
+        return {"text": next(nats)}
+
+    def of_quarter(self, trained, progress):
+        found = train(self, trained, progress)
+        for step, tensors in judged[1:]:
+            for n, one in enumerate(trained):
+                last = (masters[step - 2][n] + masters[step - 1][n]) / 2
+                if step <= 4 and (tensor := tensors.get(one.tensor.data_ptr())) is not None:
+                    torch.testing.assert_close(tensor.float(), last * one.unit)
+        return found
+
+    train = run.Tuning._train
+    monkeypatch.setattr(torch.optim, "Adam", Adam)
+    monkeypatch.setattr(run.Tuning, "_nats", measured)
+    monkeypatch.setattr(run.Tuning, "_train", of_quarter)
+    _, tuned = small(model, statistics, "llama", TUNE | {"tune.epochs": 2})
+    assert [step for step, _ in judged] == [0, 2, 4, 9, 18]
+    assert (tuned.step, tuned.steps) == (18, 18)
+
+
+@given(st.integers(1, 9), st.integers(1, 30))
+def test_a_mean_is_that_of_all_values_first_and_forgets_them_later(size, count):
+    one = Number.of("x", normal(3).float(), each=False)
+    values = [normal(3, seed=n).float() for n in range(count)]
+    for since, value in enumerate(values, 1):
+        one.master.data.copy_(value)
+        one.average(1 / min(since, size))
+    wanted = torch.stack(values[:size]).mean(0)
+    for value in values[size:]:
+        wanted = wanted + (value - wanted) / size
+    one.write_mean()
+    torch.testing.assert_close(one.tensor, wanted * one.unit)
+    one.restore(values[0])
+    torch.testing.assert_close(one.mean * one.unit, values[0])
 
 
 @given(st.integers(1, 100))

@@ -29,7 +29,7 @@ from spectrim.storage import Problem, made
 from spectrim.tune.pace import pace
 
 _HELD = 14  # times the outputs of a block's linears: what walks hold of every sample, measured on two models
-_TRAINED = 28  # bytes of a number that is trained: itself, the first and the best state, master, gradient, two means
+_TRAINED = 32  # bytes of a number that is trained: itself, first and best state, master and mean, gradient, Adam's two
 _TUNED = 8  # samples of each modality that the end-to-end pass is timed by: drawn answers differ in length
 _SECONDS = 4.0  # of linears that are tried; larger ones are then put in proportion
 

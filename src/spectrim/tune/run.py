@@ -31,10 +31,11 @@ from spectrim.tune.scales import trained_scales
 
 _log = logging.getLogger(__name__)
 
-VERSION = 4  # of what the tensors mean; a change makes earlier files unused
+VERSION = 5  # of what the tensors mean; a change makes earlier files unused
 STEP = 512  # tokens of the larger modality behind one step of Adam; 2048 leave more at equal passes
 WARM = 20  # the rate rises over one step in so many, and falls to zero by half a cosine over all of them
-LESS = 1 / 3  # of the rate, after an epoch that was taken back
+LESS = 1 / 3  # of the rate, after steps that were taken back
+PARTS = 4  # of an epoch: the mean is of one, and until anything is gained, each is measured
 FLOOR = 1e-3  # nats that are added to divergences before they are compared by their ratio
 
 Nats = Mapping[str, float]
@@ -111,11 +112,12 @@ class Tuning:
         held = {modality: together(some) for modality, some in left_out.items()}
         per_epoch = max(min(len(some), ceil(tokens(some) / STEP)) for some in seen.values())
         steps = self._part.epochs * per_epoch
+        part_of_epoch = max(1, per_epoch // PARTS)
         rate, optimizer = self._part.rate, torch.optim.Adam([one.master for one in trained], betas=(0.9, 0.95))
         batches = {m: _turns(some, ceil(len(some) / per_epoch), settings.seed) for m, some in seen.items() if some}
         with self._training(trained):
             before = best = self._nats(held)
-            kept, at = [one.tensor.detach().clone() for one in trained], 0
+            kept, at, since = [one.tensor.detach().clone() for one in trained], 0, 0
             for step in range(1, steps + 1):
                 for modality, turns in batches.items():
                     batch = next(turns)
@@ -125,17 +127,25 @@ class Tuning:
                 optimizer.param_groups[0]["lr"] = rate * _share(step - 1, steps)
                 optimizer.step()
                 optimizer.zero_grad()
+                since += 1
                 for one in trained:
+                    one.average(1 / min(since, part_of_epoch))
                     one.write()
-                if step % per_epoch == 0 and _score(now := self._nats(held), best) < 0:
-                    best, at = now, step
+                if step % per_epoch == 0 or (not at and step % part_of_epoch == 0):
+                    for one in trained:
+                        one.write_mean()
+                    gains = _score(now := self._nats(held), best) < 0
+                    if gains:
+                        best, at = now, step
+                    else:  # what gained nothing is taken back
+                        rate, since = rate * LESS, 0
+                        optimizer.state.clear()
                     for held_one, one in zip(kept, trained, strict=True):
-                        held_one.copy_(one.tensor)
-                elif step % per_epoch == 0:  # an epoch that gained nothing is taken back
-                    rate *= LESS
-                    optimizer.state.clear()
-                    for held_one, one in zip(kept, trained, strict=True):
-                        one.restore(held_one)
+                        if gains:
+                            held_one.copy_(one.tensor)
+                            one.write()
+                        else:
+                            one.restore(held_one)
                 if progress is not None:
                     progress(step, steps)
             for held_one, one in zip(kept, trained, strict=True):
