@@ -79,10 +79,10 @@ def computed(limit: float) -> None:
         for form in ("full", "blocks:128", "sketch:256", "diagonal"):
             kind = CurvatureForm.read(form)
             # Narrow outputs hold less than one block or sketch: those are kept whole.
-            total = sum(
-                min(kind.nbytes(x.out_features) if x.out_features >= kind.size else 1 << 60, 8 * x.out_features**2)
-                for x in every
-            )
+            forms = {x.name: kind if x.out_features >= kind.size else CurvatureForm("full") for x in every}
+            whole = {x.name: CurvatureForm("full") for x in every}
+            pairs = zip(*(output_shares(every, chosen, fisher=False) for chosen in (forms, whole)), strict=True)
+            total = sum(min(one.nbytes, other.nbytes) for one, other in pairs)
             cells.append(f"{total / 2**30:.3f} GiB")
         groups = grouped(output_shares(every, choose_forms(every, {}), fisher=False), int(limit * 2**30))
         print(f"| {model} | {' | '.join(cells)} | {len(groups)} |")

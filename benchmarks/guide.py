@@ -2,9 +2,9 @@
 
     python benchmarks/guide.py
 
-Second moments are float64 [in, in], one for each tensor that linears read (q, k and v share one, as do gate and up);
-output moments are full, float64 [out, out]; spectra hold two float32 matrices
-[out, min(out, in)] for each linear.
+Second moments are float64 [in, in] while they grow, one for each tensor that linears read (q, k and v share one, as do
+gate and up); output moments are full, float64 [out, out]. On disk they are the halves of symmetric float32 matrices.
+Spectra hold two float32 matrices [out, min(out, in)] for each linear.
 """
 
 import torch
@@ -12,7 +12,7 @@ from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2VLC
 
 from spectrim.anatomy import anatomy
 from spectrim.calibrate.forms import choose_forms
-from spectrim.calibrate.groups import input_shares, total
+from spectrim.calibrate.groups import Sizes, input_shares, output_shares, total
 
 _TOWER = {"depth": 32, "num_heads": 16, "patch_size": 14, "spatial_merge_size": 2}
 MODELS = {
@@ -49,7 +49,10 @@ def main() -> None:
         widest = sum(8 * x.in_features**2 for x in linears if x.role == "down" and x.place == "backbone")
         forms = choose_forms(linears, {})
         outputs = sum(forms[x.name].nbytes(x.out_features) for x in linears)
-        statistics = 2 * (moments + outputs)
+        sizes = Sizes(on_disk=True)
+        statistics = 2 * total(
+            [*input_shares(linears, sizes), *output_shares(linears, forms, fisher=False, sizes=sizes)]
+        )
         spectra = sum(2 * 4 * x.out_features * min(x.out_features, x.in_features) for x in linears)
         text = config.text_config
         cached = (

@@ -27,7 +27,7 @@ def factored(family: str, model: Any = None, form: str = "whole") -> hf.PreTrain
     """A few-layer model with all its linears cut to a third of their rank; no two layers have the same factors.
 
     In the form ``headwise``, each head of every q, k and v has its own rank: a third of it, and more from head to head.
-    In the form ``pivoted``, all are stored by pivots.
+    In the form ``pivoted``, all are stored by pivots. In the form ``mixed``, linears take turns in these three.
     """
     if model is not None:
         return _factored(model, form)
@@ -44,11 +44,13 @@ def _factored(model: Any, form: str) -> hf.PreTrainedModel:
     linears = anatomy(model).linears
     dense = {linear.name: model.get_submodule(linear.name).weight.detach() for linear in linears}
     ranks: dict[str, Rank] = {name: max(1, min(weight.shape) // 3) for name, weight in dense.items()}
-    if form == "headwise":
-        apart = {x.name: x.heads for x in linears if x.role in ("q", "k", "v") and x.heads}
-        assert apart
-        ranks |= {n: tuple(len(dense[n]) // heads // 3 + h for h in range(heads)) for n, heads in apart.items()}
-    return cut_linears(model, ranks, ranks.keys() if form == "pivoted" else ())
+    turns = {
+        x.name: ("whole", "headwise", "pivoted")[n % 3] if form == "mixed" else form for n, x in enumerate(linears)
+    }
+    apart = {x.name: x.heads for x in linears if x.role in ("q", "k", "v") and x.heads and turns[x.name] == "headwise"}
+    assert apart or form != "headwise"
+    ranks |= {n: tuple(len(dense[n]) // heads // 3 + h for h in range(heads)) for n, heads in apart.items()}
+    return cut_linears(model, ranks, [name for name, turn in turns.items() if turn == "pivoted"])
 
 
 def cut_linears(model: Any, ranks: dict[str, Rank], pivoted: Collection[str]) -> hf.PreTrainedModel:

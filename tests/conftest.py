@@ -4,24 +4,29 @@ import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
+
+if TYPE_CHECKING:  # what takes seconds to import is left to the processes that run tests
+    from spectrim.anatomy import Anatomy
+    from spectrim.calibrate import Statistics
 
 if gc.isenabled():  # until tests run: imports leave nothing to collect
     gc.disable()
-if not torch.cuda.is_available():  # before triton is imported: its kernels run in its interpreter
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each worker and for the processes that it starts
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    torch.set_num_threads(1)
 
-import families
-from helpers.samples import WORDS, image_folder, write_jsonl
-from helpers.streams import prepare
-from spectrim.anatomy import Anatomy, anatomy
-from spectrim.calibrate import Statistics
+
+def pytest_configure(config: pytest.Config) -> None:
+    """In a process that runs tests, and not in one that hands them out."""
+    if config.getoption("tx", None):
+        return
+    import torch
+
+    if not torch.cuda.is_available():  # before triton is imported: its kernels run in its interpreter
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each worker and for the processes that it starts
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        torch.set_num_threads(1)
 
 
 def pytest_collection_finish() -> None:
@@ -40,6 +45,8 @@ def _no_waiting_for_the_disk() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def words(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A file of text, for reading only."""
+    from helpers.samples import WORDS
+
     path = tmp_path_factory.mktemp("words") / "words.txt"
     path.write_text(WORDS)
     return str(path)
@@ -48,18 +55,25 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def pictures(tmp_path: Path) -> str:
     """Six images; their instructions have three lengths."""
+    from helpers.samples import image_folder, write_jsonl
+
     image_folder(tmp_path / "pictures", 6)
     rows = [{"image": f"pictures/{i:03}.png", "instruction": " ".join(["w7"] * (1 + i % 3))} for i in range(6)]
     return write_jsonl(tmp_path / "pictures.jsonl", rows)
 
 
 @pytest.fixture(scope="session")
-def parts() -> Anatomy:
+def parts() -> "Anatomy":
     """Of the few-layer Llama."""
+    import families
+    from spectrim.anatomy import anatomy
+
     return anatomy(families.FAMILIES["llama"]())
 
 
 @pytest.fixture(scope="module")
-def calibrated(words: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Statistics]]:
+def calibrated(words: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, "Statistics"]]:
     """A model that sees and one that does not, with their statistics; a file may have others under this name."""
+    from helpers.streams import prepare
+
     return {family: prepare(family, words, tmp_path_factory.mktemp(family) / "s") for family in ("llama", "llava")}

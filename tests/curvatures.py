@@ -36,7 +36,7 @@ def output_moment(samples, labels: int, form: str = "full", heads: int = 1) -> O
     total = OutputSum.zero(CurvatureForm.read(form), samples[0][0].shape[1], heads, CPU)
     for g, x in samples:
         assert total.add(g, x)
-    return OutputMoment(total.form, total.sums, total.traces, total.count, labels)
+    return OutputMoment(total.form, total.held, total.traces, total.count, labels)
 
 
 @dataclass

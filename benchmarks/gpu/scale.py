@@ -3,10 +3,10 @@
     python benchmarks/gpu/scale.py [--json OUT]      # H100 or H200, under 4 minutes
     python benchmarks/gpu/scale.py --small           # small shapes on the CPU, to see that it runs
 
-Calibration with 16 windows of 512 tokens, without and with full output moments (its passes, and then what is written);
-spectra in float64 of metrics on both sides, and eigenvectors in float32 beside them; feedback rounding to 3 bits on
-both sides. Weights and words are random: time does not depend on them. What does not fit into `--limit` seconds is left
-out and named.
+Calibration with 20 windows of 512 tokens (fewer would be kept as they are, docs/methods.md, section 6), without and
+with full output moments (its passes, and then what is written); spectra in float64 of metrics on both sides, and
+eigenvectors in float32 beside them; feedback rounding to 3 bits on both sides. Weights and words are random: time
+does not depend on them. What does not fit into `--limit` seconds is left out and named.
 """
 
 import gc
@@ -115,7 +115,7 @@ def linears(shape: Shape) -> dict[str, tuple[int, int, int]]:
 def main(arguments: list[str] | None = None) -> None:
     options, elapsed = asked(__doc__, "small shapes on the CPU", arguments)
     clock, shape = Clock.here(options.small), SMALL if options.small else SEVEN
-    device, (samples, seqlen) = clock.device, (2, 32) if options.small else (16, 512)
+    device, (samples, seqlen) = clock.device, (2, 32) if options.small else (20, 512)
     print(f"{clock.name}, torch {torch.__version__}\n")
     record: dict[str, Any] = {"device": clock.name, "calibration": {}, "linears": {}}
 

@@ -20,6 +20,7 @@ from spectrim.calibrate.manifest import MANIFEST, Gathered
 from spectrim.calibrate.moments import Sums
 from spectrim.calibrate.snapshot import SnapshotStore
 from spectrim.errors import NumericalError, SampleError, StatisticsError
+from spectrim.maths.sums import Gram
 from spectrim.pipeline import compress, compression
 
 FILE = "text.model.layers.0"
@@ -317,3 +318,25 @@ def test_samples_that_are_needed_again_are_found_from_every_folder_and_missed_at
         prepared = compression(tiny("llama", torch.float32), "svd-llm", stats="../here/s", changes=changes)
         with pytest.raises(SampleError, match=r"of ../here/s are needed again, and /.*words.txt is gone"), prepared:
             pass
+
+
+def test_a_directory_of_the_format_before_opens_with_the_same_moments(statistics):
+    """Format 4 kept matrices, symmetric up to rounding."""
+    expected = Statistics.open(statistics)
+
+    def spread(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith(".half")]:
+            matrix = Gram.of_half(tensors.pop(name)).dense()
+            skew = torch.randn(matrix.shape, generator=torch.Generator().manual_seed(0)).double().tril(-1) * 1e-9
+            tensors[name.removesuffix(".half")] = matrix + skew - skew.T
+
+    for path in sorted(statistics.glob("*.safetensors")):
+        rewritten(statistics, spread, path.name.removesuffix(".safetensors"))
+    sealed(statistics, lambda content: content.update(version=4))
+    found = Statistics.open(statistics)
+    for name in expected.manifest.blocks:
+        for read in ("moment", "output"):
+            one, other = (getattr(x, read)(name, "text") for x in (found, expected))
+            one, other = (x.second if read == "moment" else x.sums["output"] for x in (one, other))
+            assert torch.equal(one, one.T)
+            torch.testing.assert_close(one, other)

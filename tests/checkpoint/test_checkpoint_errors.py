@@ -1,7 +1,5 @@
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from safetensors.torch import load_file
 
 from compressed import config_of, edited, factored, logits
 from families import FAMILIES
+from helpers.forks import fork
 from spectrim.checkpoint import (
     SpectrimConfig,
     load,
@@ -333,10 +332,8 @@ def test_without_spectrim_transformers_refuses_to_load(llama: Path, headwise: Pa
     model = load(llama)
     model.save_pretrained(tmp_path / "resaved")
     model.dequantize().save_pretrained(tmp_path / "dense")
-    run = subprocess.run(
-        [sys.executable, "-c", WITHOUT_SPECTRIM, llama, tmp_path / "resaved", headwise, tmp_path / "dense"],
-        capture_output=True, text=True, check=True, timeout=120,
-    )  # fmt: skip
+    run = fork("-c", WITHOUT_SPECTRIM, llama, tmp_path / "resaved", headwise, tmp_path / "dense")
+    assert run.returncode == 0, run.stderr
     *guarded, unguarded, unguarded_headwise, dense, imported = json.loads(run.stdout.splitlines()[-1])
     assert len(guarded) == 4
     for outcome in guarded:

@@ -90,7 +90,8 @@ ORDERS = {
 
 HEAVY = (
     "torch._dynamo", "torch.distributed.checkpoint", "accelerate", "sklearn.metrics", "huggingface_hub.hf_api",
-    "safetensors.torch", "tokenizers", "jinja2", "PIL.Image", "datasets",
+    "safetensors.torch", "tokenizers", "jinja2", "PIL.Image", "datasets", "pydantic",
+    "torch.nn.attention.flex_attention", "torch.distributed._composable.fsdp",
 )  # fmt: skip
 FORKS = """
 import contextlib, importlib, json, os, sys, traceback

@@ -1,5 +1,6 @@
 """Anchored compensation: the closed form, the walk over both models, resuming, saving, refusals."""
 
+import shutil
 import threading
 
 import numpy as np
@@ -267,6 +268,22 @@ def test_a_killed_run_goes_on_after_the_last_unit_and_ends_with_the_same_bits(wo
     next(iter(files)).write_bytes(b"x")
     with pytest.raises(StatisticsError, match="cannot be read"):
         compress(families.FAMILIES["llava"](), recipe="jw-svd", retain=0.5, **options)
+
+
+@pytest.mark.parametrize("family", ["llama", "llava"])
+def test_outputs_that_would_take_too_much_are_not_held_and_nothing_else_changes(family, words, tmp_path, monkeypatch):
+    model, statistics = prepare(family, words, tmp_path / "s")
+    found, options = [], {"processor": processor(family), "changes": ANCHORED}
+    for held in (run._HELD, 0):
+        monkeypatch.setattr(run, "_HELD", held)
+        kept = shutil.copytree(statistics.path, tmp_path / str(held))
+        with (
+            compression(model, "laser", stats=kept, **options) as prepared,
+            prepared.applied(prepared.plan(0.5)) as small,
+        ):
+            found.append({name: value.clone() for name, value in small.state_dict().items()})
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][name], value) for name, value in found[1].items())
 
 
 def test_what_is_done_is_not_done_again(words, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Suites in lm-eval with local task files, in memory and from disk; lmms-eval by what it is asked for."""
 
 import json
+import shutil
 import sys
 from io import StringIO
 from pathlib import Path
@@ -87,8 +88,11 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
 
 @pytest.fixture(scope="module")
 def tasks(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of local tasks, one for the module, since lm-eval reads all of its own along with them."""
+    """A folder of local tasks, one for the module, since lm-eval reads all of its own along with them; beside them
+    those of the arena, which the package must hold.
+    """
     folder = tmp_path_factory.mktemp("tasks")
+    shutil.copytree(Suite.read("arena").task_folder, folder / "arena")
     rows = [{"question": f"What is {c}", "choices": [c, "a shape"], "answer": n % 2} for n, c in enumerate(COLOURS)]
     write_lines(folder / "colours.jsonl", rows)
     (folder / "colours.yaml").write_text(TEXT_TASK.replace("FOLDER", str(folder)))
@@ -206,14 +210,11 @@ def test_lm_eval_has_the_tasks_of_its_suite(tasks: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_lm_eval_has_the_tasks_of_the_arena_and_its_group() -> None:
-    """Both need the files beside the suite, which the package must hold."""
+def test_lm_eval_has_the_tasks_of_the_arena_and_its_group(tasks: Path) -> None:
     pytest.importorskip("lm_eval")
-    suite = Suite.read("arena")
-    manager = task_manager(suite.task_folder)
-    assert set(suite.tasks) <= set(manager.all_tasks)
-    assert suite.task_folder is not None
-    (group,) = Path(suite.task_folder).glob("*.yaml")
+    manager = task_manager(str(tasks))
+    assert set(Suite.read("arena").tasks) <= set(manager.all_tasks)
+    (group,) = (tasks / "arena").glob("*.yaml")
     assert {line.split("- ")[1] for line in group.read_text().splitlines() if "- mmlu" in line} <= set(
         manager.all_tasks
     )

@@ -111,17 +111,17 @@ def check(
     assert float((found.cpu().double() - truth).norm() / truth.norm()) < within
 
 
-@pytest.mark.parametrize("group", [1, 2, 4, 7, 8])
+@pytest.mark.parametrize("group", [1, 4, 7])
 def test_queries_share_the_keys_of_their_head(group):
     check(group=group, rotary=64)
 
 
-@pytest.mark.parametrize("width", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("width", [80, 128, 256])
 def test_every_width_of_heads(width):
     check(width=width, rotary=width, tokens=40)
 
 
-@pytest.mark.parametrize("rank", [16, 32, 48, 64, 80, 96, 112, 128])
+@pytest.mark.parametrize("rank", [16, 48, 80, 128])
 def test_every_rank_up_to_the_width(rank):
     check(width=128, ranks=((rank, 16), (16, rank)), rotary=128, tokens=20)
 
@@ -137,7 +137,7 @@ def test_however_the_work_is_cut(tiles):
     check(tiles=tiles, rotary=64, bias=True, tokens=101)
 
 
-@pytest.mark.parametrize("rotary", [None, 32, 48, 64])
+@pytest.mark.parametrize("rotary", [None, 48, 64])
 @pytest.mark.parametrize(
     "options", [{}, {"bias": True}, {"norm": True}, {"integers": True, "bias": True, "norm": True}], ids=str
 )

@@ -12,11 +12,11 @@ from spectrim.kernels.unpack_triton import unpack_weight
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(("group", "size"), [(None, 75), (32, 96), (128, 640)])
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_it_gives_the_weight(bits, group, size, symmetric, dtype):
+def test_it_gives_the_weight(bits, group, size, symmetric):
+    dtype = (torch.float16, torch.float32, torch.bfloat16)[(bits + size + symmetric) % 3]
     grid = Grid(bits, group, symmetric)
     one = PackedLinear(size, 37, grid, bias=False, dtype=dtype)  # neither side is a multiple of a tile
     one.load(quantize(torch.randn(37, size, generator=torch.Generator().manual_seed(bits)), grid, dtype=dtype))

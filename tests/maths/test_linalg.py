@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from helpers.matrices import close, normal, ranked
@@ -35,7 +35,16 @@ def problems(draw: st.DrawFn) -> tuple[torch.Tensor, torch.Tensor]:
     return W, X
 
 
+def nearly_blind(out: int, seen: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight of two rows [out, 4], and two samples that see one of its directions next to not at all."""
+    W, X = normal(out, 4, seed=seed), normal(2, 4, seed=seed + 1)
+    W[2:], X[:, seen:] = 0, 0
+    return W, X
+
+
 @settings(max_examples=150, deadline=None)
+@example(nearly_blind(8, 4, 26752))
+@example(nearly_blind(7, 2, 2851))
 @given(problems())
 def test_laws_of_the_projection(problem):
     W, X = problem

@@ -9,7 +9,7 @@ from curvatures import matrix
 from helpers.matrices import close, normal
 from spectrim.errors import NumericalError
 from spectrim.maths.decompose import OutputMetric, decompose, sides
-from spectrim.maths.roots import BlockRoot, LowRankRoot, OutputRoot, nystrom
+from spectrim.maths.roots import BlockRoot, LowRankRoot, OutputRoot, nystrom, wide
 
 
 @st.composite
@@ -101,3 +101,8 @@ def test_nystrom_of_sums_in_float32():
         V = nystrom((X.float() @ (X.float().T @ test.float())).double(), test)
         worst = max(worst, float((V @ V.T - X @ X.T).abs().max() / X.square().sum()))
     assert worst < 3e-7
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_products_are_formed_in_32_bits_at_least(dtype):
+    assert wide(torch.ones(2, dtype=dtype)).dtype == (torch.float64 if dtype == torch.float64 else torch.float32)

@@ -1,6 +1,7 @@
 """Curvature: gradients against autograd, K-FAC against dense Fisher matrices, forms of metrics."""
 
 import itertools
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -24,13 +25,14 @@ from curvatures import (
 )
 from helpers.matrices import normal
 from spectrim.anatomy import anatomy
-from spectrim.calibrate import OutputMoment
+from spectrim.calibrate import Moment, OutputMoment
 from spectrim.calibrate.forms import CurvatureForm
 from spectrim.calibrate.labels import Labelled
 from spectrim.calibrate.moments import OutputSum
 from spectrim.errors import NumericalError, RecipeError
 from spectrim.maths.decompose import decompose, factors
-from spectrim.maths.roots import nystrom
+from spectrim.maths.roots import BlockRoot, LowRankRoot, nystrom
+from spectrim.maths.sums import Gram
 from spectrim.metrics.curvature import predicted_loss, predicted_trace
 from spectrim.metrics.metric import layer_metric
 
@@ -337,3 +339,26 @@ def test_nan_in_output_moments_names_the_linear():
     statistics.outputs["text"].traces[2, 0] = torch.nan
     with pytest.raises(NumericalError, match="output moment of a holds NaN"):
         layer_metric(curvature(), linear(8, 5), statistics)
+
+
+def test_few_positions_give_the_metrics_and_losses_of_their_matrix():
+    """G of 3 and 4 rows for 20 outputs, and the predicted loss, against the same from whole matrices."""
+    moments, outputs, whole = {}, {}, {}
+    for seed, (modality, count) in enumerate({"text": 3, "image": 4}.items()):
+        g, x = normal(count, 20, seed=seed), normal(count, 12, seed=9 + seed)
+        outputs[modality] = output_moment([(g, x)], count)
+        whole[modality] = replace(outputs[modality], held=outputs[modality].sums)
+        kept = Gram(12, rows=x)
+        moments[modality] = Moment(kept, x.abs().sum(0), count)
+        assert torch.equal(outputs[modality].held["output"].rows, g)
+    part, W = curvature(damping=0.1, modality="joint", beta=0.5), linear(20, 12)
+    few, dense = (layer_metric(part, W, CurvatureStub(moments, found)) for found in (outputs, whole))
+    assert isinstance(few.output.roots[0], LowRankRoot)
+    assert isinstance(dense.output.roots[0], BlockRoot)
+    torch.testing.assert_close(few.output.dense(20), dense.output.dense(20))
+    L = matrix(few.output.roots[0], 20)
+    torch.testing.assert_close(L.T @ L * few.output.nats, few.output.dense(20))
+    D, summed = normal(20, 12, seed=5), replace(moments["image"], gram=Gram.of(moments["image"].second))
+    assert predicted_loss("token", D, moments["image"], outputs["image"]) == pytest.approx(
+        predicted_loss("token", D, summed, whole["image"]), rel=1e-9
+    )

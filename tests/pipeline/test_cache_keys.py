@@ -61,13 +61,16 @@ def variants(recipe: Recipe) -> Iterator[tuple[str, Recipe]]:
                 yield f"{part}.{name}", recipe.model_copy(update={part: value.model_copy(update={name: other})})
 
 
+MODEL = tiny("llama")
+PARTS = anatomy(MODEL)
+
+
 def store(statistics: Statistics, recipe: Recipe, plan: Plan) -> Path:
-    return Store(statistics, anatomy(tiny("llama")), recipe, plan).directory
+    return Store(statistics, PARTS, recipe, plan).directory
 
 
 def trained(statistics: Statistics, recipe: Recipe, plan: Plan) -> Path:
-    model = tiny("llama")
-    return Tuning(model, model, anatomy(model), recipe, plan, statistics, None).path
+    return Tuning(MODEL, MODEL, PARTS, recipe, plan, statistics, None).path
 
 
 @pytest.fixture(scope="module")
@@ -111,14 +114,14 @@ def test_other_plans_and_statistics_have_compensated_blocks_of_their_own(words, 
 
 
 def test_metrics_that_differ_in_any_field_have_spectra_of_their_own(statistics):
-    parts, recipe = anatomy(tiny("llama")), Recipe.read("laser")
-    keys = {recipe.metric.model_dump_json(): cache_key(recipe.metric, statistics, parts)}
+    recipe = Recipe.read("laser")
+    keys = {recipe.metric.model_dump_json(): cache_key(recipe.metric, statistics, PARTS)}
     for field, other in variants(recipe):
-        key = cache_key(other.metric, statistics, parts)
+        key = cache_key(other.metric, statistics, PARTS)
         if field.startswith("metric."):
             keys[other.metric.model_dump_json()] = key
         else:
-            assert key == cache_key(recipe.metric, statistics, parts), field
+            assert key == cache_key(recipe.metric, statistics, PARTS), field
     assert len(set(keys.values())) == len(keys) > 10
     heads = anatomy(families.FAMILIES["qwen3"]())
     assert cache_key(recipe.metric, statistics, heads) not in keys.values()

@@ -20,7 +20,7 @@ from spectrim.trace import few_tokens
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     source = resolve("demo")
-    how = {"samples": 16, "text": "builtin", "images": "builtin", "keep": tmp_path_factory.mktemp("statistics")}
+    how = {"samples": 4, "text": "builtin", "images": "builtin", "keep": tmp_path_factory.mktemp("statistics")}
     with compression(load(source), "laser", processor=load_processor(source), **how) as found:
         yield found
 

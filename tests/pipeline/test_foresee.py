@@ -16,7 +16,7 @@ from spectrim.demo import resolve
 from spectrim.pipeline import job_compression, probe
 from spectrim.pipeline.budget import Budget
 from spectrim.pipeline.jobs import check_job
-from spectrim.recipe import Recipe, builtin_names
+from spectrim.recipe import Recipe
 from spectrim.tune import pace
 
 
@@ -40,7 +40,7 @@ def compressed(dense, out, *, estimate, recipe="spectrim", changes=None, budget=
     return (out / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("recipe", [name for name in builtin_names() if "+gptq" not in name])
+@pytest.mark.parametrize("recipe", ["svd", "fwsvd", "adasvd", "laser", "spectrim"])
 def test_the_probe_changes_nothing_and_the_record_has_both(recipe, dense, tmp_path, caplog):
     with caplog.at_level(logging.INFO, "spectrim"):
         weights = compressed(dense, tmp_path / "estimated", estimate=True, recipe=recipe)
@@ -53,7 +53,7 @@ def test_the_probe_changes_nothing_and_the_record_has_both(recipe, dense, tmp_pa
 
 
 def test_integers_are_tried_too_and_a_finished_decomposition_is_not_counted(dense, tmp_path):
-    changes = {"quantize.bits": "auto"}
+    changes = {"quantize.bits": 4}
     compressed(dense, tmp_path / "first", estimate=True, changes=changes)
     compressed(dense, tmp_path / "second", estimate=True, changes=changes, budget=Budget(bits=5))
     first, second = (read_provenance(tmp_path / name)["cost"]["compress"] for name in ("first", "second"))

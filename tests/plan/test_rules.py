@@ -21,7 +21,7 @@ from spectrim.plan.plan import Plan
 from spectrim.recipe import FEED_FORWARD, Recipe
 from spectrim.storage import DENSE, stored_layers
 
-RETAIN = {None: 0.5, "auto": 0.2, 4: 0.11, 2: 0.07}
+RETAIN = {None: 0.5, "auto": 0.2, 4: 0.11}
 
 
 def stored_bytes(directory: Path, plan: Plan) -> int:

@@ -1,8 +1,6 @@
 """A form that is defined outside: from options to a fresh process, with no line of spectrim about it."""
 
 import json
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import torch
 
 import families
 from families import example_inputs
+from helpers.forks import fork
 from helpers.samples import processor
 from spectrim.anatomy import anatomy
 from spectrim.calibrate import calibrate
@@ -121,12 +120,7 @@ def test_it_saves_loads_generates_evaluates_and_dequantizes_in_a_fresh_process(s
     torch.save(ids, tmp_path / "ids.pt")
     out = tmp_path / "results.json"
     given = [str(directory), str(tmp_path / "ids.pt"), words, str(out)]
-    run = subprocess.run(
-        [sys.executable, "-c", FRESH, *given],
-        capture_output=True,
-        text=True,
-        env={"PATH": "", "HF_HUB_OFFLINE": "1", "PYTHONPATH": ":".join([str(Path(__file__).parents[1]), *sys.path])},
-    )
+    run = fork("-c", FRESH, *given, environment={"PATH": ""})
     assert run.returncode == 0, run.stderr
     found = torch.load(f"{out}.pt")
     torch.testing.assert_close(found["logits"], model(ids).logits.detach())

@@ -1,6 +1,8 @@
 """Calibration over the processes of torch.distributed: disjoint batches, one sum."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +13,27 @@ from spectrim.calibrate.moments import Sums
 from spectrim.errors import ModelError
 from spectrim.linear import Linear
 from spectrim.maths.sums import Gram, few_rows
+
+
+@contextmanager
+def joined(device: str | None) -> Iterator[str | None]:
+    """Inside the block the processes that ``torchrun`` started work together; gives the device of this one.
+
+    Without torchrun, or where they do already, nothing changes. A CUDA device without a number becomes that of the
+    process on its machine.
+    """
+    if not distributed.is_torchelastic_launched() or distributed.is_initialized():
+        yield device
+        return
+    cuda = device is not None and torch.device(device).type == "cuda"
+    if cuda:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    distributed.init_process_group("nccl" if cuda else "gloo")
+    try:
+        yield device
+    finally:
+        distributed.destroy_process_group()
 
 
 def share() -> tuple[int, int]:
@@ -76,10 +99,11 @@ def reduce_sums(sums: Sums, linears: Mapping[str, Linear], forms: Mapping[str, C
 def _add_gram(gram: Gram, count: int) -> None:
     """Add up the `count` rows of all processes; they stay rows where they are few, in the order of the processes."""
     if count > few_rows(gram.width):
-        _add_up(gram.fold())
+        _add_up(*gram.sum())
         return
+    assert gram.rows is not None
     rows: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(rows, gram.rows)
+    distributed.all_gather_object(rows, gram.rows.cpu())  # each process has a device of its own
     gram.hold(rows)
 
 

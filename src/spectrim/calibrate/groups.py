@@ -104,10 +104,12 @@ def passes(
     limit: int,
     rows: int = 0,
     expected: Expected | None = None,
+    routed: float = 1.0,
 ) -> dict[str, tuple[tuple[str, ...], ...]]:
     """By kind of unit, the names of the linears of each pass, whose moments fit into `limit` bytes.
 
-    In gradient passes the inputs of these linears, of so many `rows`, are kept besides until the backward pass.
+    In gradient passes the inputs of these linears, of so many `rows`, are kept besides until the backward pass; of an
+    expert a `routed` share of them.
 
     Raises UsageError as :func:`grouped`.
     """
@@ -115,11 +117,17 @@ def passes(
     for kind in kinds(settings, modalities):
         several = shares(parts.linears, kind, forms, settings, Sizes((expected or {}).get(kind.modality, {})))
         if kind.gradients:
-            read = [sum(x.in_features * x.dtype.itemsize for x in share.linears) for share in several]
-            several = [replace(one, nbytes=one.nbytes + rows * x) for one, x in zip(several, read, strict=True)]
+            several = [replace(one, nbytes=one.nbytes + _inputs(one, rows, routed)) for one in several]
         groups = grouped(several, limit)
         found[kind.name] = tuple(tuple(linear.name for linear in group) for group in groups)
     return found
+
+
+def _inputs(share: Share, rows: int, routed: float) -> int:
+    """Bytes of what its linears read."""
+    return sum(
+        int(rows * (1.0 if x.expert is None else routed)) * x.in_features * x.dtype.itemsize for x in share.linears
+    )
 
 
 def grouped(shares: Sequence[Share], limit: int) -> list[list[Linear]]:

@@ -26,6 +26,7 @@ from spectrim.settings import UNITS, CalibrationOptions, read_bytes
 
 _MARGIN = 0.9  # of what is free that may be taken
 _ROUGH = 1.25  # times what is counted of a batch: what libraries hold besides
+_UNEVEN = 2.0  # times its even share of the tokens that an expert may be chosen by
 _GROUP = Path("/sys/fs/cgroup")
 
 Positions = Mapping[Modality, Mapping[Place, int]]
@@ -105,11 +106,12 @@ def fit(
     Where weights are `away`, blocks always run again: a graph would hold the weights of all of them.
     """
     rows = max(count for places in positions.values() for count in places.values())
+    routed = min(1.0, _UNEVEN * expert_share(model, parts, options))
     settings, modalities, expected = options.settings, [*positions], of_all(positions, samples, options)
     for recomputes in (True,) if away else (False, True):
         limit = room(batch_bytes(model, parts, positions, options, recomputes=recomputes))
         try:
-            groups = passes(parts, settings, modalities, forms, limit, rows if recomputes else 0, expected)
+            groups = passes(parts, settings, modalities, forms, limit, rows if recomputes else 0, expected, routed)
         except UsageError:
             if recomputes:
                 raise

@@ -91,7 +91,7 @@ class MomentSum:
 
     @property
     def second(self) -> torch.Tensor:
-        """``Σ x xᵀ`` [in, in] float64, symmetric up to rounding."""
+        """``Σ x xᵀ`` [in, in] float64."""
         return self.gram.dense()
 
     def add(self, x: torch.Tensor) -> torch.Tensor:
@@ -133,7 +133,7 @@ class OutputSum:
 
     @property
     def sums(self) -> dict[str, torch.Tensor]:
-        """As those of an :class:`OutputMoment`, symmetric up to rounding."""
+        """As those of an :class:`OutputMoment`."""
         return formed(self.held)
 
     def add(self, g: torch.Tensor, x: torch.Tensor, sizes: Sequence[int] | None = None) -> torch.Tensor:

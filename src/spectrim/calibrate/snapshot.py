@@ -102,7 +102,7 @@ class SnapshotStore:
 
         def gram(linear: str, part: str) -> Gram:
             block, name = self.manifest.blocks[linear], f"{linear}.{part}"
-            return read_gram(self._directory, gathered, block, name, growing=True).to(home)
+            return read_gram(self._directory, gathered, block, name).to(home)
 
         sums = Sums(home, gathered.batches, gathered.samples, dict(gathered.owners), labels=gathered.labels)
         for owner, count in gathered.counts.items():
@@ -122,8 +122,8 @@ class SnapshotStore:
         def held(linear: str, part: str, value: torch.Tensor | Gram) -> dict[str, torch.Tensor]:
             if not isinstance(value, Gram):
                 return {f"{linear}.{part}": value}
-            precise = torch.promote_types(self.manifest.model.dtype(f"{linear}.weight"), torch.float32)
-            return written(f"{linear}.{part}", value, precise if finished else None)
+            products = torch.promote_types(self.manifest.model.dtype(f"{linear}.weight"), torch.float32)
+            return written(f"{linear}.{part}", value, products if finished else torch.float64)
 
         blocks = self.manifest.blocks
         moments = {owner: moment for owner, moment in sums.moments.items() if moment.count}  # others were never reached

@@ -108,21 +108,18 @@ class Statistics:
     def _gram(self, gathered: Gathered, linear: str, part: str) -> Gram:
         block, name = self.manifest.blocks[linear], f"{linear}.{part}"
         gram = read_gram(self.path, gathered, block, name)
-        check_finite(f"the moment {name} in {self.path}", gram.dense() if gram.rows is None else gram.rows)
-        if gram.rows is None:
-            self._check_sum(gathered, linear, part, gram.dense().diagonal())
+        for tensor in gram.parts:
+            check_finite(f"the moment {name} in {self.path}", tensor)
+        self._check_sum(gathered, linear, part, gram.diagonal())
         return gram
 
     def _read(self, gathered: Gathered, linear: str, part: str) -> torch.Tensor:
         block, name = self.manifest.blocks[linear], f"{linear}.{part}"
         moment = check_finite(f"the moment {name} in {self.path}", read_tensor(self.path, gathered, block, name))
-        form = self.manifest.forms.get(linear, "")
-        if part == "output":  # blocks, whose diagonals are sums of squares, or a sketch
-            self._check_sum(
-                gathered, linear, part, moment.diagonal(dim1=-2, dim2=-1) if "blocks" in form else moment**2
-            )
-        else:
+        if part != "output":
             self._check_sum(gathered, linear, part, moment)
+        elif moment.ndim == 3:  # blocks; a sketch may be negative
+            self._check_sum(gathered, linear, part, moment.diagonal(dim1=1, dim2=2))
         return moment
 
     def _check_sum(self, gathered: Gathered, linear: str, part: str, squares: torch.Tensor) -> None:

@@ -1,7 +1,7 @@
 """Files of moments: what they must hold, and matrices of moments in the form that takes least room.
 
-A full moment ``Σ x xᵀ`` of few positions lies there as its rows (``NAME.rows``), a finished one as its lower half, as
-precisely as its products were formed (``NAME.half``), and one that still grows as it is, in float64.
+A full moment ``Σ x xᵀ`` of few positions lies there as its rows (``NAME.rows``), others as the half of their matrix
+(``NAME.half``): finished ones as precisely as their products were formed, and those that still grow in float64.
 """
 
 import hashlib
@@ -15,23 +15,20 @@ from safetensors import SafetensorError, safe_open
 
 from spectrim.calibrate.manifest import Gathered, Manifest, TensorFile
 from spectrim.errors import StatisticsError
-from spectrim.maths.sums import Gram, few_rows, half_width, pack_half, unpack_half
+from spectrim.maths.sums import Gram, few_rows, half_width
 
 _ROWS, _HALF = ".rows", ".half"
 
 
-def written(name: str, gram: Gram, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
-    """The tensor of a moment by its name in a file; `dtype` is that of a half, None while the moment grows."""
+def written(name: str, gram: Gram, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The tensor of a moment by its name in a file; `dtype` is that of a half."""
     if (rows := gram.rows) is not None:
         return {name + _ROWS: rows}
-    return {name: gram.fold()} if dtype is None else {name + _HALF: pack_half(gram.fold(), dtype)}
+    return {name + _HALF: gram.half(dtype)}
 
 
-def read_gram(directory: Path, gathered: Gathered, block: str, name: str, *, growing: bool = False) -> Gram:
-    """The moment of that name, symmetric to the bit unless it is still `growing`.
-
-    StatisticsError when the file is gone or damaged.
-    """
+def read_gram(directory: Path, gathered: Gathered, block: str, name: str) -> Gram:
+    """The moment of that name; StatisticsError when the file is gone or damaged."""
     path = directory / gathered.files[block].name
     try:
         with safe_open(path, framework="pt") as file:
@@ -40,9 +37,8 @@ def read_gram(directory: Path, gathered: Gathered, block: str, name: str, *, gro
                 rows = file.get_tensor(name + _ROWS)
                 return Gram(rows.shape[1], rows=rows)
             if name + _HALF in there:
-                return Gram.of(unpack_half(file.get_tensor(name + _HALF)))
-            matrix = file.get_tensor(name)  # of a format before 5, if it does not grow
-            return Gram.of(matrix if growing else (matrix + matrix.T) / 2)
+                return Gram.of_half(file.get_tensor(name + _HALF))
+            return Gram.of(file.get_tensor(name))  # of format 4
     except (OSError, SafetensorError) as error:
         raise _unreadable(path, directory, error) from error
 

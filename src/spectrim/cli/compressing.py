@@ -57,6 +57,7 @@ def _calibrate(
     options.check_together()
     options.check_effect(given)
     from spectrim.calibrate import calibrate
+    from spectrim.calibrate.distributed import joined
     from spectrim.calibrate.forms import CurvatureForm
     from spectrim.calibrate.snapshot import check_home
     from spectrim.checkpoint import load, load_processor, read_config
@@ -67,7 +68,6 @@ def _calibrate(
     quiet()
     check_device(device)
     trust = {"trust_remote_code": trust_remote_code}
-    loaded_as: dict[str, Any] = {"device_map": device, "dtype": dtype_of(dtype), **trust}
     check_home(out)
     check_directory(out, "-o")
     check_sources(options.text, options.images)
@@ -81,7 +81,8 @@ def _calibrate(
         read, gather, write, _ = calibration_items(source, options, out, dtype=dtype_of(dtype), **trust)
         would([model_item(source), *read], gather, write)
         return
-    with progress() as report:
+    with progress() as report, joined(device) as own:
+        loaded_as: dict[str, Any] = {"device_map": own, "dtype": dtype_of(dtype), **trust}
         processor = load_processor(source, **trust)
         statistics = calibrate(
             load(source, **loaded_as, memory=options.memory),
@@ -92,8 +93,8 @@ def _calibrate(
             **dict(options),
         )
     manifest = statistics.manifest
-    counts = ", ".join(f"{manifest.gathered[unit.name].samples} {unit.words}" for unit in manifest.units)
-    show(f"{statistics.path}: moments of {counts}")
+    counts = {unit.words: manifest.gathered[unit.name].samples for unit in manifest.units}
+    show(f"{statistics.path}: moments of {', '.join(f'{count} {words}' for words, count in counts.items())}")
     if kinds := Counter(manifest.forms.values()):
         forms = ", ".join(f"{count} {form}" for form, count in kinds.items())
         show(f"output moments: {forms}; passes: {sum(map(len, manifest.groups.values()))}")

@@ -67,6 +67,8 @@ def speaking(options: RunOptions, *, json_out: bool) -> Iterator[None]:
     Raises UsageError where options contradict each other or the log file cannot be written.
     """
     options.check_together()
+    if _assists():
+        options = options.model_copy(update={"quiet": True, "verbose": False, "log_file": None})
     logger, handlers = logging.getLogger("spectrim"), list[logging.Handler]()
     handlers.append(_Standard(logging.DEBUG if options.verbose else logging.ERROR if options.quiet else logging.INFO))
     if options.log_file is not None:
@@ -101,6 +103,8 @@ def show(output: RenderableType) -> None:
     A terminal gets at least 120 columns, which tables need. In a pipe nothing is folded. Where standard output is for
     JSON alone, a result is said like all else.
     """
+    if _assists():
+        return
     text = output if isinstance(output, str) else _rendered(output)
     if _MANNER.get().json_out:
         logging.getLogger("spectrim").info("%s", text)
@@ -111,6 +115,11 @@ def show(output: RenderableType) -> None:
         typer.echo(text)
     else:
         Console(markup=False, highlight=False, width=max(console.width, 120)).print(output)
+
+
+def _assists() -> bool:
+    """Whether this is a process of torchrun's that leaves it to the first one to say what there is to say."""
+    return os.environ.get("RANK", "0") != "0"
 
 
 def _rendered(output: RenderableType) -> str:

@@ -34,6 +34,8 @@ from spectrim.storage import Problem, Tensors, form, made
 
 _log = logging.getLogger(__name__)
 
+_HELD = 2**30  # bytes that outputs of a dense unit may take; where they are more, it runs again for each group
+
 
 @dataclass(frozen=True)
 class _Pair:
@@ -43,6 +45,17 @@ class _Pair:
     counted: Positions
     dense: Pass
     small: Pass
+
+
+def _dense_taps(unit: Unit, here: list[_Pair], writers: frozenset[str]) -> list[Tap]:
+    """What the linears of the dense unit give for each batch, in one run; none where all of it would take too much."""
+    taps: list[Tap] = []
+    for pair in here:
+        assert pair.dense.call is not None
+        taps.append(unit.tap(pair.dense.call, small=False, whole=True, y=unit.dense, r=writers))
+        if taps[0].nbytes * len(here) > _HELD:
+            return []
+    return taps
 
 
 class Compensation:
@@ -142,21 +155,22 @@ class Compensation:
                 pair.small.answer(unit.run(pair.small.call, small=True))
 
     def _solve(self, unit: Unit, here: list[_Pair]) -> tuple[dict[str, Tensors], list[Any]]:
-        """The unit's linears, and what the dense unit gives for each batch."""
+        """The unit's linears, and what the dense unit gives for each batch; nothing of it where it was not kept."""
         firsts = {pair.modality: pair.dense.call for pair in reversed(here)}
         calls = [call for call in firsts.values() if call is not None]
         found: dict[str, Tensors] = {}
         last: str | None = None  # of those whose output is added to the residual stream
         groups = unit.groups(calls, residual=self._recipe.compensate.residual)
         writers = frozenset[str]().union(*(group.writers for group in groups))
-        # Kept for all batches of this one unit: its dense side runs once.
-        dense = [unit.tap(p.dense.call, small=False, whole=True, y=unit.dense, r=writers) for p in here if p.dense.call]
+        dense = _dense_taps(unit, here, writers)
         for group in groups:
             last = max(group.writers, default=last)
             sums: dict[Modality, ShiftedSum] = {}
-            for pair, seen in zip(here, dense, strict=True):
+            for number, pair in enumerate(here):
+                assert pair.dense.call is not None
                 if unit.linears[group.members[0]].expert is None:
-                    self._add(unit, group, pair, seen, sums)
+                    again = partial(unit.tap, pair.dense.call, small=False, y=group.members, r=group.writers)
+                    self._add(unit, group, pair, dense[number] if dense else again(), sums)
             solved = {name: self._linear(unit, name, sums) for name in group.members}
             unit.compress(self._plan, solved)
             found |= solved

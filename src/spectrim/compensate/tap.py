@@ -48,6 +48,11 @@ class Tap(TorchDispatchMode):
         self._stop = False
         self._handles: list[RemovableHandle] = []
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what was seen."""
+        return sum(x.nbytes for seen in (self.x, self.y, self.r) for x in seen.values())
+
     def watch(self, run: Callable[[], object], *, whole: bool = False) -> "Tap":
         """Run the block until all that was asked for is there, or `whole`; what never came is missing then."""
         self._stop = not whole

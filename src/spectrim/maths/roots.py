@@ -204,14 +204,18 @@ def right_basis(K: torch.Tensor, metric: torch.Tensor | None = None) -> tuple[to
         live = int((energy[: size - seen] > _ROUNDING * K.diagonal().sum()).sum())
         unseen = V[:, :live] / energy[:live].sqrt()
         Z = torch.cat([Z, unseen - Z @ (Y.T @ unseen)], dim=1)
-    Z = _orthonormal(Z, K)
+    Z = _orthonormal(Z, K, seen)
     Z = torch.cat([Z, Z.new_zeros(size, size - Z.shape[1])], dim=1)
     return torch.cat([s[:seen], s.new_zeros(size - seen)]), Z, K @ Z
 
 
-def _orthonormal(Z: torch.Tensor, K: torch.Tensor) -> torch.Tensor:
-    """Z [n, k], nearly orthonormal under K, made so to rounding, with the same leading spans (CholeskyQR)."""
+def _orthonormal(Z: torch.Tensor, K: torch.Tensor, seen: int) -> torch.Tensor:
+    """Z [n, k], nearly orthonormal under K, made so to rounding, with the same leading spans (CholeskyQR).
+
+    Columns after the first `seen` come by descending energy, and end where one is nothing but rounding.
+    """
     factor, failed = torch.linalg.cholesky_ex(Z.T @ (K @ Z))
-    if int(failed):
+    if 0 < int(failed) <= seen:
         raise NumericalError("a weight and its metric are too ill-conditioned to decompose; check the moments")
-    return torch.linalg.solve_triangular(factor, Z.T, upper=False).T
+    kept = int(failed) - 1 if int(failed) else Z.shape[1]
+    return torch.linalg.solve_triangular(factor[:kept, :kept], Z[:, :kept].T, upper=False).T

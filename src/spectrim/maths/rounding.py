@@ -21,6 +21,7 @@ _SHAPE = 16  # bytes of the shape that compressed-tensors stores with every weig
 _TILE = 32  # rows and columns that one wave runs over
 _BATCH = 8  # tiles whose products with what is above and to the left are one, on a CPU; on a GPU all at once
 _BLOCK = 128  # columns between two matrix products
+_AT_ONCE = 1 << 17  # values that are rounded together: a small weight in several ranges, which spares calls
 _RANGES = 16  # how many are tried for every group, between these shares of that of all its values:
 _ALONE, _FED = (1.0, 0.5), (1.1, 0.6)  # with feedback, values grow by errors before they are rounded
 
@@ -192,18 +193,23 @@ def scales(
     best = torch.full_like(low, torch.inf, dtype=torch.float32)
     steps, zeros = torch.full_like(low, torch.inf), torch.zeros_like(low)
     signs = (1, -1) if signed and grid.symmetric else (1,)
-    for shrink, sign in itertools.product(torch.linspace(*(_FED if fed else _ALONE), _RANGES).tolist(), signs):
-        step = ((high - low) * shrink / levels).to(dtype).double()
+    tried = torch.tensor([*itertools.product(torch.linspace(*(_FED if fed else _ALONE), _RANGES).tolist(), signs)])
+    tried = tried.to(low)[..., None, None, None]  # [n, 2, 1, 1, 1]
+    for shrink, sign in (some.unbind(1) for some in tried.split(max(1, _AT_ONCE // X.numel()))):
+        step = ((high - low) * shrink / levels).to(dtype).double()  # [n, out, groups, 1], and so all below
         step = torch.where(step > 0, step, torch.ones_like(step)) * sign
-        zero = zeros
+        zero = zeros.expand_as(step)
         if not grid.symmetric:  # zeros need no zero point, whose product would be taken off again
-            zero = (grid.low - low * shrink / step).round().clamp(grid.low, grid.high).where(high > low, zeros)
+            zero = (grid.low - low * shrink / step).round().clamp(grid.low, grid.high).where(high > low, zero)
         narrow, origin = (step / unit).clamp(-1e30, 1e30).float(), zero.float()  # a group of zeros has step 1
         residual = (X / narrow).round_().add_(origin).clamp_(grid.low, grid.high).sub_(origin).mul_(narrow).sub_(X)
-        cost = (residual.square_() * weights).sum(-1, keepdim=True)
-        better = (cost < best) & step.isfinite()
-        best = torch.where(better, cost, best)
-        steps, zeros = torch.where(better, step, steps), torch.where(better, zero, zeros)
+        cost = (residual.square_() * weights).sum(-1, keepdim=True).where(step.isfinite(), torch.inf)
+        cost, first = cost.min(0, keepdim=True)
+        better = (cost < best)[0]
+        best = torch.where(better, cost[0], best)
+        steps, zeros = (
+            torch.where(better, found.gather(0, first)[0], kept) for found, kept in ((step, steps), (zero, zeros))
+        )
     return steps[..., 0].to(dtype), None if grid.symmetric else zeros[..., 0].to(torch.int8)
 
 
