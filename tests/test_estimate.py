@@ -20,11 +20,11 @@ from spectrim.estimate import (
 
 
 def test_a_calibration_takes_its_samples_and_the_writing_of_its_sums():
-    units = [Unit(10, 0.5, 1000), Unit(4, 2.0, 3000)]
+    units = [Unit(10, 0.5, 1000, 700), Unit(4, 2.0, 3000, 900)]
     found = calibration(units, held=10**6, work=500)
-    assert found.seconds == pytest.approx(10 * 0.5 + 4 * 2.0 + 4000 / WRITE)
-    assert (found.memory, found.disk) == (10**6 + 500 + 3000, 4000)  # one unit's sums at a time
-    assert calibration(units, held=0, work=0, processes=2).seconds == pytest.approx(6.5 + 4000 / WRITE)
+    assert found.seconds == pytest.approx(10 * 0.5 + 4 * 2.0 + 1600 / WRITE)
+    assert (found.memory, found.disk) == (10**6 + 500 + 3000, 1600)  # one unit's sums at a time
+    assert calibration(units, held=0, work=0, processes=2).seconds == pytest.approx(6.5 + 1600 / WRITE)
     assert calibration([], held=7, work=0) == Estimate(0.0, 7, 0)
 
 

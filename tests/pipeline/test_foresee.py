@@ -63,10 +63,10 @@ def test_integers_are_tried_too_and_a_finished_decomposition_is_not_counted(dens
 
 def test_the_end_to_end_pass_takes_its_samples_as_often_as_it_passes_over_them(dense, monkeypatch):
     directory, statistics = dense
-    model, changes = load(directory), {"tune.epochs": 5, "tune.samples": 3}
+    model, changes = load(directory), {"tune.epochs": 8, "tune.samples": 3}
     monkeypatch.setattr(probe, "pace", lambda *given, **more: (2.0, 0.5))
     given = model, anatomy(model), Recipe.read("spectrim", changes), statistics
-    assert probe._tuning(*given, processor("llava")) == 2 * 3 * (2.0 + 5 * 0.5)  # text and images
+    assert probe._tuning(*given, processor("llava")) == 2 * 3 * (2.0 + 9 * 0.5)  # text and images
     assert probe._tuning(*given, None) == 0
 
 

@@ -183,7 +183,7 @@ def _walk(
 def _tuning(
     model: PreTrainedModel, parts: Anatomy, recipe: Recipe, statistics: Statistics | None, processor: Any
 ) -> float:
-    """Seconds of the end-to-end pass; zero as `_walk`. Those left out are measured faster, and as often once more."""
+    """Seconds of the end-to-end pass; zero as `_walk`."""
     if statistics is None:
         return 0.0
     settings, tune = statistics.manifest.settings, recipe.tune
@@ -192,7 +192,8 @@ def _tuning(
     given: dict[str, Any] = {"answer_tokens": settings.answer_tokens, "seed": settings.seed}
     paces = [pace(model, parts, data, modality, **given) for modality in data.samples]
     number = min(settings.samples, tune.samples or settings.samples)
-    return number * sum(gather + tune.epochs * step for gather, step in paces)
+    passes = tune.epochs * 9 / 8  # an eighth is measured four times, in half the time, in place of being trained on
+    return number * sum(gather + passes * step for gather, step in paces)
 
 
 def _some(model: PreTrainedModel, parts: Anatomy, statistics: Statistics, processor: Any, size: int) -> Data | None:

@@ -35,7 +35,7 @@ VERSION = 5  # of what the tensors mean; a change makes earlier files unused
 STEP = 512  # tokens of the larger modality behind one step of Adam; 2048 leave more at equal passes
 WARM = 20  # the rate rises over one step in so many, and falls to zero by half a cosine over all of them
 LESS = 1 / 3  # of the rate, after steps that were taken back
-PARTS = 4  # of an epoch: the mean is of one, and until anything is gained, each is measured
+PARTS = 4  # of an epoch, which are measured: the mean of the states in each
 FLOOR = 1e-3  # nats that are added to divergences before they are compared by their ratio
 
 Nats = Mapping[str, float]
@@ -131,7 +131,7 @@ class Tuning:
                 for one in trained:
                     one.average(1 / min(since, part_of_epoch))
                     one.write()
-                if step % per_epoch == 0 or (not at and step % part_of_epoch == 0):
+                if step % part_of_epoch == 0 or step == steps:
                     for one in trained:
                         one.write_mean()
                     gains = _score(now := self._nats(held), best) < 0
