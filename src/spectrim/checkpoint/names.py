@@ -136,10 +136,10 @@ def saved_names(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
     return saved
 
 
-def shortened(names: Sequence[str], limit: int = 5) -> str:
-    """Up to `limit` names, and how many more there are."""
-    more = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")
+def shortened(names: Sequence[str]) -> str:
+    """Up to five names, and how many more there are."""
+    more = len(names) - 5
+    return ", ".join(names[:5]) + (f" and {more} more" if more > 0 else "")
 
 
 def _linears(model: nn.Module) -> dict[str, nn.Module]:

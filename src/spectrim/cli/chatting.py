@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from spectrim.cli.verbs import Device, Dtype, Trust, dtype_of, quiet, show, verb
+from spectrim.cli.console import quiet, show
+from spectrim.cli.verbs import Device, Dtype, Trust, dtype_of, verb
 from spectrim.errors import UsageError
 
 

@@ -6,23 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from spectrim.cli.verbs import (
-    Device,
-    Dry,
-    Dtype,
-    Json,
-    Model,
-    Trust,
-    check_results,
-    dtype_of,
-    pairs,
-    progress,
-    quiet,
-    show,
-    stamped,
-    verb,
-    write_results,
-)
+from spectrim.cli.console import progress, quiet, show, stamped, write_results
+from spectrim.cli.verbs import Device, Dry, Dtype, Json, Model, Trust, check_results, dtype_of, pairs, verb
 from spectrim.settings import EFFORT, CalibrationOptions
 from spectrim.settings import effort as effort_of
 

@@ -7,22 +7,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from spectrim.cli.verbs import (
-    Device,
-    Dry,
-    Dtype,
-    Json,
-    Model,
-    Trust,
-    check_results,
-    dtype_of,
-    progress,
-    quiet,
-    show,
-    stamped,
-    verb,
-    write_results,
-)
+from spectrim.cli.console import progress, quiet, show, stamped, write_results
+from spectrim.cli.verbs import Device, Dry, Dtype, Json, Model, Trust, check_results, dtype_of, verb
 
 
 @verb("anatomy", after_stop="nothing was written")

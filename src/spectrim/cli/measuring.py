@@ -5,22 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from spectrim.cli.verbs import (
-    Device,
-    Dry,
-    Dtype,
-    Json,
-    Trust,
-    check_results,
-    dtype_of,
-    pairs,
-    progress,
-    quiet,
-    refuse,
-    show,
-    verb,
-    write_results,
-)
+from spectrim.cli.console import progress, quiet, show, write_results
+from spectrim.cli.verbs import Device, Dry, Dtype, Json, Trust, check_results, dtype_of, pairs, refuse, verb
 from spectrim.errors import SampleError, UsageError
 from spectrim.settings import EvaluationOptions
 

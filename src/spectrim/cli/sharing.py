@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from spectrim.cli.verbs import Dry, show, verb
+from spectrim.cli.console import show
+from spectrim.cli.verbs import Dry, verb
 
 
 @verb("push", after_stop="the same command uploads again")

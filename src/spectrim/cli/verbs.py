@@ -12,34 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
-from spectrim.cli.console import is_standard, progress, quiet, show, speaking, stamped, write_results
+from spectrim.cli.console import is_standard, speaking
 from spectrim.errors import UsageError
 from spectrim.files import parse_yaml, user_path
 from spectrim.settings import OptionRecord, RunOptions
 
 if TYPE_CHECKING:
     import torch
-
-__all__ = [
-    "Device",
-    "Dry",
-    "Dtype",
-    "Json",
-    "Model",
-    "Trust",
-    "app",
-    "check_results",
-    "dtype_of",
-    "is_given",
-    "pairs",
-    "progress",
-    "quiet",
-    "refuse",
-    "show",
-    "stamped",
-    "verb",
-    "write_results",
-]  # fmt: skip
 
 app = typer.Typer(
     no_args_is_help=True,

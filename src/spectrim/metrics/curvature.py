@@ -94,9 +94,10 @@ def predicted_loss(eta: str, change: torch.Tensor, moment: Moment, output: Outpu
 
     It uses the moments of that modality alone, without dampening, also for a plan that was made in a joint metric.
     """
-    D = change.double().cpu()
-    CD, held = moment.gram.times(D.T).T / moment.count, output.held.get("output")
-    if isinstance(held, Gram):
+    D, held = change.double().cpu(), output.held.get("output")
+    if isinstance(held, Gram) and held.rows is not None:  # tr(G D C Dᵀ) = tr(E C Eᵀ) with E = rows · D
+        D = GD = held.rows.double() @ D
+    elif isinstance(held, Gram):
         GD = held.times(D)
     elif held is not None and output.form.kind in ("full", "blocks"):
         G = held if held.ndim == 3 else held[None]
@@ -104,6 +105,7 @@ def predicted_loss(eta: str, change: torch.Tensor, moment: Moment, output: Outpu
     else:
         diagonal, V = _low_rank(output, output.sums)
         GD = diagonal[:, None] * D + V @ (V.T @ D)
+    CD = moment.gram.times(D.T).T / moment.count
     traces = float(output.traces[2].sum()) * moment.gram.trace() / moment.count
     share = float((GD * CD).sum()) / traces if traces > 0 else 0.0
     return share * float(predicted_trace(eta, moment, output))

@@ -64,9 +64,9 @@ def mismatch(W: torch.Tensor, text: torch.Tensor, image: torch.Tensor) -> Mismat
     return Mismatch(spectrum.s, q, alpha)
 
 
-def effective_rank(s: torch.Tensor, energy: float = ENERGY) -> int:
-    """The least k with ``Σ_{i≤k} s_i ≥ energy · Σ s_i``, s [m] squared singular values; 0 where all vanish."""
-    return int((_tails(s)[:-1] > (1 - energy) * s.sum()).sum())
+def effective_rank(s: torch.Tensor) -> int:
+    """The least k with ``Σ_{i≤k} s_i ≥ ENERGY · Σ s_i``, s [m] squared singular values; 0 where all vanish."""
+    return int((_tails(s)[:-1] > (1 - ENERGY) * s.sum()).sum())
 
 
 @dataclass(frozen=True)

@@ -77,8 +77,6 @@ class Compression:
         self.written = 0  # bytes of checkpoints so far
         self.maker = Maker(model, recipe, statistics, spectra)
         self._tables = Tables(model, parts, recipe, statistics, processor, progress)
-        self._losses: Mapping[str, torch.Tensor] | None = None
-        self._cosines: Mapping[str, float] | None = None
         self._tuned: Tuned | None = None
 
     def plan(self, retain: float | None = None, **limit: Any) -> Plan:
@@ -192,41 +190,34 @@ class Compression:
         """What the allocation rule compares beside errors (see :func:`spectrim.plan.rules.curve`), by linear."""
         rule, spectra = self.recipe.allocation.rule, self.spectra
         if rule == "adacr":
-            return importance(self.parts, self._measured_cosines(), self.recipe.allocation.importance).__getitem__
+            return importance(self.parts, self._cosines, self.recipe.allocation.importance).__getitem__
         if rule == "global-sigma":
             counted = partial(summed, self.recipe.metric, self.parts, spectra.sources, self.statistics)
             return lambda name: (spectra.spectrum(name).s * counted(name)).sqrt()
         if rule == "global-sigma-mean":
             return lambda name: spectra.spectrum(name).s.sqrt()
-        if rule != "sensitivity":
-            return lambda name: None
-        if self._losses is None:
-            if self.statistics is None or self.statistics.manifest.data.text is None or self.processor is None:
-                raise RecipeError("allocation 'sensitivity' needs text statistics and the model's processor; give both")
-            data, settings = self.statistics.manifest.data, self.statistics.manifest.settings
-            assert data.text is not None
-            windows = load_windows(
-                data.text,
-                self.processor,
-                samples=min(WINDOWS, settings.samples),
-                seqlen=settings.seqlen,
-                seed=settings.seed,
-            )
-            self._losses = probe(self.model, self.parts, self.spectra, windows)
-        return self._losses.__getitem__
+        return self._losses.__getitem__ if rule == "sensitivity" else lambda name: None
 
-    def _measured_cosines(self) -> Mapping[str, float]:
-        if self._cosines is None:
-            if self.statistics is None or self.processor is None:
-                raise RecipeError(
-                    "allocation 'adacr' measures blocks on calibration samples; give statistics and the model's "
-                    "processor, or set allocation.rule=uniform"
-                )
-            sees = self.parts.tower is not None
-            data = reload_data(self.model, self.processor, self.statistics, sees=sees, samples=SAMPLES)
-            only = self.statistics.manifest.settings.image_tokens_only
-            self._cosines = block_cosines(self.model, self.parts, data, image_tokens_only=only)
-        return self._cosines
+    @cached_property
+    def _losses(self) -> Mapping[str, torch.Tensor]:
+        if self.statistics is None or (text := self.statistics.manifest.data.text) is None or self.processor is None:
+            raise RecipeError("allocation 'sensitivity' needs text statistics and the model's processor; give both")
+        settings = self.statistics.manifest.settings
+        samples = min(WINDOWS, settings.samples)
+        windows = load_windows(text, self.processor, samples=samples, seqlen=settings.seqlen, seed=settings.seed)
+        return probe(self.model, self.parts, self.spectra, windows)
+
+    @cached_property
+    def _cosines(self) -> Mapping[str, float]:
+        if self.statistics is None or self.processor is None:
+            raise RecipeError(
+                "allocation 'adacr' measures blocks on calibration samples; give statistics and the model's "
+                "processor, or set allocation.rule=uniform"
+            )
+        sees = self.parts.tower is not None
+        data = reload_data(self.model, self.processor, self.statistics, sees=sees, samples=SAMPLES)
+        only = self.statistics.manifest.settings.image_tokens_only
+        return block_cosines(self.model, self.parts, data, image_tokens_only=only)
 
     @torch.no_grad()
     def predicted(self, plan: Plan) -> dict[str, float] | None:

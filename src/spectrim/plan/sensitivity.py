@@ -1,6 +1,5 @@
 """Truncation sensitivity: the loss that each linear causes when it alone is truncated (ASVD, section 3.3)."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,13 +17,7 @@ WINDOWS = 8
 
 
 @torch.no_grad()
-def probe(
-    model: PreTrainedModel,
-    parts: Anatomy,
-    spectra: Spectra,
-    windows: torch.Tensor,
-    progress: Callable[[int, int], None] | None = None,
-) -> dict[str, torch.Tensor]:
+def probe(model: PreTrainedModel, parts: Anatomy, spectra: Spectra, windows: torch.Tensor) -> dict[str, torch.Tensor]:
     """The measured loss that each direction of each linear prevents; [m] float64 by linear, non-increasing.
 
     Each linear alone is truncated to five retentions, and the text loss (nats per token, above the dense model's) is
@@ -33,7 +26,7 @@ def probe(
     """
     dense = _loss(model, windows)
     wanted = {}
-    for done, linear in enumerate(parts.linears):
+    for linear in parts.linears:
         held: Any = model.get_submodule(linear.name)
         module = here(held)
         original = module.weight.detach().clone()
@@ -53,8 +46,6 @@ def probe(
                 model.set_submodule(linear.name, held)
         curve = np.interp(np.arange(size), [*ranks, size], [*losses, 0.0])
         wanted[linear.name] = torch.from_numpy(np.maximum.accumulate(curve[::-1])[::-1].copy())
-        if progress is not None:
-            progress(done + 1, len(parts.linears))
     return wanted
 
 

@@ -74,7 +74,6 @@ def load_images(
     *,
     samples: int,
     seed: int,
-    split: str = "calibration",
     instruction: str = "Describe this image.",
     fewer: bool = False,
 ) -> ImageSamples:
@@ -92,7 +91,6 @@ def load_images(
             ``settings.counts``).
         samples: how many, of all sources together.
         seed: of the choice and the order.
-        split: "train", "calibration" or "test"; local sources have one split only and ignore it.
         instruction: for samples that carry none; the built-in ones always get it.
         fewer: a source with fewer samples gives those that it has, at least one.
 
@@ -110,16 +108,16 @@ def load_images(
     found: list[Entry] = []
     for name, count in counts(sources, samples).items():
         if count:
-            found += _entries(name, count, seed, split, instruction, fewer)
+            found += _entries(name, count, seed, instruction, fewer)
     if not isinstance(sources, str):
         random.Random(seed).shuffle(found)
     return ImageSamples(found)
 
 
-def _entries(source: str, samples: int, seed: int, split: str, instruction: str, fewer: bool) -> list[Entry]:
+def _entries(source: str, samples: int, seed: int, instruction: str, fewer: bool) -> list[Entry]:
     """The samples of one source, in random order."""
     if source == "builtin":
-        return _builtin(samples, seed, split, instruction)
+        return _builtin(samples, seed, instruction)
     columns, path = named_columns(source, _KEYS), local_path(source)
     if path is not None and is_table(path):
         rows = read_rows(path, _KEYS, columns)
@@ -139,7 +137,7 @@ def _entries(source: str, samples: int, seed: int, split: str, instruction: str,
             Entry((partial(open_image, file, str(file)),), question(instruction), None, str(file)) for file in files
         ]
     elif path is None:
-        found = hub_rows(source, split, columns=tuple(columns.values()) or ("image", "images"), seed=seed)
+        found = hub_rows(source, "calibration", columns=tuple(columns.values()) or ("image", "images"), seed=seed)
         entries = [
             _entry(_plain(by_key(row, columns)), None, where, instruction)
             for where, row in itertools.islice(found, samples)
@@ -162,11 +160,11 @@ def _chosen(source: str, there: int, samples: int, seed: int, fewer: bool) -> li
     return random.Random(seed).sample(range(there), samples)
 
 
-def _builtin(samples: int, seed: int, split: str, instruction: str) -> list[Entry]:
+def _builtin(samples: int, seed: int, instruction: str) -> list[Entry]:
     from spectrim.demo.tasks import TASKS, questions
 
     per_task = -(-samples // len(TASKS))
-    pooled = [asked.image for task in TASKS for asked in questions(task, split, per_task, seed)]
+    pooled = [asked.image for task in TASKS for asked in questions(task, "calibration", per_task, seed)]
     chosen = random.Random(seed).sample(pooled, samples)
     return [Entry((partial(to_rgb, image),), question(instruction), None, "a built-in image") for image in chosen]
 
