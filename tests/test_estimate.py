@@ -20,11 +20,11 @@ from spectrim.estimate import (
 
 
 def test_a_calibration_takes_its_samples_and_the_writing_of_its_sums():
-    units = [Unit(10, 0.5, 1000), Unit(4, 2.0, 3000)]
+    units = [Unit(10, 0.5, 1000, 700), Unit(4, 2.0, 3000, 900)]
     found = calibration(units, held=10**6, work=500)
-    assert found.seconds == pytest.approx(10 * 0.5 + 4 * 2.0 + 4000 / WRITE)
-    assert (found.memory, found.disk) == (10**6 + 500 + 3000, 4000)  # one unit's sums at a time
-    assert calibration(units, held=0, work=0, processes=2).seconds == pytest.approx(6.5 + 4000 / WRITE)
+    assert found.seconds == pytest.approx(10 * 0.5 + 4 * 2.0 + 1600 / WRITE)
+    assert (found.memory, found.disk) == (10**6 + 500 + 3000, 1600)  # one unit's sums at a time
+    assert calibration(units, held=0, work=0, processes=2).seconds == pytest.approx(6.5 + 1600 / WRITE)
     assert calibration([], held=7, work=0) == Estimate(0.0, 7, 0)
 
 
@@ -48,6 +48,7 @@ def test_a_compression_counts_what_is_left_and_each_checkpoint():
     walked = found.seconds - (3 * 1 + 10 + 5 * 0.5 + 2 * 1 + 2 * (5 * 2 + 2 * 4) + 2 * disk / WRITE)
     assert walked > 2.0  # two checkpoints, more than one pass each
     assert (found.memory, found.disk) == (30, disk)
+    assert compression(job, rates, walk=1.0, tune=2.5, held=10, work=20).seconds == pytest.approx(found.seconds + 2 * 2)
     without = Checkpoints({}, {"a": 5, "b": 2}, {}, 2, 5000, 0, compensates=False)
     assert compression(without, rates, walk=9.0, tune=0.0, held=0, work=0).seconds == pytest.approx(
         40.5 + 2 * 5000 / WRITE

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 
 WRITE = 250e6  # bytes of tensors in a second that are hashed, written and synced, and read again
 _WALK = 10.0  # forward passes that a batch of compensation takes: both models, sums, and blocks up to each group
-_TUNE = 6.0  # the same of an epoch of the end-to-end pass: both models, back again, and the samples left out
 
 Shape = tuple[int, int]  # outputs and inputs of a linear
 _Key = TypeVar("_Key")
@@ -119,14 +118,14 @@ def compression(
         job: what is left to do.
         rates: by kind of linear.
         walk: seconds of one forward pass of all samples that compensation runs.
-        tune: seconds of all forward passes of the samples that the end-to-end pass trains on.
+        tune: seconds of the end-to-end pass.
         held: bytes that are held before.
         work: bytes that the largest linear takes while it is decomposed or made, and the model as it is written.
     """
     seconds = sum(count * rates[kind].decompose for kind, count in job.decompose.items())
     seconds += sum(count * (rates[kind].options + job.targets * rates[kind].make) for kind, count in job.make.items())
     seconds += job.targets * walk * _WALK if job.compensates else 0.0
-    seconds += job.targets * tune * _TUNE
+    seconds += job.targets * tune
     spectra = sum(count * job.spectra[kind] for kind, count in job.decompose.items())
     disk = spectra + job.kept + job.bytes
     return Estimate(seconds + 2 * disk / WRITE, held + work, disk)

@@ -13,9 +13,11 @@ from spectrim.checkpoint import load, read_provenance
 from spectrim.checkpoint.read import load_empty
 from spectrim.checkpoint.size import saved_tensors
 from spectrim.demo import resolve
-from spectrim.pipeline import job_compression
+from spectrim.pipeline import job_compression, probe
 from spectrim.pipeline.budget import Budget
 from spectrim.pipeline.jobs import check_job
+from spectrim.recipe import Recipe
+from spectrim.tune import pace
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +59,35 @@ def test_integers_are_tried_too_and_a_finished_decomposition_is_not_counted(dens
     first, second = (read_provenance(tmp_path / name)["cost"]["compress"] for name in ("first", "second"))
     assert second["estimate"]["disk"] < first["estimate"]["disk"]
     assert second["actual"]["disk"] < first["actual"]["disk"]
+
+
+def test_the_end_to_end_pass_takes_its_samples_as_often_as_it_passes_over_them(dense, monkeypatch):
+    directory, statistics = dense
+    model, changes = load(directory), {"tune.epochs": 8, "tune.samples": 3}
+    monkeypatch.setattr(probe, "pace", lambda *given, **more: (2.0, 0.5))
+    given = model, anatomy(model), Recipe.read("spectrim", changes), statistics
+    assert probe._tuning(*given, processor("llava")) == 2 * 3 * (2.0 + 9 * 0.5)  # text and images
+    assert probe._tuning(*given, None) == 0
+
+
+def test_a_pace_is_that_of_all_steps_but_the_first_until_there_are_enough(monkeypatch):
+    clock = iter([10.0, 11.0, 12.0, 19.0, 20.0])
+    monkeypatch.setattr(pace.time, "perf_counter", lambda: next(clock))
+    assert pace._pace(iter([1, 2, 3, 5, 100])) == pytest.approx((20 - 10) / 10)
+
+
+def test_what_the_end_to_end_pass_is_timed_by_leaves_the_model_as_it_was(dense):
+    directory, statistics = dense
+    model = load(directory)
+    before, parts = {name: x.clone() for name, x in model.state_dict().items()}, anatomy(model)
+    model.get_parameter(f"{parts.linears[0].name}.weight").requires_grad_(False)
+    wanted = [x.requires_grad for x in model.parameters()]
+    data = probe._some(model, parts, statistics, processor("llava"), 3)
+    for modality in data.samples:
+        assert min(pace.pace(model, parts, data, modality, answer_tokens=4, seed=0)) > 0
+    assert [x.requires_grad for x in model.parameters()] == wanted
+    assert all(x.grad is None for x in model.parameters())
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

@@ -19,10 +19,10 @@ from spectrim.errors import NumericalError, RecipeError
 from spectrim.maths.rounding import Grid, quantize
 from spectrim.pipeline import compress, compression
 from spectrim.storage.packed import PackedLinear
-from spectrim.tune import run
+from spectrim.tune import divergence, run
 from spectrim.tune.numbers import Number
 from spectrim.tune.run import _turns
-from spectrim.tune.samples import Sample, divided, states, together
+from spectrim.tune.samples import Sample, divided, head_predicts, predicted, read, together
 from spectrim.tune.scales import trained_scales
 
 RANKS = {"quantize.bits": None}
@@ -118,13 +118,13 @@ def test_the_start_is_kept_where_nothing_is_better(words, tmp_path):
 
 def test_a_failure_leaves_the_dense_model(words, tmp_path, monkeypatch):
     model, statistics = prepare("llama", words, tmp_path / "s")
-    dense, real, calls = weights(model), run._predicted, []
+    dense, real, calls = weights(model), divergence._between, []
 
-    def later(one, part):
+    def later(found, target):
         calls.append(0)
-        return real(one, part) * (torch.nan if len(calls) > 8 else 1)
+        return real(found * (torch.nan if len(calls) > 4 else 1), target)
 
-    monkeypatch.setattr(run, "_predicted", later)
+    monkeypatch.setattr(divergence, "_between", later)
     with pytest.raises(NumericalError, match=r"not finite; set tune\.epochs=0"):
         small(model, statistics, "llama", TUNE)
     assert_same(model, dense)
@@ -159,8 +159,8 @@ def test_samples_of_one_shape_run_together_and_none_is_lost(words, tmp_path):
     joined = together(samples)
     assert 1 < len(joined) < len(samples)
     with torch.no_grad():
-        apart = sum(run._predicted(model, together([one])[0]).double().sum() for one in samples)
-        whole = sum(run._predicted(model, part).double().sum() for part in joined)
+        apart = sum(predicted(model, together([one])[0].labelled).double().sum() for one in samples)
+        whole = sum(predicted(model, part.labelled).double().sum() for part in joined)
     torch.testing.assert_close(apart, whole, rtol=1e-6, atol=0)
 
 
@@ -209,6 +209,56 @@ def test_an_epoch_that_gains_nothing_is_taken_back_and_the_rate_falls(words, tmp
     assert moved[1] == pytest.approx(moved[0] / 6, rel=0.01)
 
 
+def test_each_quarter_of_an_epoch_is_judged_by_its_mean(words, tmp_path, monkeypatch):
+    """Of nine steps, two at a time, and the last one; the first two are taken back."""
+    model, statistics = prepare("llama", words, tmp_path / "s", samples=10)
+    monkeypatch.setattr(run, "STEP", 16)  # tokens of a sample
+    nats, judged, masters = iter([4.0, 5.0, 3.0, 2.0, 1.0, 0.5]), [], []
+
+    class Adam(torch.optim.Adam):
+        def step(self):
+            super().step()
+            masters.append([x.detach().clone() for x in self.param_groups[0]["params"]])
+
+    def measured(self, held):
+        judged.append((len(masters), {x.data_ptr(): x.clone() for x in self._small.parameters()}))
+        return {"text": next(nats)}
+
+    def compared(self, trained, progress):
+        found, alike = train(self, trained, progress), 0
+        for step, tensors in judged[1:3]:
+            for n, one in enumerate(trained):
+                if (tensor := tensors.get(one.tensor.data_ptr())) is not None:
+                    torch.testing.assert_close(tensor, (masters[step - 2][n] + masters[step - 1][n]) / 2 * one.unit)
+                    alike += 1
+        assert alike == 2 * len(trained)
+        return found
+
+    train = run.Tuning._train
+    monkeypatch.setattr(torch.optim, "Adam", Adam)
+    monkeypatch.setattr(run.Tuning, "_nats", measured)
+    monkeypatch.setattr(run.Tuning, "_train", compared)
+    _, tuned = small(model, statistics, "llama", TUNE | {"tune.epochs": 1})
+    assert [step for step, _ in judged] == [0, 2, 4, 6, 8, 9]
+    assert (tuned.step, tuned.steps) == (9, 9)
+
+
+@given(st.integers(1, 9), st.integers(1, 30))
+def test_a_mean_is_that_of_all_values_first_and_forgets_them_later(size, count):
+    one = Number.of("x", normal(3).float(), each=False)
+    values = [normal(3, seed=n).float() for n in range(count)]
+    for since, value in enumerate(values, 1):
+        one.master.data.copy_(value)
+        one.average(1 / min(since, size))
+    wanted = torch.stack(values[:size]).mean(0)
+    for value in values[size:]:
+        wanted = wanted + (value - wanted) / size
+    one.write_mean()
+    torch.testing.assert_close(one.tensor, wanted * one.unit)
+    one.restore(values[0])
+    torch.testing.assert_close(one.mean * one.unit, values[0])
+
+
 @given(st.integers(1, 100))
 def test_what_is_left_out_are_the_last_samples(size):
     trained, left_out = divided({"text": list(range(size))})
@@ -216,25 +266,53 @@ def test_what_is_left_out_are_the_last_samples(size):
     assert len(left_out["text"]) == max(1, size // 8)
 
 
+def labelled(model, count):
+    """Some samples of one shape, each with other labels."""
+    inputs = [families.example_inputs(model, seed=seed) for seed in range(count)]
+    return [Labelled("text", x, torch.arange(x["input_ids"].shape[1] - 1) > n, None) for n, x in enumerate(inputs)]
+
+
 @pytest.mark.parametrize(("family", "alone"), [("llava", True), ("qwen2", True), ("gemma2", False)])
-def test_the_dense_model_runs_once_where_its_head_alone_predicts(family, alone):
+def test_where_the_head_alone_predicts_it_need_not_run_with_the_model(family, alone):
     """Gemma 2 caps its logits behind the head: the whole model has to run again."""
-    model, samples = (families.FAMILIES | families.FURTHER)[family]().eval(), []
-    model.get_output_embeddings().weight.data.mul_(30)
-    for seed in range(3):
-        inputs = families.example_inputs(model, seed=seed)
-        where = torch.arange(inputs["input_ids"].shape[1] - 1) > seed
-        one = Labelled("text", inputs, where, None)
-        samples.append(Sample(one, states(model, one)))
-    assert [one.labels for one in samples] == [int(one.labelled.labelled.sum()) for one in samples]
-    (part,) = together(samples)
-    assert (part.states is not None) == alone
-    runs = []
-    model.register_forward_pre_hook(lambda *_: runs.append(0))
+    model = (families.FAMILIES | families.FURTHER)[family]().eval()
+    head = model.get_output_embeddings()
+    head.weight.data.mul_(30)
+    one = labelled(model, 2)[1]
     with torch.no_grad():
-        found, wanted = run._expected(model, part), run._predicted(model, part)
-    assert len(runs) == (1 if alone else 2)
-    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+        assert head_predicts(model, one) == alone
+        if alone:
+            torch.testing.assert_close(head(read(model, one)), predicted(model, one))
+    runs = []
+    head.register_forward_hook(lambda *_: runs.append(0))
+    head.forward = plain = head.forward
+    assert read(model, one).shape == (int(one.labelled.sum()), head.weight.shape[1])
+    assert head.forward is plain
+
+
+@pytest.mark.parametrize("rows", [1, 3, 64])
+@pytest.mark.parametrize("family", ["qwen2", "gemma2"])
+def test_divergences_and_gradients_are_those_of_the_whole_models(family, rows, monkeypatch):
+    """With a bias of the head, which is trained as well, against predictions of float64."""
+    monkeypatch.setattr(divergence, "ROWS", rows)
+    dense, model = ((families.FAMILIES | families.FURTHER)[family]().eval().double() for _ in range(2))
+    for seed, x in enumerate(model.parameters()):
+        x.data.add_(normal(*x.shape, seed=seed), alpha=0.02)
+    model.lm_head.bias = torch.nn.Parameter(normal(model.lm_head.out_features))
+    alone = family == "qwen2"
+    samples = [Sample(one, read(dense, one).detach() if alone else None) for one in labelled(model, 3)]
+    (part,) = together(samples)
+    wanted = [x for x in model.parameters() if x.ndim == 1]
+    logs = [predicted(m, part.labelled).log_softmax(-1) for m in (dense, model)]
+    total = (logs[0].detach().exp() * (logs[0].detach() - logs[1])).sum()
+    exact = torch.autograd.grad(total, wanted)
+    assert divergence.divergence(dense, model, part) == pytest.approx(float(total.detach()), rel=1e-4)
+    found = [torch.zeros_like(x) for x in wanted]
+    for summands in divergence.gradients(dense, model, part, wanted):
+        for x, summand in zip(found, summands, strict=True):
+            x.add_(0 if summand is None else summand)
+    for a, b in zip(found, exact, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("each", [False, True])

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from spectrim.anatomy import Anatomy
 from spectrim.away import values
 from spectrim.calibrate import Statistics
-from spectrim.calibrate.data import SAMPLE_SETTINGS, load_data
+from spectrim.calibrate.data import SAMPLE_SETTINGS, Data, load_data
 from spectrim.calibrate.passes import forward_options, model_inputs, prepared
 from spectrim.calibrate.probe import forget_peak, held_memory, peak_memory
 from spectrim.errors import SpectrimError
@@ -26,9 +26,11 @@ from spectrim.pipeline.jobs import Job
 from spectrim.plan.options import Menu, menu
 from spectrim.recipe import Recipe
 from spectrim.storage import Problem, made
+from spectrim.tune.pace import pace
 
 _HELD = 14  # times the outputs of a block's linears: what walks hold of every sample, measured on two models
-_TRAINED = 28  # bytes of a number that is trained: itself, the first and the best state, master, gradient, two means
+_TRAINED = 32  # bytes of a number that is trained: itself, first and best state, master and mean, gradient, Adam's two
+_TUNED = 8  # samples of each modality that the end-to-end pass is timed by: drawn answers differ in length
 _SECONDS = 4.0  # of linears that are tried; larger ones are then put in proportion
 
 Kind = tuple[int, int, int, bool]
@@ -75,10 +77,10 @@ def foresee(
     compensates = recipe.compensate.kind != "none"
     walk, kept = 0.0, 0
     if compensates:
-        walk, kept = _walk(model, parts, recipe, statistics, processor, recipe.compensate.samples)
+        walk, kept = _walk(model, parts, recipe, statistics, processor)
     trained = 0.0
     if recipe.tune.epochs:
-        trained, _ = _walk(model, parts, recipe, statistics, processor, recipe.tune.samples)
+        trained = _tuning(model, parts, recipe, statistics, processor)
     fresh = [linear for linear in parts.linears if not (spectra / f"{linear.name}.safetensors").exists()]
     changed = [linear for linear in parts.linears if recipe.allocation.reason(linear) is None]
     done = Checkpoints(
@@ -95,7 +97,7 @@ def foresee(
     peak = max(tried, kept + sizes.fixed + max(most))
     if recipe.tune.epochs:
         peak = max(peak, _TRAINED * max(most) // model.dtype.itemsize)
-    return compression(done, rates, walk=walk, tune=trained * recipe.tune.epochs, held=before, work=peak)
+    return compression(done, rates, walk=walk, tune=trained, held=before, work=peak)
 
 
 def _kind(recipe: Recipe, linear: Linear) -> Kind:
@@ -148,28 +150,20 @@ def _bought(options: Menu, share: float) -> tuple[str, Any]:
 
 
 def _walk(
-    model: PreTrainedModel,
-    parts: Anatomy,
-    recipe: Recipe,
-    statistics: Statistics | None,
-    processor: Any,
-    most: int | None,
+    model: PreTrainedModel, parts: Anatomy, recipe: Recipe, statistics: Statistics | None, processor: Any
 ) -> tuple[float, int]:
-    """Seconds of one forward pass of `most` samples of each modality, and bytes that compensation keeps of them.
+    """Seconds of one forward pass of the samples of compensation, and bytes that it keeps of them.
 
     Both are zero where there are no samples any more, which the compression itself will say.
     """
-    if statistics is None or processor is None:
+    if statistics is None:
         return 0.0, 0
-    source, settings = statistics.manifest.data, statistics.manifest.settings
-    size = min(settings.batch_size, settings.samples)
-    options = settings.model_dump(include=SAMPLE_SETTINGS) | {"samples": size}
-    sees = parts.tower is not None
-    try:
-        data = load_data(model, processor, text=source.text, images=source.images, sees=sees, **options)
-    except SpectrimError:
+    settings = statistics.manifest.settings
+    size, number = min(settings.batch_size, settings.samples), settings.samples
+    if recipe.compensate.samples is not None:
+        number = min(number, recipe.compensate.samples)
+    if (data := _some(model, parts, statistics, processor, size)) is None:
         return 0.0, 0
-    number = min(settings.samples, most or settings.samples)
     blocks = Counter[str | None]()
     for linear in parts.linears:
         blocks[linear.block] += linear.out_features
@@ -184,3 +178,32 @@ def _walk(
             seconds += (time.perf_counter() - began) * number / batch.samples
             kept += _HELD * number * inputs["input_ids"].shape[1] * max(blocks.values()) * model.dtype.itemsize
     return seconds, kept
+
+
+def _tuning(
+    model: PreTrainedModel, parts: Anatomy, recipe: Recipe, statistics: Statistics | None, processor: Any
+) -> float:
+    """Seconds of the end-to-end pass; zero as `_walk`."""
+    if statistics is None:
+        return 0.0
+    settings, tune = statistics.manifest.settings, recipe.tune
+    if (data := _some(model, parts, statistics, processor, min(_TUNED, settings.samples))) is None:
+        return 0.0
+    given: dict[str, Any] = {"answer_tokens": settings.answer_tokens, "seed": settings.seed}
+    paces = [pace(model, parts, data, modality, **given) for modality in data.samples]
+    number = min(settings.samples, tune.samples or settings.samples)
+    passes = tune.epochs * 9 / 8  # an eighth is measured four times, in half the time, in place of being trained on
+    return number * sum(gather + passes * step for gather, step in paces)
+
+
+def _some(model: PreTrainedModel, parts: Anatomy, statistics: Statistics, processor: Any, size: int) -> Data | None:
+    """`size` samples of each modality of the statistics, if they are there still."""
+    if processor is None:
+        return None
+    source = statistics.manifest.data
+    options = statistics.manifest.settings.model_dump(include=SAMPLE_SETTINGS) | {"samples": size}
+    sees = parts.tower is not None
+    try:
+        return load_data(model, processor, text=source.text, images=source.images, sees=sees, **options)
+    except SpectrimError:
+        return None

@@ -15,35 +15,46 @@ class Number:
     """One tensor of a model, and a float32 parameter that stands for it: ``tensor = master · unit``.
 
     The unit is the root mean square of a tensor, and of scales each scale by itself, so that one rate fits all and no
-    scale changes its sign.
+    scale changes its sign. ``mean`` is that of the master's last values, which is nearer to the optimum than each is.
     """
 
     name: str
     tensor: torch.Tensor
     unit: torch.Tensor
     master: nn.Parameter
+    mean: torch.Tensor
 
     @classmethod
     def of(cls, name: str, tensor: torch.Tensor, *, each: bool) -> "Number":
         """A tensor as it is; with a unit for `each` of its elements."""
         values = tensor.detach().float()
         unit = values.abs() if each else values.square().mean().sqrt()
-        return cls(name, tensor, unit, nn.Parameter(_in_units(values, unit)))
+        own = _in_units(values, unit)
+        return cls(name, tensor, unit, nn.Parameter(own), own.clone())
 
-    def add(self, gradient: torch.Tensor | None) -> None:
-        """Add a gradient of the tensor to that of the master."""
+    def add(self, gradient: torch.Tensor | None, share: float = 1.0) -> None:
+        """Add `share` times a gradient of the tensor to that of the master."""
         if gradient is not None:
-            own = gradient.float() * self.unit
+            own = gradient.float() * (share * self.unit)
             self.master.grad = own if self.master.grad is None else self.master.grad.add_(own)
 
     def write(self) -> None:
         """Bring the tensor up to date."""
         self.tensor.data.copy_(self.master.detach() * self.unit)
 
+    def average(self, share: float) -> None:
+        """Move the mean to the master by a share of the way."""
+        self.mean.lerp_(self.master.detach(), share)
+
+    def write_mean(self) -> None:
+        """Put the mean into the tensor."""
+        self.tensor.data.copy_(self.mean * self.unit)
+
     def restore(self, values: torch.Tensor) -> None:
         """Go back to earlier values of the tensor."""
         self.tensor.data.copy_(values)
         self.master.data.copy_(_in_units(values.float(), self.unit))
+        self.mean.copy_(self.master.detach())
 
 
 def _in_units(values: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:

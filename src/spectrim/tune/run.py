@@ -12,7 +12,6 @@ from math import ceil, cos, log, pi
 from typing import Any
 
 import torch
-from torch.nn.functional import kl_div
 from transformers import PreTrainedModel
 
 from spectrim.anatomy import Anatomy
@@ -21,21 +20,22 @@ from spectrim.calibrate.data import reload_data
 from spectrim.calibrate.passes import prepared
 from spectrim.disk.lock import writing
 from spectrim.disk.sealed import open_sealed, write_sealed
-from spectrim.errors import NumericalError
 from spectrim.files import parse_json
 from spectrim.plan.key import made_key
 from spectrim.plan.plan import Plan
 from spectrim.recipe import Recipe
+from spectrim.tune.divergence import divergence, gradients, rough_products
 from spectrim.tune.numbers import Number, numbers, packed_layers
 from spectrim.tune.samples import Sample, divided, gathered, together, tokens
 from spectrim.tune.scales import trained_scales
 
 _log = logging.getLogger(__name__)
 
-VERSION = 4  # of what the tensors mean; a change makes earlier files unused
+VERSION = 5  # of what the tensors mean; a change makes earlier files unused
 STEP = 512  # tokens of the larger modality behind one step of Adam; 2048 leave more at equal passes
 WARM = 20  # the rate rises over one step in so many, and falls to zero by half a cosine over all of them
-LESS = 1 / 3  # of the rate, after an epoch that was taken back
+LESS = 1 / 3  # of the rate, after steps that were taken back
+PARTS = 4  # of an epoch, which are measured: the mean of the states in each
 FLOOR = 1e-3  # nats that are added to divergences before they are compared by their ratio
 
 Nats = Mapping[str, float]
@@ -112,11 +112,12 @@ class Tuning:
         held = {modality: together(some) for modality, some in left_out.items()}
         per_epoch = max(min(len(some), ceil(tokens(some) / STEP)) for some in seen.values())
         steps = self._part.epochs * per_epoch
+        part_of_epoch = max(1, per_epoch // PARTS)
         rate, optimizer = self._part.rate, torch.optim.Adam([one.master for one in trained], betas=(0.9, 0.95))
         batches = {m: _turns(some, ceil(len(some) / per_epoch), settings.seed) for m, some in seen.items() if some}
         with self._training(trained):
             before = best = self._nats(held)
-            kept, at = [one.tensor.detach().clone() for one in trained], 0
+            kept, at, since = [one.tensor.detach().clone() for one in trained], 0, 0
             for step in range(1, steps + 1):
                 for modality, turns in batches.items():
                     batch = next(turns)
@@ -126,17 +127,25 @@ class Tuning:
                 optimizer.param_groups[0]["lr"] = rate * _share(step - 1, steps)
                 optimizer.step()
                 optimizer.zero_grad()
+                since += 1
                 for one in trained:
+                    one.average(1 / min(since, part_of_epoch))
                     one.write()
-                if step % per_epoch == 0 and _score(now := self._nats(held), best) < 0:
-                    best, at = now, step
+                if step % part_of_epoch == 0 or step == steps:
+                    for one in trained:
+                        one.write_mean()
+                    gains = _score(now := self._nats(held), best) < 0
+                    if gains:
+                        best, at = now, step
+                    else:  # what gained nothing is taken back
+                        rate, since = rate * LESS, 0
+                        optimizer.state.clear()
                     for held_one, one in zip(kept, trained, strict=True):
-                        held_one.copy_(one.tensor)
-                elif step % per_epoch == 0:  # an epoch that gained nothing is taken back
-                    rate *= LESS
-                    optimizer.state.clear()
-                    for held_one, one in zip(kept, trained, strict=True):
-                        one.restore(held_one)
+                        if gains:
+                            held_one.copy_(one.tensor)
+                            one.write()
+                        else:
+                            one.restore(held_one)
                 if progress is not None:
                     progress(step, steps)
             for held_one, one in zip(kept, trained, strict=True):
@@ -162,56 +171,19 @@ class Tuning:
 
     def _add(self, part: Sample, share: float, trained: Sequence[Number]) -> None:
         """Add the gradient of `share` times the sum of divergences of some samples; products may be of bfloat16."""
-        with _rough_products(), torch.enable_grad():
-            loss = share * self._divergence(part)
-            wanted = [one.tensor for one in trained]
-            gradients = torch.autograd.grad(loss, wanted, allow_unused=True)  # of experts that no token chose
-        for one, gradient in zip(trained, gradients, strict=True):
-            one.add(gradient)
+        wanted = [one.tensor for one in trained]
+        with rough_products(), torch.enable_grad():
+            for found in gradients(self._dense, self._small, part, wanted):
+                for one, gradient in zip(trained, found, strict=True):
+                    one.add(gradient, share)
 
-    @torch.no_grad()
     def _nats(self, held: Mapping[Any, Sequence[Sample]]) -> dict[str, float]:
         """Of samples that were left out."""
         found = {}
         for modality, parts in held.items():
-            total = sum(float(self._divergence(part)) for part in parts)
+            total = sum(divergence(self._dense, self._small, part) for part in parts)
             found[str(modality)] = total / sum(part.labels for part in parts)
         return found
-
-    def _divergence(self, part: Sample) -> torch.Tensor:
-        """Sum of the divergences at the labelled positions. Raises NumericalError where it is not finite."""
-        with torch.no_grad():
-            target = _expected(self._dense, part)
-        found = kl_div(_predicted(self._small, part), target, reduction="sum", log_target=True)
-        if not bool(found.isfinite()):
-            raise NumericalError("the predictions of the compressed model are not finite; set tune.epochs=0")
-        return found
-
-
-@contextmanager
-def _rough_products() -> Iterator[None]:
-    """Products of float32 may be of bfloat16 inside the block."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def _predicted(model: PreTrainedModel, part: Sample) -> torch.Tensor:
-    """Log-probabilities float32 [labels, vocabulary] at the labelled positions."""
-    logits: torch.Tensor = model(**part.labelled.inputs, use_cache=False).logits
-    return logits[:, :-1][part.labelled.labelled].float().log_softmax(-1)
-
-
-def _expected(dense: PreTrainedModel, part: Sample) -> torch.Tensor:
-    """Those of the dense model, which ran once for each sample if what its head read is known."""
-    if part.states is None:
-        return _predicted(dense, part)
-    head: Any = dense.get_output_embeddings()
-    logits: torch.Tensor = head(part.states)
-    return logits.float().log_softmax(-1)
 
 
 def _turns(samples: Sequence[Sample], count: int, seed: int) -> Iterator[list[Sample]]:

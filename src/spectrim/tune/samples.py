@@ -1,6 +1,6 @@
 """Calibration samples with labels, in batches of one shape; some are left out of training and judge it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -37,37 +37,57 @@ Samples = Mapping[Modality, Sequence[Sample]]
 
 
 def gathered(model: PreTrainedModel, data: Data, *, answer_tokens: int, seed: int) -> dict[Modality, list[Sample]]:
-    """All samples: text labelled at every token, images at the answers that they bring or that the model draws.
+    """All samples of all modalities (see `gathering`)."""
+    with prepared(model):
+        given: dict[str, Any] = {"answer_tokens": answer_tokens, "seed": seed}
+        return {modality: list(gathering(model, data, modality, **given)) for modality in data.samples}
+
+
+def gathering(
+    model: PreTrainedModel, data: Data, modality: Modality, *, answer_tokens: int, seed: int
+) -> Iterator[Sample]:
+    """The samples one by one: text labelled at every token, images at answers that they bring or the model draws.
 
     Raises:
         ModelError: the model cannot generate answers, or its tokens see the labels.
         SampleError: an image sample has an empty answer and the model no token that ends one.
     """
-    found: dict[Modality, list[Sample]] = {}
-    with prepared(model):
-        for modality, count in data.samples.items():
-            given: dict[str, Any] = {"sampled": False, "answer_tokens": answer_tokens, "seed": seed}
-            labelled = labelled_samples(model, data, modality, **given, numbers=range(count))
-            found[modality] = [Sample(one, states(model, one)) for one in labelled]
-    return found
+    given: dict[str, Any] = {"sampled": False, "answer_tokens": answer_tokens, "seed": seed}
+    alone: bool | None = None
+    for one in labelled_samples(model, data, modality, **given, numbers=range(data.samples[modality])):
+        with torch.no_grad():
+            alone = head_predicts(model, one) if alone is None else alone
+            found = read(model, one) if alone else None
+        yield Sample(one, found)
 
 
-@torch.no_grad()
-def states(model: PreTrainedModel, one: Labelled) -> torch.Tensor | None:
-    """What the output head reads at the labels; None where the model does more to its outputs, or has no such head."""
+def predicted(model: PreTrainedModel, one: Labelled) -> torch.Tensor:
+    """Logits [labels, vocabulary] at the labelled positions of samples of one shape."""
+    logits: torch.Tensor = model(**one.inputs, use_cache=False).logits
+    return logits[:, :-1][one.labelled.view(len(logits), -1)]
+
+
+def read(model: PreTrainedModel, one: Labelled) -> torch.Tensor:
+    """What the model's output head reads there [labels, width]; it does not run."""
     head: Any = model.get_output_embeddings()
-    read: list[torch.Tensor] = []
-    if head is None:
-        return None
-    handle = head.register_forward_pre_hook(lambda _module, given: read.append(given[0]))
+    before = vars(head).get("forward")
+    head.forward = lambda states: states
     try:
-        logits = model(**one.inputs, use_cache=False).logits[:, :-1][one.labelled[None]]
+        return predicted(model, one)
     finally:
-        handle.remove()
-    if len(read) != 1 or read[0].shape[:2] != one.inputs["input_ids"].shape:
-        return None
-    found = read[0][:, :-1][one.labelled[None]]
-    return found if torch.allclose(head(found).float(), logits.float(), rtol=1e-3, atol=1e-3) else None
+        if before is None:
+            del head.forward
+        else:
+            head.forward = before
+
+
+def head_predicts(model: PreTrainedModel, one: Labelled) -> bool:
+    """Whether logits are what the output head gives; False where the model does more to them, or has no head."""
+    head: Any = model.get_output_embeddings()
+    if head is None:
+        return False
+    found, logits = head(read(model, one)), predicted(model, one)
+    return found.shape == logits.shape and torch.allclose(found.float(), logits.float(), rtol=1e-3, atol=1e-3)
 
 
 def divided(samples: Samples) -> tuple[dict[Modality, list[Sample]], dict[Modality, list[Sample]]]:
