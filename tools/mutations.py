@@ -261,8 +261,8 @@ MUTATIONS = [
     M("groups above the limit", "calibrate/groups.py", "        room -= size\n", "        room -= 0\n"),
     M("scales without signs", "maths/rounding.py", "signs = (1, -1) if signed and grid.symmetric else (1,)", "signs = (1,)"),
     M("experts counted as all tokens", "calibrate/memory.py", "return min(1.0, chosen / experts)", "return 1.0"),
-    M("no unit by tensor", "tune/numbers.py", "own = gradient.float() * self.unit", "own = gradient.float()"),
-    M("last state kept", "tune/run.py", "if step % per_epoch == 0 and _score(now := self._nats(held), best) < 0:", "if step % per_epoch == 0 and _score(now := self._nats(held), best) < 9:"),
+    M("mean is the last", "tune/numbers.py", "self.mean.lerp_(self.master.detach(), share)", "self.mean.copy_(self.master.detach())"),
+    M("last state kept", "tune/run.py", "gains = _score(now := self._nats(held), best) < 0", "gains = _score(now := self._nats(held), best) < 9"),
     M("bytes of half the precision", "calibrate/forms.py", "return sum(8 * torch.Size(shape).numel()", "return sum(4 * torch.Size(shape).numel()"),
     # compensate
     M("drawn towards zero", "maths/closed_form.py", "return W + torch.cholesky_solve((cross - W @ second).T, factor).T", "return torch.cholesky_solve(cross.T, factor).T"),
