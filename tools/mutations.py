@@ -262,6 +262,7 @@ MUTATIONS = [
     M("scales without signs", "maths/rounding.py", "signs = (1, -1) if signed and grid.symmetric else (1,)", "signs = (1,)"),
     M("experts counted as all tokens", "calibrate/memory.py", "return min(1.0, chosen / experts)", "return 1.0"),
     M("no unit by tensor", "tune/numbers.py", "own = gradient.float() * (share * self.unit)", "own = gradient.float() * share"),
+    M("mean is the last", "tune/numbers.py", "self.mean.lerp_(self.master.detach(), share)", "self.mean.copy_(self.master.detach())"),
     M("last state kept", "tune/run.py", "gains = _score(now := self._nats(held), best) < 0", "gains = _score(now := self._nats(held), best) < 9"),
     M("bytes of half the precision", "calibrate/forms.py", "return sum(8 * torch.Size(shape).numel()", "return sum(4 * torch.Size(shape).numel()"),
     # compensate
