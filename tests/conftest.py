@@ -17,8 +17,13 @@ if gc.isenabled():  # until tests run: imports leave nothing to collect
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """In a process that runs tests, and not in one that hands them out."""
+    """In a process that runs tests; one that hands them out gives each its share of the files in a row.
+
+    So fixtures of a file are made once.
+    """
     if config.getoption("tx", None):
+        if config.option.dist == "load":
+            config.option.dist = "worksteal"
         return
     import torch
     from hypothesis import settings
