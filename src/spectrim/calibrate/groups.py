@@ -50,19 +50,21 @@ class Sizes:
         return (packed_bytes if self.on_disk else gram_bytes)(width, rows, itemsize)
 
 
-def input_shares(linears: Sequence[Linear], sizes: Sizes | None = None) -> list[Share]:
+_MANY = Sizes()  # where nobody knows how few positions there are
+
+
+def input_shares(linears: Sequence[Linear], sizes: Sizes = _MANY) -> list[Share]:
     """Input moments of one modality; linears that usually read one input share a moment."""
-    sizes, found = sizes or Sizes(), dict[tuple[str | None, str, int], list[Linear]]()
+    found: dict[tuple[str | None, str, int], list[Linear]] = {}
     for x in linears:
         found.setdefault((x.block, _TOGETHER.get(x.role, x.name), x.in_features), []).append(x)
     return [Share(tuple(same), sizes.full(same[0], width) + 8 * width) for (_, _, width), same in found.items()]
 
 
 def output_shares(
-    linears: Sequence[Linear], forms: Mapping[str, CurvatureForm], *, fisher: bool, sizes: Sizes | None = None
+    linears: Sequence[Linear], forms: Mapping[str, CurvatureForm], *, fisher: bool, sizes: Sizes = _MANY
 ) -> list[Share]:
     """Moments of output gradients in these forms (none where a linear has no form), and gradient statistics."""
-    sizes = sizes or Sizes()
 
     def nbytes(x: Linear) -> int:
         form, output = forms.get(x.name), 0
@@ -78,7 +80,7 @@ def shares(
     kind: CalibrationUnit,
     forms: Mapping[str, CurvatureForm],
     settings: CalibrationSettings,
-    sizes: Sizes | None = None,
+    sizes: Sizes = _MANY,
 ) -> list[Share]:
     """What linears take in one kind of unit. Text reaches the backbone alone: the others take nothing there."""
     if kind.gradients:

@@ -169,8 +169,9 @@ class Compensation:
             for number, pair in enumerate(here):
                 assert pair.dense.call is not None
                 if unit.linears[group.members[0]].expert is None:
-                    again = partial(unit.tap, pair.dense.call, small=False, y=group.members, r=group.writers)
-                    self._add(unit, group, pair, dense[number] if dense else again(), sums)
+                    y, r = group.members, group.writers
+                    seen = dense[number] if dense else unit.tap(pair.dense.call, small=False, y=y, r=r)
+                    self._add(unit, group, pair, seen, sums)
             solved = {name: self._linear(unit, name, sums) for name in group.members}
             unit.compress(self._plan, solved)
             found |= solved
