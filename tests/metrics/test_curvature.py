@@ -347,7 +347,7 @@ def test_few_positions_give_the_metrics_and_losses_of_their_matrix():
     for seed, (modality, count) in enumerate({"text": 3, "image": 4}.items()):
         g, x = normal(count, 20, seed=seed), normal(count, 12, seed=9 + seed)
         outputs[modality] = output_moment([(g, x)], count)
-        whole[modality] = replace(outputs[modality], held=outputs[modality].sums)
+        whole[modality] = replace(outputs[modality], held={"output": Gram.of(outputs[modality].sums["output"])})
         kept = Gram(12, rows=x)
         moments[modality] = Moment(kept, x.abs().sum(0), count)
         assert torch.equal(outputs[modality].held["output"].rows, g)

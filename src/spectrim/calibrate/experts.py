@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from spectrim.calibrate.moments import GradMoment, Moment, OutputMoment
+from spectrim.calibrate.moments import GradMoment, Moment, OutputMoment, held
 from spectrim.calibrate.statistics import Statistics
 from spectrim.linear import Linear
 from spectrim.maths.sums import Gram
@@ -65,11 +65,11 @@ class ExpertStatistics(Statistics):
         mean, own = found
         if own is None:
             sums = {part: value / mean.count for part, value in mean.sums.items()}
-            return OutputMoment(mean.form, sums, mean.traces / mean.count, 1, mean.labels)
+            return OutputMoment(mean.form, held(mean.form, sums), mean.traces / mean.count, 1, mean.labels)
         a, b = self._shares(own.count, own.traces[2].sum(), mean.traces[2].sum())
         layer = mean.sums
         sums = {part: value * a + layer[part] * b for part, value in own.sums.items()}
-        return OutputMoment(own.form, sums, own.traces, own.count, own.labels)
+        return OutputMoment(own.form, held(own.form, sums), own.traces, own.count, own.labels)
 
     def lean(self, linear: str) -> float:
         """How much more of the images' tokens than of the text's an expert has: the ratio of both shares."""
@@ -181,4 +181,4 @@ def _add_gradients(a: GradMoment, b: GradMoment) -> GradMoment:
 def _add_outputs(a: OutputMoment, b: OutputMoment) -> OutputMoment:
     more = b.sums
     sums = {part: value + more[part] for part, value in a.sums.items()}
-    return OutputMoment(a.form, sums, a.traces + b.traces, a.count + b.count, a.labels)
+    return OutputMoment(a.form, held(a.form, sums), a.traces + b.traces, a.count + b.count, a.labels)

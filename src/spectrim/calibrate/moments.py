@@ -71,6 +71,11 @@ class OutputMoment:
         return token * self.count / scale, sequence * self.count / scale
 
 
+def held(form: CurvatureForm, sums: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor | Gram]:
+    """Sums as an :class:`OutputMoment` of that form holds them."""
+    return {name: Gram.of(x) for name, x in sums.items()} if form.kind == "full" else sums
+
+
 def formed(held: Mapping[str, torch.Tensor | Gram]) -> dict[str, torch.Tensor]:
     """All as tensors."""
     return {name: x.dense() if isinstance(x, Gram) else x for name, x in held.items()}

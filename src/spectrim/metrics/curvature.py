@@ -99,9 +99,8 @@ def predicted_loss(eta: str, change: torch.Tensor, moment: Moment, output: Outpu
         D = GD = held.rows.double() @ D
     elif isinstance(held, Gram):
         GD = held.times(D)
-    elif held is not None and output.form.kind in ("full", "blocks"):
-        G = held if held.ndim == 3 else held[None]
-        GD = (G @ D.reshape(len(G), G.shape[1], -1)).reshape(D.shape)
+    elif held is not None and output.form.kind == "blocks":
+        GD = (held @ D.reshape(len(held), held.shape[1], -1)).reshape(D.shape)
     else:
         diagonal, V = _low_rank(output, output.sums)
         GD = diagonal[:, None] * D + V @ (V.T @ D)
