@@ -10,7 +10,7 @@ import pytest
 SRC = Path(__file__).parents[1] / "src" / "spectrim"
 # From the ground up. Rooms of one line stand beside each other and do not know each other.
 FLOORS = (
-    ("errors", "kernels", "linear", "public", "registration", "versions"),
+    ("errors", "forwards", "kernels", "linear", "public", "registration", "versions"),
     ("away", "dense", "estimate", "experts", "files", "latent", "lazy", "maths", "settings"),
     ("demo", "disk", "recipe", "trace"),
     ("anatomy", "samples"),

@@ -9,6 +9,8 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from spectrim.forwards import forwards
+
 
 class Boundaries:
     """The tensors that blocks were called with in one forward pass, and their versions then."""
@@ -53,13 +55,5 @@ def recomputing(
 
         return run
 
-    before = {name: vars(module).get("forward") for name, module in blocks.items()}
-    try:
-        for module in blocks.values():
-            module.forward = wrapped(module.forward)
+    with forwards({module: wrapped(module.forward) for module in blocks.values()}):
         yield boundaries
-    finally:
-        for name, module in blocks.items():
-            vars(module).pop("forward", None)
-            if (own := before[name]) is not None:
-                module.forward = own

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from spectrim.forwards import forwards
+
 
 @dataclass(frozen=True)
 class Call:
@@ -103,13 +105,5 @@ def stopping_at(units: Mapping[str, nn.Module]) -> Iterator[None]:
     def stop(name: str) -> Callable[..., Any]:
         return lambda *args, **kwargs: _running.get().stop_at(name, Call(args, kwargs))
 
-    before = {name: vars(module).get("forward") for name, module in units.items()}
-    try:
-        for name, module in units.items():
-            module.forward = stop(name)
+    with forwards({module: stop(name) for name, module in units.items()}):
         yield
-    finally:
-        for name, module in units.items():
-            vars(module).pop("forward", None)
-            if (own := before[name]) is not None:
-                module.forward = own

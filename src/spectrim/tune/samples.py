@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from spectrim.calibrate.data import Data
 from spectrim.calibrate.labels import Labelled, labelled_samples
 from spectrim.calibrate.passes import prepared
+from spectrim.forwards import forwards
 from spectrim.samples import Modality
 
 LEFT_OUT = 8  # one sample in so many is left out
@@ -70,15 +71,8 @@ def predicted(model: PreTrainedModel, one: Labelled) -> torch.Tensor:
 def read(model: PreTrainedModel, one: Labelled) -> torch.Tensor:
     """What the model's output head reads there [labels, width]; it does not run."""
     head: Any = model.get_output_embeddings()
-    before = vars(head).get("forward")
-    head.forward = lambda states: states
-    try:
+    with forwards({head: lambda states: states}):
         return predicted(model, one)
-    finally:
-        if before is None:
-            del head.forward
-        else:
-            head.forward = before
 
 
 def head_predicts(model: PreTrainedModel, one: Labelled) -> bool:
