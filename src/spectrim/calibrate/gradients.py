@@ -174,10 +174,11 @@ def run_gradients(
             if attempt == 0 and (written or moved):
                 copied, blocks, logits = written, {} if moved else blocks, None
                 continue
-            if end.output is None:
-                _backward(model, *_slope(model, logits, samples))
-            elif end.output.requires_grad:  # some watched linear leads there
-                _backward(model, end.output, end.gradient)
+            output, gradient = end.output, end.gradient
+            if output is None:
+                output, gradient = _slope(model, logits, samples)
+            if output.requires_grad or relay is None:  # linears of one of several passes may not lead there
+                _backward(model, output, gradient)
             break
     several = f" to {sums.samples + len(samples)}" if len(samples) > 1 else ""
     watch.finish(f"{samples[0].modality} sample {sums.samples + 1}{several} (gradients)")

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from spectrim.calibrate.recompute import recomputing
 from spectrim.disk.shelf import Shelf
-from spectrim.errors import StatisticsError
+from spectrim.errors import ModelError, StatisticsError
 from spectrim.linear import Linear
 
 Key = tuple[int, int]  # the number of a batch's first sample, and how many it has
@@ -159,8 +159,13 @@ class Relay:
             with self._hooks(leave), recomputing(blocks, nullcontext):
                 logits = getattr(self._model(**inputs, use_cache=False), "logits", None)
         self._way = way
-        if logits is None or logits.grad_fn is None:  # which the pass itself will say
+        if logits is None:  # which the pass itself will say
             return
+        if logits.grad_fn is None:
+            raise ModelError(
+                f"{type(self._model).__name__} cannot be differentiated (no linear leads to its logits); choose a "
+                "recipe that needs no gradients, such as jw-svd"
+            )
         for place, (node, before) in enumerate(outputs):
             if node is not None and way[place] in blocks and way.count(way[place]) == 1:
                 past = _reached(logits.grad_fn, node)

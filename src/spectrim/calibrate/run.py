@@ -309,7 +309,7 @@ def _gather(run: _Run, store: SnapshotStore, checkpoint_seconds: float, progress
     with prepared(run.model), ExitStack() as relays:
         for unit, after in zip(units, [*units[1:], None], strict=True):  # one at a time: memory is that of one's sums
             after = after if after is not None and after.kind == unit.kind else None
-            if unit.gradients and after is not None and unit.kind not in run.relays:
+            if unit.gradients and unit.group is not None and unit.kind not in run.relays:
                 run.relays[unit.kind] = Relay(run.model, run.parts.linears, run.directory)
                 relays.callback(run.relays[unit.kind].close)
             sums = store.restore(unit.name, home) if processes == 1 else Sums(home)
