@@ -65,6 +65,7 @@ class Compression:
         processor: Any = None,
         progress: Progress | None = None,
         cost: Cost | None = None,
+        memory: str | None = None,
     ) -> None:
         self.model = model
         self.processor = processor
@@ -73,6 +74,7 @@ class Compression:
         self.spectra = spectra
         self.parts = parts
         self._progress = progress
+        self._memory = memory  # the limit, as of `calibrate`
         self._cost = cost  # estimated, and the clock
         self.written = 0  # bytes of checkpoints so far
         self.maker = Maker(model, recipe, statistics, spectra)
@@ -317,7 +319,7 @@ class Compression:
             )
         progress = None if self._progress is None else partial(self._progress, "compensate")
         return Compensation(
-            self.model, self.parts, self.recipe, plan, self.maker, self.statistics, self.processor
+            self.model, self.parts, self.recipe, plan, self.maker, self.statistics, self.processor, self._memory
         ).solve(progress)
 
     @contextmanager
