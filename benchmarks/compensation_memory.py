@@ -1,8 +1,8 @@
 """Peak memory of compensation as its samples grow, with and without a limit of memory, and that the bits are the same.
 
-    python benchmarks/compensation_memory.py WORK [--samples 64] [--seqlen 2048] [--width 1024] [--memory 2GiB]
+    python benchmarks/compensation_memory.py WORK [--samples 32] [--seqlen 2048] [--width 512] [--memory 1GiB]
 
-A random Llama of few, wide blocks in bfloat16. Calibration runs once; `compress --recipe svd-llm` with anchored
+A random Llama of few, wide blocks in float32. Calibration runs once; `compress --recipe svd-llm` with anchored
 compensation and five steps of refinement then runs with all the memory that is free and under the limit, each in a
 process of its own: seconds, resident memory when the walk began, and its peak.
 """
@@ -38,7 +38,7 @@ def write(work: Path, args: argparse.Namespace) -> None:
         vocab_size=WORDS, hidden_size=args.width, intermediate_size=args.width, num_hidden_layers=args.blocks,
         num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=args.seqlen,
     )  # fmt: skip
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(work / "model")
+    LlamaForCausalLM(config).save_pretrained(work / "model")
     tokens = Tokenizer(models.WordLevel({f"w{i}": i for i in range(WORDS)}, unk_token="w0"))
     tokens.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=tokens, unk_token="w0").save_pretrained(work / "model")
@@ -77,9 +77,9 @@ def main() -> None:
     """Both runs, and the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
-    for name, value in {"samples": 64, "seqlen": 2048, "width": 1024, "blocks": 2}.items():
+    for name, value in {"samples": 32, "seqlen": 2048, "width": 512, "blocks": 2}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--memory", default="2GiB")
+    parser.add_argument("--memory", default="1GiB")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:

@@ -1,14 +1,17 @@
 """Models that are larger than their memory: blocks stay in the safetensors files and come in when they run."""
 
 import logging
+from itertools import chain
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from spectrim.anatomy import anatomy
 from spectrim.calibrate.memory import limit_bytes
 from spectrim.checkpoint.weights import weight_files
+from spectrim.disk.nameless import Nameless, Shelved
 from spectrim.errors import ModelError
 from spectrim.estimate import amount
 from spectrim.experts import unfused
@@ -47,3 +50,17 @@ def places(empty: PreTrainedModel, memory: str) -> dict[str, str]:
     kept = sum(x.nbytes for name, x in empty.named_parameters() if not name.startswith(inside))
     _log.info("%d blocks stay in their files; %s of weights are in memory", len(blocks), amount(kept))
     return found
+
+
+def put_away(layer: nn.Module, file: Nameless) -> None:
+    """Write the tensors of a layer to a file, from where they come in when it runs or is saved.
+
+    Raises:
+        StatisticsError: there is no room for the file.
+    """
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    device = next(chain(layer.parameters(), layer.buffers())).device
+    kept = Shelved(layer.state_dict(), file)
+    hook = AlignDevicesHook(device, offload=True, offload_buffers=True, place_submodules=True, weights_map=kept)
+    add_hook_to_module(layer, hook)

@@ -1,16 +1,14 @@
 """Tensors that nobody needs for a while: in memory as far as it goes, beyond it in a file."""
 
-import ctypes
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Self
+from typing import Self
 
 import torch
 
-from spectrim.errors import StatisticsError
+from spectrim.disk.nameless import Nameless
 
 
 class Overflow:
@@ -23,9 +21,7 @@ class Overflow:
     """
 
     def __init__(self, room: int, directory: Path) -> None:
-        self._room, self._directory = room, directory
-        self._file: IO[bytes] | None = None
-        self._end = 0
+        self._room, self._file = room, Nameless(directory)
         self._left: set[int] = set()  # addresses of storages
         self._free: dict[int, list[int]] = {}  # places in the file, by size
         self._inside: dict[object, int] = {}  # bytes in memory
@@ -37,8 +33,7 @@ class Overflow:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._file is not None:
-            self._file.close()
+        self._file.close()
 
     def leave(self, tensors: Iterable[torch.Tensor]) -> None:
         """Never move these, which have to stay alive, and what shares their storage."""
@@ -63,7 +58,7 @@ class Overflow:
         if sum(self._inside.values()) + size <= self._room:
             self._inside[owner] = size
             return
-        self._outside[owner] = [(storage, storage.nbytes(), self._write(storage)) for storage in held]
+        self._outside[owner] = [(storage, storage.nbytes(), self._written(storage)) for storage in held]
         self._empty(owner)
 
     def wake(self, owner: object) -> None:
@@ -95,43 +90,13 @@ class Overflow:
     def _fill(self, owner: object) -> None:
         for storage, size, place in self._outside.get(owner, ()):
             storage.resize_(size)
-            self._read(storage, place)
+            self._file.read(storage, place)
 
     def _empty(self, owner: object) -> None:
         for storage, _, _ in self._outside.get(owner, ()):
             storage.resize_(0)
 
-    def _write(self, storage: torch.UntypedStorage) -> int:
-        """Write its bytes; returns their place."""
-        size = storage.nbytes()
-        place = found.pop() if (found := self._free.get(size)) else self._end
-        try:
-            if self._file is None:
-                self._file = tempfile.TemporaryFile(dir=self._directory)  # noqa: SIM115 - closed by __exit__
-            self._file.seek(place)
-            self._file.write(_bytes(storage.cpu()))
-            self._file.flush()
-        except OSError as error:
-            raise StatisticsError(
-                f"{self._directory} has no room for what the memory cannot hold ({error}); make room, or raise --memory"
-            ) from error
-        self._end = max(self._end, place + size)
-        return place
-
-    def _read(self, storage: torch.UntypedStorage, place: int) -> None:
-        home = storage if storage.device.type == "cpu" else torch.UntypedStorage(storage.nbytes())
-        assert self._file is not None
-        try:
-            self._file.seek(place)
-            whole = self._file.readinto(_bytes(home)) == home.nbytes()  # type: ignore[attr-defined]
-        except OSError as error:
-            raise StatisticsError(f"a file in {self._directory} cannot be read ({error}); run it again") from error
-        if not whole:
-            raise StatisticsError(f"a file in {self._directory} has become shorter; run it again")
-        if home is not storage:
-            storage.copy_(home)
-
-
-def _bytes(storage: torch.UntypedStorage) -> memoryview:
-    """The very bytes; numpy would keep the storage from ever being emptied."""
-    return memoryview((ctypes.c_ubyte * storage.nbytes()).from_address(storage.data_ptr())).cast("B")
+    def _written(self, storage: torch.UntypedStorage) -> int:
+        """Its place in the file: that of one of its size that has come back, where there is one."""
+        free = self._free.get(storage.nbytes())
+        return self._file.write(storage, free.pop() if free else None)

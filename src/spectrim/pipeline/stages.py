@@ -14,14 +14,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from spectrim.anatomy import Anatomy
-from spectrim.away import values
+from spectrim.away import is_away, values
 from spectrim.calibrate import Statistics
 from spectrim.calibrate.data import reload_data
 from spectrim.calibrate.passes import short_samples
 from spectrim.calibrate.probe import written_bytes
 from spectrim.checkpoint import attach, save
 from spectrim.checkpoint.check import check_written, runnable
+from spectrim.checkpoint.offload import put_away
 from spectrim.compensate import Compensation
+from spectrim.disk.nameless import Nameless
 from spectrim.errors import RecipeError
 from spectrim.estimate import Cost, compared
 from spectrim.metrics.curvature import predicted_loss
@@ -272,11 +274,15 @@ class Compression:
         """
         compensates = self.recipe.compensate.kind != "none"
         dense = beside(self.model) if self.recipe.tune.epochs else None
+        # What is made of a model that is larger than its memory waits on disk, too, unless it is to be trained.
+        file = Nameless(self.spectra.directory) if dense is None and is_away(self.model) else None
         solved, losses = self._compensated(plan), None if compensates else self._no_losses()
         for name in plan.exchanged:
             layer = self._layer(plan, name, solved)
             self._add_losses(losses, name, layer)
             self.model.set_submodule(name, layer)
+            if file is not None and name not in plan.tables:
+                put_away(layer, file)
         share(self.model)
         if plan.exchanged:
             attach(self.model)
