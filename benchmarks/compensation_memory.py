@@ -1,6 +1,6 @@
 """Peak memory of compensation as its samples grow, with and without a limit of memory, and that the bits are the same.
 
-    python benchmarks/compensation_memory.py WORK [--samples 32] [--seqlen 2048] [--width 512] [--memory 1GiB]
+    python benchmarks/compensation_memory.py WORK [--samples 64] [--seqlen 512] [--width 512] [--memory 700MiB]
 
 A random Llama of few, wide blocks in float32. Calibration runs once; `compress --recipe svd-llm` with anchored
 compensation and five steps of refinement then runs with all the memory that is free and under the limit, each in a
@@ -77,9 +77,9 @@ def main() -> None:
     """Both runs, and the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
-    for name, value in {"samples": 32, "seqlen": 2048, "width": 512, "blocks": 2}.items():
+    for name, value in {"samples": 64, "seqlen": 512, "width": 512, "blocks": 2}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--memory", default="1GiB")
+    parser.add_argument("--memory", default="700MiB")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
