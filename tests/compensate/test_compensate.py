@@ -17,7 +17,7 @@ from spectrim.calibrate import calibrate
 from spectrim.checkpoint import load, read_provenance
 from spectrim.compensate import run
 from spectrim.compensate.store import Store
-from spectrim.disk.nameless import Nameless
+from spectrim.disk.shelf import Shelf
 from spectrim.errors import NumericalError, RecipeError, StatisticsError
 from spectrim.maths.closed_form import ShiftedSum, anchored_weight, blended
 from spectrim.metrics.metric import joint_weights
@@ -291,13 +291,13 @@ def test_outputs_that_would_take_too_much_are_not_held_and_nothing_else_changes(
 def test_streams_that_wait_on_disk_come_back_bit_for_bit(family, recipe, words, tmp_path, monkeypatch):
     model, statistics = prepare(family, words, tmp_path / "s", torch.bfloat16)
     away: list[int] = []
-    real = Nameless.write
+    real = Shelf.write
 
-    def write(self, storage, place=None):
+    def write(self, storage, at=None):
         away.append(storage.nbytes())
-        return real(self, storage, place)
+        return real(self, storage, at)
 
-    monkeypatch.setattr(Nameless, "write", write)
+    monkeypatch.setattr(Shelf, "write", write)
     found, moved = [], []
     changes = {"compensate.samples": 12, "compensate.buckets": None, "compensate.refine": 5}
     changes |= ANCHORED if recipe != "adasvd" else {}

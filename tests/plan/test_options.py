@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import families
 from helpers.matrices import metric, normal
 from helpers.plans import RULES, THRESHOLDS, between, linear, totals
-from helpers.problems import problem
+from helpers.problems import problem as drawn_problem
 from helpers.samples import word_tokenizer
 from spectrim.calibrate import Statistics, calibrate
 from spectrim.errors import BudgetError, NumericalError, StatisticsError
@@ -377,7 +377,7 @@ def test_a_weight_that_is_not_finite_is_named(own):
 @pytest.mark.parametrize("bits", [None, "auto"])
 def test_options_that_are_kept_hold_no_metrics(bits, tmp_path):
     """Those of a whole model are in memory at once."""
-    given = problem(quantize=QuantizePart(bits=bits))
+    given = drawn_problem(quantize=QuantizePart(bits=bits))
     held = [weakref.ref(x) for x in (given.C, given.G)]
     found = menu(given, tmp_path / "a.safetensors")
     specs = [found.option(number) for number in range(len(found.bytes))]

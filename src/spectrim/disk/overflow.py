@@ -8,7 +8,8 @@ from typing import Self
 
 import torch
 
-from spectrim.disk.nameless import Nameless
+from spectrim.disk.shelf import Shelf
+from spectrim.errors import StatisticsError
 
 
 class Overflow:
@@ -21,7 +22,8 @@ class Overflow:
     """
 
     def __init__(self, room: int, directory: Path) -> None:
-        self._room, self._file = room, Nameless(directory)
+        self._room, self._directory = room, directory
+        self._shelf: Shelf | None = None  # made when it is needed
         self._left: set[int] = set()  # addresses of storages
         self._free: dict[int, list[int]] = {}  # places in the file, by size
         self._inside: dict[object, int] = {}  # bytes in memory
@@ -33,7 +35,8 @@ class Overflow:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        if self._shelf is not None:
+            self._shelf.close()
 
     def leave(self, tensors: Iterable[torch.Tensor]) -> None:
         """Never move these, which have to stay alive, and what shares their storage."""
@@ -89,8 +92,12 @@ class Overflow:
 
     def _fill(self, owner: object) -> None:
         for storage, size, place in self._outside.get(owner, ()):
+            assert self._shelf is not None
             storage.resize_(size)
-            self._file.read(storage, place)
+            try:
+                self._shelf.read(storage, place)
+            except OSError as error:
+                raise StatisticsError(f"a file in {self._directory} cannot be read ({error}); run it again") from error
 
     def _empty(self, owner: object) -> None:
         for storage, _, _ in self._outside.get(owner, ()):
@@ -99,4 +106,10 @@ class Overflow:
     def _written(self, storage: torch.UntypedStorage) -> int:
         """Its place in the file: that of one of its size that has come back, where there is one."""
         free = self._free.get(storage.nbytes())
-        return self._file.write(storage, free.pop() if free else None)
+        try:
+            self._shelf = self._shelf or Shelf(self._directory)
+            return self._shelf.write(storage, free.pop() if free else None)
+        except OSError as error:
+            raise StatisticsError(
+                f"{self._directory} has no room for what the memory cannot hold ({error}); make room, or raise --memory"
+            ) from error

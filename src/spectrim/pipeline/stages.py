@@ -23,7 +23,7 @@ from spectrim.checkpoint import attach, save
 from spectrim.checkpoint.check import check_written, runnable
 from spectrim.checkpoint.offload import put_away
 from spectrim.compensate import Compensation
-from spectrim.disk.nameless import Nameless
+from spectrim.disk.shelf import Shelf
 from spectrim.errors import RecipeError
 from spectrim.estimate import Cost, compared
 from spectrim.metrics.curvature import predicted_loss
@@ -275,14 +275,14 @@ class Compression:
         compensates = self.recipe.compensate.kind != "none"
         dense = beside(self.model) if self.recipe.tune.epochs else None
         # What is made of a model that is larger than its memory waits on disk, too, unless it is to be trained.
-        file = Nameless(self.spectra.directory) if dense is None and is_away(self.model) else None
+        shelf = Shelf(self.spectra.directory) if dense is None and is_away(self.model) else None
         solved, losses = self._compensated(plan), None if compensates else self._no_losses()
         for name in plan.exchanged:
             layer = self._layer(plan, name, solved)
             self._add_losses(losses, name, layer)
             self.model.set_submodule(name, layer)
-            if file is not None and name not in plan.tables:
-                put_away(layer, file)
+            if shelf is not None and name not in plan.tables:
+                put_away(layer, shelf)
         share(self.model)
         if plan.exchanged:
             attach(self.model)
