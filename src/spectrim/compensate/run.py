@@ -247,8 +247,10 @@ class Compensation:
             return self._alone(name)
         means = [(s.second + s.second.T) / (2 * s.count) for s in taken]
         weights = joint_weights([float(mean.trace()) for mean in means], part.gamma)
-        second = torch.stack([w * mean for w, mean in zip(weights, means, strict=True)]).sum(0)
-        cross = torch.stack([w * s.cross[name] / s.count for w, s in zip(weights, taken, strict=True)]).sum(0)
+        second, cross = torch.zeros_like(means[0]), torch.zeros_like(taken[0].cross[name])
+        for weight, s in zip(weights, taken, strict=True):  # one after the other: they are as large as metrics
+            second += weight * means.pop(0)
+            cross += weight * s.cross.pop(name) / s.count
         # The dense model's moments are of all calibration samples; they keep the fit from following the few used here.
         heads = form(row.form).heads(row.spec) or 1
         kind = "curvature" if part.kind == "curvature" else "whitening"
