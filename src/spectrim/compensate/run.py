@@ -275,10 +275,11 @@ class Compensation:
         return made(problem, row.form, row.spec)
 
     def _free(self) -> int:
-        """Bytes that the memory leaves beside the model and what one linear is solved in."""
+        """Bytes that the memory leaves beside the model and what the largest linear is solved in."""
+        solved = [(x.out_features, x.in_features) for unit in self._units.values() for x in unit.linears.values()]
+        most = max(8 * (8 * size**2 + 6 * out * size + 3 * out**2) for out, size in solved)
         device = self._model.device
-        solving = max(8 * (8 * x.in_features**2 + 6 * x.params + 3 * x.out_features**2) for x in self._parts.linears)
-        return max(0, limit_bytes(self._memory, device) - held_memory(device) - solving)
+        return max(0, limit_bytes(self._memory, device) - held_memory(device) - most)
 
     @contextmanager
     def _passes(self) -> Iterator[list[_Pair]]:

@@ -119,7 +119,7 @@ def job_compression(
     ) -> Estimate:
         from spectrim.pipeline import probe
 
-        return probe.foresee(model, parts, job, statistics, processor, spectra)
+        return probe.foresee(model, parts, job, statistics, processor, spectra, calibration.get("memory"))
 
     return compression(
         model,
