@@ -275,7 +275,7 @@ EFFORTS = {
     "standard": Effort(samples=CalibrationSettings().samples, compensation={}),
     "thorough": Effort(
         samples=256,
-        compensation={"compensate.samples": 128, "compensate.weight": 0.7, "tune.epochs": 4, "tune.samples": 128},
+        compensation={"compensate.samples": 128, "tune.epochs": 4, "tune.samples": 128},
     ),
 }
 EFFORT = "standard"

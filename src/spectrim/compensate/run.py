@@ -1,11 +1,12 @@
 """Both models, dense and compressed, walked block by block over the calibration samples."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from itertools import chain
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 from spectrim.anatomy import Anatomy
 from spectrim.away import here, values
 from spectrim.calibrate import Statistics
-from spectrim.calibrate.data import reload_data
+from spectrim.calibrate.data import Data, reload_data
 from spectrim.calibrate.passes import forward_options, model_inputs, prepared
 from spectrim.calibrate.positions import Positions, positions
 from spectrim.compensate.refine import refine, refined
@@ -22,10 +23,10 @@ from spectrim.compensate.streams import Pass, stopping_at
 from spectrim.compensate.tap import Tap
 from spectrim.compensate.units import Group, Unit
 from spectrim.disk.lock import writing
-from spectrim.errors import ModelError, NumericalError, RecipeError
-from spectrim.maths.closed_form import ShiftedSum, anchored_weight, blended
+from spectrim.errors import ModelError, NumericalError, RecipeError, SampleError
+from spectrim.maths.closed_form import LeftOut, ShiftedSum, anchored_weight, best_weight, blended, correction
 from spectrim.maths.roots import wide
-from spectrim.metrics.metric import chosen, joint_weights, layer_metric
+from spectrim.metrics.metric import Metric, chosen, joint_weights, layer_metric
 from spectrim.plan.maker import Maker
 from spectrim.plan.plan import Plan
 from spectrim.recipe import Recipe
@@ -34,6 +35,7 @@ from spectrim.storage import Problem, Tensors, form, made
 
 _log = logging.getLogger(__name__)
 
+LEFT_OUT = 8  # with weight auto one sample in so many is not fitted to
 _HELD = 2**30  # bytes that outputs of a dense unit may take; where they are more, it runs again for each group
 
 
@@ -42,9 +44,30 @@ class _Pair:
     """One batch on its way through the dense and through the compressed model."""
 
     modality: Modality
+    left_out: bool  # judges the fit, and is not fitted to
     counted: Positions
     dense: Pass
     small: Pass
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """What one linear is fitted to: moments of the compressed model, and metrics of the dense one."""
+
+    W: torch.Tensor
+    weights: dict[Modality, float]  # of the means of each modality
+    second: torch.Tensor
+    cross: torch.Tensor
+    metric: Metric  # its value is the dense model's moment
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Name the linear of a NumericalError."""
+    try:
+        yield
+    except NumericalError as error:
+        raise NumericalError(f"{name}: {error}") from error
 
 
 def _dense_taps(unit: Unit, here: list[_Pair], writers: frozenset[str]) -> list[Tap]:
@@ -81,6 +104,9 @@ class Compensation:
             raise RecipeError(
                 f"adaComp fits float factors, and the form '{others[0]}' has none; set compensate.kind=anchored or none"
             )
+        self._own_kind: Literal["curvature", "whitening"] = (
+            "curvature" if recipe.metric.kind == "curvature" else "whitening"
+        )
         self._store = Store(statistics, parts, recipe, plan)
         names: dict[str, list[Any]] = {}
         for linear in parts.linears:
@@ -166,13 +192,16 @@ class Compensation:
         for group in groups:
             last = max(group.writers, default=last)
             sums: dict[Modality, ShiftedSum] = {}
-            for number, pair in enumerate(here):
-                assert pair.dense.call is not None
-                if unit.linears[group.members[0]].expert is None:
-                    y, r = group.members, group.writers
-                    seen = dense[number] if dense else unit.tap(pair.dense.call, small=False, y=y, r=r)
-                    self._add(unit, group, pair, seen, sums)
-            solved = {name: self._linear(unit, name, sums) for name in group.members}
+            for modality, x, targets in self._rows(unit, group, here, dense, left_out=False):
+                if modality not in sums:
+                    sums[modality] = ShiftedSum.zero(x.shape[-1], x.device)
+                sums[modality].add(x, targets)
+            fits = {name: self._fit(unit, name, sums) for name in group.members}
+            weights = self._weights(fits, self._rows(unit, group, here, dense, left_out=True))
+            solved = {
+                name: self._alone(name) if fit is None else self._linear(unit, name, fit, weights[name])
+                for name, fit in fits.items()
+            }
             unit.compress(self._plan, solved)
             found |= solved
         rest = {name: self._alone(name) for name in unit.dense if name not in found}
@@ -185,76 +214,137 @@ class Compensation:
                 output = layer_metric(
                     whole, unit.linears[last], self._statistics, values(unit.dense[last]).device
                 ).output
-            samples = [(p.dense.call, p.small.call, p.counted) for p in here if p.dense.call and p.small.call]
+            samples = [
+                (p.dense.call, p.small.call, p.counted)
+                for p in here
+                if p.dense.call and p.small.call and not p.left_out
+            ]
             refine(unit, samples, steps, None if output is None else output.roots[0])
             found |= {name: layer.tensors() for name, layer in refined(unit).items()}
         return found, [seen.output for seen in dense]
 
-    def _add(self, unit: Unit, group: Group, pair: _Pair, dense: Tap, sums: dict[Modality, ShiftedSum]) -> None:
-        """Add one batch to the sums of its modality.
+    def _rows(
+        self, unit: Unit, group: Group, pairs: list[_Pair], dense: list[Tap], *, left_out: bool
+    ) -> Iterator[tuple[Modality, torch.Tensor, dict[str, torch.Tensor]]]:
+        """By batch, the compressed inputs x' [positions, in] of a group, and by linear its targets [positions, out].
 
-        Nothing is added if some linears of the group do not run in this batch. Nothing is added for experts either: the
-        compressed model may route other tokens to them than the dense model, whose outputs are then no targets.
+        Batches in which some linears of the group do not run give none. Nor do experts: the compressed model may route
+        other tokens to them than the dense model, whose outputs are then no targets.
         """
-        first, size = group.members[0], unit.linears[group.members[0]].in_features
-        assert pair.small.call is not None
-        small = unit.tap(pair.small.call, small=True, x=(first,), r=group.writers)
-        if not dense.y.keys() >= set(group.members) or first not in small.x:
-            return
-        x = small.x[first]
-        place = unit.linears[first].place
-        if pair.counted.chosen(place, x.shape[:-1]) or pair.counted.chosen(place, dense.y[first].shape[:-1]):
-            return
-        rows = pair.counted.select if self._recipe.compensate.buckets is None else pair.counted.average
-        targets = {}
-        for name in group.members:
-            y, bias = dense.y[name], here(unit.dense[name]).bias
-            if y.shape[:-1] != x.shape[:-1]:
-                raise ModelError(f"{name} reads other positions in the compressed model; set compensate.kind=none")
-            target = wide(y) if bias is None else wide(y) - wide(bias)
-            if name in dense.r and name in small.r:
-                target = target + (wide(dense.r[name]) - wide(small.r[name])).reshape(target.shape)
-            targets[name] = rows(place, target)
-        if x.numel():
-            if pair.modality not in sums:
-                sums[pair.modality] = ShiftedSum.zero(size, x.device)
-            sums[pair.modality].add(rows(place, x), targets)
+        first = group.members[0]
+        for number, pair in enumerate(pairs):
+            if pair.left_out != left_out or unit.linears[first].expert is not None:
+                continue
+            assert pair.dense.call is not None
+            assert pair.small.call is not None
+            y, r = group.members, group.writers
+            wanted = dense[number] if dense else unit.tap(pair.dense.call, small=False, y=y, r=r)
+            small = unit.tap(pair.small.call, small=True, x=(first,), r=r)
+            if not wanted.y.keys() >= set(y) or first not in small.x:
+                continue
+            x, place = small.x[first], unit.linears[first].place
+            if pair.counted.chosen(place, x.shape[:-1]) or pair.counted.chosen(place, wanted.y[first].shape[:-1]):
+                continue
+            rows = pair.counted.select if self._recipe.compensate.buckets is None else pair.counted.average
+            targets = {}
+            for name in y:
+                output, bias = wanted.y[name], here(unit.dense[name]).bias
+                if output.shape[:-1] != x.shape[:-1]:
+                    raise ModelError(f"{name} reads other positions in the compressed model; set compensate.kind=none")
+                target = wide(output) if bias is None else wide(output) - wide(bias)
+                if name in wanted.r and name in small.r:
+                    target = target + (wide(wanted.r[name]) - wide(small.r[name])).reshape(target.shape)
+                targets[name] = rows(place, target)
+            if x.numel():
+                yield pair.modality, rows(place, x), targets
 
     def _alone(self, name: str) -> Tensors:
         """A linear without compensation."""
         return self._maker.make(self._parts.linear(name), self._plan.linears[name])
 
-    def _linear(self, unit: Unit, name: str, sums: dict[Modality, ShiftedSum]) -> Tensors:
-        linear, row, W = unit.linears[name], self._plan.linears[name], values(unit.dense[name])
-        part, how = self._recipe.metric, self._recipe.compensate
-        if not (taken := chosen(part, sums)):
-            return self._alone(name)
-        means = [(s.second + s.second.T) / (2 * s.count) for s in taken]
+    def _fit(self, unit: Unit, name: str, sums: dict[Modality, ShiftedSum]) -> _Fit | None:
+        """What the sums come to for one linear; None where they are of no modality that counts."""
+        linear, row, W, part = (
+            unit.linears[name],
+            self._plan.linears[name],
+            values(unit.dense[name]),
+            self._recipe.metric,
+        )
+        if not (taken := chosen(part, {modality: modality for modality in sums})):
+            return None
+        means = [(sums[m].second + sums[m].second.T) / (2 * sums[m].count) for m in taken]
         weights = joint_weights([float(mean.trace()) for mean in means], part.gamma)
         second = torch.stack([w * mean for w, mean in zip(weights, means, strict=True)]).sum(0)
-        cross = torch.stack([w * s.cross[name] / s.count for w, s in zip(weights, taken, strict=True)]).sum(0)
+        cross = torch.stack([w * sums[m].cross[name] / sums[m].count for w, m in zip(weights, taken, strict=True)]).sum(
+            0
+        )
         # The dense model's moments are of all calibration samples; they keep the fit from following the few used here.
         heads = form(row.form).heads(row.spec) or 1
-        kind = "curvature" if part.kind == "curvature" else "whitening"
-        own = part.model_copy(update={"kind": kind, "per_head": heads > 1})
+        own = part.model_copy(update={"kind": self._own_kind, "per_head": heads > 1})
         metric = layer_metric(own, linear, self._statistics, W.device)
+        return _Fit(W, dict(zip(taken, weights, strict=True)), second, cross, metric)
+
+    def _weights(
+        self,
+        fits: Mapping[str, _Fit | None],
+        rows: Iterator[tuple[Modality, torch.Tensor, dict[str, torch.Tensor]]],
+    ) -> dict[str, float]:
+        """The weight of each linear's fit: the recipe's, or what the rows of left-out samples choose."""
+        how = self._recipe.compensate
+        if how.weight != "auto":
+            return dict.fromkeys(fits, how.weight)
+        judges: dict[str, list[tuple[Modality, LeftOut]]] = {}
+        for name, fit in fits.items():
+            if fit is not None:
+                assert fit.metric.value is not None
+                with _naming(name):
+                    step = correction(fit.W, fit.second, fit.cross, fit.metric.value, how.damping)
+                judges[name] = [(modality, LeftOut(fit.W, step)) for modality in fit.weights]
+        for modality, x, targets in rows:
+            for name, judging in judges.items():
+                for of, judge in judging:
+                    if of == modality:
+                        judge.add(x, targets[name])
+        return {
+            name: best_weight([(fit.weights[modality], judge) for modality, judge in judges[name]])
+            for name, fit in fits.items()
+            if fit is not None
+        }
+
+    def _linear(self, unit: Unit, name: str, fit: _Fit, weight: float) -> Tensors:
+        linear, row, W, metric = unit.linears[name], self._plan.linears[name], fit.W, fit.metric
+        recipe, how = self._recipe, self._recipe.compensate
+        heads = form(row.form).heads(row.spec) or 1
         assert metric.value is not None
-        second, cross = blended(W, second, cross, metric.value, how.weight)
+        second, cross = blended(W, fit.second, fit.cross, metric.value, weight)
         value: torch.Tensor | None = second
-        if part.kind != kind:  # the recipe's metric does not consist of second moments and is kept
-            value = layer_metric(part, linear, self._statistics, W.device).value
-        try:
+        if recipe.metric.kind != self._own_kind:  # it does not consist of second moments and is kept
+            value = layer_metric(recipe.metric, linear, self._statistics, W.device).value
+        with _naming(name):
             if how.kind == "adacomp":
                 alone = self._maker.problem(linear, heads)
                 return form(row.form).alternate(alone, row.spec, second, cross, how.rounds, wide(W).dtype)
             target = anchored_weight(W, second, cross, how.damping)
-        except NumericalError as error:
-            raise NumericalError(f"{name}: {error}") from error
-        recipe = self._recipe
         problem = Problem(
             linear, lambda: target, lambda: (value, metric.output), recipe.storage, recipe.quantize, heads=heads
         )
         return made(problem, row.form, row.spec)
+
+    def _left_out(self, data: Data, modality: Modality) -> int:
+        """How many samples of a modality are not fitted to; they are the last ones.
+
+        Raises:
+            SampleError: there is one alone.
+        """
+        number = data.samples.get(modality, 0)
+        if self._recipe.compensate.weight != "auto" or not number:
+            return 0
+        if number == 1:
+            raise SampleError(
+                f"compensate.weight=auto leaves out samples to judge by, and there is one {modality} sample; "
+                "calibrate with more, or set compensate.weight to a number"
+            )
+        return max(1, number // LEFT_OUT)
 
     @contextmanager
     def _passes(self) -> Iterator[list[_Pair]]:
@@ -270,10 +360,14 @@ class Compensation:
                 for modality in order:
                     if not chosen(part, {modality: modality}):
                         continue
+                    fitted = data.samples.get(modality, 0) - self._left_out(data, modality)
                     only = settings.image_tokens_only and modality == "image"
                     # Samples are in random order and those of a batch have one shape: a batch is a bucket.
-                    bucket = -(-data.samples.get(modality, 0) // how.buckets) if how.buckets else settings.batch_size
-                    for batch in data.batches(modality, bucket):
+                    bucket = -(-fitted // how.buckets) if how.buckets else settings.batch_size
+                    fits, rest = (
+                        data.part(some).batches(modality, bucket) for some in (slice(fitted), slice(fitted, None))
+                    )
+                    for left_out, batch in chain(((False, one) for one in fits), ((True, one) for one in rest)):
                         inputs = model_inputs(model, batch)
                         counted = positions(model, inputs, image_tokens_only=only)
                         forward = partial(model, **inputs, **forward_options(model))
@@ -281,7 +375,7 @@ class Compensation:
                         for one in (dense, small):
                             passes.append(one)
                             one.start()
-                        pairs.append(_Pair(modality, counted, dense, small))
+                        pairs.append(_Pair(modality, left_out, counted, dense, small))
                 if not pairs:
                     raise RecipeError(
                         f"compensation needs {part.modality} samples and {self._statistics.path} has none; "

@@ -1,5 +1,6 @@
 """The anchored closed form from moments (docs/methods.md, section 7): pure tensors, no modules."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -87,6 +88,47 @@ def anchored_weight(W: torch.Tensor, second: torch.Tensor, cross: torch.Tensor, 
     if int(failed):
         raise NumericalError("the inputs are too ill-conditioned; raise compensate.damping")
     return W + torch.cholesky_solve((cross - W @ second).T, factor).T
+
+
+def correction(
+    W: torch.Tensor, second: torch.Tensor, cross: torch.Tensor, dense: torch.Tensor, damping: float
+) -> torch.Tensor:
+    """``D = (T − W C')(H + δ tr(H)/in I)⁻¹``, [out, in] float64, with H half way between C' and C.
+
+    W + ω D is near the anchored weight of every share ω, whose H follows ω. Arguments as of `blended` and
+    `anchored_weight`.
+
+    Raises:
+        NumericalError: H is too ill-conditioned for δ.
+    """
+    half = 0.5
+    return (anchored_weight(W, *blended(W, second, cross, dense, half), damping) - W.double()) / half
+
+
+@dataclass
+class LeftOut:
+    """The error of W + ω D over positions that D was not fitted to, ``Σ ‖t − (W + ω D) x'‖²``, as a parabola in ω."""
+
+    W: torch.Tensor  # [out, in]
+    step: torch.Tensor  # D [out, in]
+    slope: float = 0.0  # Σ (t − W x') · D x'
+    square: float = 0.0  # Σ ‖D x'‖²
+    count: int = 0  # positions
+
+    def add(self, x: torch.Tensor, target: torch.Tensor) -> None:
+        """Add inputs x' [positions, in] and targets t [positions, out]."""
+        x = wide(x)
+        change = x @ self.step.to(x.dtype).T
+        self.slope += float(((wide(target) - x @ self.W.to(x.dtype).T) * change).sum(dtype=torch.float64))
+        self.square += float(change.square().sum(dtype=torch.float64))
+        self.count += len(x)
+
+
+def best_weight(judges: Sequence[tuple[float, LeftOut]]) -> float:
+    """The ω in [0, 1] of least error, of weighted means over positions; 0 where nothing was left out or D is zero."""
+    seen = [(weight / judge.count, judge) for weight, judge in judges if judge.count]
+    square = sum(share * judge.square for share, judge in seen)
+    return min(max(sum(share * judge.slope for share, judge in seen) / square, 0.0), 1.0) if square else 0.0
 
 
 def gram(B: torch.Tensor, C: torch.Tensor | None) -> torch.Tensor:

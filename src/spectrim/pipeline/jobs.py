@@ -258,9 +258,7 @@ def with_effort(
     level, changed, given = effort(name), dict(changes or {}), dict(samples)
     chosen = Recipe.read(recipe, changed)
     if chosen.compensate.kind != "none" and not any(key.split(".")[0] == "compensate" for key in changed):
-        fitted = chosen.compensate.kind == "anchored"  # the weight of adaComp is another one, and its recipe's own
-        kept = {key: x for key, x in level.compensation.items() if fitted or key != "compensate.weight"}
-        changed = {**kept, **changed}
+        changed = {**level.compensation, **changed}
         chosen = Recipe.read(recipe, changed)
     if gathers and name != EFFORT and chosen.needs_statistics:
         given = {"samples": level.samples, **given}
