@@ -52,7 +52,7 @@ class Data:
     def batches(self, modality: Modality, batch_size: int) -> Iterator[Batch]:
         """The batches of one modality, in an order that depends on the samples alone."""
         if modality == "text":
-            return iter(()) if self.windows is None else text_batches(self.windows, batch_size)
+            return iter(()) if self.windows is None or not len(self.windows) else text_batches(self.windows, batch_size)
         return iter(()) if self.processor is None else image_batches(self.images, self.processor, batch_size)
 
     def fingerprint(self) -> str:

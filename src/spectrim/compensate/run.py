@@ -1,7 +1,7 @@
 """Both models, dense and compressed, walked block by block over the calibration samples."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -18,15 +18,16 @@ from spectrim.calibrate.data import Data, reload_data
 from spectrim.calibrate.passes import forward_options, model_inputs, prepared
 from spectrim.calibrate.positions import Positions, positions
 from spectrim.compensate.refine import refine, refined
+from spectrim.compensate.shares import LEFT_OUT, Fit, Rows, naming, shares
 from spectrim.compensate.store import Store
 from spectrim.compensate.streams import Pass, stopping_at
 from spectrim.compensate.tap import Tap
 from spectrim.compensate.units import Group, Unit
 from spectrim.disk.lock import writing
-from spectrim.errors import ModelError, NumericalError, RecipeError, SampleError
-from spectrim.maths.closed_form import LeftOut, ShiftedSum, anchored_weight, best_weight, blended, correction
+from spectrim.errors import ModelError, RecipeError, SampleError
+from spectrim.maths.closed_form import ShiftedSum, anchored_weight, blended
 from spectrim.maths.roots import wide
-from spectrim.metrics.metric import Metric, chosen, joint_weights, layer_metric
+from spectrim.metrics.metric import chosen, joint_weights, layer_metric
 from spectrim.plan.maker import Maker
 from spectrim.plan.plan import Plan
 from spectrim.recipe import Recipe
@@ -35,7 +36,6 @@ from spectrim.storage import Problem, Tensors, form, made
 
 _log = logging.getLogger(__name__)
 
-LEFT_OUT = 8  # with weight auto one sample in so many is not fitted to
 _HELD = 2**30  # bytes that outputs of a dense unit may take; where they are more, it runs again for each group
 
 
@@ -48,26 +48,6 @@ class _Pair:
     counted: Positions
     dense: Pass
     small: Pass
-
-
-@dataclass(frozen=True)
-class _Fit:
-    """What one linear is fitted to: moments of the compressed model, and metrics of the dense one."""
-
-    W: torch.Tensor
-    weights: dict[Modality, float]  # of the means of each modality
-    second: torch.Tensor
-    cross: torch.Tensor
-    metric: Metric  # its value is the dense model's moment
-
-
-@contextmanager
-def _naming(name: str) -> Iterator[None]:
-    """Name the linear of a NumericalError."""
-    try:
-        yield
-    except NumericalError as error:
-        raise NumericalError(f"{name}: {error}") from error
 
 
 def _dense_taps(unit: Unit, here: list[_Pair], writers: frozenset[str]) -> list[Tap]:
@@ -196,12 +176,13 @@ class Compensation:
                 if modality not in sums:
                     sums[modality] = ShiftedSum.zero(x.shape[-1], x.device)
                 sums[modality].add(x, targets)
-            fits = {name: self._fit(unit, name, sums) for name in group.members}
-            weights = self._weights(fits, self._rows(unit, group, here, dense, left_out=True))
-            solved = {
-                name: self._alone(name) if fit is None else self._linear(unit, name, fit, weights[name])
-                for name, fit in fits.items()
-            }
+            fits = self._fits(unit, group, sums)
+            if (how := self._recipe.compensate).weight == "auto":
+                weights = shares(fits, self._rows(unit, group, here, dense, left_out=True), how.damping)
+            else:
+                weights = dict.fromkeys(fits, how.weight)
+            solved = {name: self._linear(unit, name, fit, weights[name]) for name, fit in fits.items()}
+            solved = solved or {name: self._alone(name) for name in group.members}
             unit.compress(self._plan, solved)
             found |= solved
         rest = {name: self._alone(name) for name in unit.dense if name not in found}
@@ -225,8 +206,8 @@ class Compensation:
 
     def _rows(
         self, unit: Unit, group: Group, pairs: list[_Pair], dense: list[Tap], *, left_out: bool
-    ) -> Iterator[tuple[Modality, torch.Tensor, dict[str, torch.Tensor]]]:
-        """By batch, the compressed inputs x' [positions, in] of a group, and by linear its targets [positions, out].
+    ) -> Iterator[Rows]:
+        """What the linears of a group read and what they are to give, batch by batch.
 
         Batches in which some linears of the group do not run give none. Nor do experts: the compressed model may route
         other tokens to them than the dense model, whose outputs are then no targets.
@@ -262,56 +243,27 @@ class Compensation:
         """A linear without compensation."""
         return self._maker.make(self._parts.linear(name), self._plan.linears[name])
 
-    def _fit(self, unit: Unit, name: str, sums: dict[Modality, ShiftedSum]) -> _Fit | None:
-        """What the sums come to for one linear; None where they are of no modality that counts."""
-        linear, row, W, part = (
-            unit.linears[name],
-            self._plan.linears[name],
-            values(unit.dense[name]),
-            self._recipe.metric,
-        )
+    def _fits(self, unit: Unit, group: Group, sums: dict[Modality, ShiftedSum]) -> dict[str, Fit]:
+        """What the sums come to for each linear of a group; nothing where they are of no modality that counts."""
+        part = self._recipe.metric
         if not (taken := chosen(part, {modality: modality for modality in sums})):
-            return None
+            return {}
         means = [(sums[m].second + sums[m].second.T) / (2 * sums[m].count) for m in taken]
-        weights = joint_weights([float(mean.trace()) for mean in means], part.gamma)
-        second = torch.stack([w * mean for w, mean in zip(weights, means, strict=True)]).sum(0)
-        cross = torch.stack([w * sums[m].cross[name] / sums[m].count for w, m in zip(weights, taken, strict=True)]).sum(
-            0
-        )
-        # The dense model's moments are of all calibration samples; they keep the fit from following the few used here.
-        heads = form(row.form).heads(row.spec) or 1
-        own = part.model_copy(update={"kind": self._own_kind, "per_head": heads > 1})
-        metric = layer_metric(own, linear, self._statistics, W.device)
-        return _Fit(W, dict(zip(taken, weights, strict=True)), second, cross, metric)
+        weights = dict(zip(taken, joint_weights([float(mean.trace()) for mean in means], part.gamma), strict=True))
+        second = torch.stack([w * mean for w, mean in zip(weights.values(), means, strict=True)]).sum(0)
+        found = {}
+        for name in group.members:
+            row, W = self._plan.linears[name], values(unit.dense[name])
+            cross = torch.stack([w * sums[m].cross[name] / sums[m].count for m, w in weights.items()]).sum(0)
+            # The dense model's moments are of all calibration samples; they keep the fit from following the few here.
+            heads = form(row.form).heads(row.spec) or 1
+            own = part.model_copy(update={"kind": self._own_kind, "per_head": heads > 1})
+            found[name] = Fit(
+                W, weights, second, cross, layer_metric(own, unit.linears[name], self._statistics, W.device)
+            )
+        return found
 
-    def _weights(
-        self,
-        fits: Mapping[str, _Fit | None],
-        rows: Iterator[tuple[Modality, torch.Tensor, dict[str, torch.Tensor]]],
-    ) -> dict[str, float]:
-        """The weight of each linear's fit: the recipe's, or what the rows of left-out samples choose."""
-        how = self._recipe.compensate
-        if how.weight != "auto":
-            return dict.fromkeys(fits, how.weight)
-        judges: dict[str, list[tuple[Modality, LeftOut]]] = {}
-        for name, fit in fits.items():
-            if fit is not None:
-                assert fit.metric.value is not None
-                with _naming(name):
-                    step = correction(fit.W, fit.second, fit.cross, fit.metric.value, how.damping)
-                judges[name] = [(modality, LeftOut(fit.W, step)) for modality in fit.weights]
-        for modality, x, targets in rows:
-            for name, judging in judges.items():
-                for of, judge in judging:
-                    if of == modality:
-                        judge.add(x, targets[name])
-        return {
-            name: best_weight([(fit.weights[modality], judge) for modality, judge in judges[name]])
-            for name, fit in fits.items()
-            if fit is not None
-        }
-
-    def _linear(self, unit: Unit, name: str, fit: _Fit, weight: float) -> Tensors:
+    def _linear(self, unit: Unit, name: str, fit: Fit, weight: float) -> Tensors:
         linear, row, W, metric = unit.linears[name], self._plan.linears[name], fit.W, fit.metric
         recipe, how = self._recipe, self._recipe.compensate
         heads = form(row.form).heads(row.spec) or 1
@@ -320,7 +272,7 @@ class Compensation:
         value: torch.Tensor | None = second
         if recipe.metric.kind != self._own_kind:  # it does not consist of second moments and is kept
             value = layer_metric(recipe.metric, linear, self._statistics, W.device).value
-        with _naming(name):
+        with naming(name):
             if how.kind == "adacomp":
                 alone = self._maker.problem(linear, heads)
                 return form(row.form).alternate(alone, row.spec, second, cross, how.rounds, wide(W).dtype)

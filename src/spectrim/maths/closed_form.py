@@ -8,6 +8,8 @@ import torch
 from spectrim.errors import NumericalError
 from spectrim.maths.roots import check_finite, times_metric, wide
 
+_ROUNDING = 1e-5  # relative error of products of float32, amply
+
 
 @dataclass
 class ShiftedSum:
@@ -113,22 +115,30 @@ class LeftOut:
     step: torch.Tensor  # D [out, in]
     slope: float = 0.0  # Σ (t − W x') · D x'
     square: float = 0.0  # Σ ‖D x'‖²
+    total: float = 0.0  # Σ ‖t‖²
     count: int = 0  # positions
 
     def add(self, x: torch.Tensor, target: torch.Tensor) -> None:
-        """Add inputs x' [positions, in] and targets t [positions, out]."""
-        x = wide(x)
-        change = x @ self.step.to(x.dtype).T
-        self.slope += float(((wide(target) - x @ self.W.to(x.dtype).T) * change).sum(dtype=torch.float64))
+        """Add inputs x' [positions, in] and targets t [positions, out]. Raises NumericalError: NaN or infinity."""
+        x, target = wide(x), wide(target)
+        change, error = x @ self.step.to(x.dtype).T, target - x @ self.W.to(x.dtype).T
+        self.slope += float(check_finite("the error of left-out samples", error * change).sum(dtype=torch.float64))
         self.square += float(change.square().sum(dtype=torch.float64))
+        self.total += float(target.square().sum(dtype=torch.float64))
         self.count += len(x)
 
 
 def best_weight(judges: Sequence[tuple[float, LeftOut]]) -> float:
-    """The ω in [0, 1] of least error, of weighted means over positions; 0 where nothing was left out or D is zero."""
+    """The ω in [0, 1] of least error, of weighted means over positions.
+
+    It is 0 where nothing was left out, and where D changes outputs by no more than rounding does: before the first
+    compressed layer nothing is to be corrected.
+    """
     seen = [(weight / judge.count, judge) for weight, judge in judges if judge.count]
     square = sum(share * judge.square for share, judge in seen)
-    return min(max(sum(share * judge.slope for share, judge in seen) / square, 0.0), 1.0) if square else 0.0
+    if square <= _ROUNDING**2 * sum(share * judge.total for share, judge in seen):
+        return 0.0
+    return min(max(sum(share * judge.slope for share, judge in seen) / square, 0.0), 1.0)
 
 
 def gram(B: torch.Tensor, C: torch.Tensor | None) -> torch.Tensor:

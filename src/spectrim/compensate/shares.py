@@ -1,0 +1,57 @@
+"""The share of the compressed model's inputs in each fit, as samples choose it that no layer is fitted to."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from spectrim.errors import NumericalError
+from spectrim.maths.closed_form import LeftOut, best_weight, correction
+from spectrim.metrics.metric import Metric
+from spectrim.samples import Modality
+
+LEFT_OUT = 8  # one sample in so many is left out
+
+Rows = tuple[Modality, torch.Tensor, dict[str, torch.Tensor]]
+"""Of one batch: compressed inputs x' [positions, in] of linears that share them, and their targets [positions, out]."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What one linear is fitted to: joint moments of the compressed model, and metrics of the dense one."""
+
+    W: torch.Tensor  # [out, in]
+    weights: dict[Modality, float]  # of the means of each modality
+    second: torch.Tensor  # C' [in, in] float64
+    cross: torch.Tensor  # T [out, in] float64
+    metric: Metric  # its value is the dense model's moment C [in, in]
+
+
+def shares(fits: Mapping[str, Fit], rows: Iterator[Rows], damping: float) -> dict[str, float]:
+    """By linear, the ω of least error over the rows of left-out samples (docs/methods.md, section 7).
+
+    Raises:
+        NumericalError: NaN or infinity, or inputs that are too ill-conditioned; names the linear.
+    """
+    judges: dict[str, dict[Modality, LeftOut]] = {}
+    for name, fit in fits.items():
+        assert fit.metric.value is not None
+        with naming(name):
+            step = correction(fit.W, fit.second, fit.cross, fit.metric.value, damping)
+        judges[name] = {modality: LeftOut(fit.W, step) for modality in fit.weights}
+    for modality, x, targets in rows:
+        for name, by_modality in judges.items():
+            if modality in by_modality:
+                with naming(name):
+                    by_modality[modality].add(x, targets[name])
+    return {name: best_weight([(fits[name].weights[m], one) for m, one in by.items()]) for name, by in judges.items()}
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Name the linear of a NumericalError."""
+    try:
+        yield
+    except NumericalError as error:
+        raise NumericalError(f"{name}: {error}") from error
