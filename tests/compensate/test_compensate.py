@@ -19,7 +19,7 @@ from spectrim.calibrate import calibrate
 from spectrim.checkpoint import load, read_provenance
 from spectrim.compensate import run
 from spectrim.compensate.store import Store
-from spectrim.errors import NumericalError, RecipeError, StatisticsError
+from spectrim.errors import NumericalError, RecipeError, SampleError, StatisticsError
 from spectrim.maths.closed_form import LeftOut, ShiftedSum, anchored_weight, best_weight, blended, correction
 from spectrim.metrics.metric import joint_weights
 from spectrim.pipeline import compress, compression
@@ -416,6 +416,7 @@ def test_what_cannot_be_done_is_said(tmp_path):
     refused(RecipeError, "give statistics and the model's processor", processor=None)
     changes = ANCHORED | {"metric.modality": "image"}
     refused(RecipeError, "compensation needs image samples", changes=changes)
+    refused(SampleError, "there is one text sample; calibrate with more", changes=ANCHORED | {"compensate.samples": 1})
     path.write_text(WORDS[100:])
     refused(StatisticsError, "the samples are not those of")
     path.write_text(WORDS)
