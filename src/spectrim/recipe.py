@@ -138,6 +138,10 @@ class CompensatePart(_Part):
     rounds: int = Field(default=1, ge=1)
     buckets: int | None = Field(default=None, ge=1)
 
+    def left_out(self, samples: int) -> int:
+        """How many of so many samples of a modality no layer is fitted to; they are the last ones."""
+        return max(1, samples // 8) if self.weight == "auto" and samples else 0
+
 
 class QuantizePart(_Part):
     """Whether weights are stored as integers.

@@ -409,6 +409,9 @@ def test_what_cannot_be_done_is_said(tmp_path):
     before, threads = weights(model), threading.active_count()
     options = {"stats": statistics, "processor": processor("llama"), "changes": ANCHORED}
 
+    with pytest.raises(SampleError, match=r"one alone; give more, or set compensate\.weight"):
+        compress(model, recipe="svd", retain=0.5, **{**options, "changes": ANCHORED | {"compensate.samples": 1}})
+
     def refused(kind: type[Exception], message: str, **other) -> None:
         with compression(model, "svd", **{**options, **other}) as prepared, pytest.raises(kind, match=message):
             prepared.apply(prepared.plan(0.5))
@@ -416,7 +419,6 @@ def test_what_cannot_be_done_is_said(tmp_path):
     refused(RecipeError, "give statistics and the model's processor", processor=None)
     changes = ANCHORED | {"metric.modality": "image"}
     refused(RecipeError, "compensation needs image samples", changes=changes)
-    refused(SampleError, "there is one text sample; calibrate with more", changes=ANCHORED | {"compensate.samples": 1})
     path.write_text(WORDS[100:])
     refused(StatisticsError, "the samples are not those of")
     path.write_text(WORDS)

@@ -14,17 +14,17 @@ from transformers import PreTrainedModel
 from spectrim.anatomy import Anatomy
 from spectrim.away import here, values
 from spectrim.calibrate import Statistics
-from spectrim.calibrate.data import Data, reload_data
+from spectrim.calibrate.data import reload_data
 from spectrim.calibrate.passes import forward_options, model_inputs, prepared
 from spectrim.calibrate.positions import Positions, positions
 from spectrim.compensate.refine import refine, refined
-from spectrim.compensate.shares import LEFT_OUT, Fit, Rows, naming, shares
+from spectrim.compensate.shares import Fit, Rows, naming, shares
 from spectrim.compensate.store import Store
 from spectrim.compensate.streams import Pass, stopping_at
 from spectrim.compensate.tap import Tap
 from spectrim.compensate.units import Group, Unit
 from spectrim.disk.lock import writing
-from spectrim.errors import ModelError, RecipeError, SampleError
+from spectrim.errors import ModelError, RecipeError
 from spectrim.maths.closed_form import ShiftedSum, anchored_weight, blended
 from spectrim.maths.roots import wide
 from spectrim.metrics.metric import chosen, joint_weights, layer_metric
@@ -282,22 +282,6 @@ class Compensation:
         )
         return made(problem, row.form, row.spec)
 
-    def _left_out(self, data: Data, modality: Modality) -> int:
-        """How many samples of a modality are not fitted to; they are the last ones.
-
-        Raises:
-            SampleError: there is one alone.
-        """
-        number = data.samples.get(modality, 0)
-        if self._recipe.compensate.weight != "auto" or not number:
-            return 0
-        if number == 1:
-            raise SampleError(
-                f"compensate.weight=auto leaves out samples to judge by, and there is one {modality} sample; "
-                "calibrate with more, or set compensate.weight to a number"
-            )
-        return max(1, number // LEFT_OUT)
-
     @contextmanager
     def _passes(self) -> Iterator[list[_Pair]]:
         """Both passes of every batch, images first, each at its first unit."""
@@ -312,10 +296,11 @@ class Compensation:
                 for modality in order:
                     if not chosen(part, {modality: modality}):
                         continue
-                    fitted = data.samples.get(modality, 0) - self._left_out(data, modality)
+                    number = data.samples.get(modality, 0)
+                    fitted = number - how.left_out(number)
                     only = settings.image_tokens_only and modality == "image"
                     # Samples are in random order and those of a batch have one shape: a batch is a bucket.
-                    bucket = -(-fitted // how.buckets) if how.buckets else settings.batch_size
+                    bucket = max(1, -(-fitted // how.buckets)) if how.buckets else settings.batch_size
                     fits, rest = (
                         data.part(some).batches(modality, bucket) for some in (slice(fitted), slice(fitted, None))
                     )

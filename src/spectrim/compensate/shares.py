@@ -8,10 +8,9 @@ import torch
 
 from spectrim.errors import NumericalError
 from spectrim.maths.closed_form import LeftOut, best_weight, correction
+from spectrim.maths.roots import wide
 from spectrim.metrics.metric import Metric
 from spectrim.samples import Modality
-
-LEFT_OUT = 8  # one sample in so many is left out
 
 Rows = tuple[Modality, torch.Tensor, dict[str, torch.Tensor]]
 """Of one batch: compressed inputs x' [positions, in] of linears that share them, and their targets [positions, out]."""
@@ -39,6 +38,7 @@ def shares(fits: Mapping[str, Fit], rows: Iterator[Rows], damping: float) -> dic
         assert fit.metric.value is not None
         with naming(name):
             step = correction(fit.W, fit.second, fit.cross, fit.metric.value, damping)
+        step = step.to(wide(fit.W).dtype)  # linears of a group wait for each other
         judges[name] = {modality: LeftOut(fit.W, step) for modality in fit.weights}
     for modality, x, targets in rows:
         for name, by_modality in judges.items():
