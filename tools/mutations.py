@@ -282,7 +282,7 @@ MUTATIONS = [
     M("positions not counted", "maths/closed_form.py", "+= product\n        self.count += len(x)", "+= product\n        self.count += 1"),
     M("no least weight", "maths/closed_form.py", "/ square, 0.0), 1.0)", "/ square, -9.0), 1.0)"),
     M("half a correction", "maths/closed_form.py", "damping) - W.double()) / half", "damping) - W.double())"),
-    M("left-out samples are fitted to", "compensate/run.py", "if pair.left_out != left_out or", "if pair.left_out > left_out or"),
+    M("left-out samples are fitted to", "compensate/run.py", "if pair.left_out != left_out or", "if pair.left_out < left_out or"),
     M("B not fitted", "maths/alternating.py", "B = B + pseudo_inverse(A.T @ weighted) @ step", "B = B + 0 * pseudo_inverse(A.T @ weighted) @ step"),
     M("A not fitted", "maths/alternating.py", "A = A + (cross - A @ seen) @ B.T", "A = A + 0 * (cross - A @ seen) @ B.T"),
     M("adacomp without its output metric", "maths/alternating.py", "weighted = A if output is None else output.metric_times(A)", "weighted = A"),
