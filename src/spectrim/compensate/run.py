@@ -3,30 +3,32 @@
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from itertools import chain
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
 
 from spectrim.anatomy import Anatomy
-from spectrim.away import here, values
+from spectrim.away import values
 from spectrim.calibrate import Statistics
 from spectrim.calibrate.data import reload_data
 from spectrim.calibrate.memory import limit_bytes
 from spectrim.calibrate.passes import forward_options, model_inputs, prepared
-from spectrim.calibrate.positions import Positions, positions
+from spectrim.calibrate.positions import positions
 from spectrim.calibrate.probe import held_memory
+from spectrim.compensate.batches import Pair, dense_taps, rows
 from spectrim.compensate.refine import refine, refined
+from spectrim.compensate.shares import Fit, naming, shares
 from spectrim.compensate.store import Store
 from spectrim.compensate.streams import Pass, stopping_at
-from spectrim.compensate.tap import Tap
 from spectrim.compensate.units import Group, Unit
 from spectrim.disk.lock import writing
 from spectrim.disk.overflow import Overflow
-from spectrim.errors import ModelError, NumericalError, RecipeError
+from spectrim.errors import ModelError, RecipeError
 from spectrim.maths.closed_form import ShiftedSum, anchored_weight, blended
+from spectrim.maths.decompose import OutputMetric
 from spectrim.maths.roots import wide
 from spectrim.metrics.metric import chosen, joint_weights, layer_metric
 from spectrim.plan.maker import Maker
@@ -38,27 +40,6 @@ from spectrim.storage import Problem, Tensors, form, made
 _log = logging.getLogger(__name__)
 
 _HELD = 2**30  # bytes that outputs of a dense unit may take; where they are more, it runs again for each group
-
-
-@dataclass(frozen=True)
-class _Pair:
-    """One batch on its way through the dense and through the compressed model."""
-
-    modality: Modality
-    counted: Positions
-    dense: Pass
-    small: Pass
-
-
-def _dense_taps(unit: Unit, here: list[_Pair], writers: frozenset[str], room: int) -> list[Tap]:
-    """What the linears of the dense unit give for each batch, in one run; none where all of it would take too much."""
-    taps: list[Tap] = []
-    for pair in here:
-        with pair.dense.awake() as call:
-            taps.append(unit.tap(call, small=False, whole=True, y=unit.dense, r=writers))
-        if taps[0].nbytes * len(here) > room:
-            return []
-    return taps
 
 
 class Compensation:
@@ -87,6 +68,9 @@ class Compensation:
             raise RecipeError(
                 f"adaComp fits float factors, and the form '{others[0]}' has none; set compensate.kind=anchored or none"
             )
+        self._own_kind: Literal["curvature", "whitening"] = (
+            "curvature" if recipe.metric.kind == "curvature" else "whitening"
+        )
         self._store = Store(statistics, parts, recipe, plan)
         names: dict[str, list[Any]] = {}
         for linear in parts.linears:
@@ -128,7 +112,7 @@ class Compensation:
                 self._store.write(name, {})
         return self._store.solved(self._units)
 
-    def _walk(self, pairs: list[_Pair], missing: set[str]) -> Iterator[None]:
+    def _walk(self, pairs: list[Pair], missing: set[str]) -> Iterator[None]:
         """Solve the missing units one after the other; yields after each, and ends after the last that samples reach.
 
         The compressed layers of one unit are in memory at a time.
@@ -163,7 +147,7 @@ class Compensation:
                 del call
             unit.small.clear()
 
-    def _solve(self, unit: Unit, here: list[_Pair]) -> tuple[dict[str, Tensors], list[Any]]:
+    def _solve(self, unit: Unit, here: list[Pair]) -> tuple[dict[str, Tensors], list[Any]]:
         """The unit's linears, and what the dense unit gives for each batch; nothing of it where it was not kept."""
         firsts = {pair.modality: pair.dense for pair in reversed(here)}
         found: dict[str, Tensors] = {}
@@ -172,21 +156,23 @@ class Compensation:
             calls = [stack.enter_context(one.awake()) for one in firsts.values()]
             groups = unit.groups(calls, residual=self._recipe.compensate.residual)
         writers = frozenset[str]().union(*(group.writers for group in groups))
-        dense = _dense_taps(unit, here, writers, self._room)
+        dense, how = dense_taps(unit, here, writers, self._room), self._recipe.compensate
+        averaged = how.buckets is not None
         for group in groups:
             last = max(group.writers, default=last)
             sums: dict[Modality, ShiftedSum] = {}
-            for number, pair in enumerate(here):
-                if unit.linears[group.members[0]].expert is None:
-                    if dense:
-                        seen = dense[number]
-                    else:
-                        with pair.dense.awake() as call:
-                            seen = unit.tap(call, small=False, y=group.members, r=group.writers)
-                    with pair.small.awake() as call:
-                        small = unit.tap(call, small=True, x=group.members[:1], r=group.writers)
-                        self._add(unit, group, pair, seen, small, sums)
-            solved = {name: self._linear(unit, name, sums) for name in group.members}
+            for modality, x, targets in rows(unit, group, here, dense, left_out=False, averaged=averaged):
+                if modality not in sums:
+                    sums[modality] = ShiftedSum.zero(x.shape[-1], x.device)
+                sums[modality].add(x, targets)
+            fits = self._fits(unit, group, sums)
+            if how.weight == "auto":
+                judges = rows(unit, group, here, dense, left_out=True, averaged=averaged)
+                weights = shares(fits, judges, how.damping)
+            else:
+                weights = dict.fromkeys(fits, how.weight)
+            solved = {name: self._linear(unit, name, fit, weights[name]) for name, fit in fits.items()}
+            solved = solved or {name: self._alone(name) for name in group.members}
             unit.compress(self._plan, solved)
             found |= solved
         outputs = [seen.output for seen in dense]
@@ -194,84 +180,65 @@ class Compensation:
         rest = {name: self._alone(name) for name in unit.dense if name not in found}
         unit.compress(self._plan, rest)
         found |= rest
-        if (steps := self._recipe.compensate.refine) and unit.name not in unit.dense:
+        if (steps := how.refine) and unit.name not in unit.dense:
             output = None
             if last is not None and self._recipe.metric.kind == "curvature":
                 whole = self._recipe.metric.model_copy(update={"per_head": False})
                 output = layer_metric(
                     whole, unit.linears[last], self._statistics, values(unit.dense[last]).device
                 ).output
-            samples, root = [(p.dense, p.small, p.counted) for p in here], None if output is None else output.roots[0]
-            refine(unit, samples, steps, self._overflow, outputs, root)
+            kept = [number for number, pair in enumerate(here) if not pair.left_out]
+            samples = [(here[n].dense, here[n].small, here[n].counted) for n in kept]
+            root = None if output is None else output.roots[0]
+            refine(unit, samples, steps, self._overflow, [outputs[n] for n in kept] if outputs else (), root)
             found |= {name: layer.tensors() for name, layer in refined(unit).items()}
         return found, outputs
-
-    def _add(
-        self, unit: Unit, group: Group, pair: _Pair, dense: Tap, small: Tap, sums: dict[Modality, ShiftedSum]
-    ) -> None:
-        """Add one batch to the sums of its modality.
-
-        Nothing is added if some linears of the group do not run in this batch. Nothing is added for experts either: the
-        compressed model may route other tokens to them than the dense model, whose outputs are then no targets.
-        """
-        first, size = group.members[0], unit.linears[group.members[0]].in_features
-        if not dense.y.keys() >= set(group.members) or first not in small.x:
-            return
-        x = small.x[first]
-        place = unit.linears[first].place
-        if pair.counted.chosen(place, x.shape[:-1]) or pair.counted.chosen(place, dense.y[first].shape[:-1]):
-            return
-        rows = pair.counted.select if self._recipe.compensate.buckets is None else pair.counted.average
-        targets = {}
-        for name in group.members:
-            y, bias = dense.y[name], here(unit.dense[name]).bias
-            if y.shape[:-1] != x.shape[:-1]:
-                raise ModelError(f"{name} reads other positions in the compressed model; set compensate.kind=none")
-            target = wide(y) if bias is None else wide(y) - wide(bias)
-            if name in dense.r and name in small.r:
-                target = target + (wide(dense.r[name]) - wide(small.r[name])).reshape(target.shape)
-            targets[name] = rows(place, target)
-        if x.numel():
-            if pair.modality not in sums:
-                sums[pair.modality] = ShiftedSum.zero(size, x.device)
-            sums[pair.modality].add(rows(place, x), targets)
 
     def _alone(self, name: str) -> Tensors:
         """A linear without compensation."""
         return self._maker.make(self._parts.linear(name), self._plan.linears[name])
 
-    def _linear(self, unit: Unit, name: str, sums: dict[Modality, ShiftedSum]) -> Tensors:
-        linear, row, W = unit.linears[name], self._plan.linears[name], values(unit.dense[name])
-        part, how = self._recipe.metric, self._recipe.compensate
-        if not (taken := chosen(part, sums)):
-            return self._alone(name)
-        means = [(s.second + s.second.T) / (2 * s.count) for s in taken]
-        weights = joint_weights([float(mean.trace()) for mean in means], part.gamma)
-        second, cross = torch.zeros_like(means[0]), torch.zeros_like(taken[0].cross[name])
-        for weight, s in zip(weights, taken, strict=True):  # one after the other: they are as large as metrics
+    def _fits(self, unit: Unit, group: Group, sums: dict[Modality, ShiftedSum]) -> dict[str, Fit]:
+        """What the sums come to for each linear of a group; nothing where they are of no modality that counts."""
+        part = self._recipe.metric
+        if not (taken := chosen(part, {modality: modality for modality in sums})):
+            return {}
+        means = [(sums[m].second + sums[m].second.T) / (2 * sums[m].count) for m in taken]
+        weights = dict(zip(taken, joint_weights([float(mean.trace()) for mean in means], part.gamma), strict=True))
+        second, found = torch.zeros_like(means[0]), {}
+        for weight in weights.values():  # one after the other: they are as large as metrics
             second += weight * means.pop(0)
-            cross += weight * s.cross.pop(name) / s.count
-        # The dense model's moments are of all calibration samples; they keep the fit from following the few used here.
+        for name in group.members:
+            linear, W = unit.linears[name], values(unit.dense[name])
+            cross = torch.zeros_like(sums[taken[0]].cross[name])
+            for modality, weight in weights.items():
+                cross += weight * sums[modality].cross.pop(name) / sums[modality].count
+            # The dense model's moments are of all calibration samples; they keep the fit from following the few here.
+            alone = part.model_copy(update={"kind": "whitening"})  # without the metric of outputs
+            moment = layer_metric(alone, linear, self._statistics, W.device).value
+            assert moment is not None
+            found[name] = Fit(W, weights, second, cross, moment)
+        return found
+
+    def _linear(self, unit: Unit, name: str, fit: Fit, weight: float) -> Tensors:
+        linear, row, W = unit.linears[name], self._plan.linears[name], fit.W
+        recipe, how = self._recipe, self._recipe.compensate
         heads = form(row.form).heads(row.spec) or 1
-        kind = "curvature" if part.kind == "curvature" else "whitening"
-        own = part.model_copy(update={"kind": kind, "per_head": heads > 1})
-        metric = layer_metric(own, linear, self._statistics, W.device)
-        assert metric.value is not None
-        second, cross = blended(W, second, cross, metric.value, how.weight)
+        own = recipe.metric.model_copy(update={"kind": self._own_kind, "per_head": heads > 1})
+        second, cross = blended(W, fit.second, fit.cross, fit.moment, weight)
         value: torch.Tensor | None = second
-        if part.kind != kind:  # the recipe's metric does not consist of second moments and is kept
-            value = layer_metric(part, linear, self._statistics, W.device).value
-        try:
+        if recipe.metric.kind != self._own_kind:  # it does not consist of second moments and is kept
+            value = layer_metric(recipe.metric, linear, self._statistics, W.device).value
+        with naming(name):
             if how.kind == "adacomp":
                 alone = self._maker.problem(linear, heads)
                 return form(row.form).alternate(alone, row.spec, second, cross, how.rounds, wide(W).dtype)
             target = anchored_weight(W, second, cross, how.damping)
-        except NumericalError as error:
-            raise NumericalError(f"{name}: {error}") from error
-        recipe = self._recipe
-        problem = Problem(
-            linear, lambda: target, lambda: (value, metric.output), recipe.storage, recipe.quantize, heads=heads
-        )
+
+        def metrics() -> tuple[torch.Tensor | None, OutputMetric | None]:
+            return value, layer_metric(own, linear, self._statistics, W.device).output
+
+        problem = Problem(linear, lambda: target, metrics, recipe.storage, recipe.quantize, heads=heads)
         return made(problem, row.form, row.spec)
 
     def _free(self) -> int:
@@ -282,7 +249,7 @@ class Compensation:
         return max(0, limit_bytes(self._memory, device) - held_memory(device) - most)
 
     @contextmanager
-    def _passes(self) -> Iterator[list[_Pair]]:
+    def _passes(self) -> Iterator[list[Pair]]:
         """Both passes of every batch, images first, each at its first unit."""
         model, settings, part = self._model, self._statistics.manifest.settings, self._recipe.metric
         how, pairs = self._recipe.compensate, []
@@ -299,10 +266,15 @@ class Compensation:
                 for modality in order:
                     if not chosen(part, {modality: modality}):
                         continue
+                    number = data.samples.get(modality, 0)
+                    fitted = number - how.left_out(number)
                     only = settings.image_tokens_only and modality == "image"
                     # Samples are in random order and those of a batch have one shape: a batch is a bucket.
-                    bucket = -(-data.samples.get(modality, 0) // how.buckets) if how.buckets else settings.batch_size
-                    for batch in data.batches(modality, bucket):
+                    bucket = max(1, -(-fitted // how.buckets)) if how.buckets else settings.batch_size
+                    fits, rest = (
+                        data.part(some).batches(modality, bucket) for some in (slice(fitted), slice(fitted, None))
+                    )
+                    for left_out, batch in chain(((False, one) for one in fits), ((True, one) for one in rest)):
                         inputs = model_inputs(model, batch)
                         self._overflow.leave(inputs.values())
                         counted = positions(model, inputs, image_tokens_only=only)
@@ -311,7 +283,7 @@ class Compensation:
                         for one in (dense, small):
                             passes.append(one)
                             one.start()
-                        pairs.append(_Pair(modality, counted, dense, small))
+                        pairs.append(Pair(modality, left_out, counted, dense, small))
                 if not pairs:
                     raise RecipeError(
                         f"compensation needs {part.modality} samples and {self._statistics.path} has none; "

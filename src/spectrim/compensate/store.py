@@ -12,7 +12,7 @@ from spectrim.plan.plan import Plan
 from spectrim.recipe import Recipe
 from spectrim.storage import Tensors
 
-VERSION = 7  # of what the tensors mean; a change makes earlier files unused
+VERSION = 8  # of what the tensors mean; a change makes earlier files unused
 
 
 class Store:

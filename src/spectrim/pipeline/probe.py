@@ -19,7 +19,7 @@ from spectrim.calibrate.probe import forget_peak, held_memory, peak_memory
 from spectrim.errors import SpectrimError
 from spectrim.estimate import Checkpoints, Estimate, Rates, by_work, compression, work
 from spectrim.linear import Linear
-from spectrim.maths.closed_form import anchored_weight
+from spectrim.maths.closed_form import anchored_weight, correction
 from spectrim.maths.decompose import decompose
 from spectrim.metrics.metric import chosen, layer_metric
 from spectrim.pipeline.budget import Sizes
@@ -140,7 +140,10 @@ def _try(model: PreTrainedModel, linear: Linear, recipe: Recipe, statistics: Sta
     if recipe.compensate.kind != "none":
         C = layer_metric(recipe.metric, linear, statistics, W.device).value
         if C is not None and C.ndim == 2:
-            target = anchored_weight(W, C, W.to(C) @ C, recipe.compensate.damping)
+            cross, damping = W.to(C) @ C, recipe.compensate.damping
+            if recipe.compensate.weight == "auto":
+                correction(W, C, cross, C, damping)
+            target = anchored_weight(W, C, cross, damping)
             problem = replace(problem, weight=lambda: target, kept=None)
     made(problem, *_bought(options, share))
     return Rates(decomposed - began, listed - decomposed, time.perf_counter() - listed)
