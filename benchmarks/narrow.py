@@ -24,7 +24,7 @@ from spectrim.anatomy import anatomy
 from spectrim.calibrate import Statistics
 from spectrim.checkpoint import load, load_processor
 from spectrim.demo import resolve
-from spectrim.evaluate import load_questions, perplexity, vqa
+from spectrim.evaluate import load_questions, vqa
 from spectrim.evaluate.results import score
 from spectrim.linear import Linear
 from spectrim.maths.decompose import OutputMetric, decompose, factors
@@ -34,7 +34,6 @@ from spectrim.metrics.metric import layer_metric
 from spectrim.plan.spend import Curve, spend
 from spectrim.recipe import Recipe
 from spectrim.samples import load_text
-from spectrim.storage.low_rank import factor_bytes
 
 STEP = 256  # units between two widths that are factored or rounded; groups of scales stay whole
 SHARES = np.arange(0.2, 1.001, 0.05)  # of a pair's bytes, at which its best ranks are found
@@ -171,13 +170,15 @@ def combined(
     return [joined(some, cost, place) for some in every]
 
 
-def mlp(parts: Sequence[Part], step: int, menu: Callable[[Part], list[Option]]) -> tuple[list[Option], list[Option]]:
+def mlp(
+    parts: Sequence[Part], step: int, menu: Callable[[Part], list[Option]] | None
+) -> tuple[list[Option], list[Option]]:
     """Options of the linears of one MLP: narrow alone, at every 16th of its units, and narrow with `menu` on the rest.
 
     The last part is the one that reads the units.
     """
     *first, down = parts
-    out, units = down.W.shape
+    units = down.W.shape[1]
     gone, lost = removal(down.W, down.C, down.G, 1, units - units // 4, units // 64)
 
     def narrowed(width: int) -> tuple[list[Part], Callable[[Weights], Weights]]:
@@ -202,7 +203,7 @@ def mlp(parts: Sequence[Part], step: int, menu: Callable[[Part], list[Option]]) 
         return Option(size, lost[units - width], make)
 
     both = []
-    for width in range(units - step, units // 4, -step):
+    for width in range(units - step, units // 4, -step) if menu is not None else ():
         some, place = narrowed(width)
         both += combined([menu(part) for part in some], lost[units - width], place)
     return [alone(width) for width in range(units // 4, units + 1, units // 64)], both
@@ -246,8 +247,12 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=10240)
     parser.add_argument("--questions", type=int, default=100, help="of each task, where the model sees")
     parser.add_argument("--retain", default="0.8,0.6,0.4", help="of the bytes of what is compressed")
-    parser.add_argument("--bits", default="", help="of a weight of an MLP, scales counted: integers in place of factors")
+    parser.add_argument(
+        "--bits", default="", help="of a weight of an MLP, scales counted: integers in place of factors"
+    )
     parser.add_argument("--what", choices=("mlp", "vo", "all"), default="mlp", help="linears; all of the blocks' last")
+    parser.add_argument("--how", default="factors,narrow,both", help="of these")
+    parser.add_argument("--spread", default="uniform,spent", help="of these")
     parser.add_argument("--blocks", type=int, help="the first ones alone")
     args = parser.parse_args()
     torch.set_grad_enabled(False)
@@ -269,15 +274,14 @@ def main() -> None:
     menu: Callable[[Part], list[Option]] = integers if args.bits else low_rank
     full = 0
     for block, roles in blocks.items():
-        units = [roles[role] for role in ("gate", "up", "down") if "gate" in roles or role == "down"]
-        units = units if "down" in roles else [roles["fc1"], roles["fc2"]]
+        units = [roles[role] for role in (("gate", "up", "down") if "gate" in roles else ("fc1", "fc2"))]
         wanted = {"mlp": units, "vo": [roles["v"], roles["o"]], "all": list(roles.values())}[args.what]
         full += sum(part.W.numel() for part in wanted)
         plain = {part.name: menu(part) for part in wanted}
         menus["factors"].append(combined([plain[part.name] for part in wanted]))
         pairs = []
         if args.what != "vo":
-            narrow, both = mlp(units, STEP, menu)
+            narrow, both = mlp(units, STEP, menu if "both" in args.how else None)
             pairs.append((units, narrow, both))
         if args.what != "mlp":
             narrow = values(roles["v"], roles["o"], roles["v"].linear.heads or 1)
@@ -286,7 +290,10 @@ def main() -> None:
             menus["narrow"].append(pairs[0][1])
         paired = {part.name for some, _, _ in pairs for part in some}
         rest = [plain[part.name] for part in wanted if part.name not in paired]
-        mixed = [combined([plain[part.name] for part in some]) + narrow * (not args.bits) + both for some, narrow, both in pairs]
+        mixed = [
+            combined([plain[part.name] for part in some]) + narrow * (not args.bits) + both
+            for some, narrow, both in pairs
+        ]
         menus["both"].append(combined([*rest, *mixed]) if rest or len(mixed) > 1 else mixed[0])
         print(block, flush=True)
     if args.what == "all":
@@ -297,43 +304,61 @@ def main() -> None:
 
 
 def report(
-    model: Any, processor: Any, args: argparse.Namespace, menus: dict[str, list[list[Option]]], full: int, shares: list[float]
+    model: Any,
+    processor: Any,
+    args: argparse.Namespace,
+    menus: dict[str, list[list[Option]]],
+    full: int,
+    shares: list[float],
 ) -> None:
     """Tables of losses."""
-    text = load_text(args.heldout, split="heldout")
+    tokenizer = getattr(processor, "tokenizer", processor)
+    tokens = tokenizer(load_text(args.heldout, split="heldout"), return_tensors="pt").input_ids[0, : args.max_tokens]
+    windows = [window[None] for window in tokens.split(args.window)]
     sees = hasattr(processor, "image_processor")
     questions = load_questions("builtin", args.questions, 0) if sees else []
 
-    def measured() -> list[float]:
-        tokenizer = getattr(processor, "tokenizer", processor)
-        found = perplexity(model, tokenizer, text, seqlen=args.window, max_tokens=args.max_tokens).per_token
-        return [math.log(found), *([100 * score(vqa(model, processor, questions), 0.0).mean] if questions else [])]
+    def log_probabilities() -> Iterable[torch.Tensor]:
+        return (model(input_ids=window).logits[0, :-1].log_softmax(-1) for window in windows)
 
-    dense = measured()
-    print("dense", dense, flush=True)
+    dense = list(log_probabilities())
+
+    def measured() -> list[float]:
+        risen, diverged = [], []
+        for window, p, q in zip(windows, dense, log_probabilities(), strict=True):
+            labels = window[0, 1:, None]
+            risen.append((p - q).gather(1, labels))
+            diverged.append((p.exp() * (p - q)).sum(1))
+        found = [float(torch.cat(risen).mean()), float(torch.cat(diverged).mean())]
+        return [*found, *([100 * score(vqa(model, processor, questions), 1.0).mean] if questions else [])]
+
+    if questions:
+        print(f"dense: {measured()[2]:.1f} % of questions", flush=True)
     kept = {name: weight.clone() for name, weight in model.state_dict().items() if weight.ndim == 2}
-    print("| share | of | how | bytes | narrowed blocks | predicted nats | measured nats |" + " VQA |" * sees)
-    print("|---" * (7 + sees) + "|")
+    print("| share | of | how | bytes | narrowed blocks | predicted nats | excess nats | KL |" + " VQA |" * sees)
+    print("|---" * (8 + sees) + "|")
     for share in shares:
-        for how, menu in menus.items():
-            for spread in ("uniform", "spent"):
+        for how in args.how.split(","):
+            menu = menus[how]
+            for spread in args.spread.split(","):
                 if spread == "spent":
                     chosen = best(menu, int(full * share))
                 else:
                     sizes = [max(o.bytes for o in menus["factors"][n]) for n in range(len(menu))]
                     whole = sum(sizes)
-                    chosen = [best([some], int(full * share * size / whole))[0] for some, size in zip(menu, sizes, strict=True)]
+                    chosen = [
+                        best([some], int(full * share * size / whole))[0]
+                        for some, size in zip(menu, sizes, strict=True)
+                    ]
                 for option in chosen:
                     for name, W in option.make().items():
                         model.get_submodule(name).weight.copy_(W)
                 found = measured()
                 model.load_state_dict(kept, strict=False)
-                narrowed = sum(
-                    not any(o is x for x in menus["factors"][n]) for n, o in enumerate(chosen)
-                )
+                narrowed = sum(not any(o is x for x in menus["factors"][n]) for n, o in enumerate(chosen))
                 cells = [f"{share:.1%}", spread, how, f"{sum(o.bytes for o in chosen) / full:.1%}", str(narrowed)]
-                cells += [f"{sum(o.cost for o in chosen):.4f}", f"{found[0] - dense[0]:.4f}"]
-                print(f"| {' | '.join(cells)} |" + "".join(f" {x:.1f} |" for x in found[1:]), flush=True)
+                cells += [f"{sum(o.cost for o in chosen):.4f}", f"{found[0]:.4f}", f"{found[1]:.4f}"]
+                print(f"| {' | '.join(cells)} |" + "".join(f" {x:.1f} |" for x in found[2:]), flush=True)
 
 
 if __name__ == "__main__":

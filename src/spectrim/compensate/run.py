@@ -252,8 +252,9 @@ class Compensation:
             raise NumericalError(f"{name}: {error}") from error
         recipe = self._recipe
         problem = Problem(
-            linear, lambda: target, lambda: (value, metric.output), recipe.storage, recipe.quantize, heads=heads
-        )
+            linear, lambda: target, lambda: (value, metric.output), recipe.storage, recipe.quantize, heads=heads,
+            units=self._maker.removal_of(name),
+        )  # fmt: skip
         return made(problem, row.form, row.spec)
 
     @contextmanager

@@ -7,6 +7,7 @@ from spectrim.storage import (  # noqa: F401 - registers
     integers,
     integers_and_factors,
     low_rank,
+    narrow,
 )
 from spectrim.storage.base import (
     DENSE,

@@ -22,6 +22,7 @@ from spectrim.errors import ModelError, NumericalError
 from spectrim.lazy import LazyWeight
 from spectrim.linear import Linear
 from spectrim.maths.decompose import Directions, OutputMetric, decompose
+from spectrim.maths.removal import Removal, removal
 from spectrim.maths.roots import check_finite
 from spectrim.maths.rounding import conditional
 from spectrim.recipe import QuantizePart, StoragePart
@@ -65,6 +66,8 @@ class Problem:
         storage, quantize: what the recipe says of factors and of integers.
         heads: parts of the outputs that are factored apart.
         kept: the spectrum in these metrics, where one has been made.
+        units: which units of an MLP can go, where others that compute or read them have to agree; gives that, in
+            metrics of its own.
     """
 
     linear: Linear
@@ -74,6 +77,7 @@ class Problem:
     quantize: QuantizePart
     heads: int = 1
     kept: Directions | None = None
+    units: Callable[[], Removal] | None = None
 
     @cached_property
     def W(self) -> torch.Tensor:  # noqa: N802
@@ -109,6 +113,11 @@ class Problem:
         """The error with 0, 1, … directions, float64 [m + 1]: nats with an output metric, ``‖(W − Ŵ) R‖²`` without."""
         each = self.spectrum.s if self.spectrum.loss is None else self.spectrum.loss
         return np.append(each.flip(0).cumsum(0).flip(0).cpu().numpy(), 0.0)
+
+    @cached_property
+    def removal(self) -> Removal:
+        """The order in which its units go: as is given, or its inputs in these metrics."""
+        return removal(self.W, self.C, self.G) if self.units is None else self.units()
 
     @cached_property
     def residual_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -165,6 +174,10 @@ class StoredLayer(nn.Module, ABC):
 
         Raises ModelError where tensors have no values (offloaded) or carry an adapter.
         """
+
+    def change(self, W: torch.Tensor) -> torch.Tensor:
+        """What taking the place of the dense weight W [out, in] changes in it, as far as anything reads it."""
+        return self.product() - W
 
     def loaded(self) -> None:
         """Bring what is not stored up to date after tensors were written. Raises ModelError for impossible values."""
