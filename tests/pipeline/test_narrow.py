@@ -1,5 +1,7 @@
 """MLPs with fewer units from end to end: planned, made, compensated, written, loaded, and made dense again."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -35,6 +37,14 @@ def rise(prepared, plan: Plan, inputs, wanted) -> float:
         return sum(float((small(**batch).logits - y).square().sum()) for batch, y in pairs)
 
 
+def as_it_was(model, make, linear, row):
+    """The stored tensors of a linear, its columns not fitted again."""
+    tensors = dict(make(linear, row))
+    if "inputs" in row.spec:
+        tensors["N.weight"] = model.get_submodule(linear.name).weight.detach()[:, tensors["units"].long()]
+    return tensors
+
+
 @pytest.mark.parametrize("family", ["llama", "llava"])
 def test_a_model_with_narrower_mlps_from_end_to_end(family, calibrated, tmp_path):
     model, statistics = calibrated[family]
@@ -65,7 +75,7 @@ def test_what_an_mlp_loses_is_what_its_reader_loses(calibrated):
             E = problem.W.double().index_add(1, W["units"].long(), -W["N.weight"].double())
             expected += error(E, problem.C, problem.G)
             count = len(W["units"])
-            assert problem.removal.error[-count - 1] == pytest.approx(error(E, problem.C, problem.G), rel=1e-4)
+            assert float(problem.removal.error[-count - 1]) == pytest.approx(error(E, problem.C, problem.G), rel=1e-4)
         assert prepared.predicted(plan)["text"] == pytest.approx(expected, rel=0.05)  # G is dampened in one of them
 
 
@@ -83,21 +93,12 @@ def test_fitting_the_reader_again_and_compensation_pay(calibrated, words):
             plan = narrowed(prepared, 0.5)
             found[kind] = rise(prepared, plan, inputs, wanted)
             if kind == "none":
-                make = prepared.maker.make
-
-                def plain(linear, row):
-                    tensors = dict(make(linear, row))
-                    if "inputs" in row.spec:
-                        tensors["N.weight"] = model.get_submodule(linear.name).weight[:, tensors["units"].long()]
-                    return tensors
-
-                prepared.maker.make = plain
+                prepared.maker.make = partial(as_it_was, model, prepared.maker.make)
                 found["as it was"] = rise(prepared, plan, inputs, wanted)
     assert found["anchored"] < found["none"] < found["as it was"]
 
 
 def test_the_allocation_takes_units_where_that_is_predicted_to_cost_less(calibrated):
-    """Half of the units of the first MLP compute and are read as nothing: they go, at no cost, before all else."""
     model, statistics = calibrated["llama"]
     with compression(model, "spectrim", stats=statistics, processor=processor("llama"), changes=NARROW) as prepared:
         plans = {retain: prepared.plan(retain) for retain in (0.9, 0.5, 0.2)}
@@ -112,7 +113,7 @@ def test_the_allocation_takes_units_where_that_is_predicted_to_cost_less(calibra
     without = {"compensate.kind": "none"}
     with compression(model, "spectrim", stats=statistics, processor=processor("llama"), changes=without) as prepared:
         for retain, plan in plans.items():
-            assert plan.loss <= prepared.plan(retain).loss * 1.05
+            assert plan.loss <= prepared.plan(retain).loss * 1.01
 
 
 def test_plans_whose_units_do_not_agree_are_refused(calibrated):
@@ -123,6 +124,5 @@ def test_plans_whose_units_do_not_agree_are_refused(calibrated):
         rows = plan.linears | {reader: plan_row(prepared.parts.linear(reader))}
         with pytest.raises(BudgetError, match=f"units to '{first}' and has .* read by '{reader}'; give both"):
             Plan(recipe="spectrim", linears=rows).fitted(anatomy(model))
-        rows[first] = plan_row(prepared.parts.linear(first), "narrow", {"inputs": 3})
-    with pytest.raises(RecipeError, match="set allocation.rule=loss-aware"):
+    with pytest.raises(RecipeError, match="set allocation.rule"):
         Recipe.read("jw-svd", {"storage.narrow": True})

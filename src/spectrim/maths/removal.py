@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from spectrim.maths.roots import times_metric
@@ -13,13 +12,13 @@ STEPS = 64  # in which units are removed: those of one step together
 
 @dataclass(frozen=True)
 class Removal:
-    """``order`` int64 [in] has the inputs, the first that goes first; ``error`` [in + 1] is that after 0, 1, … of them.
+    """``order`` int64 [in] has the inputs, the first that goes first.
 
-    The last of the inputs stay to the end, in the order of their numbers.
+    ``error`` float64 [in + 1] is that of the weight, fitted again, after 0, 1, … of them.
     """
 
     order: torch.Tensor
-    error: np.ndarray
+    error: torch.Tensor
 
     def kept(self, count: int) -> torch.Tensor:
         """The last `count` inputs to go, ascending; int64 [count]."""
@@ -55,7 +54,7 @@ def removal(W: torch.Tensor, C: torch.Tensor | None = None, G: torch.Tensor | No
         V, GV = (M[:, ~taken] - M[:, taken] @ across for M in (V, GV))
         P = P[~taken][:, ~taken] - P[~taken][:, taken] @ across
         left = left[~taken]
-    return Removal(torch.cat(gone), np.array(error))
+    return Removal(torch.cat(gone), torch.tensor(error, dtype=torch.float64))
 
 
 def fitted(W: torch.Tensor, kept: torch.Tensor, C: torch.Tensor | None = None) -> torch.Tensor:

@@ -13,7 +13,6 @@ from spectrim.storage.base import (
     DENSE,
     Form,
     Options,
-    Problem,
     Spec,
     StoredLayer,
     Tensors,
@@ -26,6 +25,7 @@ from spectrim.storage.base import (
     stored_layers,
 )
 from spectrim.storage.embedding import share, unshare
+from spectrim.storage.problem import Problem
 
 __all__ = [
     "DENSE",

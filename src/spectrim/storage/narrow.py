@@ -11,7 +11,8 @@ from spectrim.errors import ModelError
 from spectrim.linear import Linear
 from spectrim.maths.removal import STEPS, fitted, removal
 from spectrim.recipe import QuantizePart
-from spectrim.storage.base import Form, Options, Problem, Spec, StoredLayer, Tensors, register
+from spectrim.storage.base import Form, Options, Spec, StoredLayer, Tensors, register
+from spectrim.storage.problem import Problem
 
 READERS = ("down", "fc2")  # roles of the linears that read the units of an MLP
 _SIDES = ("inputs", "outputs")
@@ -95,7 +96,7 @@ class Narrow(Form):
             return Options.listed(self.name, [])
         counts = widths(linear.in_features, storage.multiple)
         sizes = np.array([self.nbytes(linear, {"inputs": count}) for count in counts], np.int64)
-        error = problem.removal.error[[linear.in_features - count for count in counts]]
+        error = problem.removal.error[[linear.in_features - count for count in counts]].numpy()
         smaller = [n for n, size in enumerate(sizes.tolist()) if size < linear.nbytes]
         return Options(self.name, sizes[smaller], error[smaller], lambda n: {"inputs": counts[smaller[n]]})
 
