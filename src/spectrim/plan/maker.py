@@ -138,7 +138,7 @@ class Maker:
         """Where options, and what was made of them, are kept; named by all that they depend on."""
         recipe, directory = self._recipe, self._spectra.directory
         parts = [
-            part.model_dump(mode="json", exclude={"embeddings", "experts"})
+            part.model_dump(mode="json", exclude={"embeddings", "experts", "narrow"})
             for part in (recipe.storage, recipe.quantize)
         ]
         content = [VERSION, directory.name, *parts, [x.name for x in forms() if x.searches]]
