@@ -4,10 +4,10 @@
 
 `narrow` removes hidden units of an MLP (rows of gate and up, columns of down), and value dimensions of a head (rows of
 v, columns of o, after the rotation of each head that orders them). Units go one by one, whichever costs least with
-what is left fitted again in the metric: ``W C[:, S] C[S, S]⁻¹``. `factors` are those of each linear apart, with pivots,
-at the best ranks for the bytes. `both` narrows first and factors (or rounds) what is left. A share holds for every
-block alike (uniform), or for all of them together, spent where the predicted loss falls most (spent). The rest of the
-model stays dense. Nothing is compensated. With `--bits` MLPs are in integers, with feedback on both sides.
+what is left fitted again in the metric: ``W C[:, S] C[S, S]⁻¹``. `apart` are factors of each linear by itself, with
+pivots, at the best ranks for the bytes. `both` narrows first and factors (or rounds) what is left. A share holds for
+every block alike (uniform), or for all of them together, spent where the predicted loss falls most (spent). The rest of
+the model stays dense. Nothing is compensated. With `--bits` MLPs are in integers, with feedback on both sides.
 """
 
 import argparse
@@ -42,11 +42,12 @@ Weights = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Option:
-    """Bytes and nats of one way to store some linears, and their weights."""
+    """Bytes and nats of one way to store some linears, and their weights; whether units are left out."""
 
     bytes: int
     cost: float
     make: Callable[[], Weights]
+    narrow: bool = False
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,8 @@ def joined(options: Sequence[Option], cost: float = 0.0, place: Callable[[Weight
         found = {name: W for option in options for name, W in option.make().items()}
         return found if place is None else place(found)
 
-    return Option(sum(o.bytes for o in options), cost + sum(o.cost for o in options), make)
+    narrow = place is not None or any(o.narrow for o in options)
+    return Option(sum(o.bytes for o in options), cost + sum(o.cost for o in options), make, narrow)
 
 
 def best(menus: Sequence[Sequence[Option]], budget: int) -> list[Option]:
@@ -200,7 +202,7 @@ def mlp(
             return place({part.name: part.W for part in some})
 
         size = sum(part.W.numel() for part in parts) // units * width * down.linear.dtype.itemsize
-        return Option(size, lost[units - width], make)
+        return Option(size, lost[units - width], make, narrow=width < units)
 
     both = []
     for width in range(units - step, units // 4, -step) if menu is not None else ():
@@ -234,7 +236,7 @@ def values(v: Part, o: Part, heads: int) -> list[Option]:
         return {o.name: torch.linalg.solve(C[kept][:, kept], C[kept] @ W.T).T @ T[kept]}
 
     bytes_ = [(len(v.W) - n) * (v.W.shape[1] + readers * len(o.W)) * item for n in range(len(lost))]
-    return [Option(b, cost, partial(make, n)) for n, (b, cost) in enumerate(zip(bytes_, lost, strict=True))]
+    return [Option(b, cost, partial(make, n), n > 0) for n, (b, cost) in enumerate(zip(bytes_, lost, strict=True))]
 
 
 def main() -> None:
@@ -244,24 +246,26 @@ def main() -> None:
     parser.add_argument("--stats", required=True)
     parser.add_argument("--heldout", default="builtin", help="text for perplexity")
     parser.add_argument("--window", type=int, default=512)
-    parser.add_argument("--max-tokens", type=int, default=10240)
+    parser.add_argument("--max-tokens", type=int, default=10240, help="0: predictions alone")
     parser.add_argument("--questions", type=int, default=100, help="of each task, where the model sees")
     parser.add_argument("--retain", default="0.8,0.6,0.4", help="of the bytes of what is compressed")
     parser.add_argument(
         "--bits", default="", help="of a weight of an MLP, scales counted: integers in place of factors"
     )
-    parser.add_argument("--what", choices=("mlp", "vo", "all"), default="mlp", help="linears; all of the blocks' last")
-    parser.add_argument("--how", default="factors,narrow,both", help="of these")
+    parser.add_argument("--what", choices=("mlp", "vo"), default="mlp", help="linears: MLPs, or values and outputs")
+    parser.add_argument("--how", default="apart,narrow,both", help="of these")
     parser.add_argument("--spread", default="uniform,spent", help="of these")
-    parser.add_argument("--blocks", type=int, help="the first ones alone")
+    parser.add_argument("--blocks", default=":", help="the first, and the one after the last")
     args = parser.parse_args()
     torch.set_grad_enabled(False)
     source = resolve(args.model)
     model, processor = load(source, dtype=torch.float32), load_processor(source)
     statistics, recipe = Statistics.open(args.stats), Recipe.read("spectrim")
     blocks: dict[str, dict[str, Part]] = {}
-    for linear in anatomy(model).linears:
-        if linear.block is None or (args.blocks and linear.block not in blocks and len(blocks) == args.blocks):
+    parts = anatomy(model)
+    first, last = (int(x) if x else None for x in args.blocks.split(":"))
+    for linear in parts.linears:
+        if linear.block not in parts.blocks()[first:last]:
             continue
         W = model.get_submodule(linear.name).weight.double()
         metric = layer_metric(recipe.metric, linear, statistics)
@@ -270,34 +274,21 @@ def main() -> None:
         C = metric.value + 1e-6 * metric.value.diagonal().mean() * torch.eye(W.shape[1], dtype=W.dtype)
         blocks.setdefault(linear.block, {})[linear.role] = Part(linear, W, C, metric.output.dense(len(W)))
 
-    menus: dict[str, list[list[Option]]] = {"factors": [], "narrow": [], "both": []}
+    menus: dict[str, list[list[Option]]] = {"apart": [], "narrow": [], "both": []}
     menu: Callable[[Part], list[Option]] = integers if args.bits else low_rank
     full = 0
-    for block, roles in blocks.items():
+    for roles in blocks.values():
         units = [roles[role] for role in (("gate", "up", "down") if "gate" in roles else ("fc1", "fc2"))]
-        wanted = {"mlp": units, "vo": [roles["v"], roles["o"]], "all": list(roles.values())}[args.what]
+        wanted = units if args.what == "mlp" else [roles["v"], roles["o"]]
         full += sum(part.W.numel() for part in wanted)
-        plain = {part.name: menu(part) for part in wanted}
-        menus["factors"].append(combined([plain[part.name] for part in wanted]))
-        pairs = []
-        if args.what != "vo":
+        apart, both = combined([menu(part) for part in wanted]), list[Option]()
+        if args.what == "mlp":
             narrow, both = mlp(units, STEP, menu if "both" in args.how else None)
-            pairs.append((units, narrow, both))
-        if args.what != "mlp":
+        else:
             narrow = values(roles["v"], roles["o"], roles["v"].linear.heads or 1)
-            pairs.append(([roles["v"], roles["o"]], narrow, []))
-        if args.what != "all":
-            menus["narrow"].append(pairs[0][1])
-        paired = {part.name for some, _, _ in pairs for part in some}
-        rest = [plain[part.name] for part in wanted if part.name not in paired]
-        mixed = [
-            combined([plain[part.name] for part in some]) + narrow * (not args.bits) + both
-            for some, narrow, both in pairs
-        ]
-        menus["both"].append(combined([*rest, *mixed]) if rest or len(mixed) > 1 else mixed[0])
-        print(block, flush=True)
-    if args.what == "all":
-        del menus["narrow"]
+        menus["apart"].append(apart)
+        menus["narrow"].append(narrow)
+        menus["both"].append([*apart, *both, *(narrow if not args.bits else [])])
     item = 2 if args.bits else next(iter(next(iter(blocks.values())).values())).linear.dtype.itemsize
     shares = [float(b) / 16 for b in args.bits.split(",")] if args.bits else [float(x) for x in args.retain.split(",")]
     report(model, processor, args, menus, full * item, shares)
@@ -321,7 +312,7 @@ def report(
     def log_probabilities() -> Iterable[torch.Tensor]:
         return (model(input_ids=window).logits[0, :-1].log_softmax(-1) for window in windows)
 
-    dense = list(log_probabilities())
+    dense = list(log_probabilities()) if args.max_tokens else []
 
     def measured() -> list[float]:
         risen, diverged = [], []
@@ -332,7 +323,7 @@ def report(
         found = [float(torch.cat(risen).mean()), float(torch.cat(diverged).mean())]
         return [*found, *([100 * score(vqa(model, processor, questions), 1.0).mean] if questions else [])]
 
-    if questions:
+    if questions and args.max_tokens:
         print(f"dense: {measured()[2]:.1f} % of questions", flush=True)
     kept = {name: weight.clone() for name, weight in model.state_dict().items() if weight.ndim == 2}
     print("| share | of | how | bytes | narrowed blocks | predicted nats | excess nats | KL |" + " VQA |" * sees)
@@ -344,19 +335,23 @@ def report(
                 if spread == "spent":
                     chosen = best(menu, int(full * share))
                 else:
-                    sizes = [max(o.bytes for o in menus["factors"][n]) for n in range(len(menu))]
+                    sizes = [max(o.bytes for o in menus["apart"][n]) for n in range(len(menu))]
                     whole = sum(sizes)
                     chosen = [
                         best([some], int(full * share * size / whole))[0]
                         for some, size in zip(menu, sizes, strict=True)
                     ]
-                for option in chosen:
-                    for name, W in option.make().items():
-                        model.get_submodule(name).weight.copy_(W)
-                found = measured()
+                for name, W in (pair for o in chosen if args.max_tokens for pair in o.make().items()):
+                    model.get_submodule(name).weight.copy_(W)
+                found = measured() if args.max_tokens else [math.nan, math.nan]
                 model.load_state_dict(kept, strict=False)
-                narrowed = sum(not any(o is x for x in menus["factors"][n]) for n, o in enumerate(chosen))
-                cells = [f"{share:.1%}", spread, how, f"{sum(o.bytes for o in chosen) / full:.1%}", str(narrowed)]
+                cells = [
+                    f"{share:.1%}",
+                    spread,
+                    how,
+                    f"{sum(o.bytes for o in chosen) / full:.1%}",
+                    str(sum(o.narrow for o in chosen)),
+                ]
                 cells += [f"{sum(o.cost for o in chosen):.4f}", f"{found[0]:.4f}", f"{found[1]:.4f}"]
                 print(f"| {' | '.join(cells)} |" + "".join(f" {x:.1f} |" for x in found[2:]), flush=True)
 
