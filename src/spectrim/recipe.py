@@ -95,10 +95,12 @@ class StoragePart(_Part):
     which some hardware is faster. ``heads`` says so of layers that are factored head by head: their ranks are ``free``,
     a ``multiple`` each, or one multiple that is ``equal`` for all heads of a layer. ``experts`` says whether ``each``
     expert has its own form, ranks and bits, or all experts of a layer have the ``same`` in one role, which kernels for
-    all of them need.
+    all of them need. ``narrow`` lets the allocation take hidden units out of MLPs: rows of gate and up, columns of
+    down, which is then fitted again.
     """
 
     pivoted: bool = False
+    narrow: bool = False
     multiple: int = Field(default=1, ge=1)
     heads: Literal["free", "multiple", "equal"] = "free"
     experts: Literal["each", "same"] = "each"
@@ -241,6 +243,8 @@ class Recipe(_Part):
     def _consistent(self) -> "Recipe":
         if self.allocation.rule == "loss-aware" and self.metric.kind != "curvature":
             raise ValueError("allocation 'loss-aware' needs predicted losses; set metric.kind=curvature")
+        if self.storage.narrow and self.allocation.rule != "loss-aware":
+            raise ValueError("storage.narrow compares predicted losses; set allocation.rule=loss-aware")
         if self.quantize.plain and (self.quantize.bits not in PLAIN_BITS or not self.quantize.symmetric):
             raise ValueError(
                 "quantize.format 'compressed-tensors' holds dense integers on one symmetric grid of "

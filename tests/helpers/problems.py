@@ -23,12 +23,15 @@ def problem(
     heads: int = 1,
     storage: StoragePart | None = None,
     quantize: QuantizePart | None = None,
+    role: str | None = None,
 ) -> Problem:
     """A weight [out, size] in the dtype; `metrics` are ``none``, ``diagonal``, ``inputs`` alone or ``both``.
 
     They have decaying spectra in random directions, and the share `floor` of their mean diagonal in all of them.
     """
-    linear = Linear("a", "backbone", None, "q" if heads > 1 else "up", out, size, heads if heads > 1 else None, dtype)
+    narrow = storage is not None and storage.narrow
+    role = role or ("q" if heads > 1 else "down" if narrow else "up")
+    linear = Linear("a", "backbone", None, role, out, size, heads if heads > 1 else None, dtype)
 
     def random(size: int, seed: int) -> torch.Tensor:
         M = metric(size, seed, decay)

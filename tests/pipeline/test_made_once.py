@@ -19,7 +19,7 @@ from spectrim.metrics import spectra
 from spectrim.pipeline import compress, compression, probe
 from spectrim.plan.plan import Plan
 from spectrim.recipe import builtin_names
-from spectrim.storage import base, form, forms, integers_and_factors
+from spectrim.storage import form, forms, integers_and_factors, problem
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def decomposed(monkeypatch) -> Counter[tuple[bytes, ...]]:
         counts[(*inputs, str(heads).encode())] += 1
         return decompose(W, metric, output, heads)
 
-    for module in (spectra, base, integers_and_factors):
+    for module in (spectra, problem, integers_and_factors):
         monkeypatch.setattr(module, "decompose", count)
     return counts
 

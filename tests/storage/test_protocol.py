@@ -32,6 +32,8 @@ RECIPES: dict[str, tuple[StoragePart, QuantizePart]] = {
     "floats": (StoragePart(), QuantizePart()),
     "pivots": (StoragePart(pivoted=True), QuantizePart()),
     "multiples": (StoragePart(multiple=8), QuantizePart()),
+    "narrow": (StoragePart(narrow=True), QuantizePart()),
+    "narrow, pivots": (StoragePart(narrow=True, pivoted=True), QuantizePart()),
     "any bits": (StoragePart(), QuantizePart(bits="auto", group=32)),
     "zero points": (StoragePart(), QuantizePart(bits="auto", group=None, symmetric=False)),
     "multiples of integers": (StoragePart(multiple=8), QuantizePart(bits=4, group=32, damping=0.01)),
@@ -288,6 +290,7 @@ def specs(form: Form, linear: Linear) -> list[Spec]:
         "integers+factors": [
             {"rank": rank, "grids": grids(*parts, bits=4, symmetric=s)} for parts in ("R", "ABR") for s in (True, False)
         ],
+        "narrow": [{"inputs": -(-linear.in_features // 2)}, {"outputs": -(-linear.out_features // 2)}],
         "columns": [{"count": max(1, linear.in_features // 2)}],
     }[form.name]
 

@@ -238,7 +238,9 @@ class Compensation:
         def metrics() -> tuple[torch.Tensor | None, OutputMetric | None]:
             return value, layer_metric(own, linear, self._statistics, W.device).output
 
-        problem = Problem(linear, lambda: target, metrics, recipe.storage, recipe.quantize, heads=heads)
+        units = self._maker.removal_of(name)
+        given = recipe.storage, recipe.quantize
+        problem = Problem(linear, lambda: target, metrics, *given, heads=heads, units=units)
         return made(problem, row.form, row.spec)
 
     def _free(self) -> int:

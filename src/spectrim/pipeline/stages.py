@@ -42,6 +42,7 @@ from spectrim.plan.rules import curve
 from spectrim.plan.sensitivity import WINDOWS, probe
 from spectrim.plan.spend import spend
 from spectrim.plan.teams import Teams
+from spectrim.plan.units import Units
 from spectrim.recipe import Recipe
 from spectrim.samples import load_windows
 from spectrim.storage import DENSE, Spec, Tensors, filled, share, unshare
@@ -79,7 +80,7 @@ class Compression:
         self._memory = memory  # the limit, as of `calibrate`
         self._cost = cost  # estimated, and the clock
         self.written = 0  # bytes of checkpoints so far
-        self.maker = Maker(model, recipe, statistics, spectra)
+        self.maker = Maker(model, parts, recipe, statistics, spectra)
         self._tables = Tables(model, parts, recipe, statistics, processor, progress)
         self._tuned: Tuned | None = None
 
@@ -105,13 +106,16 @@ class Compression:
             menus = self.sizes.cache(budget).added(menus)
         rule = self.recipe.allocation
         teams = Teams(free if self.recipe.storage.experts == "same" else (), menus)
-        curves = teams.joined({x.name: curve(rule, menus[x.name], wanted(x.name)) for x in free})
+        units = Units(self.maker.units, menus)
+        menus = units.menus
+        curves = {x.name: curve(rule, menus[x.name], wanted(x.name)) for x in free}
+        curves = units.joined(teams.joined(curves))
         for table in priced_tables(self.recipe, self.parts, budget):
             curves[table.name] = curve(rule, self._tables.menus[table.name], None)
 
         def within(share: int) -> Plan:
             numbers = spend(list(curves.values()), share)
-            return self._chosen(budget, menus, teams.each(dict(zip(curves, numbers, strict=True))))
+            return self._chosen(budget, menus, teams.each(units.each(dict(zip(curves, numbers, strict=True)))))
 
         smallest = {name: int(options.front[0]) for name, options in curves.items()}
         least = sum(int(curves[name].bytes[number]) for name, number in smallest.items())
@@ -119,7 +123,7 @@ class Compression:
             if least > share:
                 raise too_small(self.recipe, budget, self.sizes, share, least)
             return within(share)
-        limit, best = budget.size_bytes, self._chosen(budget, menus, teams.each(smallest))
+        limit, best = budget.size_bytes, self._chosen(budget, menus, teams.each(units.each(smallest)))
         if (over := self.sizes.counted(best, budget) - limit) > 0:
             raise too_small(self.recipe, budget, self.sizes, share, share + over)
         low, high = least, share + 1
@@ -250,7 +254,7 @@ class Compression:
                 total[modality] += nats
             return
         exact: Any = deepcopy(layer).double()
-        change = exact.product() - values(self.model.get_submodule(name)).double()
+        change = exact.change(values(self.model.get_submodule(name)).double())
         for modality in self.statistics.manifest.data.modalities:
             moment, output = self.statistics.moment(name, modality), self.statistics.output(name, modality)
             if moment is not None and output is not None:

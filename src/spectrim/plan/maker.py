@@ -2,13 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from spectrim.anatomy import Anatomy
 from spectrim.away import values
 from spectrim.calibrate import Statistics
 from spectrim.disk.lock import writing
@@ -16,11 +18,13 @@ from spectrim.disk.sealed import open_sealed, write_sealed
 from spectrim.errors import NumericalError
 from spectrim.linear import Linear
 from spectrim.maths.decompose import OutputMetric
+from spectrim.maths.removal import Removal, removal
 from spectrim.maths.roots import check_finite
 from spectrim.metrics.metric import layer_metric
 from spectrim.metrics.spectra import Spectra
 from spectrim.plan.options import Menu, menu
 from spectrim.plan.plan import PlanRow
+from spectrim.plan.units import units_of
 from spectrim.recipe import Recipe
 from spectrim.storage import Problem, Tensors, form, forms, made
 
@@ -30,9 +34,13 @@ VERSION = 3  # of what options and tensors on disk mean; a change makes earlier 
 class Maker:
     """Of one dense model, its spectra, and the statistics that they were made of (None where the recipe needs none)."""
 
-    def __init__(self, model: nn.Module, recipe: Recipe, statistics: Statistics | None, spectra: Spectra) -> None:
-        self._model, self._recipe, self._statistics, self._spectra = model, recipe, statistics, spectra
+    def __init__(
+        self, model: nn.Module, parts: Anatomy, recipe: Recipe, statistics: Statistics | None, spectra: Spectra
+    ) -> None:
+        self._model, self._parts, self._recipe = model, parts, recipe
+        self._statistics, self._spectra = statistics, spectra
         self._menus: dict[str, Menu] = {}
+        self._removals: dict[str, Removal] = {}
 
     def problem(self, linear: Linear, heads: int | None = None) -> Problem:
         """A linear in the recipe's metrics; with `heads` parts of its outputs apart, or as the recipe factors it."""
@@ -54,7 +62,26 @@ class Maker:
             self._recipe.quantize,
             heads=spectrum.heads if heads is None else heads,
             kept=spectrum if as_kept else None,
+            units=self.removal_of(linear.name),
         )
+
+    @cached_property
+    def units(self) -> Mapping[str, tuple[str, ...]]:
+        """The MLPs that may lose units (see :func:`spectrim.plan.units.units_of`); none where the recipe has none."""
+        return units_of(self._parts.linears, self._model) if self._recipe.storage.narrow else {}
+
+    def removal_of(self, name: str) -> Callable[[], Removal] | None:
+        """What gives the order in which the units go that a linear computes or reads; None for other linears."""
+        reader = next((reader for reader, first in self.units.items() if name in (reader, *first)), None)
+        return None if reader is None else partial(self._removal, reader)
+
+    def _removal(self, reader: str) -> Removal:
+        if reader not in self._removals:
+            W = values(self._model.get_submodule(reader))
+            metric = layer_metric(self._recipe.metric, self._parts.linear(reader), self._statistics, W.device)
+            G = None if metric.output is None else metric.output.dense(len(W), W.device)
+            self._removals[reader] = removal(W, metric.value, G)
+        return self._removals[reader]
 
     def menus(self, linears: Sequence[Linear], progress: Callable[[int, int], None] | None = None) -> dict[str, Menu]:
         """All options of linears, by name. What took long to find is kept beside the spectra for other budgets.
@@ -111,7 +138,7 @@ class Maker:
         """Where options, and what was made of them, are kept; named by all that they depend on."""
         recipe, directory = self._recipe, self._spectra.directory
         parts = [
-            part.model_dump(mode="json", exclude={"embeddings", "experts"})
+            part.model_dump(mode="json", exclude={"embeddings", "experts", "narrow"})
             for part in (recipe.storage, recipe.quantize)
         ]
         content = [VERSION, directory.name, *parts, [x.name for x in forms() if x.searches]]

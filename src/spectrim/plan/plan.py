@@ -15,6 +15,7 @@ from spectrim.anatomy import Anatomy
 from spectrim.errors import BudgetError, ModelError
 from spectrim.files import parse_json
 from spectrim.linear import PLACES, Linear
+from spectrim.plan.units import units_of
 from spectrim.storage import DENSE, Spec, form
 
 _log = logging.getLogger("spectrim")
@@ -174,6 +175,14 @@ class Plan(_Part):
                 rows[name] = plan_row(linear, row.form, row.spec)
             if rows[name].bytes > linear.nbytes:
                 _log.warning("%s stores '%s' in more bytes than its dense weight has", where, name)
+        for reader, first in units_of(parts.linears).items():
+            read = rows[reader].spec.get("inputs", parts.linear(reader).in_features)
+            for name in first:
+                if rows[name].spec.get("outputs", read) < read:
+                    raise BudgetError(
+                        f"{where} leaves {rows[name].spec['outputs']} units to '{name}' and has {read} read by "
+                        f"'{reader}'; give both the same number"
+                    )
         found = {name: rows.pop(name) for name in tables}
         return Plan(recipe=self.recipe, retain=self.retain, limit=self.limit, linears=rows, tables=found)
 

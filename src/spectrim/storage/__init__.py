@@ -7,12 +7,12 @@ from spectrim.storage import (  # noqa: F401 - registers
     integers,
     integers_and_factors,
     low_rank,
+    narrow,
 )
 from spectrim.storage.base import (
     DENSE,
     Form,
     Options,
-    Problem,
     Spec,
     StoredLayer,
     Tensors,
@@ -25,6 +25,7 @@ from spectrim.storage.base import (
     stored_layers,
 )
 from spectrim.storage.embedding import share, unshare
+from spectrim.storage.problem import Problem
 
 __all__ = [
     "DENSE",

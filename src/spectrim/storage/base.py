@@ -8,7 +8,6 @@ never for a type. A new form is one file with a :class:`Form` and a :class:`Stor
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import chain
 from typing import Any
 
@@ -21,10 +20,9 @@ from spectrim.away import here
 from spectrim.errors import ModelError, NumericalError
 from spectrim.lazy import LazyWeight
 from spectrim.linear import Linear
-from spectrim.maths.decompose import Directions, OutputMetric, decompose
 from spectrim.maths.roots import check_finite
-from spectrim.maths.rounding import conditional
-from spectrim.recipe import QuantizePart, StoragePart
+from spectrim.recipe import QuantizePart
+from spectrim.storage.problem import Problem
 
 DENSE = "dense"  # the form of a linear that is left as it is
 
@@ -54,93 +52,6 @@ class Options:
         return cls(form, np.array(sizes, np.int64), np.array(errors, np.float64), specs.__getitem__)
 
 
-@dataclass(frozen=True)
-class Problem:
-    """One weight, and the metrics in which its error counts: what a form makes options and tensors of.
-
-    Args:
-        linear: whose weight it is.
-        weight: gives it, [out, in] of any floating dtype.
-        metrics: give those of its inputs and outputs (see ``C`` and ``output``); asked once, and by few forms.
-        storage, quantize: what the recipe says of factors and of integers.
-        heads: parts of the outputs that are factored apart.
-        kept: the spectrum in these metrics, where one has been made.
-    """
-
-    linear: Linear
-    weight: Callable[[], torch.Tensor]
-    metrics: Callable[[], tuple[torch.Tensor | None, OutputMetric | None]]
-    storage: StoragePart
-    quantize: QuantizePart
-    heads: int = 1
-    kept: Directions | None = None
-
-    @cached_property
-    def W(self) -> torch.Tensor:  # noqa: N802
-        """The weight [out, in] in the dtype that it has."""
-        return self.weight()
-
-    @cached_property
-    def _metrics(self) -> tuple[torch.Tensor | None, OutputMetric | None]:
-        return self.metrics()
-
-    @property
-    def C(self) -> torch.Tensor | None:  # noqa: N802
-        """Metric of the inputs, float64: None for the identity, [in] for a diagonal, or [in, in]."""
-        return self._metrics[0]
-
-    @property
-    def output(self) -> OutputMetric | None:
-        """Metric of the outputs, head by head where they are factored so; None for the identity."""
-        return self._metrics[1]
-
-    @cached_property
-    def G(self) -> torch.Tensor | None:  # noqa: N802
-        """The same as a matrix [out, out] float64 in nats; None for the identity."""
-        return None if self.output is None else self.output.dense(len(self.W), self.W.device)
-
-    @cached_property
-    def spectrum(self) -> Directions:
-        """All directions of W in these metrics."""
-        return decompose(self.W, self.C, self.output, self.heads) if self.kept is None else self.kept
-
-    @cached_property
-    def left(self) -> np.ndarray:
-        """The error with 0, 1, … directions, float64 [m + 1]: nats with an output metric, ``‖(W − Ŵ) R‖²`` without."""
-        each = self.spectrum.s if self.spectrum.loss is None else self.spectrum.loss
-        return np.append(each.flip(0).cumsum(0).flip(0).cpu().numpy(), 0.0)
-
-    @cached_property
-    def residual_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """How much a squared rounding residual counts, by input [in] and by output [out], float64.
-
-        Where errors are fed on that is far less than the diagonals of the metrics say (see `conditional`).
-        """
-        damping, like, (out, size) = self.quantize.feedback, self.W.double(), self.W.shape
-
-        def weights(M: torch.Tensor | None, size: int) -> torch.Tensor:
-            if M is None or M.ndim == 1 or damping is not None:
-                return conditional(M, size, like, damping or 0.0)
-            return M.diagonal().to(like)
-
-        return weights(self.C, size), weights(self.G, out)
-
-    @property
-    def may_be_integers(self) -> bool:
-        """Whether the recipe allows integers for this linear."""
-        return self.quantize.takes(self.linear.role)
-
-    @property
-    def fixed_bits(self) -> bool:
-        """Whether all that is stored of this linear is to be integers."""
-        return self.may_be_integers and self.quantize.bits != "auto"
-
-    def empty(self) -> nn.Linear:
-        """A linear of the same shape, dtype and device, without bias and values."""
-        shape = self.linear.in_features, self.linear.out_features
-        return skip_init(nn.Linear, *shape, bias=False, device=self.W.device, dtype=self.linear.dtype)
-
-
 class StoredLayer(nn.Module, ABC):
     """A layer that runs a linear in a stored form. Its state dict is what a file holds."""
 
@@ -165,6 +76,10 @@ class StoredLayer(nn.Module, ABC):
 
         Raises ModelError where tensors have no values (offloaded) or carry an adapter.
         """
+
+    def change(self, W: torch.Tensor) -> torch.Tensor:
+        """What taking the place of the dense weight W [out, in] changes in it, as far as anything reads it."""
+        return self.product() - W
 
     def loaded(self) -> None:
         """Bring what is not stored up to date after tensors were written. Raises ModelError for impossible values."""

@@ -6,7 +6,8 @@ from torch import nn
 from spectrim.errors import ModelError
 from spectrim.linear import Linear
 from spectrim.recipe import QuantizePart
-from spectrim.storage.base import DENSE, Form, Options, Problem, Spec, Tensors, register
+from spectrim.storage.base import DENSE, Form, Options, Spec, Tensors, register
+from spectrim.storage.problem import Problem
 
 
 class Dense(Form):

@@ -13,9 +13,10 @@ from spectrim.kernels.cpu import int4_codes_of, int8_codes
 from spectrim.linear import Linear
 from spectrim.maths.rounding import Grid
 from spectrim.recipe import QuantizePart
-from spectrim.storage.base import Options, Problem, Spec, register
+from spectrim.storage.base import Options, Spec, register
 from spectrim.storage.integers import Integers, checked_grid
 from spectrim.storage.packed import PackedLinear, numbers
+from spectrim.storage.problem import Problem
 
 _PAIRS = "_tied_weights_keys"  # transformers' pairs of tied weights, of a class; those of a model may differ
 

@@ -12,9 +12,10 @@ from spectrim.maths.decompose import sides
 from spectrim.maths.roots import times_metric
 from spectrim.maths.rounding import Quantized, error
 from spectrim.recipe import QuantizePart
-from spectrim.storage.base import Options, Problem, Spec, Tensors, register
+from spectrim.storage.base import Options, Spec, Tensors, register
 from spectrim.storage.integers import allowed_bits, grid_of, noise, rounded
 from spectrim.storage.low_rank import LowRank, rank_of
+from spectrim.storage.problem import Problem
 
 RANKS = 32  # ranks that are options are multiples of this, or of `storage.multiple` above it
 

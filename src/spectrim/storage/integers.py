@@ -11,8 +11,9 @@ from spectrim.errors import ModelError
 from spectrim.linear import Linear
 from spectrim.maths.rounding import Grid, Quantized, expected, fitting_group, quantize
 from spectrim.recipe import QuantizePart
-from spectrim.storage.base import Form, Options, Problem, Spec, Tensors, register
+from spectrim.storage.base import Form, Options, Spec, Tensors, register
 from spectrim.storage.packed import PackedLinear
+from spectrim.storage.problem import Problem
 
 BITS = (2, 3, 4, 8)  # where the recipe leaves them to the allocation
 

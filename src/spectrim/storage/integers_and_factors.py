@@ -7,10 +7,11 @@ import torch
 
 from spectrim.maths.decompose import decompose, sides
 from spectrim.maths.roots import check_finite
-from spectrim.storage.base import Options, Problem, Spec, Tensors, register
+from spectrim.storage.base import Options, Spec, Tensors, register
 from spectrim.storage.integer_factors import IntegerFactors, balance, load_rounded, ranks
 from spectrim.storage.integers import allowed_bits, grid_of, noise, rounded
 from spectrim.storage.low_rank import rank_of
+from spectrim.storage.problem import Problem
 
 RESIDUAL_BITS = (2, 3, 4)  # of the whole weight
 FACTOR_BITS = 8  # of the factors beside it

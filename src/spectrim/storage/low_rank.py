@@ -12,9 +12,10 @@ from spectrim.maths.alternating import alternate
 from spectrim.maths.decompose import Directions, Rank, factors, head_ranks
 from spectrim.maths.roots import check_finite
 from spectrim.recipe import QuantizePart
-from spectrim.storage.base import Form, Options, Problem, Spec, Tensors, register
+from spectrim.storage.base import Form, Options, Spec, Tensors, register
 from spectrim.storage.integers import checked_grid
 from spectrim.storage.layers import LowRankLinear
+from spectrim.storage.problem import Problem
 
 PIVOT = torch.int32.itemsize  # bytes of one pivot
 

@@ -1,0 +1,81 @@
+"""Which inputs of a weight it can do without, and the weight on the others (docs/methods.md, section 12)."""
+
+from dataclasses import dataclass
+
+import torch
+
+from spectrim.maths.roots import times_metric
+
+_DAMPING = 1e-8  # of the metric, as a share of the mean of its diagonal, where it is inverted
+STEPS = 64  # in which units are removed: those of one step together
+
+
+@dataclass(frozen=True)
+class Removal:
+    """``order`` int64 [in] has the inputs, the first that goes first.
+
+    ``error`` float64 [in + 1] is that of the weight, fitted again, after 0, 1, … of them.
+    """
+
+    order: torch.Tensor
+    error: torch.Tensor
+
+    def kept(self, count: int) -> torch.Tensor:
+        """The last `count` inputs to go, ascending; int64 [count]."""
+        return self.order[len(self.order) - count :].sort().values
+
+
+def removal(W: torch.Tensor, C: torch.Tensor | None = None, G: torch.Tensor | None = None) -> Removal:
+    """The order in which inputs of W [out, in] are removed, those that cost least with the others fitted again first.
+
+    With the inverse P of the metric C of those inputs that are left, and the weight V fitted to them, the removal of
+    inputs g costs ``tr(G V_g (P_gg)⁻¹ V_gᵀ)``, after which ``V ← V − V_g (P_gg)⁻¹ P_g`` and the same of P (as in
+    optimal brain surgery; Hassibi and Stork 1993). The inputs of one step, a 64th of all, are those of the least cost
+    one by one; inside a step the error rises evenly.
+
+    Args:
+        W: [out, in], any floating dtype.
+        C: metric of the inputs: None for the identity, [in] for a diagonal, or [in, in].
+        G: metric of the outputs [out, out]; None for the identity.
+    """
+    V, size = W.double(), W.shape[1]
+    P = torch.linalg.inv(_damped(C, size, V))
+    GV = V if G is None else G @ V
+    left, gone, error = torch.arange(size, device=W.device), list[torch.Tensor](), [0.0]
+    while len(left):
+        step = min(len(left), max(1, size // STEPS))
+        taken = torch.zeros(len(left), dtype=torch.bool, device=W.device)
+        taken[((GV * V).sum(0) / P.diagonal()).argsort()[:step]] = True
+        moved = torch.linalg.solve(P[taken][:, taken], torch.cat([P[taken][:, ~taken], V[:, taken].T], 1))
+        across, inner = moved.split((len(left) - step, len(V)), dim=1)
+        cost = max(0.0, float((GV[:, taken].T * inner).sum()))
+        error += [error[-1] + cost * (n + 1) / step for n in range(step)]
+        gone.append(left[taken])
+        V, GV = (M[:, ~taken] - M[:, taken] @ across for M in (V, GV))
+        P = P[~taken][:, ~taken] - P[~taken][:, taken] @ across
+        left = left[~taken]
+    return Removal(torch.cat(gone), torch.tensor(error, dtype=torch.float64))
+
+
+def fitted(W: torch.Tensor, kept: torch.Tensor, C: torch.Tensor | None = None) -> torch.Tensor:
+    """The weight [out, k] on the inputs `kept` [k] of least error in the metric C, whatever that of the outputs.
+
+    ``W_S + W_R C_RS C_SS⁻¹`` with R the inputs that are not kept; float64. Inputs that C does not see keep their
+    columns.
+    """
+    W = W.double()
+    if C is None or C.ndim == 1:
+        return W[:, kept]
+    rest = W.index_fill(1, kept, 0)
+    factor, failed = torch.linalg.cholesky_ex(_damped(C, len(C), W)[kept][:, kept])
+    if int(failed):  # no input at all
+        return W[:, kept]
+    return W[:, kept] + torch.cholesky_solve(times_metric(rest, C)[:, kept].T, factor).T
+
+
+def _damped(C: torch.Tensor | None, size: int, like: torch.Tensor) -> torch.Tensor:
+    eye = torch.eye(size, dtype=like.dtype, device=like.device)
+    if C is None:
+        return eye
+    C = torch.diag(C) if C.ndim == 1 else C
+    return C + (_DAMPING * C.diagonal().mean()).clamp_min(1e-300) * eye

@@ -1,0 +1,117 @@
+"""MLPs that may lose hidden units: linears that compute them and one that reads them, as one row of the allocation."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from torch import nn
+
+from spectrim.linear import Linear
+from spectrim.plan.options import Menu
+from spectrim.plan.spend import Curve
+from spectrim.storage import Options
+from spectrim.storage.narrow import READERS, Narrow, nbytes
+
+_COMPUTE = {"down": ("gate", "up", "gate_up"), "fc2": ("fc1",)}
+assert _COMPUTE.keys() == set(READERS)
+
+
+def units_of(linears: Sequence[Linear], model: nn.Module | None = None) -> dict[str, tuple[str, ...]]:
+    """By a linear that reads the units of an MLP: those that compute them, one output a unit.
+
+    All are children of one module. With a `model`, that module has no other parameters, as the norms have that some
+    models put between: they would mix units. Experts are left alone.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    for reader in linears:
+        if reader.role not in READERS or reader.expert is not None:
+            continue
+        home = reader.name.rpartition(".")[0]
+        first = [x for x in linears if x.role in _COMPUTE[reader.role] and x.name.rpartition(".")[0] == home]
+        if not first or any(x.out_features != reader.in_features for x in first):
+            continue
+        names = tuple(x.name for x in first)
+        if model is not None:
+            inside = {id(p) for name in (*names, reader.name) for p in model.get_submodule(name).parameters()}
+            if any(id(p) not in inside for p in model.get_submodule(home).parameters()):
+                continue
+        found[reader.name] = names
+    return found
+
+
+@dataclass(frozen=True)
+class _Row:
+    """The linears of one MLP, the reader last; options of all of them together, [options, linears]."""
+
+    names: tuple[str, ...]
+    numbers: np.ndarray
+
+
+class Units:
+    """The MLPs among linears whose reader has narrow options on its menu."""
+
+    def __init__(self, units: Mapping[str, tuple[str, ...]], menus: Mapping[str, Menu]) -> None:
+        self.menus = dict(menus)
+        self._names: list[tuple[str, ...]] = []
+        self._rows: list[_Row] = []
+        for reader, first in units.items():
+            names = (*first, reader)
+            if not all(name in menus for name in names):
+                continue
+            counts = [spec["inputs"] for spec in _specs(menus[reader])]
+            if counts:
+                self._names.append(names)
+                self.menus |= {name: _with_outputs(menus[name], counts) for name in first}
+
+    def joined(self, curves: Mapping[str, Curve]) -> dict[str, Curve]:
+        """One curve for each MLP, by its reader; others as they are. `curves` are of `self.menus`."""
+        found = dict(curves)
+        for names in self._names:
+            own = [found.pop(name) for name in names]
+            narrow = [_places(self.menus[name]) for name in names]
+            numbers = np.concatenate([_apart(own, narrow), np.stack(narrow, 1)])
+            self._rows.append(_Row(names, numbers))
+            pairs = list(zip(own, numbers.T, strict=True))
+            size, cost = (np.sum([getattr(x, what)[n] for x, n in pairs], axis=0) for what in ("bytes", "cost"))
+            found[names[-1]] = Curve(size, cost)
+        return found
+
+    def each(self, chosen: Mapping[str, int]) -> dict[str, int]:
+        """The option of every linear, by number, from those of MLPs and of other linears."""
+        found = dict(chosen)
+        for row in self._rows:
+            found |= {name: int(n) for name, n in zip(row.names, row.numbers[chosen[row.names[-1]]], strict=True)}
+        return found
+
+
+def _specs(menu: Menu) -> list[Mapping[str, int]]:
+    return [part.spec(n) for part in menu.parts if part.form == Narrow.name for n in range(len(part.bytes))]
+
+
+def _places(menu: Menu) -> np.ndarray:
+    """Numbers of a menu's narrow options, in their order."""
+    numbers, start = list[int](), 0
+    for part in menu.parts:
+        numbers += range(start, start + len(part.bytes)) if part.form == Narrow.name else ()
+        start += len(part.bytes)
+    return np.array(numbers, np.int64)
+
+
+def _with_outputs(menu: Menu, counts: Sequence[int]) -> Menu:
+    """A menu with the rows that compute so many units, which lose nothing."""
+    size = np.array([nbytes(menu.linear, count) for count in counts], np.int64)
+    narrow = Options(Narrow.name, size, np.zeros(len(counts)), lambda n: {"outputs": counts[n]})
+    return replace(menu, parts=[*(part for part in menu.parts if part.form != Narrow.name), narrow])
+
+
+def _apart(curves: Sequence[Curve], narrow: Iterable[np.ndarray]) -> np.ndarray:
+    """Options of linears that are stored each by itself, along their common lower hull, [options, linears]."""
+    others = [np.setdiff1d(np.arange(len(x.bytes)), n) for x, n in zip(curves, narrow, strict=True)]
+    plain = [Curve(x.bytes[n], x.cost[n]) for x, n in zip(curves, others, strict=True)]
+    steps = [curve.steps[1] for curve in plain]
+    owner = np.repeat(np.arange(len(plain)), [len(scores) for scores in steps])
+    order = np.argsort(-np.concatenate(steps), kind="stable")
+    taken = np.cumsum(owner[order][:, None] == np.arange(len(plain)), axis=0)
+    taken = np.concatenate([np.zeros((1, len(plain)), np.int64), taken])
+    columns = [n[x.front[x.chain[at]]] for n, x, at in zip(others, plain, taken.T, strict=True)]
+    return np.stack(columns, 1)
