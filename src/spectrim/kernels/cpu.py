@@ -16,18 +16,16 @@ import torch
 
 INT4_ROWS = 64  # of inputs, up to which the 4-bit product is faster than unpacking
 _BLOCKS = (64, 32, 16)  # outputs of one block of the 4-bit layout: AVX-512, AVX2, others
-OUTPUTS = 64  # outputs are padded to a multiple of this
+_OUTPUTS = 64  # outputs are padded to a multiple of this
 _GROUPS = (32, 64, 128, 256)  # sizes that the 4-bit product takes
 PART = 1 << 22  # weights that are widened or unpacked at once, so that caches hold them
 _NIBBLES = 0x1111111111111111  # a 1 in every place of a word
-_SIGNS = -0x7777777777777778  # the highest bit of every place
-_HIGH = -0x0F0F0F0F0F0F0F10  # the higher place of every byte
 
 
 def part_rows(out: int, size: int) -> int:
     """Rows of each part of a weight [out, size] that is widened or unpacked part by part, a multiple of 64."""
     parts = -(-out * size // PART)
-    return -(-out // parts // OUTPUTS) * OUTPUTS
+    return -(-out // parts // _OUTPUTS) * _OUTPUTS
 
 
 def int8_rows(groups: int) -> int:
@@ -42,7 +40,7 @@ def int4_group(size: int, group: int | None) -> int | None:
 
 
 def int4_layout(
-    codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, outputs: int = OUTPUTS
+    codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, outputs: int = _OUTPUTS
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What `int4_product` takes, of codes int8 [out, in] in −8 … 7 with scales [out, groups] and zero points.
 
@@ -72,28 +70,7 @@ def int4_codes(packed: torch.Tensor, out: int, size: int, dtype: torch.dtype = t
     """The codes [out, in] of a layout, or of its first `out` rows, as numbers of a dtype."""
     block = _block()
     assert block is not None
-    return _unpacked(packed, block, size, dtype)[:out]
-
-
-def int4_weight(packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None, size: int) -> torch.Tensor:
-    """The weight [out, in] of a layout in the dtype of its scales [out, groups]; a transposed view.
-
-    It stays in the order of the layout, column after column, which a product reads as well and which no copy must
-    change. Codes are widened as 16 times themselves, in the higher half of a byte, and exact in float32 with scales.
-    """
-    block = _block()
-    assert block is not None
-    rows, groups, half = len(packed), scale.shape[1], block // 2
-    signed = packed.view(torch.int64) ^ _SIGNS  # from 0 … 15 to numbers of four bits with a sign
-    wide = torch.empty(size, rows // block, 2, half)
-    for place, words in enumerate(((signed << 4).bitwise_and_(_HIGH), signed.bitwise_and_(_HIGH))):
-        wide[:, :, place] = words.view(torch.int8).view(-1, size, half).transpose(0, 1)
-    by_group = wide.view(groups, -1, rows)[..., : len(scale)]
-    scales = scale.T.float()[:, None] / 16
-    by_group *= scales
-    if zero is not None:
-        by_group -= 16 * scales * zero.T[:, None]
-    return by_group.flatten(0, 1).to(scale.dtype).T
+    return _unpacked(packed[: -(-out // _OUTPUTS) * _OUTPUTS], block, size, dtype)[:out]
 
 
 def _unpacked(packed: torch.Tensor, block: int, size: int, dtype: torch.dtype) -> torch.Tensor:
@@ -109,7 +86,7 @@ def _unpacked(packed: torch.Tensor, block: int, size: int, dtype: torch.dtype) -
 @cache
 def _block() -> int | None:
     """Outputs of one block of this CPU's layout; None where it is one that `int4_codes` does not know."""
-    codes = torch.randint(0, 16, (2 * OUTPUTS, 64), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    codes = torch.randint(0, 16, (2 * _OUTPUTS, 64), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
     try:
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
     except (RuntimeError, NotImplementedError):
@@ -165,9 +142,9 @@ def planes_product(
     return (found[0] if len(found) == 1 else torch.cat(found, dim=1))[:, :out]
 
 
-def planes_widened(planes: torch.Tensor, size: int) -> torch.Tensor:
-    """The 4-bit layout uint8 [rows, size / 2] of a layout, or of some of its parts."""
-    return torch.cat([_widened(part, size) for part in planes])
+def planes_codes(planes: torch.Tensor, out: int, size: int, dtype: torch.dtype = torch.int8) -> torch.Tensor:
+    """The codes [out, in] of a layout, or of its first `out` rows, as numbers of a dtype."""
+    return int4_codes(torch.cat([_widened(part, size) for part in planes]), out, size, dtype)
 
 
 def _widened(planes: torch.Tensor, size: int) -> torch.Tensor:

@@ -56,7 +56,7 @@ def together(linears: Sequence[nn.Module], dtype: torch.dtype) -> Callable[[torc
 
 def _weights(linears: Sequence[Any]) -> list[list[nn.Parameter]]:
     """The weights of all linears, or of all first and all second factors; none where one has others."""
-    found = []
+    found: list[list[nn.Parameter]] = []
     for linear in linears:
         parts = (linear,) if is_plain(linear) else getattr(linear, "factors_alone", None)
         if parts is None or (found and len(parts) != len(found[0])):

@@ -18,13 +18,11 @@ from spectrim.kernels import cuda
 from spectrim.kernels.bits import pack, unpack
 from spectrim.kernels.cpu import (
     INT4_ROWS,
-    OUTPUTS,
     PART,
     int4_codes,
     int4_group,
     int4_layout,
     int4_product,
-    int4_weight,
     int8_codes,
     int8_fits,
     int8_layout,
@@ -32,9 +30,9 @@ from spectrim.kernels.cpu import (
     int8_rows,
     layout_scales,
     part_rows,
+    planes_codes,
     planes_layout,
     planes_product,
-    planes_widened,
 )
 from spectrim.maths.rounding import Grid, Quantized
 from spectrim.storage.base import StoredLayer
@@ -110,10 +108,14 @@ class PackedLinear(StoredLayer):
         stop = self.out_features if stop is None else stop
         if self.layout in ("packed", "humming"):
             return unpack(self._words()[start:stop], self.grid.bits, self.in_features, dtype)
+        held, shape = self.layout_codes, (stop - start, self.in_features)
+        assert held is not None
         if self.layout == "int8":
-            assert self.layout_codes is not None
-            return int8_codes(self.layout_codes[:, start:stop]).to(dtype)
-        return int4_codes(self._int4_layout(start, stop), stop - start, self.in_features, dtype)
+            return int8_codes(held[:, start:stop]).to(dtype)
+        if self.layout == "planes":
+            rows = part_rows(self.out_features, self.in_features)
+            return planes_codes(held[start // rows : -(-stop // rows)], *shape, dtype)
+        return int4_codes(held[start:], *shape, dtype)
 
     def zeros(self) -> torch.Tensor | None:
         """The zero points, int8 [out, groups]; None where all are zero."""
@@ -127,24 +129,7 @@ class PackedLinear(StoredLayer):
             dense = cuda.unpacked(self._words(), scale, zero, self.grid.bits, self.in_features)
             if dense is not None:
                 return dense
-        return self._rows(0, self.out_features)
-
-    def _rows(self, start: int, stop: int) -> torch.Tensor:
-        """The weight from row `start`, of a part (`part_rows`), to `stop`."""
-        part, zero = slice(start, stop), self.zeros()
-        scale, zero = self.weight_scale[part], None if zero is None else zero[part]
-        if self.layout in ("int4", "planes"):
-            return int4_weight(self._int4_layout(start, stop), scale, zero, self.in_features)
-        return numbers(self.codes(scale.dtype, start, stop), scale, zero)
-
-    def _int4_layout(self, start: int, stop: int) -> torch.Tensor:
-        """That of the rows from `start`, of a part, to `stop` at least."""
-        held = self.layout_codes
-        assert held is not None
-        if self.layout == "int4":
-            return held[start : -(-stop // OUTPUTS) * OUTPUTS]
-        rows = part_rows(self.out_features, self.in_features)
-        return planes_widened(held[start // rows : -(-stop // rows)], self.in_features)
+        return numbers(self.codes(scale.dtype), scale, zero)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # as nn.Linear calls it
         """Map inputs [..., in] to [..., out] in the dtype of the scales."""
@@ -160,11 +145,12 @@ class PackedLinear(StoredLayer):
         scale, bias, out = self.weight_scale, self.bias, self.out_features
         if scale.device.type != "cpu" or out * self.in_features <= PART:
             return nn.functional.linear(input, self.unpacked(), bias)
-        step, found = part_rows(out, self.in_features), []
+        step, zero, found = part_rows(out, self.in_features), self.zeros(), []
         for start in range(0, out, step):
             stop = min(start + step, out)
-            part = None if bias is None else bias[start:stop]
-            found.append(nn.functional.linear(input, self._rows(start, stop), part))
+            part = slice(start, stop)
+            W = numbers(self.codes(scale.dtype, start, stop), scale[part], None if zero is None else zero[part])
+            found.append(nn.functional.linear(input, W, None if bias is None else bias[part]))
         return torch.cat(found, dim=-1)
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
