@@ -238,3 +238,47 @@ def test_what_is_foreseen_of_shapes_is_what_happens(words, tmp_path):
     assert outlook._work(parts, block, tokens, share=1.0, gradients=False, again=True) == pytest.approx(
         inputs + forward
     )
+
+
+def test_a_group_may_hold_linears_that_nothing_reaches_alone(words, pictures, tmp_path, monkeypatch):
+    """Text reaches no tower, and LLaVA does not read its tower's last block; also where that is all that is left."""
+    model, options = FAMILIES["llava"](), {"processor": processor("llava"), "text": words, "images": pictures}
+    options |= {"samples": 2, "seqlen": 8, "curvature": True, "answer_tokens": 2}
+    whole = calibrate(model, tmp_path / "whole", **options)
+    alone = [*anatomy(model).blocks("tower"), None]
+
+    def by_block(*arguments):
+        found = memory_passes(*arguments)
+        names = [
+            [x.name for x in anatomy(model).linears if (x.block if x.place == "tower" else None) == b] for b in alone
+        ]
+        return {kind: tuple(map(tuple, names)) if "gradients" in kind else groups for kind, groups in found.items()}
+
+    memory_passes = memory.passes
+    monkeypatch.setattr(memory, "passes", by_block)
+
+    def stop(done, total):
+        if done == at:
+            raise KeyboardInterrupt
+
+    for at in (8, 10, 14, None):
+        try:
+            parts = calibrate(model, tmp_path / "parts", **options, progress=stop, checkpoint_seconds=0)
+        except KeyboardInterrupt:
+            assert at is not None
+    for linear in anatomy(model).linears:
+        for modality in ("text", "image"):
+            a, b = (x.output(linear.name, modality) for x in (whole, parts))
+            assert (a is None) == (b is None)
+            assert a is None or torch.equal(a.sums["output"], b.sums["output"])
+
+
+def test_what_text_does_not_reach_costs_nothing_there():
+    model = FAMILIES["llava"]()
+    parts, options = anatomy(model), CalibrationOptions()
+    forms = {x.name: CurvatureForm("full") for x in parts.linears}
+    places = {x.name: x.place for x in parts.linears}
+    found = memory.passes(parts, options.settings, ["text", "image"], forms, 250_000, rows=64)
+    assert min(len(found[kind]) for kind in ("text-gradients", "image-gradients")) > 1
+    for group in found["text-gradients"]:
+        assert any(places[name] == "backbone" for name in group)

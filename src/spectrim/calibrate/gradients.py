@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from spectrim.calibrate.labels import Labelled
 from spectrim.calibrate.moments import Sums
 from spectrim.calibrate.positions import Positions, positions
 from spectrim.calibrate.recompute import recomputing
+from spectrim.calibrate.relay import Leg, Relay
 from spectrim.errors import ModelError, first_line
 from spectrim.linear import Linear
 from spectrim.maths.roots import wide
@@ -140,13 +141,14 @@ def run_gradients(
     *,
     fisher: bool,
     blocks: Mapping[str, nn.Module] | None = None,
+    relay: Relay | None = None,
 ) -> bool:
     """Run samples of equal shapes through a prepared model and back, and add their gradients to ``sums``.
 
     The loss is the sum of the cross-entropies of the labelled tokens, in nats; a mean would underflow in float16 and
     depend on the sample's length. `blocks` are run again in the backward pass, unless the model writes into what they
-    are called with. Returns False, with nothing added, where several samples cannot be told apart in what some linear
-    reads, as with experts.
+    are called with. With a `relay`, passes hand gradients on. Returns False, with nothing added, where several samples
+    cannot be told apart in what some linear reads, as with experts.
 
     Raises:
         ModelError: the model returns no logits for its tokens, or cannot be differentiated.
@@ -158,10 +160,13 @@ def run_gradients(
     scales = [1 / count for count in labels] if fisher else None
     copied: Collection[str] = ()
     blocks = blocks or {}
+    key = (sums.samples, len(samples))
     for attempt in range(2):
         with torch.enable_grad(), GradientWatch(modules, sums, counted, forms, scales, copied) as watch:
+            logits = None
+            leg = nullcontext(Leg()) if relay is None else relay.leg(key, inputs)
             try:
-                with recomputing(blocks, watch.again) as boundaries:
+                with recomputing(blocks, watch.again) as boundaries, leg as end:
                     logits = getattr(model(**inputs, use_cache=False), "logits", None)
             except _MixedError:
                 return False
@@ -169,7 +174,11 @@ def run_gradients(
             if attempt == 0 and (written or moved):
                 copied, blocks, logits = written, {} if moved else blocks, None
                 continue
-            _backward(model, logits, samples)
+            output, gradient = end.output, end.gradient
+            if output is None:
+                output, gradient = _slope(model, logits, samples)
+            if output.requires_grad or relay is None:  # linears of one of several passes may not lead there
+                _backward(model, output, gradient)
             break
     several = f" to {sums.samples + len(samples)}" if len(samples) > 1 else ""
     watch.finish(f"{samples[0].modality} sample {sums.samples + 1}{several} (gradients)")
@@ -179,11 +188,12 @@ def run_gradients(
     return True
 
 
-def _backward(model: PreTrainedModel, logits: torch.Tensor | None, samples: Sequence[Labelled]) -> None:
-    """From the logits [samples, tokens, vocabulary] back; raises ModelError as :func:`run_gradients` does.
+def _slope(
+    model: PreTrainedModel, logits: torch.Tensor | None, samples: Sequence[Labelled]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The logits [samples, tokens, vocabulary] and the gradient of the loss there: softmax less one at the labels.
 
-    The gradient of the cross-entropy is written down, softmax less one at the label, so that one sample's logits at a
-    time are in float32.
+    One sample's logits at a time are in float32. Raises ModelError where there are none.
     """
     if logits is None or logits.shape[1] != samples[0].inputs["input_ids"].shape[1]:
         raise ModelError(
@@ -199,8 +209,13 @@ def _backward(model: PreTrainedModel, logits: torch.Tensor | None, samples: Sequ
             slope[torch.arange(len(targets), device=targets.device), targets] -= 1
             into[where] = slope.to(into.dtype)
             del predicted, slope
+    return logits, gradient
+
+
+def _backward(model: PreTrainedModel, output: torch.Tensor, gradient: torch.Tensor | None) -> None:
+    """From an output back, with its gradient; raises ModelError as :func:`run_gradients` does."""
     try:
-        logits.backward(gradient)
+        output.backward(gradient)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # a part that knows no derivative, or that wrote into what its own needs

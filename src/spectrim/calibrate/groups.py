@@ -119,7 +119,7 @@ def passes(
     for kind in kinds(settings, modalities):
         several = shares(parts.linears, kind, forms, settings, Sizes((expected or {}).get(kind.modality, {})))
         if kind.gradients:
-            several = [replace(one, nbytes=one.nbytes + _inputs(one, rows, routed)) for one in several]
+            several = [replace(x, nbytes=x.nbytes + _inputs(x, rows, routed)) if x.nbytes else x for x in several]
         groups = grouped(several, limit)
         found[kind.name] = tuple(tuple(linear.name for linear in group) for group in groups)
     return found

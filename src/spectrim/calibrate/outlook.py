@@ -85,7 +85,10 @@ def _work(
     gradients: bool,
     again: bool,
 ) -> float:
-    """Multiplications and additions of one pass for the moments of a group; experts read a `share` of the tokens."""
+    """Multiplications and additions of one pass for the moments of a group; experts read a `share` of the tokens.
+
+    It ends behind the group's blocks, and goes back through these alone.
+    """
 
     def read(x: Linear) -> float:
         return tokens.get(x.place, 0.0) * (share if x.expert is not None else 1.0)
@@ -97,17 +100,11 @@ def _work(
         return 0.0
     blocks = {name: number for number, name in enumerate(parts.blocks())}
     at = [blocks[x.block] for x in group if x.block is not None] or [0]
+    before = forward(x for x in parts.linears if x.block is None or blocks[x.block] <= max(at))
     if not gradients:
-        before = (x for x in parts.linears if x.block is None or blocks[x.block] <= max(at))
-        return forward(before) + sum(
-            2 * s.linears[0].in_features ** 2 * read(s.linears[0]) for s in input_shares(group)
-        )
-    behind = [x for x in parts.linears if x.block is not None and blocks[x.block] >= min(at)]
-    return (
-        forward(parts.linears)
-        + (2 if again else 1) * forward(behind)
-        + sum(2 * x.out_features**2 * read(x) for x in group)
-    )
+        return before + sum(2 * s.linears[0].in_features ** 2 * read(s.linears[0]) for s in input_shares(group))
+    own = forward(x for x in parts.linears if x.block is not None and min(at) <= blocks[x.block] <= max(at))
+    return before + (2 if again else 1) * own + sum(2 * x.out_features**2 * read(x) for x in group)
 
 
 def product_rate(size: int = 768) -> float:

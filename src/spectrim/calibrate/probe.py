@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -83,17 +84,15 @@ def foresee(
         sizes: bytes of a unit's sums in memory and on disk.
     """
     forget_peak(device)
-    before, units, kept = held_memory(device), [], 0
-    tried: dict[str, float] = {}  # by kind of unit: seconds for a sample
-    for unit in manifest.units:
-        left = samples[unit.modality] - manifest.gathered[unit.name].samples
-        if unit.kind in tried:  # the first group of it stands for all
-            units.append(Unit(left, tried[unit.kind], *sizes(unit)))
-            continue
-        sums = Sums(torch.device("cpu"))
+    before, units, kept = held_memory(device), list[Unit](), 0
+    for _, same in groupby(manifest.units, key=lambda unit: unit.kind):
+        several = [*same]
+        # One stands for all of its kind: passes for inputs end behind their linears, half of all on average; gradient
+        # passes begin with the last linears, and no other takes more.
+        sums, tried = Sums(torch.device("cpu")), several[-1] if several[0].gradients else several[len(several) // 2]
         began = time.monotonic()
         first, counted = 0, 0
-        for number, _ in enumerate(steps(unit, sums)):
+        for number, _ in enumerate(steps(tried, sums)):
             took = time.monotonic() - began
             if number == 0 and took < _WARM:
                 began, first = time.monotonic(), sums.samples
@@ -101,10 +100,11 @@ def foresee(
             counted = sums.samples - first
             if took >= _SECONDS:
                 break
-        counted = counted or sums.samples
+        seconds = (time.monotonic() - began) / max(counted or sums.samples, 1)
         kept = max(kept, sums_bytes(sums))
-        tried[unit.kind] = (time.monotonic() - began) / max(counted, 1)
-        units.append(Unit(left, tried[unit.kind], *sizes(unit)))
+        for unit in several:
+            left = samples[unit.modality] - manifest.gathered[unit.name].samples
+            units.append(Unit(left, seconds, *sizes(unit)))
         del sums
     work = max(0, peak_memory(device) - before - kept)
     return calibration(units, held=before, work=work, processes=share()[1])

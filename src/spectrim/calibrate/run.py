@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,8 +31,9 @@ from spectrim.calibrate.moments import Sums
 from spectrim.calibrate.passes import prepared, run_batch
 from spectrim.calibrate.positions import image_token
 from spectrim.calibrate.probe import foresee, forget_peak, peak_memory, written_bytes
+from spectrim.calibrate.relay import Relay
 from spectrim.calibrate.route import Route
-from spectrim.calibrate.size import statistics_bytes
+from spectrim.calibrate.size import handed_bytes, statistics_bytes
 from spectrim.calibrate.snapshot import SnapshotStore, check_home, check_space
 from spectrim.calibrate.statistics import Statistics
 from spectrim.dense import check_dense
@@ -157,11 +159,12 @@ def calibrate(
     shown = options.images if data.images else None
     source = DataPrint(text=_absolute(options.text), images=_absolute(shown), fingerprint=data.fingerprint())
     fresh, fit = _manifest(model, parts, data, source, options)
-    run = _Run(model, parts, data, fit)
+    run = _Run(model, parts, data, fit, out)
     if SnapshotStore(out, fresh).manifest.complete:
         _log.info("calibrate: complete already, in %s", out)
     else:
-        check_space(out, statistics_bytes(parts, options.settings, source.modalities, fit.expected))
+        waiting = handed_bytes(parts, fit.groups, fit.expected)
+        check_space(out, waiting + statistics_bytes(parts, options.settings, source.modalities, fit.expected))
         with _sole_writer(out):
             store = SnapshotStore(out, fresh)  # as the last writer left it
             if not store.manifest.complete:
@@ -214,8 +217,10 @@ class _Run:
     parts: Anatomy
     data: Data
     fit: Fit
+    directory: Path
     known: Known = field(default_factory=Known)
     routes: dict[Modality, Route] = field(default_factory=dict)
+    relays: dict[str, Relay] = field(default_factory=dict)  # by kind of unit
 
     def sizes(self, manifest: Manifest, unit: CalibrationUnit) -> tuple[int, int]:
         """Bytes of the sums of one unit in memory and on disk."""
@@ -224,8 +229,13 @@ class _Run:
         memory, disk = (total(shares(*given, Sizes(expected, on_disk=on_disk))) for on_disk in (False, True))
         return memory, disk
 
-    def steps(self, manifest: Manifest, unit: CalibrationUnit, sums: Sums) -> Iterator[None]:
-        """Run the batches of one unit that are this process's share and not in ``sums`` yet; yields after each."""
+    def steps(
+        self, manifest: Manifest, unit: CalibrationUnit, sums: Sums, after: CalibrationUnit | None = None
+    ) -> Iterator[None]:
+        """Run the batches of one unit that are this process's share and not in ``sums`` yet; yields after each.
+
+        `after` is the next unit of the same kind.
+        """
         settings, (rank, processes), resumed = manifest.settings, share(), sums.batches
         modules = {self.parts.linear(x): self.model.get_submodule(x) for x in manifest.linears(unit)}
         if not unit.gradients:
@@ -238,9 +248,12 @@ class _Run:
                     yield
             return
         blocks = self.parts.blocks() if self.fit.recomputes else ()
+        if (relay := self.relays.get(unit.kind)) is not None:
+            relay.start(modules, () if after is None else [self.parts.linear(x) for x in manifest.linears(after)])
         how: dict[str, Any] = {
             "fisher": settings.gradients and unit.modality == "text",
             "blocks": {name: self.model.get_submodule(name) for name in blocks},
+            "relay": relay,
         }
         samples = labelled_samples(
             self.model,
@@ -262,6 +275,15 @@ class _Run:
                 yield
 
 
+def _ordered(units: Sequence[CalibrationUnit]) -> list[CalibrationUnit]:
+    """Gradient passes of a kind from the last linears to the first, in place of the other way round."""
+    found: list[CalibrationUnit] = []
+    for _, several in groupby(units, key=lambda unit: unit.kind):
+        same = [*several]
+        found += same[::-1] if same[0].gradients else same
+    return found
+
+
 def _gather(run: _Run, store: SnapshotStore, checkpoint_seconds: float, progress: Callable[[int, int], None]) -> None:
     rank, processes = share()
     manifest, data, device = store.manifest, run.data, run.model.device
@@ -274,7 +296,7 @@ def _gather(run: _Run, store: SnapshotStore, checkpoint_seconds: float, progress
     if done:
         _log.info("calibrate: resuming after sample %d of %d", done, total)
     progress(done, total)
-    units = [unit for unit in manifest.units if unit.name not in finished]
+    units = _ordered([unit for unit in manifest.units if unit.name not in finished])
     if any(len(groups) > 1 for groups in manifest.groups.values()):
         counts = (f"{len(groups)} passes over {kind}" for kind, groups in manifest.groups.items())
         _log.info("calibrate: %s", ", ".join(counts))
@@ -284,11 +306,15 @@ def _gather(run: _Run, store: SnapshotStore, checkpoint_seconds: float, progress
         store.save({}, finished=False, complete=not units)  # claims the directory before the first files of moments
     home = device if device.type == "cuda" else torch.device("cpu")
     due = time.monotonic() + checkpoint_seconds
-    with prepared(run.model):
-        for unit in units:  # one at a time, so that memory is that of one unit's sums
+    with prepared(run.model), ExitStack() as relays:
+        for unit, after in zip(units, [*units[1:], None], strict=True):  # one at a time: memory is that of one's sums
+            after = after if after is not None and after.kind == unit.kind else None
+            if unit.gradients and unit.group is not None and unit.kind not in run.relays:
+                run.relays[unit.kind] = Relay(run.model, run.parts.linears, run.directory)
+                relays.callback(run.relays[unit.kind].close)
             sums = store.restore(unit.name, home) if processes == 1 else Sums(home)
             done -= sums.samples
-            for _ in run.steps(manifest, unit, sums):
+            for _ in run.steps(manifest, unit, sums, after):
                 progress(done + sums.samples, total)
                 last = sums.samples == data.samples[unit.modality]  # after which the unit is written anyway
                 if processes == 1 and not last and (started := time.monotonic()) >= due:
@@ -301,6 +327,8 @@ def _gather(run: _Run, store: SnapshotStore, checkpoint_seconds: float, progress
                 store.save({unit.name: sums}, finished=True, complete=unit == units[-1])
             done += sums.samples
             del sums
+            if after is None:
+                relays.close()
     if processes > 1:
         distributed.barrier()
 

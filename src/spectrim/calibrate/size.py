@@ -1,5 +1,7 @@
 """How large the statistics of a model get, before samples run: of its shapes alone."""
 
+from collections.abc import Mapping, Sequence
+
 from spectrim.anatomy import Anatomy
 from spectrim.calibrate.forms import choose_forms
 from spectrim.calibrate.groups import Expected, Sizes, shares, total
@@ -25,3 +27,11 @@ def statistics_bytes(
 
     several = kinds(settings, modalities)
     return sum(total(shares(parts.linears, kind, forms, settings, sizes(kind.modality))) for kind in several)
+
+
+def handed_bytes(parts: Anatomy, groups: Mapping[str, Sequence[object]], expected: Expected) -> int:
+    """Bytes that wait on disk while gradient passes go on: gradients at the outputs of two blocks (see `Relay`)."""
+    if all(len(several) == 1 for kind, several in groups.items() if kind.endswith("gradients")):
+        return 0
+    sizes = {x.place: x.out_features * x.dtype.itemsize for x in parts.linears if x.block is not None}  # of the last
+    return max(2 * count * sizes.get(place, 0) for places in expected.values() for place, count in places.items())
