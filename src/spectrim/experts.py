@@ -292,8 +292,8 @@ def _together(module: Any, known: Layout, counts: list[int], x: torch.Tensor) ->
     if not few or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
     linears = [_linears(module, known, number) for number in range(known.experts)]
-    found = {role: together([each[role] for each in linears], x.dtype) for role in known.names}
-    return None if None in found.values() else found  # type: ignore[return-value]
+    found = {role: run for role in known.names if (run := together([each[role] for each in linears], x.dtype))}
+    return found if len(found) == len(known.names) else None
 
 
 def stack_experts(model: nn.Module) -> None:

@@ -35,8 +35,9 @@ def together(linears: Sequence[nn.Module], dtype: torch.dtype) -> Callable[[torc
     Without gradients. A linear is a plain one, or a layer with `factors_alone`, which an input passes in turn; either
     all have a bias or none has.
     """
-    stacks = [_stacked(weights) for weights in _weights(linears)]
-    if not stacks or any(W is None or W.dtype != dtype for W in stacks):
+    each = _weights(linears)
+    stacks = [W for weights in each if (W := _stacked(weights)) is not None and W.dtype == dtype]
+    if not stacks or len(stacks) < len(each):
         return None
     biases: list[Any] = [one._parameters.get("bias") for one in linears]
     orders: list[Any] = [one._buffers.get("order") for one in linears]
@@ -44,7 +45,7 @@ def together(linears: Sequence[nn.Module], dtype: torch.dtype) -> Callable[[torc
     def run(x: torch.Tensor) -> torch.Tensor:
         outputs = [x]
         for W in stacks:
-            outputs.append(torch.bmm(outputs[-1], W.mT))  # type: ignore[union-attr]
+            outputs.append(torch.bmm(outputs[-1], W.mT))
         y = outputs[-1]
         if orders[0] is not None:  # of pivots, whose outputs are those of the first factor
             y = torch.cat(outputs[1:], -1)

@@ -248,9 +248,10 @@ class LowRankLinear(StoredLayer):
     @property
     def factors_alone(self) -> tuple[nn.Module, ...] | None:
         """B and A, where both are plain, and calling the layer is their product with its ``order`` and bias."""
-        A, B = self._modules["A"], self._modules["B"]  # in less time than as attributes
-        plain = is_plain(self, LowRankLinear) and is_plain(A) and is_plain(B) and self._modules.get("R") is None
-        return (B, A) if plain else None  # type: ignore[return-value]
+        held: dict[str, Any] = self._modules  # from which they are read in less time than as attributes
+        factors = (held["B"], held["A"])
+        plain = is_plain(self, LowRankLinear) and all(map(is_plain, factors)) and held.get("R") is None
+        return factors if plain else None
 
     @torch.no_grad()
     def head_weights(self) -> list[torch.Tensor]:
