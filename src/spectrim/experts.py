@@ -288,11 +288,11 @@ def _run(module: Any, hidden_states: torch.Tensor, indices: torch.Tensor, weight
 
 def _together(module: Any, known: Layout, counts: list[int], x: torch.Tensor) -> dict[str, Callable[..., Any]] | None:
     """By role what runs that linear of all experts at once; None where they cannot, or one by one is faster."""
-    few = max(counts) <= ROWS and 4 * sum(map(bool, counts)) >= 3 * len(counts)  # those that are not hit are read, too
-    if not few or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    hit = sum(map(bool, counts))
+    if max(counts) > ROWS or 2 * hit < len(counts) or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
     linears = [_linears(module, known, number) for number in range(known.experts)]
-    found = {role: run for role in known.names if (run := together([each[role] for each in linears], x.dtype))}
+    found = {role: run for role in known.names if (run := together([one[role] for one in linears], x.dtype, hit))}
     return found if len(found) == len(known.names) else None
 
 

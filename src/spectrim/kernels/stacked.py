@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 ROWS = 16  # of inputs of one weight, up to which zeros in the place of missing rows cost less than products one by one
+_CALL = 3 << 16  # bytes of a weight that are read in the time that a product of its own takes to begin
 
 
 def is_plain(module: Any, kind: type[nn.Module] = nn.Linear) -> bool:
@@ -29,15 +30,19 @@ def stack(linears: Sequence[nn.Module]) -> None:
                 weight.data = slot
 
 
-def together(linears: Sequence[nn.Module], dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor] | None:
+def together(
+    linears: Sequence[nn.Module], dtype: torch.dtype, hit: int
+) -> Callable[[torch.Tensor], torch.Tensor] | None:
     """What maps inputs [n, rows, in] of n linears to outputs [n, rows, out]; None unless `stack` made it possible.
 
-    Without gradients. A linear is a plain one, or a layer with `factors_alone`, which an input passes in turn; either
-    all have a bias or none has.
+    None as well where reading those that are not among the `hit` ones takes longer than products one by one. Without
+    gradients. A linear is a plain one, or a layer with `factors_alone`, which an input passes in turn; either all have
+    a bias or none has.
     """
     each = _weights(linears)
     stacks = [W for weights in each if (W := _stacked(weights)) is not None and W.dtype == dtype]
-    if not stacks or len(stacks) < len(each):
+    size = sum(W.nbytes for W in stacks)
+    if not stacks or len(stacks) < len(each) or size > hit * (size / len(linears) + _CALL * len(stacks)):
         return None
     biases: list[Any] = [one._parameters.get("bias") for one in linears]
     orders: list[Any] = [one._buffers.get("order") for one in linears]
