@@ -17,6 +17,7 @@ from spectrim.calibrate import calibrate
 from spectrim.checkpoint import load, read_provenance
 from spectrim.compensate import run
 from spectrim.compensate.store import Store
+from spectrim.disk.shelf import Shelf
 from spectrim.errors import NumericalError, RecipeError, StatisticsError
 from spectrim.maths.closed_form import ShiftedSum, anchored_weight, blended
 from spectrim.metrics.metric import joint_weights
@@ -284,6 +285,36 @@ def test_outputs_that_would_take_too_much_are_not_held_and_nothing_else_changes(
             found.append({name: value.clone() for name, value in small.state_dict().items()})
     assert found[0].keys() == found[1].keys()
     assert all(torch.equal(found[0][name], value) for name, value in found[1].items())
+
+
+@pytest.mark.parametrize(("family", "recipe"), [("llama", "svd-llm"), ("llava", "laser"), ("llama", "adasvd")])
+def test_streams_that_wait_on_disk_come_back_bit_for_bit(family, recipe, words, tmp_path, monkeypatch):
+    model, statistics = prepare(family, words, tmp_path / "s", torch.bfloat16)
+    away: list[int] = []
+    real = Shelf.write
+
+    def write(self, storage, at=None):
+        away.append(storage.nbytes())
+        return real(self, storage, at)
+
+    monkeypatch.setattr(Shelf, "write", write)
+    found, moved = [], []
+    changes = {"compensate.samples": 12, "compensate.buckets": None, "compensate.refine": 5}
+    changes |= ANCHORED if recipe != "adasvd" else {}
+    for memory in (None, "1MB"):
+        kept = shutil.copytree(statistics.path, tmp_path / str(memory))
+        given = {"stats": kept, "processor": processor(family), "changes": changes, "memory": memory}
+        with compression(model, recipe, **given) as prepared, prepared.applied(prepared.plan(0.5)) as small:
+            found.append(weights(small))
+        moved.append(len(away))
+        assert [path.name for path in kept.iterdir() if path.is_file()] == [
+            path.name for path in statistics.path.iterdir() if path.is_file()
+        ]
+    assert moved[0] == 0
+    passes = 2 * 3 * (1 if family == "llama" else 2)  # of 4 samples each
+    assert moved[1] >= passes * 3  # what the first block reads, twice, and what the second reads
+    assert all(torch.equal(found[0][name], value) for name, value in found[1].items())
+    assert found[0].keys() == found[1].keys()
 
 
 def test_what_is_done_is_not_done_again(words, tmp_path, monkeypatch):

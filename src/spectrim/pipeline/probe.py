@@ -13,6 +13,7 @@ from spectrim.anatomy import Anatomy
 from spectrim.away import values
 from spectrim.calibrate import Statistics
 from spectrim.calibrate.data import SAMPLE_SETTINGS, Data, load_data
+from spectrim.calibrate.memory import limit_bytes
 from spectrim.calibrate.passes import forward_options, model_inputs, prepared
 from spectrim.calibrate.probe import forget_peak, held_memory, peak_memory
 from spectrim.errors import SpectrimError
@@ -44,6 +45,7 @@ def foresee(
     statistics: Statistics | None,
     processor: Any,
     spectra: Path,
+    memory: str | None = None,
 ) -> Estimate:
     """What is left of a compression whose statistics are there, if any.
 
@@ -54,6 +56,7 @@ def foresee(
         statistics: that it uses.
         processor: of the model.
         spectra: the directory that has the spectra of earlier runs.
+        memory: the limit of `calibrate`; what a walk cannot keep in it waits on disk.
     """
     recipe, sizes = job.recipe, Sizes(model, parts)
     if job.plan is None:
@@ -78,6 +81,7 @@ def foresee(
     walk, kept = 0.0, 0
     if compensates:
         walk, kept = _walk(model, parts, recipe, statistics, processor)
+        kept = min(kept, max(0, limit_bytes(memory, model.device) - before))
     trained = 0.0
     if recipe.tune.epochs:
         trained = _tuning(model, parts, recipe, statistics, processor)
