@@ -12,6 +12,7 @@ with warnings.catch_warnings():
     pytest.importorskip("vllm")
     from vllm.model_executor.layers import linear as vllm_linear
 
+    import helpers.toy_form  # noqa: F401
     from helpers.vllm_layers import config, fill, part, rounded
 
 from spectrim.checkpoint import SpectrimConfig
@@ -19,6 +20,7 @@ from spectrim.errors import CheckpointError
 from spectrim.maths.decompose import Rank
 from spectrim.serve.matrices import Matrix, PackedMatrix, kernel_here
 from spectrim.serve.plugin import FactoredConfig
+from spectrim.storage import form
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 HEADS, SHARED, SIZE, IN = 4, 2, 8, 20
@@ -199,9 +201,67 @@ def test_a_layer_that_loads_in_its_own_way_is_refused(process):
         Own(IN, 16, quant_config=config({"x.gate": part(16, 5, False, IN)}), prefix="x.gate")
 
 
-def test_a_form_that_the_plugin_does_not_run_is_named(process):
+@pytest.mark.parametrize("parallel", [1, 2])
+def test_other_forms_become_dense(parallel, process, caplog):
+    """Narrower linears: rows of gate and up, columns of down; and a form of somebody else's."""
+    torch.manual_seed(0)
+    inner, hidden, count = 32, IN, 20
+
+    def made(out: int, size: int, kind: str, **spec: int) -> Any:
+        layer = form(kind).build(torch.nn.Linear(size, out), spec)
+        with torch.no_grad():
+            for tensor in (layer.N.weight,) if kind == "narrow" else (layer.left, layer.right, layer.diagonal):
+                tensor.normal_()
+            if kind == "narrow":
+                layer.units.copy_(torch.randperm(inner)[:count].sort().values)
+        return layer
+
+    gate, up = made(inner, hidden, "narrow", outputs=count), made(inner, hidden, "diagonal+low-rank", rank=3)
+    down, x = made(hidden, inner, "narrow", inputs=count), torch.randn(3, hidden)
+    settings = config({"x.gate_proj": gate, "x.up_proj": up, "x.down": down})
+    settings.packed_modules_mapping = {"gate_up_proj": ["gate_proj", "up_proj"]}
+    total, halves = torch.zeros(3, hidden), []
+    for index in range(parallel):
+        process(index, parallel)
+        merged = vllm_linear.MergedColumnParallelLinear(
+            hidden,
+            [inner, inner],
+            bias=True,
+            params_dtype=torch.float32,
+            quant_config=settings,
+            prefix="x.gate_up_proj",
+        )
+        fill(merged, gate, 0)
+        fill(merged, up, 1)
+        merged.quant_method.process_weights_after_loading(merged)
+        halves.append(merged(x)[0].chunk(2, dim=-1))
+        last = vllm_linear.RowParallelLinear(
+            inner, hidden, bias=True, reduce_results=parallel == 1, skip_bias_add=parallel > 1,
+            params_dtype=torch.float32, quant_config=settings, prefix="x.down",
+        )  # fmt: skip
+        fill(last, down)
+        last.quant_method.process_weights_after_loading(last)
+        y = last(halves[-1][0])[0]
+        total += y - (down.bias if parallel == 1 else 0)
+    for found, layer in zip((torch.cat(part, -1) for part in zip(*halves, strict=True)), (gate, up), strict=True):
+        torch.testing.assert_close(found, layer(x), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(total + down.bias, down(gate(x)), atol=1e-3, rtol=1e-4)
+    assert "become dense, which takes" in caplog.text
+
+
+def test_other_forms_with_impossible_values_are_named(process):
+    process(0, 1)
+    layer = form("narrow").build(torch.nn.Linear(IN, 16), {"inputs": 5})
+    settings = config({"x.k": layer})
+    module = vllm_linear.ReplicatedLinear(IN, 16, quant_config=settings, prefix="x.k")
+    layer.units.fill_(3)
+    with pytest.raises(CheckpointError, match=r"x\.k does not fit the linear .*ascending"):
+        fill(module, layer)
+
+
+def test_a_form_that_nobody_knows_is_named(process):
     process(0, 1)
     settings = FactoredConfig(SpectrimConfig({"x.q": 3}, forms={"x.k": {"form": "columns", "count": 3}}))
     vllm_linear.ReplicatedLinear(IN, 16, quant_config=settings, prefix="x.q")
-    with pytest.raises(CheckpointError, match=r"does not run the form 'columns', which 'x\.k' .*dequantize"):
+    with pytest.raises(CheckpointError, match=r"'x\.k': .*'columns'"):
         vllm_linear.ReplicatedLinear(IN, 16, quant_config=settings, prefix="x.k")

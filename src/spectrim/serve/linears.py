@@ -6,10 +6,14 @@ therefore has one slot for each name that a part may bring, and its slots put wh
 
 The product runs in two steps. ``first`` joins B of every factored part and the rows of every dense part, so that the
 input is read once; ``second`` has A of every part or head. Integers stay packed where `packed` has a matrix for them,
-and ``first`` then has one for each grid; else they are unpacked as soon as all tensors of a matrix have arrived.
+and ``first`` then has one for each grid; else they are unpacked as soon as all tensors of a matrix have arrived. So
+are linears of forms that are neither factors nor integers.
 """
 
+import math
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -33,6 +37,7 @@ from spectrim.serve.experts import add_slot
 from spectrim.serve.matrices import Matrix, OwnMatrix, PackedMatrix, packed
 from spectrim.serve.served import Served, check_shape
 from spectrim.serve.shards import Piece, fused, row_shards
+from spectrim.storage import StoredLayer
 from spectrim.storage.packed import PackedLinear
 
 AnyMatrix = Matrix | PackedMatrix | OwnMatrix
@@ -41,6 +46,17 @@ _KINDS = (ReplicatedLinear, RowParallelLinear, ColumnParallelLinear, MergedColum
 _SHARDS = {"q": 0, "k": 1, "v": 2}
 _WORDS = ("weight_packed", "weight_zero_point", "pivots")
 _DTYPES = {**dict.fromkeys(_WORDS, torch.int32), "weight_shape": torch.int64}  # of tensors that are no floats
+
+
+@contextmanager
+def _fitting(name: str) -> Iterator[None]:
+    """Say which part of the checkpoint has impossible values."""
+    try:
+        yield
+    except ModelError as error:
+        raise CheckpointError(
+            f"the checkpoint's {name} does not fit the linear ({error}); copy or compress it again"
+        ) from error
 
 
 class Target(NamedTuple):
@@ -72,6 +88,7 @@ class FactoredLinearMethod(LinearMethodBase):
         self.missing: set[tuple[int, str]] = set()  # tensors by piece and name
         self.pivots: dict[int, torch.Tensor] = {}  # of the piece with this number
         self.held: dict[tuple[int, str], PackedLinear] = {}  # integers of which some have arrived, by piece and part
+        self.others: dict[int, StoredLayer] = {}  # linears of other forms of which some tensors have arrived, by piece
         self.targets: dict[tuple[int, str], list[Target]] = {}  # by piece and part
         # Of each piece: outputs of the first product, with the matrix that reads them, if any; and what is added.
         self.steps: list[tuple[list[tuple[Span, int | None]], Span | None]] = []
@@ -118,8 +135,10 @@ class FactoredLinearMethod(LinearMethodBase):
             self.reduces = layer.reduce_results and any(piece.reduces for piece in self.pieces)
             layer.reduce_results = layer.reduce_results and not self.reduces
         names = {"weight"}.union(*(piece.tensors() for piece in self.pieces))
+        others = [piece.stored(device="meta", dtype=params_dtype) for piece in self.pieces if piece.other is not None]
+        dtypes = {name: tensor.dtype for layer in others for name, tensor in layer.state_dict().items()}
         for name in sorted(names):
-            dtype = _DTYPES.get(name.rpartition(".")[2], params_dtype)
+            dtype = dtypes.get(name) or _DTYPES.get(name.rpartition(".")[2], params_dtype)
             add_slot(layer, name, dtype, partial(self._load, layer, name))
 
     def _first(self, dtype: torch.dtype) -> tuple[list[AnyMatrix], dict[tuple[int, str], Span]]:
@@ -156,7 +175,12 @@ class FactoredLinearMethod(LinearMethodBase):
         return packed(out, columns, grid, dtype, self.served.runtime, f"{self.prefix}.{where}")
 
     def _count_unpacked(self, itemsize: int) -> None:
-        """Note what the integers cost that are in matrices of floats."""
+        """Note what the integers, and linears of other forms, cost that are in matrices of floats."""
+        for piece in self.pieces:
+            if piece.other is not None:
+                stored = sum(math.prod(shape) for shape in piece.tensors().values())
+                mine = piece.out * len(piece.columns) / math.prod(piece.shape)
+                self.served.others[piece.name] += int((math.prod(piece.shape) - stored) * itemsize * mine)
         for (i, part), targets in self.targets.items():
             grid = self.pieces[i].grids.get(part)
             for matrix, _, rows, columns in targets:
@@ -204,6 +228,7 @@ class FactoredLinearMethod(LinearMethodBase):
                 rows,
                 columns,
                 self.served.grids.get(name, {}),
+                self.served.layers.get(name) if not self.served.runs(name) else None,
             )
             for name, whole, rows in zip(self.names, wholes, shards, strict=True)
         ]
@@ -221,6 +246,16 @@ class FactoredLinearMethod(LinearMethodBase):
         self.missing.discard((i, name))
         part, _, kind = name.rpartition(".")
         found: torch.Tensor | PackedLinear = tensor
+        if piece.other is not None:
+            if i not in self.others:
+                self.others[i] = piece.stored(device=slot.device, dtype=self.dtype)
+            self.others[i].state_dict()[name].copy_(tensor)
+            if any((i, name) in self.missing for name in piece.tensors()):
+                return
+            layer, part = self.others.pop(i), ""
+            with _fitting(piece.name):
+                layer.loaded()
+            found = layer.product()
         if name == "pivots":
             self.pivots[i] = tensor.to(slot.device)
             return
@@ -231,13 +266,8 @@ class FactoredLinearMethod(LinearMethodBase):
             getattr(found, kind).copy_(tensor)
             if any((i, f"{part}.{kind}".removeprefix(".")) in self.missing for kind in found.state_dict()):
                 return
-            try:
+            with _fitting(f"{piece.name}.{part}".removesuffix(".")):
                 self.held.pop((i, part)).loaded()
-            except ModelError as error:
-                raise CheckpointError(
-                    f"the checkpoint's {f'{piece.name}.{part}'.removesuffix('.')} does not fit the linear ({error}); "
-                    "copy or compress it again"
-                ) from error
         for target in self.targets.get((i, part), ()):  # none where this process needs nothing of a head
             target.matrix.put(target.start, found, target.rows, target.columns)
 

@@ -66,10 +66,9 @@ class FactoredConfig(QuantizationConfig):
         """
         served, known = self.served, self.served.layers
         names = members(prefix, self.packed_modules_mapping, known)
-        strange = [name for name in names if name in known and not served.runs(name)]
-        if strange and isinstance(layer, LinearBase | VocabParallelEmbedding):
+        if isinstance(layer, VocabParallelEmbedding) and prefix in known and not served.runs(prefix):
             raise CheckpointError(
-                f"vLLM does not run the form '{known[strange[0]][0]}', which {strange[0]!r} is stored in; serve the "
+                f"vLLM does not run the form '{known[prefix][0]}', which {prefix!r} is stored in; serve the "
                 "dequantized model (model.dequantize() and save_pretrained)"
             )
         if isinstance(layer, LinearBase):

@@ -19,8 +19,9 @@ logger = logging.getLogger("spectrim")
 class Served:
     """Form and spec of every compressed linear; ranks, pivots and grids of those whose parts a server runs.
 
-    ``unpacked`` counts the bytes that unpacked integers take beyond packed ones, by linear, and ``experts`` those that
-    experts in floats take beyond their file, by module. Raises CheckpointError where `SpectrimConfig.layers` does.
+    ``unpacked`` counts the bytes that unpacked integers take beyond packed ones, by linear; ``others`` and ``experts``
+    count what linears of other forms, and experts by module, take in floats beyond their file. Raises CheckpointError
+    where `SpectrimConfig.layers` does.
     """
 
     def __init__(self, config: SpectrimConfig) -> None:
@@ -33,6 +34,7 @@ class Served:
         self.embeddings: dict[str, Grid] = {name: IntegerEmbedding().grid(layers[name][1]) for name in tables}
         self.runtime = config.runtime
         self.unpacked: Counter[str] = Counter()
+        self.others: Counter[str] = Counter()
         self.experts: Counter[str] = Counter()
 
     def rename(self, renamed: Callable[[str], str]) -> None:
@@ -56,6 +58,14 @@ class Served:
                 sum(self.experts.values()) / 1e6,
                 shortened(sorted(self.experts)),
             )
+        if self.others:
+            logger.warning(
+                "%d linears are of forms that vLLM does not run and become dense, which takes %.1f MB more than their "
+                "file: %s",
+                len(self.others),
+                sum(self.others.values()) / 1e6,
+                shortened(sorted(self.others)),
+            )
         if self.unpacked:
             logger.warning(
                 "integers of %d linears are unpacked, which takes %.1f MB more memory than packed ones "
@@ -65,6 +75,7 @@ class Served:
                 shortened(sorted(self.unpacked)),
             )
         self.unpacked.clear()
+        self.others.clear()
         self.experts.clear()
 
 

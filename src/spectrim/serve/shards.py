@@ -15,11 +15,14 @@ from itertools import chain
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.utils import skip_init
 
 from spectrim.errors import CheckpointError, ModelError
 from spectrim.maths.decompose import Rank, head_ranks
 from spectrim.maths.pivots import row_order
 from spectrim.maths.rounding import Grid
+from spectrim.storage import Spec, form
 from spectrim.storage.packed import PackedLinear
 
 
@@ -43,7 +46,8 @@ class Piece:
 
     `shape` [out, in] is that of the whole linear, `rank` None for a dense one. The process gives the outputs `rows`, in
     this order, and reads the inputs `columns`. `grids` are those of its integers by part: ``""`` for a dense weight, A,
-    A.0, B or R. Raises CheckpointError for ranks and integers that the linear cannot have.
+    A.0, B or R. `other` is a form that is none of these, and its spec: such a linear becomes a dense one. Raises
+    CheckpointError for ranks, integers and specs that the linear cannot have.
     """
 
     name: str
@@ -53,6 +57,7 @@ class Piece:
     rows: tuple[range, ...]
     columns: range
     grids: Mapping[str, Grid] = field(default_factory=dict)
+    other: tuple[str, Spec] | None = None
     heads: tuple[int, ...] = field(init=False)  # those whose rows are needed, in the order of their latents
     blocks: tuple[Block, ...] = field(init=False)  # in the order of the outputs; none for a dense linear
 
@@ -114,6 +119,8 @@ class Piece:
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor that the checkpoint must bring, by its name behind that of the linear."""
+        if self.other is not None:
+            return {name: tuple(tensor.shape) for name, tensor in self.stored(device="meta").state_dict().items()}
         found: dict[str, tuple[int, ...]] = {"pivots": (self.sizes()["B"][0],)} if self.pivoted else {}
         for part, size in self.sizes().items():
             held = {"weight": size}
@@ -122,6 +129,15 @@ class Piece:
                 held = {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}
             found |= {f"{part}.{name}".removeprefix("."): shape for name, shape in held.items()}
         return found
+
+    def stored(self, **like: Any) -> Any:
+        """An empty layer of its `other` form; CheckpointError where there can be none."""
+        assert self.other is not None
+        kind, spec = self.other
+        try:
+            return form(kind).build(skip_init(nn.Linear, self.shape[1], self.shape[0], bias=False, **like), spec)
+        except ModelError as error:
+            raise CheckpointError(f"{self.name!r}: {error}; copy the checkpoint's config.json again") from error
 
     def packed(self, part: str, **like: Any) -> PackedLinear:
         """An empty layer for the integers of a part; CheckpointError where there can be none."""
