@@ -37,7 +37,7 @@ def dense(args):
     return Qwen3MoeForCausalLM(config).to(torch.bfloat16).eval()
 
 
-def compressed(args, kind, runtime):
+def compressed(args, folder, kind, runtime):
     """Every linear of the experts in one form with random numbers, saved and opened again."""
     model = dense(args)
     spec = {"bits": 4, "group": 64, "symmetric": True}
@@ -50,13 +50,9 @@ def compressed(args, kind, runtime):
                 tensor.normal_(std=0.02)
             elif name == "weight_packed":
                 tensor.random_()
-    with tempfile.TemporaryDirectory() as folder:
-        save(model, Path(folder, "a"))
-        size = sum(path.stat().st_size for path in Path(folder, "a").glob("*.safetensors"))
-        again = load(Path(folder, "a"), runtime=runtime)
-        for parameter in again.parameters():
-            parameter.data = parameter.data.clone()  # of a file that goes
-    return again, size
+    place = Path(folder, f"{kind} {runtime}")
+    save(model, place)
+    return load(place, runtime=runtime), sum(path.stat().st_size for path in place.glob("*.safetensors"))
 
 
 def held(model):
@@ -103,9 +99,10 @@ def main() -> None:
         if name == "as linears":
             unfuse(one)
         models[f"dense, {name}"] = (one, None)
-    models["4 bits, auto"] = compressed(args, "integers", "auto")
-    models["4 bits, memory"] = compressed(args, "integers", "memory")
-    models["factors, 50 %"] = compressed(args, "low-rank", "auto")
+    folder = tempfile.TemporaryDirectory()
+    models["4 bits, auto"] = compressed(args, folder.name, "integers", "auto")
+    models["4 bits, memory"] = compressed(args, folder.name, "integers", "memory")
+    models["factors, 50 %"] = compressed(args, folder.name, "low-rank", "auto")
     times = {(name, what): [] for name in models for what, *_ in WORK}
     for _ in range(args.repeats):
         for what, batch, length in WORK:

@@ -8,7 +8,7 @@ each once and on its tokens in order, so that whatever works for a linear works 
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -22,6 +22,8 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 from transformers.integrations import moe
+
+from spectrim.kernels.stacked import ROWS, stack, together
 
 _LAYOUT = "_spectrim_experts"  # the attribute by which an unfused module is known
 _NAMES = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
@@ -220,21 +222,25 @@ def _join(module: Any) -> None:
     del module.forward
 
 
-def _expert(module: Any, known: Layout, number: int, x: torch.Tensor) -> torch.Tensor:
-    """What one expert makes of its tokens [n, hidden]."""
-    expert = module._modules[str(number)]._modules
-    up = expert[known.names["up"]]
+def _linears(module: Any, known: Layout, number: int) -> dict[str, Any]:
+    """The linears of one expert by role."""
+    children = module._modules[str(number)]._modules
+    return {role: children[name] for role, name in known.names.items()}
+
+
+def _expert(module: Any, known: Layout, linears: Mapping[str, Callable[..., Any]], x: torch.Tensor) -> torch.Tensor:
+    """What an expert with these linears, by role, makes of its tokens [..., hidden]."""
     if not known.gated:
-        y = module.act_fn(up(x))
+        y = module.act_fn(linears["up"](x))
     else:
-        gate = expert[known.names["gate"]](x)
+        gate, up = linears["gate"](x), linears["up"](x)
         if known.blocks or type(module)._apply_gate is moe._default_apply_gate:
-            y = module.act_fn(gate) * up(x)
+            y = module.act_fn(gate) * up
         elif known.concatenated:
-            y = module._apply_gate(torch.cat((gate, up(x)), -1))
+            y = module._apply_gate(torch.cat((gate, up), -1))
         else:
-            y = module._apply_gate(torch.stack((gate, up(x)), -1).flatten(-2))
-    y = expert[known.names["down"]](y)
+            y = module._apply_gate(torch.stack((gate, up), -1).flatten(-2))
+    y = linears["down"](y)
     return module.post_expert_norm(y) if getattr(module, "has_post_expert_norm", False) else y
 
 
@@ -249,29 +255,53 @@ def _run(module: Any, hidden_states: torch.Tensor, indices: torch.Tensor, weight
     """
     known: Layout = vars(module)[_LAYOUT]
     chosen = indices.reshape(-1)
+    run = lambda number, x: _expert(module, known, _linears(module, known, number), x)  # noqa: E731
     if hidden_states.is_meta:  # nobody knows which are hit
-        return sum(_expert(module, known, number, hidden_states) for number in range(known.experts))  # type: ignore[return-value]
+        return sum(run(number, hidden_states) for number in range(known.experts))  # type: ignore[return-value]
     if len(hidden_states) == 1 and not _ALL_TOKENS.get() and max(numbers := chosen.tolist()) < known.experts:
-        y = torch.cat([_expert(module, known, number, hidden_states) for number in numbers])  # nothing to sort
+        y = torch.cat([run(number, hidden_states) for number in numbers])  # nothing to sort
         return (y * weights.reshape(-1, 1)).sum(0, keepdim=True).to(hidden_states.dtype)
     order = chosen.argsort(stable=True)
     counts = torch.bincount(chosen, minlength=known.experts)[: known.experts].tolist()
-    rows = order // indices.shape[-1]
-    outputs, start = [], 0
-    for number, count in enumerate(counts):
-        mine = rows[start : start + count]
-        if _ALL_TOKENS.get():
-            outputs.append(_expert(module, known, number, hidden_states)[mine])
-        elif count:
-            outputs.append(_expert(module, known, number, hidden_states[mine]))
-        start += count
-    y = torch.cat(outputs) if outputs else hidden_states.new_zeros(0, hidden_states.shape[-1])
-    y = y * weights.reshape(-1)[order[:start], None]
-    if start < len(order):
-        y = torch.cat((y, y.new_zeros(len(order) - start, y.shape[1])))
+    rows = (order // indices.shape[-1])[: sum(counts)]
+    if _ALL_TOKENS.get():
+        every = zip(rows.split(counts), range(known.experts), strict=True)
+        y = torch.cat([run(number, hidden_states)[mine] for mine, number in every])
+    else:
+        x = hidden_states.index_select(0, rows)
+        if (linears := _together(module, known, counts, x)) is not None:
+            slots = [number * max(counts) + row for number, count in enumerate(counts) for row in range(count)]
+            places = torch.tensor(slots, device=x.device)
+            padded = x.new_zeros(known.experts * max(counts), x.shape[1]).index_copy_(0, places, x)
+            y = _expert(module, known, linears, padded.view(known.experts, -1, x.shape[1]))
+            y = y.flatten(0, 1).index_select(0, places)
+        else:
+            outputs = [run(number, mine) for number, mine in enumerate(x.split(counts)) if len(mine)]
+            y = torch.cat(outputs) if outputs else x
+    y = y * weights.reshape(-1)[order[: len(rows)], None]
+    if len(rows) < len(order):
+        y = torch.cat((y, y.new_zeros(len(order) - len(rows), y.shape[1])))
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order), device=order.device)
-    return y[back].view(*indices.shape, -1).sum(1).to(hidden_states.dtype)
+    return y.index_select(0, back).view(*indices.shape, -1).sum(1).to(hidden_states.dtype)
+
+
+def _together(module: Any, known: Layout, counts: list[int], x: torch.Tensor) -> dict[str, Callable[..., Any]] | None:
+    """By role what runs that linear of all experts at once; None where they cannot, or one by one is faster."""
+    hit = sum(map(bool, counts))
+    if max(counts) > ROWS or 2 * hit < len(counts) or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    linears = [_linears(module, known, number) for number in range(known.experts)]
+    found = {role: run for role in known.names if (run := together([one[role] for one in linears], x.dtype, hit))}
+    return found if len(found) == len(known.names) else None
+
+
+def stack_experts(model: nn.Module) -> None:
+    """Put weights of one shape of all experts of a layer side by side, so that few tokens run through all at once."""
+    for module in model.modules():
+        linears = [_linears(module, vars(module)[_LAYOUT], number) for number in range(unfused(module))]
+        for role in linears[0] if linears else ():
+            stack([each[role] for each in linears])
 
 
 def _run_blocks(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -281,9 +311,11 @@ def _run_blocks(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     outputs = []
     for number, block in enumerate(x):
         if block.is_meta or _ALL_TOKENS.get():
-            outputs.append(_expert(module, known, number, block))
+            outputs.append(_expert(module, known, _linears(module, known, number), block))
             continue
         hit = block.detach().any(-1).nonzero()[:, 0]
         y = block.new_zeros(block.shape)
-        outputs.append(y.index_copy(0, hit, _expert(module, known, number, block[hit])) if len(hit) else y)
+        if len(hit):
+            y = y.index_copy(0, hit, _expert(module, known, _linears(module, known, number), block[hit]))
+        outputs.append(y)
     return torch.cat(outputs)

@@ -6,9 +6,9 @@ The built-in ones are in recipes/.
 from fnmatch import fnmatchcase
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from spectrim.errors import RecipeError
 from spectrim.files import parse_yaml, user_path
@@ -106,6 +106,13 @@ class StoragePart(_Part):
     experts: Literal["each", "same"] = "each"
 
 
+def _share(value: object) -> object:
+    """A number in [0, 1], or auto; ValueError for anything else."""
+    if value == "auto" or (isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1):
+        return value
+    raise ValueError("give a number from 0 to 1, or auto")
+
+
 class CompensatePart(_Part):
     """Whether weights are fitted to the inputs that the compressed layers before them produce.
 
@@ -117,7 +124,8 @@ class CompensatePart(_Part):
     Kind ``adacomp``: in the same order, the two factors of the recipe without compensation are fitted in turn to those
     outputs, ``rounds`` times each.
 
-    For both: ``weight`` is the share of the compressed model's inputs in the fit, the dense model's have the rest.
+    For both: ``weight`` is the share of the compressed model's inputs in the fit, the dense model's have the rest; with
+    ``auto`` each linear has the share that serves samples best which are not fitted to, the last eighth.
     ``samples`` limits how many calibration samples of each modality run through both models (None for all).
     ``buckets`` is the number of groups in which the samples are averaged first (stack-of-batch; None for no averaging).
     ``refine`` is the number of steps of Adam that then train each block towards the output of the dense block.
@@ -125,12 +133,16 @@ class CompensatePart(_Part):
 
     kind: Literal["none", "anchored", "adacomp"] = "none"
     residual: bool = True
-    weight: float = Field(default=0.3, ge=0, le=1)
+    weight: Annotated[float | Literal["auto"], BeforeValidator(_share)] = "auto"
     damping: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
     samples: int | None = Field(default=None, ge=1)
     refine: int = Field(default=0, ge=0)
     rounds: int = Field(default=1, ge=1)
     buckets: int | None = Field(default=None, ge=1)
+
+    def left_out(self, samples: int) -> int:
+        """How many of so many samples of a modality no layer is fitted to; they are the last ones."""
+        return max(1, samples // 8) if self.weight == "auto" and samples else 0
 
 
 class QuantizePart(_Part):

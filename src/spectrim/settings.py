@@ -273,10 +273,7 @@ class Effort(BaseModel):
 EFFORTS = {
     "quick": Effort(samples=32, compensation={"compensate.kind": "none"}),
     "standard": Effort(samples=CalibrationSettings().samples, compensation={}),
-    "thorough": Effort(
-        samples=256,
-        compensation={"compensate.samples": 128, "compensate.weight": 0.7, "tune.epochs": 4, "tune.samples": 128},
-    ),
+    "thorough": Effort(samples=256, compensation={"compensate.samples": 128, "tune.epochs": 4, "tune.samples": 128}),
 }
 EFFORT = "standard"
 

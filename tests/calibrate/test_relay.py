@@ -12,7 +12,7 @@ from helpers.samples import processor
 from spectrim.anatomy import Anatomy, anatomy
 from spectrim.calibrate import calibrate, memory, relay
 from spectrim.calibrate.forms import CurvatureForm
-from spectrim.calibrate.gradients import run_gradients
+from spectrim.calibrate.gradients import GradientWatch, run_gradients
 from spectrim.calibrate.labels import Labelled
 from spectrim.calibrate.moments import Sums
 from spectrim.calibrate.passes import prepared
@@ -127,6 +127,14 @@ def test_batches_that_nothing_was_kept_of_run_whole(tmp_path):
         assert [name.split(".")[2] for name in ways.taken()] == ["0", "0", "0", "1"]
     for name, output in found.outputs.items():
         assert torch.equal(output.held["output"].dense(), whole.outputs[name].held["output"].dense())
+
+
+def test_exploring_is_not_watched(tmp_path, monkeypatch):
+    """Linears that ran twice would hold their gradients until the end of a batch."""
+    waiting, finish = [], GradientWatch.finish
+    monkeypatch.setattr(GradientWatch, "finish", lambda self, w: (waiting.append(len(self._waiting)), finish(self, w)))
+    blocks_run("llama", tmp_path)
+    assert waiting == [0, 0, 0, 0]
 
 
 def test_a_full_disk_is_said(words, tmp_path, monkeypatch):

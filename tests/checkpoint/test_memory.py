@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import families
 from helpers.calibrated import assert_same_bits, tensors
@@ -11,6 +12,7 @@ from spectrim.calibrate import calibrate
 from spectrim.checkpoint import load, save
 from spectrim.errors import ModelError
 from spectrim.pipeline import compress
+from spectrim.storage import stored_layers
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +41,8 @@ def test_blocks_stay_in_the_files(family, source):
     assert not is_away(load(source / family, memory="1GB"))
 
 
-@pytest.mark.parametrize("recipe", ["curvature", "spectrim"])
-def test_calibration_and_compression_give_the_same(recipe, source, words, tmp_path):
+@pytest.mark.parametrize(("recipe", "bits"), [("curvature", None), ("spectrim", None), ("curvature", "auto")])
+def test_calibration_and_compression_give_the_same(recipe, bits, source, words, tmp_path):
     options = {"text": words, "samples": 3, "seqlen": 8, "batch_size": 2}
     whole, away = load(source / "llama"), load(source / "llama", memory="100kB")
     found = calibrate(whole, tmp_path / "whole", processor=word_tokenizer(), **options)
@@ -48,14 +50,25 @@ def test_calibration_and_compression_give_the_same(recipe, source, words, tmp_pa
     assert_same_bits(tmp_path / "whole", tmp_path / "away")
     assert tensors(tmp_path / "away")
     assert is_away(away)
-    given = {"recipe": recipe, "retain": 0.5, "stats": found, "processor": word_tokenizer()}
-    small = [compress(model, **given) for model in (whole, away)]
+    given = {"recipe": recipe, "retain": 0.3 if bits else 0.5, "stats": found, "processor": word_tokenizer()}
+    small = [compress(model, **given, changes={"quantize.bits": bits}) for model in (whole, away)]
+    layers = {name: layer.state_dict() for name, layer in stored_layers(small[1]).items()}
+    assert len(layers) > 10
+    assert all(tensor.is_meta for layer in layers.values() for tensor in layer.values())
+    assert any("weight_packed" in layer for layer in layers.values()) == (bits is not None)
+    save(small[0], tmp_path / "whole-small")
     with pytest.warns(UserWarning, match="offloaded modules"):
-        save(small[1], tmp_path / "small")
+        save(small[1], tmp_path / "small", max_shard_size="60KB")
+    assert len([*(tmp_path / "small").glob("*.safetensors")]) > 1
+    files = [[load_file(file) for file in (tmp_path / name).glob("*.safetensors")] for name in ("whole-small", "small")]
+    one, other = ({name: x for file in several for name, x in file.items()} for several in files)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
     ids = torch.tensor([[3, 9, 27, 81]])
     with torch.no_grad():
-        one, other = (model(input_ids=ids).logits for model in (small[0], load(tmp_path / "small")))
-    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+        one, *others = (model(input_ids=ids).logits for model in (*small, load(tmp_path / "small")))
+    for other in others:
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_a_model_with_experts_is_refused(source):

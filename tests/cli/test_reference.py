@@ -35,6 +35,6 @@ def test_a_page_has_every_option_with_type_default_and_help(reference):
         "| `--curvature`, `--no-curvature` | flag | `true` | Gather output gradients as well (spectrim, laser and "
         "curvature need them). |",
         "| `--log-file` | path | – | Append everything to this file, with the time. |",
-        "| `thorough` | 256 | `compensate.samples=128`, `compensate.weight=0.7`, `tune.epochs=4`, `tune.samples=128` |",
+        "| `thorough` | 256 | `compensate.samples=128`, `tune.epochs=4`, `tune.samples=128` |",
     ):
         assert row in text.splitlines()

@@ -6,6 +6,8 @@ import threading
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import families
 from compressed import logits, low_rank
@@ -17,8 +19,9 @@ from spectrim.calibrate import calibrate
 from spectrim.checkpoint import load, read_provenance
 from spectrim.compensate import run
 from spectrim.compensate.store import Store
-from spectrim.errors import NumericalError, RecipeError, StatisticsError
-from spectrim.maths.closed_form import ShiftedSum, anchored_weight, blended
+from spectrim.disk.shelf import Shelf
+from spectrim.errors import NumericalError, RecipeError, SampleError, StatisticsError
+from spectrim.maths.closed_form import LeftOut, ShiftedSum, anchored_weight, best_weight, blended, correction
 from spectrim.metrics.metric import joint_weights
 from spectrim.pipeline import compress, compression
 from spectrim.recipe import Recipe
@@ -75,6 +78,37 @@ def test_blended_moments_serve_both_inputs(weight):
     torch.testing.assert_close(error - least, ((other - best) @ H * (other - best)).sum())
 
 
+@settings(max_examples=40, deadline=None)
+@given(rows=st.integers(1, 40), noise=st.floats(0, 3), seed=st.integers(0, 99))
+def test_a_chosen_weight_is_no_worse_on_what_was_left_out(rows, noise, seed):
+    """Than none and than all of the correction; and of what is left out every position counts the same."""
+    W, X, shift = shifted(seed)
+    target = X @ W.T + noise * normal(60, 6, seed=seed + 9)
+    D = correction(W, *moments(shift[:rows], target[:rows]), X.T @ X / 60, 0.01)
+    judges = [LeftOut(W, D), LeftOut(W, D), LeftOut(W, D)]
+    judges[0].add(shift[40:], target[40:])
+    for part in (slice(40, 43), slice(43, 60)):
+        judges[1].add(shift[part], target[part])
+    weight = best_weight([(1.0, judges[0])])
+    at = [float((target[40:] - shift[40:] @ (W + w * D).T).square().sum()) for w in (weight, 0, 1)]
+    assert at[0] <= min(at[1:]) + 1e-9
+    assert best_weight([(1.0, judges[1])]) == pytest.approx(weight)
+    assert best_weight([(0.2, judges[0]), (0.6, judges[1]), (1.0, judges[2])]) == pytest.approx(weight)
+
+
+def test_a_weight_of_nothing_is_none():
+    W, X, shift = shifted()
+    assert best_weight([(1.0, LeftOut(W, W))]) == 0
+    still = LeftOut(W, 0 * W)
+    still.add(shift, X @ W.T)
+    assert best_weight([(1.0, still)]) == 0
+    away = LeftOut(W, -W)
+    away.add(shift, 2 * shift @ W.T)
+    assert best_weight([(1.0, away)]) == 0
+    sums = moments(shift, X @ W.T)
+    torch.testing.assert_close(W + correction(W, *sums, sums[0], 1e-3), anchored_weight(W, *sums, 1e-3))
+
+
 @pytest.mark.parametrize("damping", [1e-6, 0.01, 1.0])
 def test_inputs_that_did_not_shift_leave_the_weight(damping):
     W, X, _ = shifted()
@@ -105,17 +139,31 @@ def test_what_is_not_finite_is_named():
         anchored_weight(torch.ones(1, 2), second, torch.ones(1, 2).double(), damping=0.01)
 
 
-@pytest.mark.parametrize("residual", [True, False])
+def chosen_share(W, fitted, left, X, damping: float) -> float:
+    """The share of `auto` for (x', t) of both kinds, scaled, and dense X: by three errors on what was left out."""
+    second = fitted[0].T @ fitted[0]
+    H = (second + X.T @ X) / 2
+    ridge = damping * H.trace() / len(H) * torch.eye(len(H), dtype=H.dtype)
+    D = torch.linalg.solve(H + ridge, (fitted[1] - fitted[0] @ W.T).T @ fitted[0], left=False)
+    at = [float((left[1] - left[0] @ (W + share * D).T).square().sum()) for share in (0, 0.5, 1)]
+    if at[0] < 1e-15 * float(left[1].square().sum()):  # nothing is compressed before it
+        return 0.0
+    bend, slope = 2 * at[0] - 4 * at[1] + 2 * at[2], -3 * at[0] + 4 * at[1] - at[2]
+    return min(max(-slope / (2 * bend), 0.0), 1.0)
+
+
+@pytest.mark.parametrize(("residual", "share"), [(True, 0.3), (False, 1.0), (True, "auto")])
 @pytest.mark.parametrize("family", ["llama", "llava"])
-def test_every_linear_is_the_best_for_what_the_layers_before_it_became(family, residual, words, tmp_path):
+def test_every_linear_is_the_best_for_what_the_layers_before_it_became(family, residual, share, words, tmp_path):
     """Against least squares and a whitened SVD on activations that hooks record in the two whole models.
 
     What a linear reads in the finished model is what it read when it was solved: only layers before it decide.
     """
+    left_out, shares_found = 12 if share == "auto" else 0, []  # the last one of twelve
     model, statistics = prepare(family, words, tmp_path / "s", torch.float64)
     parts, dense = anatomy(model), weights(model)
     before = [(modality, record(model, inputs)) for modality, inputs in batches(model, family, words)]
-    share, damping = (0.3 if residual else 1.0), 0.01
+    damping = 0.01
     fit = {"compensate.residual": residual, "compensate.weight": share, "compensate.damping": damping}
     changes = {**ANCHORED, **fit, "metric.gamma": 0.5}
     with compression(model, "jw-svd", stats=statistics, processor=processor(family), changes=changes) as prepared:
@@ -138,12 +186,21 @@ def test_every_linear_is_the_best_for_what_the_layers_before_it_became(family, r
         joined = {m: tuple(torch.cat(side) for side in zip(*pairs, strict=True)) for m, pairs in rows.items()}
         order = [joined[m] for m in ("text", "image") if m in joined]
         W = dense[f"{name}.weight"]
-        sides = [[p[:2] for p in order], [(p[2], p[2] @ W.T) for p in order]]  # compressed inputs, and dense ones
-        given: list[torch.Tensor] = []
-        for part, side in zip((share, 1 - share), sides, strict=True):
-            shares = joint_weights([float(x.square().sum() / len(x)) for x, _ in side], 0.5)
-            scales = [np.sqrt(part * w / len(x)) for w, (x, _) in zip(shares, side, strict=True)]
-            given += [scale * torch.cat(pair, dim=1) for scale, pair in zip(scales, side, strict=True)]
+        cut = [(len(p[0]) - (len(p[0]) // left_out if left_out else 0)) for p in order]
+        fitted = [(x[:n], t[:n]) for (x, t, _), n in zip(order, cut, strict=True)]
+        left = [(x[n:], t[n:]) for (x, t, _), n in zip(order, cut, strict=True)]
+        plain = [(x, x @ W.T) for _, _, x in order]
+
+        def scaled(side, by):
+            shares = joint_weights([float(x.square().sum() / len(x)) for x, _ in by], 0.5)
+            scales = [np.sqrt(w / len(x)) for w, (x, _) in zip(shares, side, strict=True)]
+            return [torch.cat([s * p[i] for s, p in zip(scales, side, strict=True)]) for i in (0, 1)]
+
+        near, far, part = scaled(fitted, fitted), scaled(plain, plain), share
+        if share == "auto":
+            part = chosen_share(W, near, scaled(left, fitted), far[0], damping)
+            shares_found.append(part)
+        given = [np.sqrt(p) * torch.cat(side, dim=1) for p, side in ((part, near), (1 - part, far))]
         X, T = torch.cat(given).split([W.shape[1], W.shape[0]], dim=1)
         ridge = (damping * X.square().sum() / X.shape[1]).sqrt() * torch.eye(X.shape[1], dtype=X.dtype)
         rest = torch.cat([T - X @ W.T, torch.zeros(len(ridge), len(W), dtype=X.dtype)])
@@ -152,6 +209,7 @@ def test_every_linear_is_the_best_for_what_the_layers_before_it_became(family, r
         expected = (U[:, :rank] * s[:rank]) @ Vh[:rank]
         found = low_rank(small)[name].to_dense().weight @ X.T
         assert (found - expected).norm() < 1e-5 * expected.norm(), name
+    assert not shares_found or any(0 < part < 1 for part in shares_found)
 
 
 @pytest.mark.parametrize("recipe", ["svd", "fwsvd", "asvd", "svd-llm", "jw-svd", "laser"])
@@ -286,6 +344,36 @@ def test_outputs_that_would_take_too_much_are_not_held_and_nothing_else_changes(
     assert all(torch.equal(found[0][name], value) for name, value in found[1].items())
 
 
+@pytest.mark.parametrize(("family", "recipe"), [("llama", "svd-llm"), ("llava", "laser"), ("llama", "adasvd")])
+def test_streams_that_wait_on_disk_come_back_bit_for_bit(family, recipe, words, tmp_path, monkeypatch):
+    model, statistics = prepare(family, words, tmp_path / "s", torch.bfloat16)
+    away: list[int] = []
+    real = Shelf.write
+
+    def write(self, storage, at=None):
+        away.append(storage.nbytes())
+        return real(self, storage, at)
+
+    monkeypatch.setattr(Shelf, "write", write)
+    found, moved = [], []
+    changes = {"compensate.samples": 12, "compensate.buckets": None, "compensate.refine": 5}
+    changes |= ANCHORED if recipe != "adasvd" else {}
+    for memory in (None, "1MB"):
+        kept = shutil.copytree(statistics.path, tmp_path / str(memory))
+        given = {"stats": kept, "processor": processor(family), "changes": changes, "memory": memory}
+        with compression(model, recipe, **given) as prepared, prepared.applied(prepared.plan(0.5)) as small:
+            found.append(weights(small))
+        moved.append(len(away))
+        assert [path.name for path in kept.iterdir() if path.is_file()] == [
+            path.name for path in statistics.path.iterdir() if path.is_file()
+        ]
+    assert moved[0] == 0
+    passes = 2 * 3 * (1 if family == "llama" else 2)  # of 4 samples each
+    assert moved[1] >= passes * 3  # what the first block reads, twice, and what the second reads
+    assert all(torch.equal(found[0][name], value) for name, value in found[1].items())
+    assert found[0].keys() == found[1].keys()
+
+
 def test_what_is_done_is_not_done_again(words, tmp_path, monkeypatch):
     """Nor is it looked for again that text does not reach the tower, whose factors are the plain ones."""
     model, statistics = prepare("llava", words, tmp_path / "s")
@@ -330,10 +418,18 @@ def test_a_recipe_without_samples_gathers_them_for_compensation(words):
 
 @pytest.mark.parametrize(
     "change",
-    [{"kind": "sequential"}, {"weight": 1.5}, {"weight": -0.1}, {"damping": 0}, {"samples": 0}, {"depth": 1}],
+    [
+        {"kind": "sequential"},
+        {"weight": 1.5},
+        {"weight": "most"},
+        {"weight": True},
+        {"damping": 0},
+        {"samples": 0},
+        {"depth": 1},
+    ],
 )
 def test_wrong_values_are_refused(change):
-    with pytest.raises(RecipeError, match=f"compensate.{next(iter(change))}"):
+    with pytest.raises(RecipeError, match=f"key 'compensate.{next(iter(change))}'"):
         Recipe.read("jw-svd", {f"compensate.{key}": value for key, value in change.items()})
 
 
@@ -343,6 +439,9 @@ def test_what_cannot_be_done_is_said(tmp_path):
     model, statistics = prepare("llama", str(path), tmp_path / "s")
     before, threads = weights(model), threading.active_count()
     options = {"stats": statistics, "processor": processor("llama"), "changes": ANCHORED}
+
+    with pytest.raises(SampleError, match=r"one alone; give more, or set compensate\.weight"):
+        compress(model, recipe="svd", retain=0.5, **{**options, "changes": ANCHORED | {"compensate.samples": 1}})
 
     def refused(kind: type[Exception], message: str, **other) -> None:
         with compression(model, "svd", **{**options, **other}) as prepared, pytest.raises(kind, match=message):

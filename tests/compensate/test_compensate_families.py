@@ -15,6 +15,7 @@ from spectrim.compensate import Compensation, run
 from spectrim.compensate.streams import Call, Pass, stopping_at
 from spectrim.compensate.tap import Tap
 from spectrim.compensate.units import Unit
+from spectrim.disk.overflow import Overflow
 from spectrim.maths.sums import Gram
 from spectrim.plan.plan import Plan, plan_row
 from spectrim.recipe import Recipe
@@ -111,11 +112,12 @@ def test_what_an_output_is_added_to():
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in toy.modules())
 
 
-def test_a_pass_stops_at_every_unit_and_gives_errors_and_ends():
+def test_a_pass_stops_at_every_unit_and_gives_errors_and_ends(tmp_path):
+    room = Overflow(2**30, tmp_path)
     toy = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)).requires_grad_(False)
     x, outputs = torch.ones(1, 2), []
     with stopping_at({"0": toy[0], "2": toy[2]}):
-        one = Pass(lambda: outputs.append(toy(x)), "cpu")
+        one = Pass(lambda: outputs.append(toy(x)), "cpu", room)
         one.start()
         assert (one.unit, one.call) == ("0", Call((x,), {}))
         one.answer(torch.tensor([[-1.0, 3.0]]))
@@ -124,12 +126,12 @@ def test_a_pass_stops_at_every_unit_and_gives_errors_and_ends():
         one.answer("done")
         assert (one.unit, outputs) == (None, ["done"])
         one.close()
-        two = Pass(lambda: toy(x), "cpu")
+        two = Pass(lambda: toy(x), "cpu", room)
         two.start()
         with pytest.raises(TypeError, match="must be Tensor, not str"):
             two.answer("no tensor")
         two.close()
-        three = Pass(lambda: toy(x), "cpu")
+        three = Pass(lambda: toy(x), "cpu", room)
         three.start()
         three.close()
         three.close()

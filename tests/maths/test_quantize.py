@@ -38,6 +38,21 @@ def test_codes_are_on_the_grid_and_nearest_without_a_metric(grid, out, size, see
 
 
 @settings(max_examples=40, deadline=None)
+@given(grids, st.integers(1, 9), st.booleans(), st.integers(0, 2**31))
+def test_rounding_to_nearest_in_parts_of_the_rows_is_the_same(grid, out, weighed, seed):
+    W = normal(out, 64, seed=seed)
+    C = metric(64, seed).diagonal() if weighed else None
+    at_once = quantize(W, grid, C)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(room, "_SLAB", 130)  # two rows
+        assert [len(part) for part in room.slabs(W)] == [2] * (out // 2) + [1] * (out % 2)
+        in_parts = quantize(W, grid, C)
+    for name in ("codes", "scale", "zero"):
+        one, other = getattr(at_once, name), getattr(in_parts, name)
+        assert (one is None and other is None) or torch.equal(one, other)
+
+
+@settings(max_examples=40, deadline=None)
 @given(grids, st.integers(0, 2**31))
 def test_weights_that_lie_on_a_grid_come_back(grid, seed):
     codes = torch.randint(grid.low, grid.high + 1, (5, 64), generator=torch.Generator().manual_seed(seed)).double()

@@ -1,8 +1,10 @@
 """Options of linears in all forms: their bytes, what they are said to lose, budgets over all of them, and the files
 that keep those that took long to find."""
 
+import gc
 import re
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 import families
 from helpers.matrices import metric, normal
 from helpers.plans import RULES, THRESHOLDS, between, linear, totals
+from helpers.problems import problem as drawn_problem
 from helpers.samples import word_tokenizer
 from spectrim.calibrate import Statistics, calibrate
 from spectrim.errors import BudgetError, NumericalError, StatisticsError
@@ -369,3 +372,17 @@ def test_a_weight_that_is_not_finite_is_named(own):
         model.get_submodule(one.name).weight.data[0, 0] = torch.nan
         with pytest.raises(NumericalError, match=f"{one.name}.*holds NaN"):
             prepared.maker.menus([one])
+
+
+@pytest.mark.parametrize("bits", [None, "auto"])
+def test_options_that_are_kept_hold_no_metrics(bits, tmp_path):
+    """Those of a whole model are in memory at once."""
+    given = drawn_problem(quantize=QuantizePart(bits=bits))
+    held = [weakref.ref(x) for x in (given.C, given.G)]
+    found = menu(given, tmp_path / "a.safetensors")
+    specs = [found.option(number) for number in range(len(found.bytes))]
+    del given
+    gc.collect()
+    assert [x() for x in held] == [None, None]
+    assert [found.option(number) for number in range(len(found.bytes))] == specs
+    assert {kind for kind, _ in specs} >= {"low-rank"}

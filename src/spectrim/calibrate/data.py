@@ -45,10 +45,14 @@ class Data:
         }
         return {modality: size for modality, size in sizes.items() if size}
 
+    def part(self, chosen: slice) -> "Data":
+        """Some of the samples of each modality."""
+        return replace(self, windows=None if self.windows is None else self.windows[chosen], images=self.images[chosen])
+
     def batches(self, modality: Modality, batch_size: int) -> Iterator[Batch]:
         """The batches of one modality, in an order that depends on the samples alone."""
         if modality == "text":
-            return iter(()) if self.windows is None else text_batches(self.windows, batch_size)
+            return iter(()) if self.windows is None or not len(self.windows) else text_batches(self.windows, batch_size)
         return iter(()) if self.processor is None else image_batches(self.images, self.processor, batch_size)
 
     def fingerprint(self) -> str:
@@ -137,7 +141,7 @@ def reload_data(
         raise StatisticsError(
             f"the samples are not those of {statistics.path} any more; restore them or calibrate again"
         )
-    return replace(data, windows=None if data.windows is None else data.windows[:samples], images=data.images[:samples])
+    return data.part(slice(samples))
 
 
 def _windows(

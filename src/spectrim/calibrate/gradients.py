@@ -161,10 +161,12 @@ def run_gradients(
     copied: Collection[str] = ()
     blocks = blocks or {}
     key = (sums.samples, len(samples))
+    if relay is not None:
+        relay.ready(inputs)
     for attempt in range(2):
         with torch.enable_grad(), GradientWatch(modules, sums, counted, forms, scales, copied) as watch:
             logits = None
-            leg = nullcontext(Leg()) if relay is None else relay.leg(key, inputs)
+            leg = nullcontext(Leg()) if relay is None else relay.leg(key)
             try:
                 with recomputing(blocks, watch.again) as boundaries, leg as end:
                     logits = getattr(model(**inputs, use_cache=False), "logits", None)

@@ -61,14 +61,17 @@ class Relay:
         """A pass over the samples begins, for the linears `wanted`; the next is for those of `after`, if any."""
         self._pass = wanted, after
 
-    @contextmanager
-    def leg(self, key: Key, inputs: Mapping[str, torch.Tensor]) -> Iterator[Leg]:
-        """A forward pass of a batch inside the block ends where its gradients wait, if it goes the way of the first."""
+    def ready(self, inputs: Mapping[str, torch.Tensor]) -> None:
+        """To be called before a batch with its inputs, when nobody watches the model yet: the first one explores it."""
         if self._way is None:
             self._explore(inputs)
         if self._pass is not None:
             self._arrange(*self._pass)
             self._pass = None
+
+    @contextmanager
+    def leg(self, key: Key) -> Iterator[Leg]:
+        """A forward pass of a batch inside the block ends where its gradients wait, if it goes the way of the first."""
         found, passed = Leg(), list[str]()
         waiting = None if self._end is None else self._shelves[self._end].get(key)
 

@@ -1,15 +1,19 @@
 """Models that are larger than their memory: blocks stay in the safetensors files and come in when they run."""
 
 import logging
+from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from spectrim.anatomy import anatomy
 from spectrim.calibrate.memory import limit_bytes
 from spectrim.checkpoint.weights import weight_files
-from spectrim.errors import ModelError
+from spectrim.disk.shelf import Shelf
+from spectrim.errors import ModelError, StatisticsError
 from spectrim.estimate import amount
 from spectrim.experts import unfused
 
@@ -47,3 +51,42 @@ def places(empty: PreTrainedModel, memory: str) -> dict[str, str]:
     kept = sum(x.nbytes for name, x in empty.named_parameters() if not name.startswith(inside))
     _log.info("%d blocks stay in their files; %s of weights are in memory", len(blocks), amount(kept))
     return found
+
+
+class _Kept(Mapping[str, torch.Tensor]):
+    """The tensors of a layer by name, each read from a shelf whenever it is asked for."""
+
+    def __init__(self, layer: nn.Module, shelf: Shelf) -> None:
+        self._names, self._shelf = [*layer.state_dict()], shelf
+        for name, tensor in layer.state_dict().items():
+            shelf.put((id(self), name), tensor)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if (found := self._shelf.get((id(self), name))) is None:
+            raise KeyError(name)
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def put_away(layer: nn.Module, shelf: Shelf) -> None:
+    """Move the tensors of a layer to a shelf, from where they come in when it runs or is saved.
+
+    Raises:
+        StatisticsError: there is no room for them.
+    """
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    device = next(chain(layer.parameters(), layer.buffers())).device
+    try:
+        kept = _Kept(layer, shelf)
+    except OSError as error:
+        raise StatisticsError(
+            f"there is no room for compressed layers beside the spectra ({error}); make room"
+        ) from error
+    hook = AlignDevicesHook(device, offload=True, offload_buffers=True, place_submodules=True, weights_map=kept)
+    add_hook_to_module(layer, hook)

@@ -10,7 +10,7 @@ from transformers.core_model_loading import revert_weight_conversion
 Stored = tuple[str, torch.dtype, tuple[int, ...]]
 """Name, dtype and shape of a tensor."""
 
-_SHARD = 5 * 10**9  # bytes: `save` begins a new file where one would get larger
+_SHARD = 10**9  # bytes: `save` begins a new file where one would get larger, or later
 _NAME = 24  # bytes by which a name in the file may be longer than at run time
 
 

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.utils.hub import cached_file
 
+from spectrim.away import is_away
 from spectrim.checkpoint.card import model_card
 from spectrim.checkpoint.exchange import recover, replacing_directory
 from spectrim.checkpoint.model_files import (
@@ -50,7 +51,7 @@ def save(
     processor: Any = None,
     provenance: Mapping[str, Any] | None = None,
     files: Mapping[str, str] | None = None,
-    max_shard_size: int | str = "5GB",
+    max_shard_size: int | str | None = None,
     overwrite: bool = False,
     format: Format = "spectrim",
     verify: Callable[[Path], Mapping[str, Any] | None] | None = None,
@@ -67,6 +68,9 @@ def save(
 
     `format` ``compressed-tensors`` writes dense integers on one grid so that others load them without spectrim; a model
     that holds anything else is a CheckpointError then.
+
+    No file is larger than `max_shard_size`, unless one tensor is. By default that is 5GB, and 1GB where parts of the
+    model are on disk: what a file takes of these is in memory while it is written.
 
     `verify` gets the written directory before it takes its place, and raises whatever must stop that. What it returns
     is added to the provenance.
@@ -99,7 +103,7 @@ def save(
                     raise CheckpointError(f"{name!r} is a file of the processor; give your file another name")
                 (temporary / name).write_text(text, encoding="utf-8")
             write = partial(save_plain, model) if plain else model.save_pretrained
-            write(temporary, max_shard_size=max_shard_size)
+            write(temporary, max_shard_size=max_shard_size or ("1GB" if is_away(model) else "5GB"))
             for weights in temporary.glob("*.safetensors"):  # safetensors keeps its files from other users
                 shutil.copymode(temporary / "config.json", weights)
             clean_configs(temporary)

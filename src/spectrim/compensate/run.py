@@ -1,29 +1,34 @@
 """Both models, dense and compressed, walked block by block over the calibration samples."""
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from itertools import chain
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
 
 from spectrim.anatomy import Anatomy
-from spectrim.away import here, values
+from spectrim.away import values
 from spectrim.calibrate import Statistics
 from spectrim.calibrate.data import reload_data
+from spectrim.calibrate.memory import limit_bytes
 from spectrim.calibrate.passes import forward_options, model_inputs, prepared
-from spectrim.calibrate.positions import Positions, positions
+from spectrim.calibrate.positions import positions
+from spectrim.calibrate.probe import held_memory
+from spectrim.compensate.batches import Pair, dense_taps, rows
 from spectrim.compensate.refine import refine, refined
+from spectrim.compensate.shares import Fit, naming, shares
 from spectrim.compensate.store import Store
 from spectrim.compensate.streams import Pass, stopping_at
-from spectrim.compensate.tap import Tap
 from spectrim.compensate.units import Group, Unit
 from spectrim.disk.lock import writing
-from spectrim.errors import ModelError, NumericalError, RecipeError
+from spectrim.disk.overflow import Overflow
+from spectrim.errors import ModelError, RecipeError
 from spectrim.maths.closed_form import ShiftedSum, anchored_weight, blended
+from spectrim.maths.decompose import OutputMetric
 from spectrim.maths.roots import wide
 from spectrim.metrics.metric import chosen, joint_weights, layer_metric
 from spectrim.plan.maker import Maker
@@ -37,31 +42,11 @@ _log = logging.getLogger(__name__)
 _HELD = 2**30  # bytes that outputs of a dense unit may take; where they are more, it runs again for each group
 
 
-@dataclass(frozen=True)
-class _Pair:
-    """One batch on its way through the dense and through the compressed model."""
-
-    modality: Modality
-    counted: Positions
-    dense: Pass
-    small: Pass
-
-
-def _dense_taps(unit: Unit, here: list[_Pair], writers: frozenset[str]) -> list[Tap]:
-    """What the linears of the dense unit give for each batch, in one run; none where all of it would take too much."""
-    taps: list[Tap] = []
-    for pair in here:
-        assert pair.dense.call is not None
-        taps.append(unit.tap(pair.dense.call, small=False, whole=True, y=unit.dense, r=writers))
-        if taps[0].nbytes * len(here) > _HELD:
-            return []
-    return taps
-
-
 class Compensation:
     """Compensation of one model under one recipe, anchored or by adaComp (docs/methods.md, section 7).
 
-    `maker` makes linears without compensation.
+    `maker` makes linears without compensation. `memory` is the limit of `calibrate`: what flows between the blocks
+    waits on disk where it does not fit.
     """
 
     def __init__(
@@ -73,7 +58,9 @@ class Compensation:
         maker: Maker,
         statistics: Statistics,
         processor: Any,
+        memory: str | None = None,
     ) -> None:
+        self._memory = memory
         self._model, self._parts, self._recipe, self._plan = model, parts, recipe, plan
         self._maker, self._statistics, self._processor = maker, statistics, processor
         kinds = {plan.linears[name].form for name in plan.changed}
@@ -81,6 +68,9 @@ class Compensation:
             raise RecipeError(
                 f"adaComp fits float factors, and the form '{others[0]}' has none; set compensate.kind=anchored or none"
             )
+        self._own_kind: Literal["curvature", "whitening"] = (
+            "curvature" if recipe.metric.kind == "curvature" else "whitening"
+        )
         self._store = Store(statistics, parts, recipe, plan)
         names: dict[str, list[Any]] = {}
         for linear in parts.linears:
@@ -89,12 +79,13 @@ class Compensation:
         self._units = {name: Unit(model, name, linears) for name, linears in names.items()}
 
     @torch.no_grad()
-    def solve(self, progress: Callable[[int, int], None] | None = None) -> dict[str, Tensors]:
+    def solve(self, progress: Callable[[int, int], None] | None = None) -> Mapping[str, Tensors]:
         """All linears of the plan that samples reach, by name; the model is dense before and after.
 
         The calibration samples run through both models at once and stop before every unit. Linears of a unit that read
         one input are solved together, in the order in which the unit runs them, each with those before it compressed.
-        Units that an earlier run has left on disk are not solved again.
+        Units that an earlier run has left on disk are not solved again, and what is solved stays there until it is
+        asked for.
 
         Raises:
             RecipeError: no sample is of a modality that the recipe's metric counts.
@@ -103,35 +94,29 @@ class Compensation:
             ModelError: the compressed model takes another path than the dense one.
             NumericalError: NaN or infinity; names the linear.
         """
-        found: dict[str, Tensors] = {}
-        missing = dict(self._units)
-        for name, unit in self._units.items():
-            if self._store.has(name):
-                found |= (kept := self._store.read(name))
-                unit.compress(self._plan, kept)
-                del missing[name]
-        total, kept_units = len(self._units), len(self._units) - len(missing)
+        missing = {name for name in self._units if not self._store.has(name)}
+        total, kept = len(self._units), len(self._units) - len(missing)
         if not missing:
             _log.info("compensate: complete already")
-            return found
-        if kept_units:
-            _log.info("compensate: resuming after block %d of %d", kept_units, total)
+            return self._store.solved(self._units)
+        if kept:
+            _log.info("compensate: resuming after block %d of %d", kept, total)
         if progress is not None:
-            progress(kept_units, total)
+            progress(kept, total)
         with writing(self._store.home, alone=False):
             with prepared(self._model), self._passes() as pairs:
-                for at, solved in self._walk(pairs):
-                    found |= solved
-                    self._store.write(at, solved)
-                    del missing[at]
+                for _ in self._walk(pairs, missing):
                     if progress is not None:
                         progress(total - len(missing), total)
             for name in missing:  # no sample comes there, which the next call need not find out again
                 self._store.write(name, {})
-        return found
+        return self._store.solved(self._units)
 
-    def _walk(self, pairs: list[_Pair]) -> Iterator[tuple[str, dict[str, Tensors]]]:
-        """Solve unit after unit; yields each with its linears, and ends after the last that any sample reaches."""
+    def _walk(self, pairs: list[Pair], missing: set[str]) -> Iterator[None]:
+        """Solve the missing units one after the other; yields after each, and ends after the last that samples reach.
+
+        The compressed layers of one unit are in memory at a time.
+        """
         while going := [pair for pair in pairs if pair.dense.unit is not None or pair.small.unit is not None]:
             # Images come first and pass through all that text passes through: text waits where it is.
             name = going[0].dense.unit
@@ -143,122 +128,130 @@ class Compensation:
                 )
             unit = self._units[name]
             outputs: list[Any] = []
-            if not unit.small:
+            if name in missing:
                 solved, outputs = self._solve(unit, here)
-                yield name, solved
-            if all(one.small for one in self._units.values()):
+                self._store.write(name, solved)
+                missing.discard(name)
+                yield
+            else:
+                unit.compress(self._plan, self._store.read(name))
+            if not missing:
                 return
-            for i, pair in enumerate(here):
-                assert pair.dense.call is not None
-                assert pair.small.call is not None
-                pair.dense.answer(outputs[i] if outputs else unit.run(pair.dense.call, small=False))
-                pair.small.answer(unit.run(pair.small.call, small=True))
+            for number, pair in enumerate(here):
+                call = pair.dense.wake()
+                pair.dense.answer(outputs[number] if outputs else unit.run(call, small=False))
+                if outputs:
+                    outputs[number] = None
+                call = pair.small.wake()
+                pair.small.answer(unit.run(call, small=True))
+                del call
+            unit.small.clear()
 
-    def _solve(self, unit: Unit, here: list[_Pair]) -> tuple[dict[str, Tensors], list[Any]]:
+    def _solve(self, unit: Unit, here: list[Pair]) -> tuple[dict[str, Tensors], list[Any]]:
         """The unit's linears, and what the dense unit gives for each batch; nothing of it where it was not kept."""
-        firsts = {pair.modality: pair.dense.call for pair in reversed(here)}
-        calls = [call for call in firsts.values() if call is not None]
+        firsts = {pair.modality: pair.dense for pair in reversed(here)}
         found: dict[str, Tensors] = {}
         last: str | None = None  # of those whose output is added to the residual stream
-        groups = unit.groups(calls, residual=self._recipe.compensate.residual)
+        with ExitStack() as stack:
+            calls = [stack.enter_context(one.awake()) for one in firsts.values()]
+            groups = unit.groups(calls, residual=self._recipe.compensate.residual)
         writers = frozenset[str]().union(*(group.writers for group in groups))
-        dense = _dense_taps(unit, here, writers)
+        dense, how = dense_taps(unit, here, writers, self._room), self._recipe.compensate
+        averaged = how.buckets is not None
         for group in groups:
             last = max(group.writers, default=last)
             sums: dict[Modality, ShiftedSum] = {}
-            for number, pair in enumerate(here):
-                assert pair.dense.call is not None
-                if unit.linears[group.members[0]].expert is None:
-                    y, r = group.members, group.writers
-                    seen = dense[number] if dense else unit.tap(pair.dense.call, small=False, y=y, r=r)
-                    self._add(unit, group, pair, seen, sums)
-            solved = {name: self._linear(unit, name, sums) for name in group.members}
+            for modality, x, targets in rows(unit, group, here, dense, left_out=False, averaged=averaged):
+                if modality not in sums:
+                    sums[modality] = ShiftedSum.zero(x.shape[-1], x.device)
+                sums[modality].add(x, targets)
+            fits = self._fits(unit, group, sums)
+            if how.weight == "auto":
+                judges = rows(unit, group, here, dense, left_out=True, averaged=averaged)
+                weights = shares(fits, judges, how.damping)
+            else:
+                weights = dict.fromkeys(fits, how.weight)
+            solved = {name: self._linear(unit, name, fit, weights[name]) for name, fit in fits.items()}
+            solved = solved or {name: self._alone(name) for name in group.members}
             unit.compress(self._plan, solved)
             found |= solved
+        outputs = [seen.output for seen in dense]
+        dense.clear()
         rest = {name: self._alone(name) for name in unit.dense if name not in found}
         unit.compress(self._plan, rest)
         found |= rest
-        if (steps := self._recipe.compensate.refine) and unit.name not in unit.dense:
+        if (steps := how.refine) and unit.name not in unit.dense:
             output = None
             if last is not None and self._recipe.metric.kind == "curvature":
                 whole = self._recipe.metric.model_copy(update={"per_head": False})
                 output = layer_metric(
                     whole, unit.linears[last], self._statistics, values(unit.dense[last]).device
                 ).output
-            samples = [(p.dense.call, p.small.call, p.counted) for p in here if p.dense.call and p.small.call]
-            refine(unit, samples, steps, None if output is None else output.roots[0])
+            kept = [number for number, pair in enumerate(here) if not pair.left_out]
+            samples = [(here[n].dense, here[n].small, here[n].counted) for n in kept]
+            root = None if output is None else output.roots[0]
+            refine(unit, samples, steps, self._overflow, [outputs[n] for n in kept] if outputs else (), root)
             found |= {name: layer.tensors() for name, layer in refined(unit).items()}
-        return found, [seen.output for seen in dense]
-
-    def _add(self, unit: Unit, group: Group, pair: _Pair, dense: Tap, sums: dict[Modality, ShiftedSum]) -> None:
-        """Add one batch to the sums of its modality.
-
-        Nothing is added if some linears of the group do not run in this batch. Nothing is added for experts either: the
-        compressed model may route other tokens to them than the dense model, whose outputs are then no targets.
-        """
-        first, size = group.members[0], unit.linears[group.members[0]].in_features
-        assert pair.small.call is not None
-        small = unit.tap(pair.small.call, small=True, x=(first,), r=group.writers)
-        if not dense.y.keys() >= set(group.members) or first not in small.x:
-            return
-        x = small.x[first]
-        place = unit.linears[first].place
-        if pair.counted.chosen(place, x.shape[:-1]) or pair.counted.chosen(place, dense.y[first].shape[:-1]):
-            return
-        rows = pair.counted.select if self._recipe.compensate.buckets is None else pair.counted.average
-        targets = {}
-        for name in group.members:
-            y, bias = dense.y[name], here(unit.dense[name]).bias
-            if y.shape[:-1] != x.shape[:-1]:
-                raise ModelError(f"{name} reads other positions in the compressed model; set compensate.kind=none")
-            target = wide(y) if bias is None else wide(y) - wide(bias)
-            if name in dense.r and name in small.r:
-                target = target + (wide(dense.r[name]) - wide(small.r[name])).reshape(target.shape)
-            targets[name] = rows(place, target)
-        if x.numel():
-            if pair.modality not in sums:
-                sums[pair.modality] = ShiftedSum.zero(size, x.device)
-            sums[pair.modality].add(rows(place, x), targets)
+        return found, outputs
 
     def _alone(self, name: str) -> Tensors:
         """A linear without compensation."""
         return self._maker.make(self._parts.linear(name), self._plan.linears[name])
 
-    def _linear(self, unit: Unit, name: str, sums: dict[Modality, ShiftedSum]) -> Tensors:
-        linear, row, W = unit.linears[name], self._plan.linears[name], values(unit.dense[name])
-        part, how = self._recipe.metric, self._recipe.compensate
-        if not (taken := chosen(part, sums)):
-            return self._alone(name)
-        means = [(s.second + s.second.T) / (2 * s.count) for s in taken]
-        weights = joint_weights([float(mean.trace()) for mean in means], part.gamma)
-        second = torch.stack([w * mean for w, mean in zip(weights, means, strict=True)]).sum(0)
-        cross = torch.stack([w * s.cross[name] / s.count for w, s in zip(weights, taken, strict=True)]).sum(0)
-        # The dense model's moments are of all calibration samples; they keep the fit from following the few used here.
+    def _fits(self, unit: Unit, group: Group, sums: dict[Modality, ShiftedSum]) -> dict[str, Fit]:
+        """What the sums come to for each linear of a group; nothing where they are of no modality that counts."""
+        part = self._recipe.metric
+        if not (taken := chosen(part, {modality: modality for modality in sums})):
+            return {}
+        means = [(sums[m].second + sums[m].second.T) / (2 * sums[m].count) for m in taken]
+        weights = dict(zip(taken, joint_weights([float(mean.trace()) for mean in means], part.gamma), strict=True))
+        second, found = torch.zeros_like(means[0]), {}
+        for weight in weights.values():  # one after the other: they are as large as metrics
+            second += weight * means.pop(0)
+        for name in group.members:
+            linear, W = unit.linears[name], values(unit.dense[name])
+            cross = torch.zeros_like(sums[taken[0]].cross[name])
+            for modality, weight in weights.items():
+                cross += weight * sums[modality].cross.pop(name) / sums[modality].count
+            # The dense model's moments are of all calibration samples; they keep the fit from following the few here.
+            alone = part.model_copy(update={"kind": "whitening"})  # without the metric of outputs
+            moment = layer_metric(alone, linear, self._statistics, W.device).value
+            assert moment is not None
+            found[name] = Fit(W, weights, second, cross, moment)
+        return found
+
+    def _linear(self, unit: Unit, name: str, fit: Fit, weight: float) -> Tensors:
+        linear, row, W = unit.linears[name], self._plan.linears[name], fit.W
+        recipe, how = self._recipe, self._recipe.compensate
         heads = form(row.form).heads(row.spec) or 1
-        kind = "curvature" if part.kind == "curvature" else "whitening"
-        own = part.model_copy(update={"kind": kind, "per_head": heads > 1})
-        metric = layer_metric(own, linear, self._statistics, W.device)
-        assert metric.value is not None
-        second, cross = blended(W, second, cross, metric.value, how.weight)
+        own = recipe.metric.model_copy(update={"kind": self._own_kind, "per_head": heads > 1})
+        second, cross = blended(W, fit.second, fit.cross, fit.moment, weight)
         value: torch.Tensor | None = second
-        if part.kind != kind:  # the recipe's metric does not consist of second moments and is kept
-            value = layer_metric(part, linear, self._statistics, W.device).value
-        try:
+        if recipe.metric.kind != self._own_kind:  # it does not consist of second moments and is kept
+            value = layer_metric(recipe.metric, linear, self._statistics, W.device).value
+        with naming(name):
             if how.kind == "adacomp":
                 alone = self._maker.problem(linear, heads)
                 return form(row.form).alternate(alone, row.spec, second, cross, how.rounds, wide(W).dtype)
             target = anchored_weight(W, second, cross, how.damping)
-        except NumericalError as error:
-            raise NumericalError(f"{name}: {error}") from error
-        recipe = self._recipe
-        problem = Problem(
-            linear, lambda: target, lambda: (value, metric.output), recipe.storage, recipe.quantize, heads=heads,
-            units=self._maker.removal_of(name),
-        )  # fmt: skip
+
+        def metrics() -> tuple[torch.Tensor | None, OutputMetric | None]:
+            return value, layer_metric(own, linear, self._statistics, W.device).output
+
+        units = self._maker.removal_of(name)
+        given = recipe.storage, recipe.quantize
+        problem = Problem(linear, lambda: target, metrics, *given, heads=heads, units=units)
         return made(problem, row.form, row.spec)
 
+    def _free(self) -> int:
+        """Bytes that the memory leaves beside the model and what the largest linear is solved in."""
+        solved = [(x.out_features, x.in_features) for unit in self._units.values() for x in unit.linears.values()]
+        most = max(8 * (8 * size**2 + 6 * out * size + 3 * out**2) for out, size in solved)
+        device = self._model.device
+        return max(0, limit_bytes(self._memory, device) - held_memory(device) - most)
+
     @contextmanager
-    def _passes(self) -> Iterator[list[_Pair]]:
+    def _passes(self) -> Iterator[list[Pair]]:
         """Both passes of every batch, images first, each at its first unit."""
         model, settings, part = self._model, self._statistics.manifest.settings, self._recipe.metric
         how, pairs = self._recipe.compensate, []
@@ -266,23 +259,33 @@ class Compensation:
         data = reload_data(model, self._processor, self._statistics, sees=sees, samples=how.samples)
         passes: list[Pass] = []
         order: tuple[Modality, ...] = ("image", "text")
-        with stopping_at({name: unit.module for name, unit in self._units.items()}):
+        free = self._free()
+        self._room = min(_HELD, free // 2)
+        units = {name: unit.module for name, unit in self._units.items()}
+        with Overflow(free - self._room, self._store.home) as self._overflow, stopping_at(units):
+            self._overflow.leave((*model.parameters(), *model.buffers()))
             try:
                 for modality in order:
                     if not chosen(part, {modality: modality}):
                         continue
+                    number = data.samples.get(modality, 0)
+                    fitted = number - how.left_out(number)
                     only = settings.image_tokens_only and modality == "image"
                     # Samples are in random order and those of a batch have one shape: a batch is a bucket.
-                    bucket = -(-data.samples.get(modality, 0) // how.buckets) if how.buckets else settings.batch_size
-                    for batch in data.batches(modality, bucket):
+                    bucket = max(1, -(-fitted // how.buckets)) if how.buckets else settings.batch_size
+                    fits, rest = (
+                        data.part(some).batches(modality, bucket) for some in (slice(fitted), slice(fitted, None))
+                    )
+                    for left_out, batch in chain(((False, one) for one in fits), ((True, one) for one in rest)):
                         inputs = model_inputs(model, batch)
+                        self._overflow.leave(inputs.values())
                         counted = positions(model, inputs, image_tokens_only=only)
                         forward = partial(model, **inputs, **forward_options(model))
-                        dense, small = (Pass(forward, model.device.type) for _ in range(2))
+                        dense, small = (Pass(forward, model.device.type, self._overflow) for _ in range(2))
                         for one in (dense, small):
                             passes.append(one)
                             one.start()
-                        pairs.append(_Pair(modality, counted, dense, small))
+                        pairs.append(Pair(modality, left_out, counted, dense, small))
                 if not pairs:
                     raise RecipeError(
                         f"compensation needs {part.modality} samples and {self._statistics.path} has none; "

@@ -2,11 +2,13 @@
 
 A pass runs in a thread of its own. Where it comes to a unit it hands over what the unit was called with, and waits for
 the output. So the model's own code does all that lies between blocks (masks, connectors, features that skip layers),
-no block has to be known by family, and a pass holds what the model itself would hold at that point and no more. Only
-one thread runs at a time: results do not depend on scheduling.
+no block has to be known by family, and a pass holds what the model itself would hold at that point and no more. Where
+all passes together hold too much, what flows from block to block waits in a file. Only one thread runs at a time:
+results do not depend on scheduling.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from spectrim.disk.overflow import Overflow
 from spectrim.forwards import forwards
 
 
@@ -32,12 +35,17 @@ class _CloseError(BaseException):
 
 
 class Pass:
-    """One forward pass, suspended at ``unit`` with ``call``; both are None after its end."""
+    """One forward pass, suspended at ``unit``, which was called with ``call``; both are None after its end.
 
-    def __init__(self, forward: Callable[[], object], device: str) -> None:
+    While it is suspended, its boundary activations rest in `overflow`: what units read first and what they gave, as
+    long as anything holds it. So the tensors of ``call`` are there inside `awake` alone.
+    """
+
+    def __init__(self, forward: Callable[[], object], device: str, overflow: Overflow) -> None:
         self.unit: str | None = None
         self.call: Call | None = None
-        self._forward, self._device = forward, device
+        self._forward, self._device, self._overflow = forward, device, overflow
+        self._seen: list[weakref.ref[torch.Tensor]] = []
         self._output: Any = None
         self._error: BaseException | None = None
         self._closing = False
@@ -51,9 +59,25 @@ class Pass:
 
     def answer(self, output: Any) -> None:
         """Go on with the output of the unit, to the next one or to the end; raises what the model raises."""
+        self._overflow.wake(self)
+        self._see(output if isinstance(output, list | tuple) else (output,))
         self._output = output
+        del output
         self._go.release()
         self._wait()
+
+    def wake(self) -> Call:
+        """What the unit was called with, which is there from now on until the pass goes on; of a suspended pass."""
+        assert self.call is not None
+        self._overflow.wake(self)
+        return self.call
+
+    @contextmanager
+    def awake(self) -> Iterator[Call]:
+        """What the unit was called with, which may be read inside the block; of a suspended pass."""
+        assert self.call is not None
+        with self._overflow.awake(self):
+            yield self.call
 
     def close(self) -> None:
         """End the pass where it stands."""
@@ -79,6 +103,13 @@ class Pass:
         self._stopped.acquire()
         if self._error is not None:
             raise self._error
+        if self.call is not None:
+            self._see((*self.call.args, *self.call.kwargs.values())[:1])
+            self._seen = [seen for seen in self._seen if seen() is not None]
+            self._overflow.rest(self, (x for seen in self._seen if (x := seen()) is not None))
+
+    def _see(self, values: Sequence[Any]) -> None:
+        self._seen += [weakref.ref(x) for x in values if isinstance(x, torch.Tensor)]
 
     def _run(self) -> None:
         _running.set(self)  # a thread has a context of its own

@@ -1,11 +1,14 @@
 """The anchored closed form from moments (docs/methods.md, section 7): pure tensors, no modules."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from spectrim.errors import NumericalError
 from spectrim.maths.roots import check_finite, times_metric, wide
+
+_ROUNDING = 1e-5  # relative error of products of float32, amply
 
 
 @dataclass
@@ -87,6 +90,55 @@ def anchored_weight(W: torch.Tensor, second: torch.Tensor, cross: torch.Tensor, 
     if int(failed):
         raise NumericalError("the inputs are too ill-conditioned; raise compensate.damping")
     return W + torch.cholesky_solve((cross - W @ second).T, factor).T
+
+
+def correction(
+    W: torch.Tensor, second: torch.Tensor, cross: torch.Tensor, dense: torch.Tensor, damping: float
+) -> torch.Tensor:
+    """``D = (T − W C')(H + δ tr(H)/in I)⁻¹``, [out, in] float64, with H half way between C' and C.
+
+    W + ω D is near the anchored weight of every share ω, whose H follows ω. Arguments as of `blended` and
+    `anchored_weight`.
+
+    Raises:
+        NumericalError: H is too ill-conditioned for δ.
+    """
+    half = 0.5
+    return (anchored_weight(W, *blended(W, second, cross, dense, half), damping) - W.double()) / half
+
+
+@dataclass
+class LeftOut:
+    """The error of W + ω D over positions that D was not fitted to, ``Σ ‖t − (W + ω D) x'‖²``, as a parabola in ω."""
+
+    W: torch.Tensor  # [out, in]
+    step: torch.Tensor  # D [out, in]
+    slope: float = 0.0  # Σ (t − W x') · D x'
+    square: float = 0.0  # Σ ‖D x'‖²
+    total: float = 0.0  # Σ ‖t‖²
+    count: int = 0  # positions
+
+    def add(self, x: torch.Tensor, target: torch.Tensor) -> None:
+        """Add inputs x' [positions, in] and targets t [positions, out]. Raises NumericalError: NaN or infinity."""
+        x, target = wide(x), wide(target)
+        change, error = x @ self.step.to(x.dtype).T, target - x @ self.W.to(x.dtype).T
+        self.slope += float(check_finite("the error of left-out samples", error * change).sum(dtype=torch.float64))
+        self.square += float(change.square().sum(dtype=torch.float64))
+        self.total += float(target.square().sum(dtype=torch.float64))
+        self.count += len(x)
+
+
+def best_weight(judges: Sequence[tuple[float, LeftOut]]) -> float:
+    """The ω in [0, 1] of least error, of weighted means over positions.
+
+    It is 0 where nothing was left out, and where D changes outputs by no more than rounding does: before the first
+    compressed layer nothing is to be corrected.
+    """
+    seen = [(weight / judge.count, judge) for weight, judge in judges if judge.count]
+    square = sum(share * judge.square for share, judge in seen)
+    if square <= _ROUNDING**2 * sum(share * judge.total for share, judge in seen):
+        return 0.0
+    return min(max(sum(share * judge.slope for share, judge in seen) / square, 0.0), 1.0)
 
 
 def gram(B: torch.Tensor, C: torch.Tensor | None) -> torch.Tensor:

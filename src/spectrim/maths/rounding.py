@@ -9,6 +9,7 @@ second factor carries the error on across the rows as well. Rounding to nearest 
 """
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,7 @@ _TILE = 32  # rows and columns that one wave runs over
 _BATCH = 8  # tiles whose products with what is above and to the left are one, on a CPU; on a GPU all at once
 _BLOCK = 128  # columns between two matrix products
 _AT_ONCE = 1 << 17  # values that are rounded together: a small weight in several ranges, which spares calls
+_SLAB = 1 << 22  # values of a weight that are rounded to nearest together
 _RANGES = 16  # how many are tried for every group, between these shares of that of all its values:
 _ALONE, _FED = (1.0, 0.5), (1.1, 0.6)  # with feedback, values grow by errors before they are rounded
 
@@ -105,19 +107,17 @@ def quantize(
         NumericalError: a metric is not positive semidefinite, or holds NaN or infinity, or a scale is too large for
             `dtype`.
     """
-    W = W.double()
     rows, _, S = _triangular(G, len(W), damping, W)
     columns, weights, T = _triangular(C, W.shape[1], damping, W)
+    if S is None and T is None:
+        return _to_nearest(W, grid, weights, dtype, signed)
+    W = W.double()
     fed = any(side is not None and bool(side.any()) for side in (S, T))
-    scale, zero = scales(W, grid, weights, dtype, signed=signed, fed=fed)
-    if not bool(scale.isfinite().all()):
-        raise NumericalError(f"its integers need scales beyond {dtype}; load the model in bfloat16 or float32")
+    scale, zero = _finite_scales(W, grid, weights, dtype, signed=signed, fed=fed)
     step, offset = (part[rows][:, columns] for part in _spread(scale, zero, W.shape[1]))
 
     X = W[rows][:, columns]
-    if S is None and T is None:
-        codes = grid.nearest(X, step, offset)
-    elif S is None:
+    if S is None:
         assert T is not None
         codes = _by_columns(X, step, offset, T, grid)
     elif T is None:
@@ -129,12 +129,17 @@ def quantize(
     return Quantized(grid, placed, scale, zero)
 
 
+def slabs(W: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Parts of the rows of W whose copies in float64 take little: an embedding is larger than any other weight."""
+    return W.split(max(1, _SLAB // W.shape[1]))
+
+
 def conditional(M: torch.Tensor | None, size: int, like: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
     """The weights of squared rounding residuals under the metric of one side, [size] float64 on the device of `like`.
 
     These are the squared diagonal of its triangular factor, or the metric itself where that is diagonal.
     """
-    return _triangular(M, size, damping, like.double())[1]
+    return _triangular(M, size, damping, like)[1]
 
 
 def expected(
@@ -213,6 +218,27 @@ def scales(
     return steps[..., 0].to(dtype), None if grid.symmetric else zeros[..., 0].to(torch.int8)
 
 
+def _finite_scales(
+    W: torch.Tensor, grid: Grid, weights: torch.Tensor, dtype: torch.dtype, *, signed: bool, fed: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """As `scales`. Raises NumericalError for one that is too large for `dtype`."""
+    scale, zero = scales(W, grid, weights, dtype, signed=signed, fed=fed)
+    if not bool(scale.isfinite().all()):
+        raise NumericalError(f"its integers need scales beyond {dtype}; load the model in bfloat16 or float32")
+    return scale, zero
+
+
+def _to_nearest(W: torch.Tensor, grid: Grid, weights: torch.Tensor, dtype: torch.dtype, signed: bool) -> Quantized:
+    """W [out, in] rounded without feedback, some rows at a time: each depends on itself alone."""
+    codes, steps, zeros = list[torch.Tensor](), list[torch.Tensor](), list[torch.Tensor]()
+    for X in map(torch.Tensor.double, slabs(W)):
+        scale, zero = _finite_scales(X, grid, weights, dtype, signed=signed, fed=False)
+        codes.append(grid.nearest(X, *_spread(scale, zero, X.shape[1])).to(torch.int8))
+        steps.append(scale)
+        zeros += [] if zero is None else [zero]
+    return Quantized(grid, torch.cat(codes), torch.cat(steps), torch.cat(zeros) if zeros else None)
+
+
 def _spread(scale: torch.Tensor, zero: torch.Tensor | None, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Scales and zero points of every entry, [out, in] float64."""
     group = size // scale.shape[1]
@@ -231,7 +257,7 @@ def _triangular(
     factor; None for a diagonal metric.
     """
     if M is None or M.ndim == 1:
-        weights = like.new_ones(size) if M is None else M.double()
+        weights = like.new_ones(size, dtype=torch.float64) if M is None else M.double()
         return torch.arange(size, device=like.device), weights, None
     M = (M.double() + M.double().T) / 2
     order = M.diagonal().argsort(descending=True)

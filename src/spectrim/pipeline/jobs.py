@@ -17,7 +17,7 @@ from spectrim.checkpoint import check_target, read_config
 from spectrim.checkpoint.plain import check_experts, check_recipe, one_grid
 from spectrim.checks import check_directory, check_once, check_sources
 from spectrim.dense import check_dense
-from spectrim.errors import BudgetError, RecipeError, UsageError
+from spectrim.errors import BudgetError, RecipeError, SampleError, UsageError
 from spectrim.files import user_path
 from spectrim.linear import Linear
 from spectrim.pipeline.budget import Budget, Sizes
@@ -126,7 +126,8 @@ def check_samples(recipe: Recipe, statistics: Statistics | None, samples: Mappin
 
     Raises:
         RecipeError: they are not.
-        SampleError: an option is out of its limits, or a source of samples is none or is gone and needed again.
+        SampleError: an option is out of its limits, a source of samples is none or is gone and needed again, or
+            compensation has one sample and none to judge by.
         UsageError: samples were asked for beside statistics, or for a recipe that reads none.
     """
     samples = {name: value for name, value in samples.items() if name != "memory"}  # which is of loading as well
@@ -141,6 +142,12 @@ def check_samples(recipe: Recipe, statistics: Statistics | None, samples: Mappin
         if needed and not getattr(has, name):
             what = "the statistics have" if statistics is not None else "the calibration is to gather"
             raise RecipeError(f"recipe '{recipe.name}' needs {name} and {what} none; calibrate with --{name}")
+    how, number = recipe.compensate, min(has.samples, recipe.compensate.samples or has.samples)
+    if how.kind != "none" and how.left_out(number) == number:
+        raise SampleError(
+            "compensate.weight=auto judges by samples that it leaves out, and there is one alone; give more, or set "
+            "compensate.weight to a number"
+        )
     if statistics is not None and recipe.needs_samples:
         check_there(statistics)
     if statistics is None and samples and not recipe.needs_statistics:
@@ -258,9 +265,7 @@ def with_effort(
     level, changed, given = effort(name), dict(changes or {}), dict(samples)
     chosen = Recipe.read(recipe, changed)
     if chosen.compensate.kind != "none" and not any(key.split(".")[0] == "compensate" for key in changed):
-        fitted = chosen.compensate.kind == "anchored"  # the weight of adaComp is another one, and its recipe's own
-        kept = {key: x for key, x in level.compensation.items() if fitted or key != "compensate.weight"}
-        changed = {**kept, **changed}
+        changed = {**level.compensation, **changed}
         chosen = Recipe.read(recipe, changed)
     if gathers and name != EFFORT and chosen.needs_statistics:
         given = {"samples": level.samples, **given}

@@ -13,12 +13,13 @@ from spectrim.anatomy import Anatomy
 from spectrim.away import values
 from spectrim.calibrate import Statistics
 from spectrim.calibrate.data import SAMPLE_SETTINGS, Data, load_data
+from spectrim.calibrate.memory import limit_bytes
 from spectrim.calibrate.passes import forward_options, model_inputs, prepared
 from spectrim.calibrate.probe import forget_peak, held_memory, peak_memory
 from spectrim.errors import SpectrimError
 from spectrim.estimate import Checkpoints, Estimate, Rates, by_work, compression, work
 from spectrim.linear import Linear
-from spectrim.maths.closed_form import anchored_weight
+from spectrim.maths.closed_form import anchored_weight, correction
 from spectrim.maths.decompose import decompose
 from spectrim.metrics.metric import chosen, layer_metric
 from spectrim.pipeline.budget import Sizes
@@ -44,6 +45,7 @@ def foresee(
     statistics: Statistics | None,
     processor: Any,
     spectra: Path,
+    memory: str | None = None,
 ) -> Estimate:
     """What is left of a compression whose statistics are there, if any.
 
@@ -54,6 +56,7 @@ def foresee(
         statistics: that it uses.
         processor: of the model.
         spectra: the directory that has the spectra of earlier runs.
+        memory: the limit of `calibrate`; what a walk cannot keep in it waits on disk.
     """
     recipe, sizes = job.recipe, Sizes(model, parts)
     if job.plan is None:
@@ -78,6 +81,7 @@ def foresee(
     walk, kept = 0.0, 0
     if compensates:
         walk, kept = _walk(model, parts, recipe, statistics, processor)
+        kept = min(kept, max(0, limit_bytes(memory, model.device) - before))
     trained = 0.0
     if recipe.tune.epochs:
         trained = _tuning(model, parts, recipe, statistics, processor)
@@ -136,7 +140,10 @@ def _try(model: PreTrainedModel, linear: Linear, recipe: Recipe, statistics: Sta
     if recipe.compensate.kind != "none":
         C = layer_metric(recipe.metric, linear, statistics, W.device).value
         if C is not None and C.ndim == 2:
-            target = anchored_weight(W, C, W.to(C) @ C, recipe.compensate.damping)
+            cross, damping = W.to(C) @ C, recipe.compensate.damping
+            if recipe.compensate.weight == "auto":
+                correction(W, C, cross, C, damping)
+            target = anchored_weight(W, C, cross, damping)
             problem = replace(problem, weight=lambda: target, kept=None)
     made(problem, *_bought(options, share))
     return Rates(decomposed - began, listed - decomposed, time.perf_counter() - listed)

@@ -61,6 +61,7 @@ def compression(
         SpectrimError: of the kind that says which input is at fault.
     """
     _check_names(calibration)
+    memory = CalibrationOptions.checked(memory=calibration.get("memory")).memory
     chosen = Recipe.read(recipe, changes)
     statistics = stats if stats is None or isinstance(stats, Statistics) else Statistics.open(stats)
     check_samples(chosen, statistics, calibration)
@@ -96,7 +97,7 @@ def compression(
             cost = Cost(found, time.monotonic, partial(peak_memory, model.device), disk)
             _log.info("compress: will take about %s", found)
         spectra = make_spectra(model, parts, chosen.metric, statistics, home, report("decompose"))
-        prepared = Compression(model, chosen, statistics, spectra, parts, processor, progress, cost)
+        prepared = Compression(model, chosen, statistics, spectra, parts, processor, progress, cost, memory)
         yield prepared
         if cost is not None:
             _log.info("compress: took %s; estimated were %s", cost.so_far(prepared.written), cost.estimate)
@@ -118,7 +119,7 @@ def job_compression(
     ) -> Estimate:
         from spectrim.pipeline import probe
 
-        return probe.foresee(model, parts, job, statistics, processor, spectra)
+        return probe.foresee(model, parts, job, statistics, processor, spectra, calibration.get("memory"))
 
     return compression(
         model,
@@ -129,7 +130,7 @@ def job_compression(
         keep=job.kept,
         check=job.check_parts,
         foresee=foresee if estimate else None,
-        **(calibration if job.statistics is None else {}),
+        **{name: value for name, value in calibration.items() if job.statistics is None or name == "memory"},
     )
 
 

@@ -14,14 +14,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from spectrim.anatomy import Anatomy
-from spectrim.away import values
+from spectrim.away import is_away, values
 from spectrim.calibrate import Statistics
 from spectrim.calibrate.data import reload_data
 from spectrim.calibrate.passes import short_samples
 from spectrim.calibrate.probe import written_bytes
 from spectrim.checkpoint import attach, save
 from spectrim.checkpoint.check import check_written, runnable
+from spectrim.checkpoint.offload import put_away
 from spectrim.compensate import Compensation
+from spectrim.disk.shelf import Shelf
 from spectrim.errors import RecipeError
 from spectrim.estimate import Cost, compared
 from spectrim.metrics.curvature import predicted_loss
@@ -66,6 +68,7 @@ class Compression:
         processor: Any = None,
         progress: Progress | None = None,
         cost: Cost | None = None,
+        memory: str | None = None,
     ) -> None:
         self.model = model
         self.processor = processor
@@ -74,6 +77,7 @@ class Compression:
         self.spectra = spectra
         self.parts = parts
         self._progress = progress
+        self._memory = memory  # the limit, as of `calibrate`
         self._cost = cost  # estimated, and the clock
         self.written = 0  # bytes of checkpoints so far
         self.maker = Maker(model, parts, recipe, statistics, spectra)
@@ -274,11 +278,15 @@ class Compression:
         """
         compensates = self.recipe.compensate.kind != "none"
         dense = beside(self.model) if self.recipe.tune.epochs else None
+        # What is made of a model that is larger than its memory waits on disk, too, unless it is to be trained.
+        shelf = Shelf(self.spectra.directory) if dense is None and is_away(self.model) else None
         solved, losses = self._compensated(plan), None if compensates else self._no_losses()
         for name in plan.exchanged:
             layer = self._layer(plan, name, solved)
             self._add_losses(losses, name, layer)
             self.model.set_submodule(name, layer)
+            if shelf is not None and name not in plan.tables:
+                put_away(layer, shelf)
         share(self.model)
         if plan.exchanged:
             attach(self.model)
@@ -321,7 +329,7 @@ class Compression:
             )
         progress = None if self._progress is None else partial(self._progress, "compensate")
         return Compensation(
-            self.model, self.parts, self.recipe, plan, self.maker, self.statistics, self.processor
+            self.model, self.parts, self.recipe, plan, self.maker, self.statistics, self.processor, self._memory
         ).solve(progress)
 
     @contextmanager

@@ -21,7 +21,7 @@ from spectrim.calibrate.data import Data, reload_data
 from spectrim.errors import RecipeError
 from spectrim.evaluate.divergence import Predictions
 from spectrim.linear import Linear
-from spectrim.maths.rounding import Grid, quantize
+from spectrim.maths.rounding import Grid, quantize, slabs
 from spectrim.plan.options import Menu
 from spectrim.plan.plan import PlanRow, plan_row
 from spectrim.recipe import QuantizePart, Recipe
@@ -82,7 +82,9 @@ def measured(
             found[table.name] = {}
             for bits in choices:
                 try:
-                    weight.copy_(quantize(original, grid_of(table, bits, part), dtype=original.dtype).dense())
+                    grid = grid_of(table, bits, part)
+                    for row, X in zip(slabs(weight), slabs(original), strict=True):
+                        row.copy_(quantize(X, grid, dtype=X.dtype).dense())
                     rows = dense.compare(model)
                 finally:
                     weight.copy_(original)

@@ -13,6 +13,7 @@ from torch.nn.utils import skip_init
 
 from spectrim.errors import ModelError
 from spectrim.kernels.heads import ROWS, by_head, columns, heads_together
+from spectrim.kernels.stacked import is_plain
 from spectrim.maths.decompose import Rank, head_ranks
 from spectrim.maths.pivots import pivoted as pivoted_factors
 from spectrim.maths.pivots import row_order
@@ -132,7 +133,7 @@ class LowRankLinear(StoredLayer):
         if isinstance(self.rank, int):
             A = held["A"]
             # Of floats of 16 bits, whose product may add the bias before it is rounded.
-            if self.R is None and self.order is None and _is_plain(A) and latent.dtype.itemsize == 2:
+            if self.R is None and self.order is None and is_plain(A) and latent.dtype.itemsize == 2:
                 return nn.functional.linear(latent, A._parameters["weight"], self.bias)
             y: torch.Tensor = self.A(latent)
             if self.order is not None:  # one copy of each output, where joining and sorting would take two
@@ -191,8 +192,8 @@ class LowRankLinear(StoredLayer):
             return False
         start, step = together.data_ptr(), together.stride(0) * together.itemsize
         return all(
-            _is_plain(head, PackedLinear)
-            or (_is_plain(head, nn.Linear) and head.weight.data_ptr() == start + number * step)
+            is_plain(head, PackedLinear)
+            or (is_plain(head, nn.Linear) and head.weight.data_ptr() == start + number * step)
             for number, head in enumerate(self.A._modules.values())
         )
 
@@ -243,6 +244,14 @@ class LowRankLinear(StoredLayer):
     def reader(self) -> nn.Module | None:
         """The factor B, where it alone reads the inputs; None where there is more to the layer."""
         return self.B if self.R is None else None
+
+    @property
+    def factors_alone(self) -> tuple[nn.Module, ...] | None:
+        """B and A, where both are plain, and calling the layer is their product with its ``order`` and bias."""
+        held: dict[str, Any] = self._modules  # from which they are read in less time than as attributes
+        factors = (held["B"], held["A"])
+        plain = is_plain(self, LowRankLinear) and all(map(is_plain, factors)) and held.get("R") is None
+        return factors if plain else None
 
     @torch.no_grad()
     def head_weights(self) -> list[torch.Tensor]:
@@ -313,12 +322,6 @@ class LowRankLinear(StoredLayer):
 
 def _values(factor: nn.Linear | PackedLinear) -> torch.Tensor:
     return factor.unpacked() if isinstance(factor, PackedLinear) else factor.weight
-
-
-def _is_plain(module: Any, kind: type[nn.Module] = nn.Linear) -> bool:
-    """Whether calling a module is its product and nothing else: no adapter, no offloading, nobody who watches."""
-    watched = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    return type(module) is kind and not watched
 
 
 def _contiguous(layer: LowRankLinear, state: dict[str, Any], prefix: str, metadata: Any) -> None:

@@ -48,9 +48,10 @@ class LowRank(Form):
             sizes = np.where(pivoted, by_pivots, sizes)
         smaller = sizes < linear.nbytes
         counts, pivoted = counts[smaller], pivoted[smaller]
+        spectrum = problem.spectrum  # alone: options are kept, and the problem's metrics are large
 
         def spec(number: int) -> Spec:
-            rank = problem.spectrum.rank(int(counts[number]))
+            rank = spectrum.rank(int(counts[number]))
             return {"rank": rank if isinstance(rank, int) else list(rank), "pivoted": bool(pivoted[number])}
 
         return Options(self.name, sizes[smaller], problem.left[counts], spec)

@@ -6,6 +6,7 @@ from collections import Counter
 from torch import nn
 
 from spectrim.errors import ModelError
+from spectrim.experts import stack_experts
 from spectrim.storage.base import StoredLayer
 
 logger = logging.getLogger("spectrim")
@@ -21,6 +22,8 @@ def set_runtime(model: nn.Module, runtime: str) -> dict[str, int]:
     if runtime not in RUNTIMES:
         raise ModelError(f"there is no runtime {runtime!r}; choose from {', '.join(RUNTIMES)}")
     found = [module.run_as(runtime) for module in model.modules() if isinstance(module, StoredLayer)]
+    if runtime != "reference":
+        stack_experts(model)
     layouts = Counter(layout for layout in found if layout is not None)
     if layouts:
         listed = ", ".join(f"{count} {name}" for name, count in sorted(layouts.items()))
