@@ -100,7 +100,7 @@ def main() -> None:
     measured = partial(perplexity, model, getattr(processor, "tokenizer", processor), seqlen=args.window)
     first, last = (int(x) if x else None for x in args.blocks.split(":"))
     blocks: Any = parts.blocks()[first:last]
-    texts = {"tune": (load_text(args.calibration, split="heldout"), args.tune)}
+    texts = {"tune": (load_text(args.calibration, split="calibration"), args.tune)}
     texts["heldout"] = (load_text(args.heldout, split="heldout"), args.max_tokens)
 
     def nats(which: str) -> float:

@@ -111,6 +111,7 @@ def test_units_of_any_form_come_back_from_disk(calibrated):
         "low-rank": {"rank": 3, "pivoted": True},
         "integer-factors": {"rank": 3, "grids": {"A": four, "B": four}},
         "integers+factors": {"rank": 3, "grids": {"R": four}},
+        "narrow": {"inputs": 3},
     }
     assert specs.keys() == {form.name for form in forms() if form.replaces is nn.Linear}
     with compression(model, "spectrim", stats=statistics, processor=processor("llama")) as prepared:

@@ -100,16 +100,13 @@ class Compression:
         """The plan of least loss within a limit. Raises BudgetError where it cannot be met; says what can."""
         free, share = shared(self.recipe, self.parts, budget, self.sizes, self.unreached, self._samples)
         searching = None if self._progress is None else partial(self._progress, "options")
-        menus: Mapping[str, Menu] = self.maker.menus(free, searching)
-        wanted = self._wanted()
+        menus, wanted = self.maker.menus(free, searching), self._wanted()
         if budget.context is not None:
             menus = self.sizes.cache(budget).added(menus)
         rule = self.recipe.allocation
         teams = Teams(free if self.recipe.storage.experts == "same" else (), menus)
-        units = Units(self.maker.units, menus)
-        menus = units.menus
-        curves = {x.name: curve(rule, menus[x.name], wanted(x.name)) for x in free}
-        curves = units.joined(teams.joined(curves))
+        menus = (units := Units(self.maker.units, menus)).menus
+        curves = units.joined(teams.joined({x.name: curve(rule, menus[x.name], wanted(x.name)) for x in free}))
         for table in priced_tables(self.recipe, self.parts, budget):
             curves[table.name] = curve(rule, self._tables.menus[table.name], None)
 

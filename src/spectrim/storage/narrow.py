@@ -15,6 +15,7 @@ from spectrim.storage.base import Form, Options, Spec, StoredLayer, Tensors, reg
 from spectrim.storage.problem import Problem
 
 READERS = ("down", "fc2")  # roles of the linears that read the units of an MLP
+LEAST = 8  # an eighth of the units is always kept; factors are smaller
 _SIDES = ("inputs", "outputs")
 
 
@@ -129,14 +130,15 @@ class Narrow(Form):
         return layer.train(linear.training)
 
     def least(self, linear: Linear, quantize: QuantizePart) -> int:
-        """As for a weight of one unit, of those linears that may have it."""
-        return 0
+        """Bytes of the fewest units, where weights may be floats."""
+        floats = quantize.bits in (None, "auto") and not quantize.plain
+        return linear.nbytes // LEAST if floats else linear.nbytes
 
 
 def widths(units: int, multiple: int = 1) -> list[int]:
-    """How many of so many units may be kept: every 64th part, in multiples, ascending, without all of them."""
+    """How many of so many units may be kept: from an eighth on, every 64th part, in multiples, without all of them."""
     step = -(-max(1, units // STEPS) // multiple) * multiple
-    return list(range(step, units, step))
+    return [count for count in range(step, units, step) if count * LEAST >= units]
 
 
 def nbytes(linear: Linear, count: int) -> int:
