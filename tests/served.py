@@ -15,6 +15,7 @@ from families import IMAGE, MOE, MROPE, PATCH, QWEN_TOKENS, TEXT, VIDEO, VISION_
 from spectrim.anatomy import anatomy
 from spectrim.maths.decompose import Rank
 from spectrim.maths.rounding import Grid
+from spectrim.storage import filled
 
 WIDE = {**TEXT, "hidden_size": 128, "initializer_range": 0.1}  # the usual 0.02 gives one token again and again
 SPECIAL = {
@@ -27,7 +28,8 @@ SPECIAL = {
 
 def llama(form: str, **changes: Any) -> hf.PreTrainedModel:
     """Dense, or in one of the forms of `compressed.factored`; or ``mixed``: dense beside factored linears in merged
-    ones; or ``integers``: in all ways to have some, beside linears without. `changes` are those of the config.
+    ones; or ``integers``: in all ways to have some, beside linears without; or ``narrow``: with fewer units in the
+    MLPs. `changes` are those of the config.
     """
     model = _seeded(hf.LlamaForCausalLM, hf.LlamaConfig(**WIDE, attention_bias=True, **changes))
     one, two = (f"model.layers.{i}" for i in range(2))
@@ -35,6 +37,8 @@ def llama(form: str, **changes: Any) -> hf.PreTrainedModel:
         return model
     if form == "integers":
         return with_integers(model, f"{one}.", f"{two}.")
+    if form == "narrow":
+        return narrowed(model, {f"{one}.mlp": 40, f"{two}.mlp": 24})
     if form != "mixed":
         return factored("llama", model, form)
     ranks: dict[str, Rank] = {
@@ -48,6 +52,19 @@ def llama(form: str, **changes: Any) -> hf.PreTrainedModel:
         f"{two}.mlp.up_proj": 40,
     }
     return cut_linears(model, ranks, {f"{one}.mlp.gate_proj", f"{one}.mlp.down_proj", f"{two}.self_attn.v_proj"})
+
+
+def narrowed(model: hf.PreTrainedModel, counts: dict[str, int]) -> hf.PreTrainedModel:
+    """MLPs left with so many of their units, spread over all of them."""
+    for mlp, count in counts.items():
+        for name, side in (("gate_proj", "outputs"), ("up_proj", "outputs"), ("down_proj", "inputs")):
+            linear = model.get_submodule(f"{mlp}.{name}")
+            W = linear.weight.detach() if side == "outputs" else linear.weight.detach().T
+            units = torch.linspace(0, len(W) - 1, count).round().int()
+            kept = W[units.long()] if side == "outputs" else W[units.long()].T.contiguous()
+            tensors = {"N.weight": kept, "units": units}
+            model.set_submodule(f"{mlp}.{name}", filled(linear, "narrow", {side: count}, tensors))
+    return model
 
 
 def with_integers(model: hf.PreTrainedModel, one: str, two: str) -> hf.PreTrainedModel:

@@ -48,7 +48,7 @@ def test_the_plugin_is_an_entry_point():
     assert get_quantization_config("spectrim") is FactoredConfig
 
 
-FORMS = ("whole", "headwise", "pivoted", "mixed", "integers")
+FORMS = ("whole", "headwise", "pivoted", "mixed", "integers", "narrow")
 
 Cases = dict[str, tuple[dict[str, Any], list[int]]]  # what vLLM is to do, and the tokens of transformers
 
@@ -78,7 +78,7 @@ def llama_cases(home: Path) -> Cases:
         save(model, home / form)
         job = {"directory": str(home / form), "prompt_token_ids": IDS, "tokens": TOKENS}
         cases[form] = job, greedy(model, TOKENS, input_ids=torch.tensor([IDS]))
-    for form in ("mixed", "pivoted", "integers", "tied", "untied"):
+    for form in ("mixed", "pivoted", "integers", "narrow", "tied", "untied"):
         job, wanted = cases[form]
         cases[f"{form}, two processes"] = {**job, "parallel": 2}, wanted
     job = {**cases["integers"][0], "dtype": "float16", "tokens": 12}  # some matrices stay integers

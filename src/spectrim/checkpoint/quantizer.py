@@ -196,9 +196,13 @@ class SpectrimQuantizer(HfQuantizer):
         for config in all_configs(model):
             without_guard(config)
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
-        """What transformers converts while it loads, but for the merging of experts, which are linears here."""
-        return loads_as_is(super().update_weight_conversions(weight_conversions, model), model)  # type: ignore[no-untyped-call]
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: nn.Module) -> list[Any]:
+        """What transformers converts while it loads, but for the merging of experts, which are linears here.
+
+        The releases that vLLM wants give no model, and load no experts of ours.
+        """
+        found: list[Any] = super().update_weight_conversions(weight_conversions, *model)  # type: ignore[no-untyped-call]
+        return loads_as_is(found, *model) if model else found
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """The factors are ordinary tensors."""
