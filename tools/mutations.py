@@ -275,7 +275,7 @@ MUTATIONS = [
     M("features that skip blocks forgotten", "calibrate/relay.py", "if not any(leaf in past and number < before for leaf, number in leaves.items()):", "if True:"),
     M("a pass hands nothing over", "calibrate/relay.py", "            if place != self._keep:\n", "            if True:\n"),
     M("gradients of another batch", "calibrate/relay.py", "self._shelves[place].put(key, gradient)", "self._shelves[place].put((0, key[1]), gradient)"),
-    M("tensors over each other", "disk/shelf.py", "at = self._file.seek(0, 2)", "at = self._file.seek(0)"),
+    M("tensors over each other", "disk/shelf.py", "place = self._file.seek(0, 2) if at is None", "place = self._file.seek(0) if at is None"),
     M("groups above the limit", "calibrate/groups.py", "        room -= size\n", "        room -= 0\n"),
     M("scales without signs", "maths/rounding.py", "signs = (1, -1) if signed and grid.symmetric else (1,)", "signs = (1,)"),
     M("experts counted as all tokens", "calibrate/memory.py", "return min(1.0, chosen / experts)", "return 1.0"),

@@ -49,7 +49,7 @@ def test_linears_read_in_the_walk_what_they_read_in_the_finished_model(form, den
         return found
 
     monkeypatch.setattr(Unit, "tap", tap)
-    changes = {"compensate.samples": None, "compensate.buckets": None, **changes}
+    changes = {"compensate.samples": None, "compensate.buckets": None, "compensate.weight": 0.3, **changes}
     given = {"stats": statistics, "processor": processor("llava"), "changes": changes}
     compress(load(directory), tmp_path / "small", recipe=recipe, retain=retain, **given)
     small = load(tmp_path / "small", runtime="reference")  # as the walk runs it

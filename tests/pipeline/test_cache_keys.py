@@ -188,8 +188,8 @@ def test_refinement_lowers_the_error_in_the_output_metric(statistics):
         hook.remove()
         return found[0].flatten(0, 1)
 
-    def plain(unit, samples, steps, output):
-        real(unit, samples, steps, None if unit.name == last.block else output)
+    def plain(unit, samples, steps, overflow, outputs, output):
+        real(unit, samples, steps, overflow, outputs, None if unit.name == last.block else output)
 
     with torch.no_grad():
         dense = output()

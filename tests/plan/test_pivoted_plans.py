@@ -98,7 +98,13 @@ def test_compression_from_end_to_end(family, dtype, tmp_path):
     record = read_provenance(tmp_path / "small")
     numbers = sum(t.numel() for key, t in tensors.items() if key.endswith(kinds[:2])) + kept // dtype.itemsize
     assert record["retention"]["params"] == pytest.approx(numbers / sum(x.params for x in linears))
-    assert record["recipe"]["storage"] == {"pivoted": True, "multiple": 1, "heads": "free", "experts": "each"}
+    assert record["recipe"]["storage"] == {
+        "pivoted": True,
+        "multiple": 1,
+        "heads": "free",
+        "experts": "each",
+        "narrow": False,
+    }
     # The same plan, obeyed by another recipe.
     again = compress(load(tmp_path / "dense"), recipe="jw-svd", plan=plan, changes={"metric.kind": "identity"})
     assert torch.equal(logits(again), logits(small))

@@ -223,6 +223,8 @@ class Compensation:
     def _linear(self, unit: Unit, name: str, fit: Fit, weight: float) -> Tensors:
         linear, row, W = unit.linears[name], self._plan.linears[name], fit.W
         recipe, how = self._recipe, self._recipe.compensate
+        if weight == 0 and how.kind == "anchored":  # nothing to make up for, as in the first layers
+            return self._alone(name)
         heads = form(row.form).heads(row.spec) or 1
         own = recipe.metric.model_copy(update={"kind": self._own_kind, "per_head": heads > 1})
         second, cross = blended(W, fit.second, fit.cross, fit.moment, weight)
