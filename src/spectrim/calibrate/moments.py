@@ -22,7 +22,7 @@ class Moment:
 
     @property
     def second(self) -> torch.Tensor:
-        """``Σ x xᵀ`` [in, in] float64, symmetric; formed at every call where few positions are kept as they were."""
+        """``Σ x xᵀ`` [in, in] float64, symmetric; formed at every call, for the caller to write into."""
         return self.gram.dense()
 
 

@@ -5,12 +5,12 @@ means ``G = E[g gᵀ]`` and ``C = E[x xᵀ]`` over positions (K-FAC, Martens and
 weight independent; LASER, section 3). Losses are nats per labelled token, and add up over linears.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from spectrim.calibrate import Moment, OutputMoment, Statistics
-from spectrim.calibrate.moments import sketch_test
+from spectrim.calibrate.moments import formed, sketch_test
 from spectrim.errors import RecipeError
 from spectrim.linear import Linear
 from spectrim.maths.decompose import OutputMetric
@@ -65,8 +65,10 @@ def output_metric(
         V = rows.T.to(device)
         roots: tuple[OutputRoot, ...] = (LowRankRoot(V.new_full((len(V),), damping), V),)
     else:
-        every = [output.sums for output in outputs]
-        sums = {name: _weighted(shares, [one[name] for one in every]).to(device) for name in first.form.parts}
+        sums = {
+            name: _weighted(shares, (formed({name: output.held[name]})[name] for output in outputs)).to(device)
+            for name in first.form.parts
+        }
         roots = _roots(first, sums, damping, linear.out_features, parts)
     joint = _weighted(shares, [_by_part(output, parts) for output in outputs])
     losses = [price * predicted_trace(part.eta, moment, output, parts) for price, moment, output in moments]
@@ -110,8 +112,14 @@ def predicted_loss(eta: str, change: torch.Tensor, moment: Moment, output: Outpu
     return share * float(predicted_trace(eta, moment, output))
 
 
-def _weighted(shares: Sequence[float], tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    return torch.stack([share * tensor for share, tensor in zip(shares, tensors, strict=True)]).sum(0)
+def _weighted(shares: Sequence[float], tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Their sum; one at a time, since they may be gigabytes."""
+    first, *rest = shares
+    each = iter(tensors)
+    total = first * next(each)
+    for share in rest:
+        total += share * next(each)
+    return total
 
 
 def _few_rows(outputs: Sequence[OutputMoment], shares: Sequence[float]) -> torch.Tensor | None:
@@ -139,10 +147,10 @@ def _roots(
     form, size = moment.form, out // parts
     if form.kind in ("full", "blocks"):
         blocks = sums["output"] if form.kind == "blocks" else sums["output"][None]
-        blocks = (blocks + blocks.mT) / 2
+        blocks = (blocks + blocks.mT).div_(2)
         if parts > 1:
             blocks = _diagonal_blocks(blocks, size)
-        blocks = blocks + damping * torch.eye(blocks.shape[1], dtype=blocks.dtype, device=blocks.device)
+        blocks.diagonal(dim1=1, dim2=2).add_(damping)
         return (BlockRoot(blocks),) if parts == 1 else tuple(BlockRoot(block[None]) for block in blocks)
     diagonal, V = _low_rank(moment, sums)
     pairs = zip((diagonal + damping).split(size), V.split(size), strict=True)

@@ -92,9 +92,9 @@ def joint_second_moment(moments: Sequence[Moment], gamma: float) -> torch.Tensor
     JW-SVD (Li et al., ACL 2026), section 4.1: the trace ratio gives both modalities one scale, γ weighs them. One
     moment alone is returned as its mean.
     """
-    means = [moment.second / moment.count for moment in moments]
+    means = [moment.second.div_(moment.count) for moment in moments]  # in place: they may be gigabytes
     weights = joint_weights([float(mean.trace()) for mean in means], gamma)
-    return means[0] if len(means) == 1 else means[0] + weights[1] * means[1]
+    return means[0] if len(means) == 1 else means[0].add_(means[1].mul_(weights[1]))
 
 
 def summed(
