@@ -236,7 +236,7 @@ MUTATIONS = [
     # metric
     M("image sums not balanced", "metrics/metric.py", "return [1.0, gamma * (traces[0] / traces[1])]", "return [1.0, gamma]"),
     M("balance upside down", "metrics/metric.py", "gamma * (traces[0] / traces[1])", "gamma * (traces[1] / traces[0])"),
-    M("sums in place of means", "metrics/metric.py", "means = [moment.second / moment.count for moment in moments]", "means = [moment.second for moment in moments]"),
+    M("sums in place of means", "metrics/metric.py", "means = [moment.second.div_(moment.count) for moment in moments]", "means = [moment.second for moment in moments]"),
     M("means of modalities added", "metrics/metric.py", "/ sum(m.count for m in moments)", "/ moments[0].count"),
     M("alpha not doubled", "metrics/metric.py", "** (2 * part.alpha)", "** part.alpha"),
     M("unreached: always the identity", "metrics/metric.py", "if not moments and part.unreached == \"image\" and \"image\" in gathered:", "if False:"),
@@ -248,7 +248,7 @@ MUTATIONS = [
     M("by position, not by label", "metrics/curvature.py", "gradients / output.labels * energy", "gradients / output.count * energy"),
     M("eta by token for sequence", "metrics/curvature.py", "\"token\": token, \"sequence\": sequence}[eta]", "\"token\": token, \"sequence\": token}[eta]"),
     M("images at no price", "metrics/curvature.py", "losses = [price * predicted_trace", "losses = [predicted_trace"),
-    M("output metric not damped", "metrics/curvature.py", "blocks = blocks + damping * torch.eye", "blocks = blocks + 0 * torch.eye"),
+    M("output metric not damped", "metrics/curvature.py", "        blocks.diagonal(dim1=1, dim2=2).add_(damping)\n", ""),
     M("beta ignored", "metrics/curvature.py", "(part.beta * _trace(first) / _trace(output)", "(_trace(first) / _trace(output)"),
     M("nystrom beyond the diagonal", "metrics/curvature.py", "return (diagonal - V.square().sum(1)).clamp_min(0), V", "return diagonal, V"),
     M("nats left out of the dense metric", "maths/decompose.py", "(nats * (eye if root is None", "((eye if root is None"),
