@@ -19,15 +19,12 @@ from torch.autograd.graph import Node
 from transformers import PreTrainedModel
 
 from spectrim.calibrate.recompute import recomputing
+from spectrim.calibrate.route import EndError, stations
 from spectrim.disk.shelf import Shelf
 from spectrim.errors import ModelError, StatisticsError
 from spectrim.linear import Linear
 
 Key = tuple[int, int]  # the number of a batch's first sample, and how many it has
-
-
-class _EndError(BaseException):
-    """Ends a forward pass; no error handler of the model's may catch it."""
 
 
 @dataclass
@@ -49,7 +46,7 @@ class Relay:
 
     def __init__(self, model: PreTrainedModel, linears: Iterable[Linear], directory: Path) -> None:
         self._model, self._linears, self._directory = model, [*linears], directory
-        self._stations = {name: model.get_submodule(name) for name in {x.block or x.name for x in self._linears}}
+        self._stations = stations(model, self._linears)
         self._way: list[str] | None = None  # stations in the order in which a sample passes them
         self._places: list[int] = []  # those whose output hands all over
         self._shelves: dict[int, Shelf] = {}
@@ -83,7 +80,7 @@ class Relay:
                 return None
             if waiting is not None and place == self._end:
                 found.output, found.gradient = tensor, waiting.to(tensor.device)
-                raise _EndError
+                raise EndError
             if place != self._keep:
                 return None
             if not tensor.requires_grad:
@@ -91,7 +88,7 @@ class Relay:
             tensor.register_hook(partial(self._kept, place, key))
             return _replaced(output, tensor.clone())  # the model may write into it
 
-        with self._hooks(leave), suppress(_EndError):
+        with self._hooks(leave), suppress(EndError):
             yield found
 
     def _arrange(self, wanted: Collection[Linear], after: Collection[Linear]) -> None:

@@ -3,13 +3,19 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from spectrim.linear import Linear
 
 
-class _EndError(BaseException):
+class EndError(BaseException):
     """Ends a forward pass; no error handler of the model's may catch it."""
+
+
+def stations(model: PreTrainedModel, linears: Iterable[Linear]) -> dict[str, nn.Module]:
+    """What a forward pass goes through, by name: the blocks of these linears, and those that are in none."""
+    return {name: model.get_submodule(name) for name in {x.block or x.name for x in linears}}
 
 
 class Route:
@@ -21,7 +27,7 @@ class Route:
     """
 
     def __init__(self, model: PreTrainedModel, linears: Iterable[Linear]) -> None:
-        self._stations = {name: model.get_submodule(name) for name in {x.block or x.name for x in linears}}
+        self._stations = stations(model, linears)
         head = model.get_output_embeddings()
         # On a CPU a product of bfloat16 rows that are not contiguous with the vocabulary takes seconds.
         self._head = None if head in self._stations.values() else head
@@ -40,11 +46,11 @@ class Route:
 
         def enter(name: str) -> None:
             if way and passed == way[:end]:
-                raise _EndError
+                raise EndError
             passed.append(name)
 
         def leave(*_: object) -> None:
-            raise _EndError
+            raise EndError
 
         hooks = [
             module.register_forward_pre_hook(lambda *_, name=name: enter(name))
@@ -53,7 +59,7 @@ class Route:
         if self._head is not None:
             hooks.append(self._head.register_forward_pre_hook(leave))
         try:
-            with suppress(_EndError):
+            with suppress(EndError):
                 yield
         finally:
             for hook in hooks:

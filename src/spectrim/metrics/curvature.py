@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from spectrim.calibrate import Moment, OutputMoment, Statistics
-from spectrim.calibrate.moments import formed, sketch_test
+from spectrim.calibrate.moments import sketch_test
 from spectrim.errors import RecipeError
 from spectrim.linear import Linear
 from spectrim.maths.decompose import OutputMetric
@@ -66,8 +66,7 @@ def output_metric(
         roots: tuple[OutputRoot, ...] = (LowRankRoot(V.new_full((len(V),), damping), V),)
     else:
         sums = {
-            name: _weighted(shares, (formed({name: output.held[name]})[name] for output in outputs)).to(device)
-            for name in first.form.parts
+            name: _weighted(shares, (output.sum_of(name) for output in outputs)).to(device) for name in first.form.parts
         }
         roots = _roots(first, sums, damping, linear.out_features, parts)
     joint = _weighted(shares, [_by_part(output, parts) for output in outputs])

@@ -50,33 +50,26 @@ class Served:
 
     def report(self) -> None:
         """Say, once, what this process has had to unpack, and what that costs."""
-        if self.experts:
-            logger.warning(
+        for found, text in (
+            (
+                self.experts,
                 "experts of %d layers are unpacked into floats for vLLM's fused kernels, which takes %.1f MB more than "
                 "in their file: %s",
-                len(self.experts),
-                sum(self.experts.values()) / 1e6,
-                shortened(sorted(self.experts)),
-            )
-        if self.others:
-            logger.warning(
+            ),
+            (
+                self.others,
                 "%d linears are of forms that vLLM does not run and become dense, which takes %.1f MB more than their "
                 "file: %s",
-                len(self.others),
-                sum(self.others.values()) / 1e6,
-                shortened(sorted(self.others)),
-            )
-        if self.unpacked:
-            logger.warning(
+            ),
+            (
+                self.unpacked,
                 "integers of %d linears are unpacked, which takes %.1f MB more memory than packed ones "
                 "(docs/serving.md says which stay packed): %s",
-                len(self.unpacked),
-                sum(self.unpacked.values()) / 1e6,
-                shortened(sorted(self.unpacked)),
-            )
-        self.unpacked.clear()
-        self.others.clear()
-        self.experts.clear()
+            ),
+        ):
+            if found:
+                logger.warning(text, len(found), sum(found.values()) / 1e6, shortened(sorted(found)))
+            found.clear()
 
 
 def check_shape(name: str, found: torch.Tensor, expected: Sequence[int] | None) -> None:
