@@ -82,6 +82,15 @@ ORDERS = {
     "by way of AutoProcessor": "import spectrim\nfrom transformers import AutoProcessor, AutoModelForCausalLM\n"
     "import transformers.modeling_utils",
     "a part of spectrim": "import spectrim.errors\nfrom transformers import LlamaForCausalLM",
+    **{
+        f"a part of spectrim that transformers is needed for, {name}": f"{code}\nfrom transformers import LlamaForCausalLM"
+        for name, code in {
+            "its config": "from spectrim.checkpoint import SpectrimConfig",
+            "its names": "from spectrim.checkpoint import *",
+            "its experts": "import spectrim.experts",
+            "what runs it": "from spectrim.storage.runtime import set_runtime",
+        }.items()
+    },
     "twice": "import importlib, spectrim\nimportlib.reload(spectrim)\nfrom transformers import LlamaForCausalLM",
     "after an import that failed": "import sys, spectrim\nsys.modules['spectrim.storage.layers'] = None\n"
     "try:\n    import transformers.modeling_utils\nexcept ImportError:\n    pass\nelse:\n    raise AssertionError\n"
