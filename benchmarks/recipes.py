@@ -36,7 +36,7 @@ from spectrim.metrics.spectra import cache_key, make_spectra
 from spectrim.pipeline.stages import Compression
 from spectrim.recipe import Recipe
 from spectrim.samples import load_text
-from spectrim.storage.layers import LowRankLinear
+from spectrim.storage import stored_layers
 
 RECIPES = "spectrim,laser,curvature,jw-svd,adasvd,svd-llm,asvd,fwsvd,svd"
 
@@ -72,11 +72,11 @@ def stored_in(dtype: torch.dtype, model: Any, recipe: Recipe, statistics: Statis
 
 
 def rounded(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Round the factors of a model to a dtype, in place; they stay float32, and so does what is computed."""
-    for layer in model.modules():
-        if isinstance(layer, LowRankLinear):
-            for parameter in layer.parameters():
-                parameter.data = parameter.data.to(dtype).float()
+    """Round what is stored of a model's linears to a dtype, in place; it stays float32, and so does what is computed."""
+    for layer in stored_layers(model).values():
+        for tensor in layer.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.copy_(tensor.to(dtype))
 
 
 def measure(model: Any, processor: Any, text: str, questions: Any, args: argparse.Namespace) -> dict[str, Any]:

@@ -83,7 +83,7 @@ ORDERS = {
     "import transformers.modeling_utils",
     "a part of spectrim": "import spectrim.errors\nfrom transformers import LlamaForCausalLM",
     **{
-        f"a part of spectrim that transformers is needed for, {name}": f"{code}\nfrom transformers import LlamaForCausalLM"
+        f"a part of spectrim that needs transformers, {name}": f"{code}\nfrom transformers import LlamaForCausalLM"
         for name, code in {
             "its config": "from spectrim.checkpoint import SpectrimConfig",
             "its names": "from spectrim.checkpoint import *",

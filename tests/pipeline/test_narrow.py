@@ -20,13 +20,14 @@ from spectrim.recipe import Recipe
 NARROW = {"storage.narrow": True, "compensate.kind": "none"}
 
 
-def narrowed(prepared, share: float) -> Plan:
-    """All that the model has MLPs for at a share of their units, all else dense."""
+def narrowed(prepared, share: float, bits: int | None = None) -> Plan:
+    """All that the model has MLPs for at a share of their units, in floats or integers, all else dense."""
     parts, rows = prepared.parts, {}
+    grid = {} if bits is None else {"grid": {"bits": bits, "group": None, "symmetric": True}}
     for reader, first in units_of(parts.linears, prepared.model).items():
         count = int(share * parts.linear(reader).in_features)
-        rows[reader] = plan_row(parts.linear(reader), "narrow", {"inputs": count})
-        rows |= {name: plan_row(parts.linear(name), "narrow", {"outputs": count}) for name in first}
+        rows[reader] = plan_row(parts.linear(reader), "narrow", {"inputs": count} | grid)
+        rows |= {name: plan_row(parts.linear(name), "narrow", {"outputs": count} | grid) for name in first}
     assert rows
     return Plan(recipe="spectrim", linears=rows).fitted(parts)
 
@@ -45,13 +46,14 @@ def as_it_was(model, make, linear, row):
     return tensors
 
 
+@pytest.mark.parametrize("bits", [None, 4])
 @pytest.mark.parametrize("family", ["llama", "llava"])
-def test_a_model_with_narrower_mlps_from_end_to_end(family, calibrated, tmp_path):
+def test_a_model_with_narrower_mlps_from_end_to_end(family, bits, calibrated, tmp_path):
     model, statistics = calibrated[family]
     model.save_pretrained(tmp_path / "dense")
     given = {"stats": statistics, "processor": processor(family), "changes": {"storage.narrow": True}}
     with compression(load(tmp_path / "dense"), "spectrim", **given) as prepared:
-        plan = narrowed(prepared, 0.75)
+        plan = narrowed(prepared, 0.75, bits)
     (tmp_path / "plan.json").write_text(plan.json())
     small = compress(load(tmp_path / "dense"), tmp_path / "small", plan=tmp_path / "plan.json", **given)
     loaded = load(tmp_path / "small")

@@ -1,5 +1,7 @@
 """MLPs that lose units: which linears they are, and their options as one row of the allocation."""
 
+from collections import Counter
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -14,20 +16,25 @@ from spectrim.linear import Linear
 from spectrim.plan.options import menu
 from spectrim.plan.spend import Curve, spend
 from spectrim.plan.units import Units, units_of
-from spectrim.recipe import StoragePart
+from spectrim.recipe import QuantizePart, StoragePart
 from spectrim.storage import form
 
 NAMES = ("mlp.gate", "mlp.up", "mlp.down")
 
 
-def menus():
-    storage = StoragePart(narrow=True)
-    found = {}
-    for seed, name in enumerate(NAMES):
-        shape = (8, 24) if name.endswith("down") else (24, 8)
-        case = problem(*shape, seed=seed, storage=storage, role=name.partition(".")[2], decay=0.3)
-        found[name] = menu(case)
-    return found
+PARTS = {
+    "floats": QuantizePart(),
+    "any bits": QuantizePart(bits="auto", group=32),
+    "3 bits": QuantizePart(bits=3, group=32),
+}
+
+
+def menus(quantize: QuantizePart, inner: int = 128):
+    given = {"storage": StoragePart(narrow=True), "quantize": quantize, "decay": 0.3}
+    down = problem(8, inner, seed=2, role="down", **given)
+    others = [problem(inner, 8, seed=seed, role=role, **given) for seed, role in enumerate(("gate", "up"))]
+    cases = (*(replace(case, units=lambda: down.removal) for case in others), down)
+    return {name: menu(case) for name, case in zip(NAMES, cases, strict=True)}
 
 
 def test_the_linears_of_an_mlp_are_found_where_nothing_else_has_parameters() -> None:
@@ -47,43 +54,62 @@ def test_the_linears_of_an_mlp_are_found_where_nothing_else_has_parameters() -> 
     assert not units_of(wider)
 
 
-def test_options_of_an_mlp_are_those_of_its_linears_together() -> None:
-    units = Units({NAMES[2]: NAMES[:2]}, menus())
+@pytest.mark.parametrize("quantize", PARTS)
+def test_options_of_an_mlp_are_those_of_its_linears_together(quantize: str) -> None:
+    units = Units({NAMES[2]: NAMES[:2]}, menus(PARTS[quantize]))
     curves = {name: Curve(m.bytes, m.error) for name, m in units.menus.items()}
     (joined,) = units.joined(curves).values()
-    narrow = 0
+    widths: Counter[int] = Counter()
     for at in range(len(joined.bytes)):
         numbers = units.each({NAMES[2]: at})
         assert numbers.keys() == set(NAMES)
         assert joined.bytes[at] == sum(curves[name].bytes[n] for name, n in numbers.items())
         assert joined.cost[at] == pytest.approx(sum(curves[name].cost[n] for name, n in numbers.items()))
         options = {name: units.menus[name].option(n) for name, n in numbers.items()}
-        kinds = [kind for kind, _ in options.values()]
-        assert kinds.count("narrow") in (0, 3)
-        if "narrow" in kinds:
-            narrow += 1
-            assert {count for _, spec in options.values() for count in spec.values()} == {
-                options[NAMES[2]][1]["inputs"]
-            }
+        assert [kind for kind, _ in options.values()].count("narrow") in (0, 3)
+        width, *others = {
+            spec.get("inputs", spec.get("outputs")) for kind, spec in options.values() if kind == "narrow"
+        } or {0}
+        assert not others
+        widths[width] += 1
         for name, (kind, spec) in options.items():
             assert form(kind).nbytes(units.menus[name].linear, spec) == units.menus[name].bytes[numbers[name]]
-    assert narrow == sum(len(part.bytes) for part in units.menus[NAMES[2]].parts if part.form == "narrow") > 9
+    assert len(widths) == {"floats": 50, "any bits": 50, "3 bits": 4}[quantize]  # indices cost bytes, too
+    if quantize == "any bits":  # where integers are priced
+        assert {width for width, count in widths.items() if count > 1 and width} == {32, 64, 96}
 
 
-def test_no_combination_beats_the_common_hull() -> None:
-    """At the vertices of the hull there is nothing better, among all combinations of factors and all widths."""
-    units = Units({NAMES[2]: NAMES[:2]}, menus())
+def test_a_linear_that_computes_units_keeps_them_where_the_reader_is_not_planned_for() -> None:
+    found = menus(PARTS["any bits"])
+    del found[NAMES[2]]
+    units = Units({NAMES[2]: NAMES[:2]}, found)
+    assert "narrow" in {part.form for m in found.values() for part in m.parts}
+    assert "narrow" not in {part.form for m in units.menus.values() for part in m.parts}
+    assert units.joined(curves := {name: Curve(m.bytes, m.error) for name, m in units.menus.items()}) == curves
+
+
+@pytest.mark.parametrize("quantize", PARTS)
+def test_no_combination_beats_the_common_hull(quantize: str) -> None:
+    """At the vertices of the hull there is nothing better, among all options of one width together."""
+    units = Units({NAMES[2]: NAMES[:2]}, menus(PARTS[quantize]))
     curves = {name: Curve(m.bytes, m.error) for name, m in units.menus.items()}
     (joined,) = units.joined(curves).values()
-    apart = [[n for n in range(len(m.bytes)) if m.option(n)[0] != "narrow"] for m in units.menus.values()]
+    by_width: list[dict[int, list[int]]] = []
+    for m in units.menus.values():
+        by_width.append({})
+        for n in range(len(m.bytes)):
+            kind, spec = m.option(n)
+            by_width[-1].setdefault(next(iter(spec.values())) if kind == "narrow" else 0, []).append(n)
     every = [
         (sum(c.bytes[n] for c, n in zip(curves.values(), some, strict=True)),
          sum(c.cost[n] for c, n in zip(curves.values(), some, strict=True)))
-        for some in product(*apart)
+        for width in by_width[0]
+        for some in product(*(numbers[width] for numbers in by_width))
     ]  # fmt: skip
     sizes, costs = np.array(every).T
     for size, cost in zip(
         joined.bytes[joined.front[joined.chain]], joined.cost[joined.front[joined.chain]], strict=True
     ):
         assert cost <= costs[sizes <= size].min(initial=np.inf) * (1 + 1e-9) + 1e-15
-    assert joined.bytes[spend([joined], 1000)[0]] <= 1000
+    middle = int(joined.bytes[joined.front[0]] + joined.bytes[joined.front[-1]]) // 2
+    assert joined.bytes[spend([joined], middle)[0]] <= middle

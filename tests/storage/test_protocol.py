@@ -34,6 +34,8 @@ RECIPES: dict[str, tuple[StoragePart, QuantizePart]] = {
     "multiples": (StoragePart(multiple=8), QuantizePart()),
     "narrow": (StoragePart(narrow=True), QuantizePart()),
     "narrow, pivots": (StoragePart(narrow=True, pivoted=True), QuantizePart()),
+    "narrow, any bits": (StoragePart(narrow=True), QuantizePart(bits="auto", group=32)),
+    "narrow in 3 bits": (StoragePart(narrow=True), QuantizePart(bits=3, group=None, symmetric=False, damping=0.01)),
     "any bits": (StoragePart(), QuantizePart(bits="auto", group=32)),
     "zero points": (StoragePart(), QuantizePart(bits="auto", group=None, symmetric=False)),
     "multiples of integers": (StoragePart(multiple=8), QuantizePart(bits=4, group=32, damping=0.01)),
@@ -290,7 +292,11 @@ def specs(form: Form, linear: Linear) -> list[Spec]:
         "integers+factors": [
             {"rank": rank, "grids": grids(*parts, bits=4, symmetric=s)} for parts in ("R", "ABR") for s in (True, False)
         ],
-        "narrow": [{"inputs": -(-linear.in_features // 2)}, {"outputs": -(-linear.out_features // 2)}],
+        "narrow": [
+            {side: -(-size // 2)} | grid
+            for side, size in (("inputs", linear.in_features), ("outputs", linear.out_features))
+            for grid in ({}, *({"grid": {"bits": bits, "group": None, "symmetric": bits > 3}} for bits in (2, 8)))
+        ],
         "columns": [{"count": max(1, linear.in_features // 2)}],
     }[form.name]
 

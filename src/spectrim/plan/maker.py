@@ -28,7 +28,7 @@ from spectrim.plan.units import units_of
 from spectrim.recipe import Recipe
 from spectrim.storage import Problem, Tensors, form, forms, made
 
-VERSION = 3  # of what options and tensors on disk mean; a change makes earlier files unused
+VERSION = 4  # of what options and tensors on disk mean; a change makes earlier files unused
 
 
 class Maker:
@@ -95,7 +95,8 @@ class Maker:
         if progress is not None:
             progress(0, len(linears))
         with ExitStack() as stack:
-            if self._recipe.quantize.bits is not None and not all(path.exists() for path in paths.values()):
+            searches = self._recipe.quantize.bits is not None or self._recipe.storage.narrow
+            if searches and not all(path.exists() for path in paths.values()):
                 stack.enter_context(self._writing())
             for done, linear in enumerate(linears):
                 if linear.name not in self._menus:
@@ -138,7 +139,7 @@ class Maker:
         """Where options, and what was made of them, are kept; named by all that they depend on."""
         recipe, directory = self._recipe, self._spectra.directory
         parts = [
-            part.model_dump(mode="json", exclude={"embeddings", "experts", "narrow"})
+            part.model_dump(mode="json", exclude={"embeddings", "experts"})
             for part in (recipe.storage, recipe.quantize)
         ]
         content = [VERSION, directory.name, *parts, [x.name for x in forms() if x.searches]]

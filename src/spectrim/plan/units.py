@@ -1,6 +1,6 @@
 """MLPs that may lose hidden units: linears that compute them and one that reads them, as one row of the allocation."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -9,8 +9,7 @@ from torch import nn
 from spectrim.linear import Linear
 from spectrim.plan.options import Menu
 from spectrim.plan.spend import Curve
-from spectrim.storage import Options
-from spectrim.storage.narrow import READERS, Narrow, nbytes
+from spectrim.storage.narrow import READERS, Narrow
 
 _COMPUTE = {"down": ("gate", "up", "gate_up"), "fc2": ("fc1",)}
 assert _COMPUTE.keys() == set(READERS)
@@ -48,7 +47,7 @@ class _Row:
 
 
 class Units:
-    """The MLPs among linears whose reader has narrow options on its menu."""
+    """The MLPs among linears that can be narrower: those whose linears have narrow options of the same widths."""
 
     def __init__(self, units: Mapping[str, tuple[str, ...]], menus: Mapping[str, Menu]) -> None:
         self.menus = dict(menus)
@@ -56,20 +55,19 @@ class Units:
         self._rows: list[_Row] = []
         for reader, first in units.items():
             names = (*first, reader)
-            if not all(name in menus for name in names):
-                continue
-            counts = [spec["inputs"] for spec in _specs(menus[reader])]
-            if counts:
+            if all(name in menus for name in names):
                 self._names.append(names)
-                self.menus |= {name: _with_outputs(menus[name], counts) for name in first}
+            else:  # what a linear does not compute would be read
+                self.menus |= {name: _as_wide(menus[name]) for name in first if name in menus}
 
     def joined(self, curves: Mapping[str, Curve]) -> dict[str, Curve]:
         """One curve for each MLP, by its reader; others as they are. `curves` are of `self.menus`."""
         found = dict(curves)
         for names in self._names:
             own = [found.pop(name) for name in names]
-            narrow = [_places(self.menus[name]) for name in names]
-            numbers = np.concatenate([_apart(own, narrow), np.stack(narrow, 1)])
+            places = [_places(self.menus[name]) for name in names]
+            widths = [width for width in places[-1] if all(width in p for p in places)]
+            numbers = np.concatenate([_together(own, [p[width] for p in places]) for width in widths])
             self._rows.append(_Row(names, numbers))
             pairs = list(zip(own, numbers.T, strict=True))
             size, cost = (np.sum([getattr(x, what)[n] for x, n in pairs], axis=0) for what in ("bytes", "cost"))
@@ -84,34 +82,30 @@ class Units:
         return found
 
 
-def _specs(menu: Menu) -> list[Mapping[str, int]]:
-    return [part.spec(n) for part in menu.parts if part.form == Narrow.name for n in range(len(part.bytes))]
-
-
-def _places(menu: Menu) -> np.ndarray:
-    """Numbers of a menu's narrow options, in their order."""
-    numbers, start = list[int](), 0
+def _places(menu: Menu) -> dict[int | None, list[int]]:
+    """Numbers of a menu's options by the width that narrow ones have; None for all others."""
+    numbers, start = dict[int | None, list[int]](), 0
     for part in menu.parts:
-        numbers += range(start, start + len(part.bytes)) if part.form == Narrow.name else ()
+        for n in range(len(part.bytes)):
+            spec = part.spec(n) if part.form == Narrow.name else {}
+            numbers.setdefault(spec.get("inputs", spec.get("outputs")), []).append(start + n)
         start += len(part.bytes)
-    return np.array(numbers, np.int64)
+    return numbers
 
 
-def _with_outputs(menu: Menu, counts: Sequence[int]) -> Menu:
-    """A menu with the rows that compute so many units, which lose nothing."""
-    size = np.array([nbytes(menu.linear, count) for count in counts], np.int64)
-    narrow = Options(Narrow.name, size, np.zeros(len(counts)), lambda n: {"outputs": counts[n]})
-    return replace(menu, parts=[*(part for part in menu.parts if part.form != Narrow.name), narrow])
+def _as_wide(menu: Menu) -> Menu:
+    """A menu without narrow options."""
+    return replace(menu, parts=[part for part in menu.parts if part.form != Narrow.name])
 
 
-def _apart(curves: Sequence[Curve], narrow: Iterable[np.ndarray]) -> np.ndarray:
-    """Options of linears that are stored each by itself, along their common lower hull, [options, linears]."""
-    others = [np.setdiff1d(np.arange(len(x.bytes)), n) for x, n in zip(curves, narrow, strict=True)]
-    plain = [Curve(x.bytes[n], x.cost[n]) for x, n in zip(curves, others, strict=True)]
+def _together(curves: Sequence[Curve], numbers: Sequence[list[int]]) -> np.ndarray:
+    """Options of linears, of these `numbers` of each, along their common lower hull, [options, linears]."""
+    some = [np.asarray(n) for n in numbers]
+    plain = [Curve(x.bytes[n], x.cost[n]) for x, n in zip(curves, some, strict=True)]
     steps = [curve.steps[1] for curve in plain]
     owner = np.repeat(np.arange(len(plain)), [len(scores) for scores in steps])
     order = np.argsort(-np.concatenate(steps), kind="stable")
     taken = np.cumsum(owner[order][:, None] == np.arange(len(plain)), axis=0)
     taken = np.concatenate([np.zeros((1, len(plain)), np.int64), taken])
-    columns = [n[x.front[x.chain[at]]] for n, x, at in zip(others, plain, taken.T, strict=True)]
+    columns = [n[x.front[x.chain[at]]] for n, x, at in zip(some, plain, taken.T, strict=True)]
     return np.stack(columns, 1)

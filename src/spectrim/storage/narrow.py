@@ -1,49 +1,59 @@
 """A linear of some of its inputs, or with some of its outputs alone: the units that a narrower MLP is left with."""
 
+from dataclasses import asdict, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.utils import skip_init
 
 from spectrim.errors import ModelError
 from spectrim.linear import Linear
+from spectrim.maths.decompose import OutputMetric
 from spectrim.maths.removal import STEPS, fitted, removal
+from spectrim.maths.roots import BlockRoot
+from spectrim.maths.rounding import Grid
 from spectrim.recipe import QuantizePart
 from spectrim.storage.base import Form, Options, Spec, StoredLayer, Tensors, register
+from spectrim.storage.integers import allowed_bits, checked_grid, grid_of, noise, rounded
+from spectrim.storage.packed import PackedLinear
 from spectrim.storage.problem import Problem
 
 READERS = ("down", "fc2")  # roles of the linears that read the units of an MLP
 LEAST = 8  # an eighth of the units is always kept; factors are smaller
 _SIDES = ("inputs", "outputs")
+_PRICED = 16  # widths of integers are steps of so many: each has to be rounded to be priced
 
 
 class NarrowLinear(StoredLayer):
     """``y = N x[units] + bias``, or ``y[units] = N x`` and zero elsewhere, plus the bias.
 
-    The child ``N`` is a bias-free ``nn.Linear``, ``units`` a buffer, int32 [count], ascending. `side` says of what the
-    units are: ``inputs`` or ``outputs``. ``N`` starts as NaN.
+    The child ``N`` is a bias-free ``nn.Linear``, or a PackedLinear on a `grid`; ``units`` is a buffer, int32 [count],
+    ascending. `side` says of what the units are: ``inputs`` or ``outputs``. ``N`` starts as NaN.
     """
 
     units: torch.Tensor
     form = "narrow"
 
-    def __init__(self, linear: nn.Linear, side: str, count: int) -> None:
+    def __init__(self, linear: nn.Linear, side: str, count: int, grid: Grid | None = None) -> None:
         super().__init__()
         self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
         self.side = side
         like: dict[str, Any] = {"device": linear.weight.device, "dtype": linear.weight.dtype}
         shape = (count, self.out_features) if side == "inputs" else (self.in_features, count)
-        self.N = skip_init(nn.Linear, *shape, bias=False, **like)
-        with torch.no_grad():
-            self.N.weight.fill_(torch.nan)
+        self.N: Any
+        if grid is None:
+            self.N = skip_init(nn.Linear, *shape, bias=False, **like)
+            nn.init.constant_(self.N.weight, torch.nan)
+        else:
+            self.N = PackedLinear(*shape, grid, bias=False, **like)
         self.register_buffer("units", torch.arange(count, dtype=torch.int32, device=linear.weight.device))
 
     @property
     def spec(self) -> dict[str, Any]:
-        """How many units there are, by their side."""
-        return {self.side: len(self.units)}
+        """How many units there are, by their side, and the grid of integers."""
+        grid = {"grid": asdict(self.N.grid)} if isinstance(self.N, PackedLinear) else {}
+        return {self.side: len(self.units)} | grid
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map inputs [..., in] to [..., out]."""
@@ -57,7 +67,7 @@ class NarrowLinear(StoredLayer):
     def product(self) -> torch.Tensor:
         """The weight, zero where there are no units; ModelError where it is offloaded."""
         self.check_values()
-        W: torch.Tensor = self.N.weight
+        W: torch.Tensor = self.N.unpacked() if isinstance(self.N, PackedLinear) else self.N.weight
         return W.new_zeros(self.out_features, self.in_features).index_copy(
             1 if self.side == "inputs" else 0, self.units.long(), W
         )
@@ -78,72 +88,103 @@ class NarrowLinear(StoredLayer):
         units = self.units.long()
         if bool((units.diff() <= 0).any()) or not 0 <= int(units[0]) <= int(units[-1]) < most:
             raise ModelError(f"units: they are not ascending numbers of its {most} {self.side}")
+        if isinstance(self.N, PackedLinear):
+            self.N.loaded()
 
 
 class Narrow(Form):
     """``inputs`` or ``outputs``: how many units are kept, of those that an MLP computes and then reads.
 
-    Of the linear that reads them there are options; those that compute them follow (:mod:`spectrim.plan.units`), and
-    lose nothing, since what they leave out is not read.
+    ``grid`` (``bits``, ``group``, ``symmetric``) is that of integers; without it the weight on the units is floats.
+    The linear that reads the units chooses them. Those that compute them lose nothing but by rounding, since what they
+    leave out is not read; :mod:`spectrim.plan.units` says which options of theirs go together.
     """
 
     name = "narrow"
-    marker = "N.weight"
+    marker = "units"
+    searches = True
 
     def options(self, problem: Problem) -> Options:
-        """Widths in steps of a 64th of the units, fitted again, of a linear that reads the units of an MLP."""
-        linear, storage = problem.linear, problem.storage
-        if not storage.narrow or linear.role not in READERS or problem.fixed_bits or problem.quantize.plain:
-            return Options.listed(self.name, [])
-        counts = widths(linear.in_features, storage.multiple)
-        sizes = np.array([self.nbytes(linear, {"inputs": count}) for count in counts], np.int64)
-        error = problem.removal.error[[linear.in_features - count for count in counts]].numpy()
-        smaller = [n for n, size in enumerate(sizes.tolist()) if size < linear.nbytes]
-        return Options(self.name, sizes[smaller], error[smaller], lambda n: {"inputs": counts[smaller[n]]})
+        """Widths of a linear that reads or computes the units of an MLP: in floats, and in all bits that are allowed.
+
+        Floats come in steps of a 64th of the units, integers of a 16th, in whole groups.
+        """
+        linear, storage, reads = problem.linear, problem.storage, problem.linear.role in READERS
+        rows: list[tuple[int, float, Spec]] = []
+        if not storage.narrow or problem.quantize.plain or not (reads or problem.units):
+            return Options.listed(self.name, rows)
+        units = linear.in_features if reads else linear.out_features
+        side, error = _SIDES[not reads], problem.removal.error if reads else torch.zeros(units + 1)
+        if not problem.fixed_bits:
+            for count in widths(units, storage.multiple):
+                rows.append((self.nbytes(linear, {side: count}), float(error[units - count]), {side: count}))
+        if bits := allowed_bits(problem):
+            group = problem.quantize.group or 1
+            step = group * storage.multiple if units % group == 0 else storage.multiple
+            for count in widths(units, step, _PRICED):
+                few = remaining(problem, side, problem.removal.kept(count))
+                for each in bits:
+                    grid = grid_of(problem, each, few.linear.in_features)
+                    spec = {side: count, "grid": asdict(grid)}
+                    lost = float(error[units - count]) + float(noise(few, few.W, grid).sum())
+                    rows.append((self.nbytes(linear, spec), lost, spec))
+        return Options.listed(self.name, rows)
 
     def make(self, problem: Problem, spec: Spec) -> Tensors:
-        """The weight on the units that stay, fitted again, or the rows that compute them."""
+        """The weight on the units that stay, fitted again, or the rows that compute them; rounded on a grid."""
         layer = self.build(problem.empty(), spec)
-        if layer.side == "inputs":
-            kept = problem.removal.kept(len(layer.units))
-            W = fitted(problem.W, kept, problem.C)
-        else:
-            kept = (problem.removal if problem.units else removal(problem.W.T, problem.G, problem.C)).kept(
-                len(layer.units)
-            )
-            W = problem.W[kept]
+        reads = layer.side == "inputs"
+        order = problem.removal if reads or problem.units else removal(problem.W.T, problem.G, problem.C)
+        few = remaining(problem, layer.side, order.kept(len(layer.units)))
+        if isinstance(layer.N, PackedLinear):
+            layer.N.load(rounded(few, few.W, layer.N.grid, few.C, few.G, problem.linear.dtype))
         with torch.no_grad():
-            layer.N.weight.copy_(W)
-            layer.units.copy_(kept)
+            if isinstance(layer.N, nn.Linear):
+                layer.N.weight.copy_(few.W)
+            layer.units.copy_(order.kept(len(layer.units)))
         return layer.state_dict()
 
     def build(self, linear: nn.Linear, spec: Spec) -> NarrowLinear:
         """An empty NarrowLinear."""
-        side, count = next(iter(spec.items()), (None, None))
-        if len(spec) != 1 or side not in _SIDES:
+        grid = checked_grid(spec["grid"]) if "grid" in spec else None
+        side, count = next(((key, value) for key, value in spec.items() if key != "grid"), (None, None))
+        if len(spec) != 1 + (grid is not None) or side not in _SIDES:
             raise ModelError(f"{dict(spec)} does not say how many of its inputs, or of its outputs, are kept")
         most = linear.in_features if side == "inputs" else linear.out_features
         if type(count) is not int or not 0 < count <= most:
             raise ModelError(f"it has {most} {side}, and of those {count} cannot be kept")
-        layer = NarrowLinear(linear, str(side), count)
+        layer = NarrowLinear(linear, str(side), count, grid)
         layer.N.requires_grad_(linear.weight.requires_grad)
         return layer.train(linear.training)
 
+    def params(self, linear: Linear, spec: Spec) -> int:
+        """Numbers of the weight on the units."""
+        return spec["inputs"] * linear.out_features if "inputs" in spec else spec["outputs"] * linear.in_features
+
     def least(self, linear: Linear, quantize: QuantizePart) -> int:
-        """Bytes of the fewest units, where weights may be floats."""
-        floats = quantize.bits in (None, "auto") and not quantize.plain
-        return linear.nbytes // LEAST if floats else linear.nbytes
+        """Bytes of the fewest units in floats; not known before samples run where there may be integers."""
+        if quantize.plain:
+            return linear.nbytes
+        return 0 if quantize.takes(linear.role) else linear.nbytes // LEAST
 
 
-def widths(units: int, multiple: int = 1) -> list[int]:
-    """How many of so many units may be kept: from an eighth on, every 64th part, in multiples, without all of them."""
-    step = -(-max(1, units // STEPS) // multiple) * multiple
+def widths(units: int, multiple: int = 1, steps: int = STEPS) -> list[int]:
+    """How many of so many units may be kept: an eighth or more, in `steps` steps of a `multiple`, but not all."""
+    step = -(-max(1, units // steps) // multiple) * multiple
     return [count for count in range(step, units, step) if count * LEAST >= units]
 
 
-def nbytes(linear: Linear, count: int) -> int:
-    """Bytes of a linear with so many of its outputs."""
-    return count * (linear.in_features * linear.dtype.itemsize + torch.int32.itemsize)
+def remaining(problem: Problem, side: str, kept: torch.Tensor) -> Problem:
+    """What is left of a problem with the units `kept` [k] of its inputs, the weight fitted again, or of its outputs."""
+    C, output = problem.C, problem.output
+    if side == "inputs":
+        linear, W = replace(problem.linear, in_features=len(kept)), fitted(problem.W, kept, C)
+        C = None if C is None else C[kept] if C.ndim == 1 else C[kept][:, kept]
+    else:
+        linear, W = replace(problem.linear, out_features=len(kept)), problem.W[kept]
+        if (G := problem.G) is not None:
+            output = OutputMetric((BlockRoot(G[kept][:, kept][None]),), torch.ones(1).double())
+    return replace(problem, linear=linear, weight=lambda: W, metrics=lambda: (C, output), kept=None)
 
 
 register(Narrow())
