@@ -72,7 +72,7 @@ def stored_in(dtype: torch.dtype, model: Any, recipe: Recipe, statistics: Statis
 
 
 def rounded(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Round what is stored of a model's linears to a dtype, in place; it stays float32, and so does what is computed."""
+    """Round what is stored of the linears to a dtype, in place; it stays float32, and so does what is computed."""
     for layer in stored_layers(model).values():
         for tensor in layer.state_dict().values():
             if tensor.is_floating_point():
