@@ -30,10 +30,10 @@ ANCHORED = {"compensate.kind": "anchored"}
 
 
 def moments(X: torch.Tensor, T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    sums = ShiftedSum.zero(X.shape[1], X.device)
+    sums = ShiftedSum.zero(X.shape[1])
     for x, t in zip(X.split(7), T.split(7), strict=True):
         sums.add(x, {"a": t})
-    return sums.second / sums.count, sums.cross["a"] / sums.count
+    return sums.taken(), sums.cross["a"] / sums.count
 
 
 def test_the_closed_form_is_least_squares_on_the_activations():
@@ -128,7 +128,7 @@ def test_directions_that_no_sample_shows_keep_the_dense_weight():
 
 
 def test_what_is_not_finite_is_named():
-    sums, x = ShiftedSum.zero(3, torch.device("cpu")), torch.ones(4, 3)
+    sums, x = ShiftedSum.zero(3), torch.ones(4, 3)
     with pytest.raises(NumericalError, match=r"the target of layer\.q holds NaN"):
         sums.add(x, {"layer.q": x * torch.nan})
     with pytest.raises(NumericalError, match=r"the compressed input of layer\.q holds NaN"):

@@ -33,7 +33,7 @@ from spectrim.maths.roots import wide
 from spectrim.metrics.metric import chosen, joint_weights, layer_metric
 from spectrim.plan.maker import Maker
 from spectrim.plan.plan import Plan
-from spectrim.recipe import Recipe
+from spectrim.recipe import MetricPart, Recipe
 from spectrim.samples import Modality
 from spectrim.storage import Problem, Tensors, form, made
 
@@ -163,7 +163,7 @@ class Compensation:
             sums: dict[Modality, ShiftedSum] = {}
             for modality, x, targets in rows(unit, group, here, dense, left_out=False, averaged=averaged):
                 if modality not in sums:
-                    sums[modality] = ShiftedSum.zero(x.shape[-1], x.device)
+                    sums[modality] = ShiftedSum.zero(x.shape[-1])
                 sums[modality].add(x, targets)
             fits = self._fits(unit, group, sums)
             if how.weight == "auto":
@@ -171,7 +171,8 @@ class Compensation:
                 weights = shares(fits, judges, how.damping)
             else:
                 weights = dict.fromkeys(fits, how.weight)
-            solved = {name: self._linear(unit, name, fit, weights[name]) for name, fit in fits.items()}
+            # Each fit is let go of as soon as it is used: its moments may be gigabytes.
+            solved = {name: self._linear(unit, name, fits.pop(name), weights[name]) for name in [*fits]}
             solved = solved or {name: self._alone(name) for name in group.members}
             unit.compress(self._plan, solved)
             found |= solved
@@ -184,9 +185,7 @@ class Compensation:
             output = None
             if last is not None and self._recipe.metric.kind == "curvature":
                 whole = self._recipe.metric.model_copy(update={"per_head": False})
-                output = layer_metric(
-                    whole, unit.linears[last], self._statistics, values(unit.dense[last]).device
-                ).output
+                output = self._output(whole, unit, last)
             kept = [number for number, pair in enumerate(here) if not pair.left_out]
             samples = [(here[n].dense, here[n].small, here[n].counted) for n in kept]
             root = None if output is None else output.roots[0]
@@ -203,11 +202,11 @@ class Compensation:
         part = self._recipe.metric
         if not (taken := chosen(part, {modality: modality for modality in sums})):
             return {}
-        means = [(sums[m].second + sums[m].second.T) / (2 * sums[m].count) for m in taken]
-        weights = dict(zip(taken, joint_weights([float(mean.trace()) for mean in means], part.gamma), strict=True))
-        second, found = torch.zeros_like(means[0]), {}
-        for weight in weights.values():  # one after the other: they are as large as metrics
-            second += weight * means.pop(0)
+        traces = [sums[m].second.trace() / sums[m].count for m in taken]
+        weights, found = dict(zip(taken, joint_weights(traces, part.gamma), strict=True)), {}
+        second = sums[taken[0]].taken()
+        for modality in taken[1:]:
+            second.add_(sums[modality].taken(), alpha=weights[modality])
         for name in group.members:
             linear, W = unit.linears[name], values(unit.dense[name])
             cross = torch.zeros_like(sums[taken[0]].cross[name])
@@ -228,6 +227,7 @@ class Compensation:
         heads = form(row.form).heads(row.spec) or 1
         own = recipe.metric.model_copy(update={"kind": self._own_kind, "per_head": heads > 1})
         second, cross = blended(W, fit.second, fit.cross, fit.moment, weight)
+        del fit
         value: torch.Tensor | None = second
         if recipe.metric.kind != self._own_kind:  # it does not consist of second moments and is kept
             value = layer_metric(recipe.metric, linear, self._statistics, W.device).value
@@ -238,17 +238,21 @@ class Compensation:
             target = anchored_weight(W, second, cross, how.damping)
 
         def metrics() -> tuple[torch.Tensor | None, OutputMetric | None]:
-            return value, layer_metric(own, linear, self._statistics, W.device).output
+            return value, self._output(own, unit, name)
 
         units = self._maker.removal_of(name)
         given = recipe.storage, recipe.quantize
         problem = Problem(linear, lambda: target, metrics, *given, heads=heads, units=units)
         return made(problem, row.form, row.spec)
 
+    def _output(self, part: MetricPart, unit: Unit, name: str) -> OutputMetric | None:
+        device = values(unit.dense[name]).device
+        return layer_metric(part, unit.linears[name], self._statistics, device, inputs=False).output
+
     def _free(self) -> int:
         """Bytes that the memory leaves beside the model and what the largest linear is solved in."""
         solved = [(x.out_features, x.in_features) for unit in self._units.values() for x in unit.linears.values()]
-        most = max(8 * (8 * size**2 + 6 * out * size + 3 * out**2) for out, size in solved)
+        most = max(8 * (5 * size**2 + 6 * out * size + 4 * out**2) for out, size in solved)
         device = self._model.device
         return max(0, limit_bytes(self._memory, device) - held_memory(device) - most)
 

@@ -7,6 +7,7 @@ import torch
 
 from spectrim.errors import NumericalError
 from spectrim.maths.roots import check_finite, times_metric, wide
+from spectrim.maths.sums import Gram
 
 _ROUNDING = 1e-5  # relative error of products of float32, amply
 
@@ -18,14 +19,14 @@ class ShiftedSum:
     Like calibration moments, they are float32 products per batch into float64 sums.
     """
 
-    second: torch.Tensor  # Σ x' x'ᵀ  [in, in]
+    second: Gram  # Σ x' x'ᵀ  [in, in]
     cross: dict[str, torch.Tensor] = field(default_factory=dict)  # by linear: Σ t x'ᵀ  [out, in]
     count: int = 0  # positions
 
     @classmethod
-    def zero(cls, width: int, home: torch.device) -> "ShiftedSum":
-        """Zero sums, on the device ``home``."""
-        return cls(torch.zeros(width, width, dtype=torch.float64, device=home))
+    def zero(cls, width: int) -> "ShiftedSum":
+        """Zero sums."""
+        return cls(Gram(width))
 
     def add(self, x: torch.Tensor, targets: dict[str, torch.Tensor]) -> None:
         """Add inputs x' [positions, in] and, by linear, their targets [positions, out].
@@ -33,14 +34,20 @@ class ShiftedSum:
         Raises:
             NumericalError: NaN or infinity; names the linear.
         """
-        x = wide(x)
-        self.second += check_finite(f"the compressed input of {next(iter(targets))}", x.T @ x)
+        x = check_finite(f"the compressed input of {next(iter(targets))}", wide(x))
+        self.second.add(x, x.device)
         for name, target in targets.items():
             product = check_finite(f"the target of {name}", wide(target).T @ x)
             if name not in self.cross:
                 self.cross[name] = torch.zeros_like(product, dtype=torch.float64)
             self.cross[name] += product
         self.count += len(x)
+
+    def taken(self) -> torch.Tensor:
+        """E[x' x'ᵀ] [in, in] float64; the sum, which may be gigabytes, is let go of."""
+        mean = self.second.dense().div_(self.count)
+        self.second = Gram(len(mean))
+        return mean
 
 
 def blended(
@@ -59,8 +66,7 @@ def blended(
         dense: C = E[x xᵀ], [in, in] float64.
         weight: ω in [0, 1].
     """
-    kept = 1 - weight
-    return weight * second + kept * dense, weight * cross + kept * (W.double() @ dense)
+    return dense.lerp(second, weight), (W.double() @ dense).lerp(cross, weight)
 
 
 def anchored_weight(W: torch.Tensor, second: torch.Tensor, cross: torch.Tensor, damping: float) -> torch.Tensor:
@@ -82,14 +88,20 @@ def anchored_weight(W: torch.Tensor, second: torch.Tensor, cross: torch.Tensor, 
     Raises:
         NumericalError: C' is too ill-conditioned for δ.
     """
-    W, size = W.double(), len(second)
-    ridge = damping * float(second.trace()) / size
-    if ridge == 0:  # no input at all
-        return W
-    factor, failed = torch.linalg.cholesky_ex(second + ridge * torch.eye(size, dtype=W.dtype, device=W.device))
+    W = W.double()
+    return W + _ridge(cross - W @ second, second.clone(), damping)
+
+
+def _ridge(residual: torch.Tensor, H: torch.Tensor, damping: float) -> torch.Tensor:
+    """``residual (H + δ tr(H)/in I)⁻¹`` [out, in]; zero for a zero H, which is written to: it may be gigabytes."""
+    ridge = damping * H.trace() / len(H)
+    if not float(ridge):  # no input at all
+        return torch.zeros_like(residual)
+    H.diagonal().add_(ridge)
+    factor, failed = torch.linalg.cholesky_ex(H)
     if int(failed):
         raise NumericalError("the inputs are too ill-conditioned; raise compensate.damping")
-    return W + torch.cholesky_solve((cross - W @ second).T, factor).T
+    return torch.cholesky_solve(residual.T, factor).T
 
 
 def correction(
@@ -104,7 +116,8 @@ def correction(
         NumericalError: H is too ill-conditioned for δ.
     """
     half = 0.5
-    return (anchored_weight(W, *blended(W, second, cross, dense, half), damping) - W.double()) / half
+    H, target = blended(W, second, cross, dense, half)
+    return _ridge(target - W.double() @ H, H, damping) / half
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """From a weight and its metrics to a spectrum, and from directions to two factors (docs/methods.md, section 1)."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -28,9 +29,10 @@ class OutputMetric:
 
     def dense(self, out: int, device: torch.device | str = "cpu") -> torch.Tensor:
         """G [out, out] float64 in nats: zero between heads, and the multiple of the identity that a None stands for."""
-        eye = torch.eye(out // len(self.roots), dtype=torch.float64, device=device)
-        parts = zip(self.roots, self.nats.tolist(), strict=True)
-        return torch.block_diag(*(nats * (eye if root is None else root.metric_times(eye)) for root, nats in parts))
+        eye = partial(torch.eye, out // len(self.roots), dtype=torch.float64, device=device)
+        pairs = zip(self.roots, self.nats.tolist(), strict=True)
+        blocks = [nats * (eye() if root is None else root.dense()) for root, nats in pairs]
+        return blocks[0] if len(blocks) == 1 else torch.block_diag(*blocks)
 
 
 class Directions:

@@ -39,7 +39,7 @@ def removal(W: torch.Tensor, C: torch.Tensor | None = None, G: torch.Tensor | No
         G: metric of the outputs [out, out]; None for the identity.
     """
     V, size = W.double(), W.shape[1]
-    P = torch.linalg.inv(_damped(C, size, V))
+    P = _inverse(C, size, V)
     GV = V if G is None else G @ V
     left, gone, error = torch.arange(size, device=W.device), list[torch.Tensor](), [0.0]
     while len(left):
@@ -52,8 +52,10 @@ def removal(W: torch.Tensor, C: torch.Tensor | None = None, G: torch.Tensor | No
         error += [error[-1] + cost * (n + 1) / step for n in range(step)]
         gone.append(left[taken])
         V, GV = (M[:, ~taken] - M[:, taken] @ across for M in (V, GV))
-        P = P[~taken][:, ~taken] - P[~taken][:, taken] @ across
-        left = left[~taken]
+        kept = (~taken).nonzero()[:, 0]
+        side, P = P[kept][:, taken], P[kept[:, None], kept]
+        P.addmm_(side, across, alpha=-1)
+        left = left[kept]
     return Removal(torch.cat(gone), torch.tensor(error, dtype=torch.float64))
 
 
@@ -67,15 +69,24 @@ def fitted(W: torch.Tensor, kept: torch.Tensor, C: torch.Tensor | None = None) -
     if C is None or C.ndim == 1:
         return W[:, kept]
     rest = W.index_fill(1, kept, 0)
-    factor, failed = torch.linalg.cholesky_ex(_damped(C, len(C), W)[kept][:, kept])
+    inner = C[kept[:, None], kept]
+    inner.diagonal().add_(_damping(C))
+    factor, failed = torch.linalg.cholesky_ex(inner)
     if int(failed):  # no input at all
         return W[:, kept]
     return W[:, kept] + torch.cholesky_solve(times_metric(rest, C)[:, kept].T, factor).T
 
 
-def _damped(C: torch.Tensor | None, size: int, like: torch.Tensor) -> torch.Tensor:
-    eye = torch.eye(size, dtype=like.dtype, device=like.device)
+def _inverse(C: torch.Tensor | None, size: int, like: torch.Tensor) -> torch.Tensor:
     if C is None:
-        return eye
-    C = torch.diag(C) if C.ndim == 1 else C
-    return C + (_DAMPING * C.diagonal().mean()).clamp_min(1e-300) * eye
+        return torch.eye(size, dtype=like.dtype, device=like.device)
+    if C.ndim == 1:
+        return torch.diag(1 / (C + _damping(C)))
+    C = C.clone()
+    C.diagonal().add_(_damping(C))
+    return torch.linalg.inv(C)
+
+
+def _damping(C: torch.Tensor) -> torch.Tensor:
+    diagonal = C if C.ndim == 1 else C.diagonal()
+    return (_DAMPING * diagonal.mean()).clamp_min(1e-300)

@@ -56,6 +56,9 @@ class OutputRoot(Protocol):
     outputs than inputs needs none.
     """
 
+    def dense(self) -> torch.Tensor:
+        """G itself."""
+
     def metric_times(self, X: torch.Tensor) -> torch.Tensor:
         """``G X`` of X [out, n]."""
 
@@ -87,6 +90,10 @@ class BlockRoot:
 
     def _split(self, X: torch.Tensor) -> torch.Tensor:
         return X.reshape(len(self._blocks), self._blocks.shape[1], -1)
+
+    def dense(self) -> torch.Tensor:
+        """G itself, [out, out]."""
+        return self._blocks[0] if len(self._blocks) == 1 else torch.block_diag(*self._blocks)
 
     def metric_times(self, X: torch.Tensor) -> torch.Tensor:
         """``G X`` of X [out, n]."""
@@ -126,6 +133,12 @@ class LowRankRoot:
     def _stretch(self, X: torch.Tensor, power: int) -> torch.Tensor:
         Q, gain = self._factor
         return X + Q @ ((gain**power - 1) * (Q.T @ X))
+
+    def dense(self) -> torch.Tensor:
+        """G itself, [out, out]."""
+        G = self._V @ self._V.T
+        G.diagonal().add_(self._d[:, 0])
+        return G
 
     def metric_times(self, X: torch.Tensor) -> torch.Tensor:
         """``G X`` of X [out, n]."""

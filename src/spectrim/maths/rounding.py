@@ -259,17 +259,18 @@ def _triangular(
     if M is None or M.ndim == 1:
         weights = like.new_ones(size, dtype=torch.float64) if M is None else M.double()
         return torch.arange(size, device=like.device), weights, None
-    M = (M.double() + M.double().T) / 2
     order = M.diagonal().argsort(descending=True)
-    M = M[order][:, order]
-    M = M + damping * M.diagonal().mean().clamp_min(1e-300) * torch.eye(size, dtype=M.dtype, device=M.device)
-    lower, failed = torch.linalg.cholesky_ex(M.flip(0, 1))
+    last = order.flip(0)
+    M = M[last[:, None], last].double()  # a metric may be gigabytes: no more copies than there must be
+    M.diagonal().add_(damping * M.diagonal().mean().clamp_min(1e-300))
+    lower, failed = torch.linalg.cholesky_ex(M)
+    del M
     if int(failed) or not bool(lower.isfinite().all()):
         raise NumericalError("a metric of quantization is not positive definite; check the moments")
-    upper = lower.flip(0, 1)  # M = upper upperᵀ
-    weights = torch.empty_like(upper.diagonal())
-    weights[order] = upper.diagonal().square()
-    return order, weights, (upper / upper.diagonal()).triu(1)
+    weights = torch.empty_like(lower.diagonal())
+    weights[last] = lower.diagonal().square()
+    upper = lower.div_(lower.diagonal().clone()).flip(0, 1)  # M = upper diag(weights) upperᵀ
+    return order, weights, upper.triu_(1)
 
 
 def _by_columns(W: torch.Tensor, step: torch.Tensor, offset: torch.Tensor, T: torch.Tensor, grid: Grid) -> torch.Tensor:

@@ -117,7 +117,7 @@ def _weighted(shares: Sequence[float], tensors: Iterable[torch.Tensor]) -> torch
     each = iter(tensors)
     total = first * next(each)
     for share in rest:
-        total += share * next(each)
+        total.add_(next(each), alpha=share)
     return total
 
 

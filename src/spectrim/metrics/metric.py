@@ -38,9 +38,16 @@ class Metric:
 
 
 def layer_metric(
-    part: MetricPart, linear: Linear, statistics: Statistics | None, device: torch.device | str = "cpu"
+    part: MetricPart,
+    linear: Linear,
+    statistics: Statistics | None,
+    device: torch.device | str = "cpu",
+    *,
+    inputs: bool = True,
 ) -> Metric:
     """The metrics of one linear on `device`, where the roots of its output metric are computed, too.
+
+    Without `inputs` a second moment, which may be gigabytes, is not formed: ``value`` is None then.
 
     Raises:
         RecipeError: the recipe needs statistics that were not gathered; says how to gather them.
@@ -55,7 +62,7 @@ def layer_metric(
     if isinstance(read, ExpertStatistics) and part.modality == "joint":
         lean = read.lean(linear.name)  # modalities weigh as their losses do: by the expert's share of their tokens
         part = part.model_copy(update={"gamma": part.gamma * lean, "beta": part.beta * lean})
-    metric = _gathered(part, linear, read, device)
+    metric = _gathered(part, linear, read, device, inputs)
     if metric is not None and read is statistics:
         return metric
     reached = any(statistics.positions(linear.name, m) for m in statistics.manifest.data.modalities)
@@ -64,7 +71,9 @@ def layer_metric(
     return Metric(None, "identity" if reached else "unreached")
 
 
-def _gathered(part: MetricPart, linear: Linear, statistics: Statistics, device: torch.device | str) -> Metric | None:
+def _gathered(
+    part: MetricPart, linear: Linear, statistics: Statistics, device: torch.device | str, inputs: bool
+) -> Metric | None:
     """The metric from a linear's own moments; None where no sample of the modality reached it."""
     if part.kind == "fisher-rows":
         return _fisher_rows(linear, statistics, device)
@@ -79,11 +88,15 @@ def _gathered(part: MetricPart, linear: Linear, statistics: Statistics, device: 
         check_finite(f"the mean input of {linear.name}", means)
         floor = means.max() * 1e-6  # a channel that is always zero keeps its column
         return Metric((means.clamp_min(floor) ** (2 * part.alpha)).to(device), source)
-    value = check_finite(f"the second moment of {linear.name}", joint_second_moment(moments, part.gamma))
-    output = None
+    traces = [moment.gram.trace() / moment.count for moment in moments]
+    value = output = None
     if part.kind == "curvature":
-        output = output_metric(part, linear, statistics, by_modality, float(value.trace()), device)
-    return Metric(value.to(device), source, output)
+        trace = sum(w * t for w, t in zip(joint_weights(traces, part.gamma), traces, strict=True))
+        output = output_metric(part, linear, statistics, by_modality, trace, device)
+    if inputs:
+        joint = joint_second_moment(moments, part.gamma)
+        value = check_finite(f"the second moment of {linear.name}", joint).to(device)
+    return Metric(value, source, output)
 
 
 def joint_second_moment(moments: Sequence[Moment], gamma: float) -> torch.Tensor:

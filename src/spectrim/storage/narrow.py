@@ -179,11 +179,11 @@ def remaining(problem: Problem, side: str, kept: torch.Tensor) -> Problem:
     C, output = problem.C, problem.output
     if side == "inputs":
         linear, W = replace(problem.linear, in_features=len(kept)), fitted(problem.W, kept, C)
-        C = None if C is None else C[kept] if C.ndim == 1 else C[kept][:, kept]
+        C = None if C is None else C[kept] if C.ndim == 1 else C[kept[:, None], kept]
     else:
         linear, W = replace(problem.linear, out_features=len(kept)), problem.W[kept]
         if (G := problem.G) is not None:
-            output = OutputMetric((BlockRoot(G[kept][:, kept][None]),), torch.ones(1).double())
+            output = OutputMetric((BlockRoot(G[kept[:, None], kept][None]),), torch.ones(1).double())
     return replace(problem, linear=linear, weight=lambda: W, metrics=lambda: (C, output), kept=None)
 
 
