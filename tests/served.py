@@ -1,5 +1,6 @@
 """Compressed models that vLLM can serve on a CPU: its attention there takes heads of 32 numbers and more."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from compressed import cut_linears, factored, pack_nearest, packed
 from families import IMAGE, MOE, MROPE, PATCH, QWEN_TOKENS, TEXT, VIDEO, VISION_END, VISION_START, VOCAB, _seeded
 from spectrim.anatomy import anatomy
 from spectrim.maths.decompose import Rank
-from spectrim.maths.rounding import Grid
-from spectrim.storage import filled
+from spectrim.maths.rounding import Grid, quantize
+from spectrim.storage import form
 
 WIDE = {**TEXT, "hidden_size": 128, "initializer_range": 0.1}  # the usual 0.02 gives one token again and again
 SPECIAL = {
@@ -38,7 +39,7 @@ def llama(form: str, **changes: Any) -> hf.PreTrainedModel:
     if form == "integers":
         return with_integers(model, f"{one}.", f"{two}.")
     if form == "narrow":
-        return narrowed(model, {f"{one}.mlp": 40, f"{two}.mlp": 24})
+        return narrowed(model, {f"{one}.mlp": (40, None), f"{two}.mlp": (24, Grid(4, None))})
     if form != "mixed":
         return factored("llama", model, form)
     ranks: dict[str, Rank] = {
@@ -54,16 +55,22 @@ def llama(form: str, **changes: Any) -> hf.PreTrainedModel:
     return cut_linears(model, ranks, {f"{one}.mlp.gate_proj", f"{one}.mlp.down_proj", f"{two}.self_attn.v_proj"})
 
 
-def narrowed(model: hf.PreTrainedModel, counts: dict[str, int]) -> hf.PreTrainedModel:
-    """MLPs left with so many of their units, spread over all of them."""
-    for mlp, count in counts.items():
+def narrowed(model: hf.PreTrainedModel, counts: dict[str, tuple[int, Grid | None]]) -> hf.PreTrainedModel:
+    """MLPs left with so many of their units, spread over all of them, as integers where there is a grid."""
+    for mlp, (count, grid) in counts.items():
         for name, side in (("gate_proj", "outputs"), ("up_proj", "outputs"), ("down_proj", "inputs")):
             linear = model.get_submodule(f"{mlp}.{name}")
             W = linear.weight.detach() if side == "outputs" else linear.weight.detach().T
             units = torch.linspace(0, len(W) - 1, count).round().int()
             kept = W[units.long()] if side == "outputs" else W[units.long()].T.contiguous()
-            tensors = {"N.weight": kept, "units": units}
-            model.set_submodule(f"{mlp}.{name}", filled(linear, "narrow", {side: count}, tensors))
+            layer = form("narrow").build(linear, {side: count} | ({} if grid is None else {"grid": asdict(grid)}))
+            with torch.no_grad():
+                layer.units.copy_(units)
+                if grid is None:
+                    layer.N.weight.copy_(kept)
+                else:
+                    layer.N.load(quantize(kept, grid, dtype=kept.dtype))
+            model.set_submodule(f"{mlp}.{name}", layer)
     return model
 
 

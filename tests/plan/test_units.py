@@ -1,7 +1,8 @@
 """MLPs that lose units: which linears they are, and their options as one row of the allocation."""
 
+import json
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import product
 
 import numpy as np
@@ -13,6 +14,8 @@ import families
 from helpers.problems import problem
 from spectrim.anatomy import anatomy
 from spectrim.linear import Linear
+from spectrim.maths.removal import fitted
+from spectrim.maths.rounding import Grid, conditional, expected
 from spectrim.plan.options import menu
 from spectrim.plan.spend import Curve, spend
 from spectrim.plan.units import Units, units_of
@@ -113,3 +116,23 @@ def test_no_combination_beats_the_common_hull(quantize: str) -> None:
         assert cost <= costs[sizes <= size].min(initial=np.inf) * (1 + 1e-9) + 1e-15
     middle = int(joined.bytes[joined.front[0]] + joined.bytes[joined.front[-1]]) // 2
     assert joined.bytes[spend([joined], middle)[0]] <= middle
+
+
+@pytest.mark.parametrize("role", ["gate", "down"])
+def test_integers_of_every_width_are_priced_as_those_of_a_linear_of_that_size(role: str) -> None:
+    given = {"storage": StoragePart(narrow=True), "quantize": PARTS["any bits"], "decay": 0.3}
+    down = problem(8, 128, role="down", **given)
+    case = down if role == "down" else replace(problem(128, 8, role=role, seed=1, **given), units=lambda: down.removal)
+    options = form("narrow").options(case)
+    prices = {json.dumps(options.spec(n)): options.error[n] for n in range(len(options.bytes))}
+    side = "inputs" if role == "down" else "outputs"
+    for count in (32, 64, 96):
+        kept = down.removal.kept(count)
+        W = fitted(case.W, kept, case.C) if role == "down" else case.W[kept]
+        C, G = (case.C[kept][:, kept], case.G) if role == "down" else (case.C, case.G[kept][:, kept])
+        for bits in (2, 8):
+            grid = Grid(bits, 32 if role == "down" else None)
+            weights = [conditional(M, len(M), W) for M in (C, G)]
+            lost = float(expected(W.double(), grid, *weights, torch.float32).sum())
+            lost += float(down.removal.error[128 - count]) if role == "down" else 0.0
+            assert prices[json.dumps({side: count, "grid": asdict(grid)})] == pytest.approx(lost, rel=1e-6)

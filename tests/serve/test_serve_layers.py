@@ -2,6 +2,7 @@
 
 import warnings
 from copy import deepcopy
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ with warnings.catch_warnings():
 from spectrim.checkpoint import SpectrimConfig
 from spectrim.errors import CheckpointError
 from spectrim.maths.decompose import Rank
+from spectrim.maths.rounding import Grid, quantize
 from spectrim.serve.matrices import Matrix, PackedMatrix, kernel_here
 from spectrim.serve.plugin import FactoredConfig
 from spectrim.storage import form
@@ -202,22 +204,30 @@ def test_a_layer_that_loads_in_its_own_way_is_refused(process):
 
 
 @pytest.mark.parametrize("parallel", [1, 2])
-def test_other_forms_become_dense(parallel, process, caplog):
-    """Narrower linears: rows of gate and up, columns of down; and a form of somebody else's."""
+@pytest.mark.parametrize("bits", [None, 3])
+def test_narrower_linears_and_a_form_that_becomes_dense(bits, parallel, process, caplog):
+    """Rows of gate and up, columns of down; and a form of somebody else. Several processes have them dense."""
     torch.manual_seed(0)
     inner, hidden, count = 32, IN, 20
+    grid = None if bits is None else Grid(bits, None)
+    given = {} if grid is None else {"grid": asdict(grid)}
 
-    def made(out: int, size: int, kind: str, **spec: int) -> Any:
+    def made(out: int, size: int, kind: str, **spec: Any) -> Any:
         layer = form(kind).build(torch.nn.Linear(size, out), spec)
         with torch.no_grad():
-            for tensor in (layer.N.weight,) if kind == "narrow" else (layer.left, layer.right, layer.diagonal):
-                tensor.normal_()
-            if kind == "narrow":
-                layer.units.copy_(torch.randperm(inner)[:count].sort().values)
+            if kind != "narrow":
+                for tensor in (layer.left, layer.right, layer.diagonal):
+                    tensor.normal_()
+                return layer
+            layer.units.copy_(torch.randperm(inner)[:count].sort().values)
+            if grid is None:
+                layer.N.weight.normal_()
+            else:
+                layer.N.load(quantize(torch.randn(layer.N.out_features, layer.N.in_features), grid))
         return layer
 
-    gate, up = made(inner, hidden, "narrow", outputs=count), made(inner, hidden, "diagonal+low-rank", rank=3)
-    down, x = made(hidden, inner, "narrow", inputs=count), torch.randn(3, hidden)
+    gate, up = made(inner, hidden, "narrow", outputs=count, **given), made(inner, hidden, "diagonal+low-rank", rank=3)
+    down, x = made(hidden, inner, "narrow", inputs=count, **given), torch.randn(3, hidden)
     settings = config({"x.gate_proj": gate, "x.up_proj": up, "x.down": down})
     settings.packed_modules_mapping = {"gate_up_proj": ["gate_proj", "up_proj"]}
     total, halves = torch.zeros(3, hidden), []
@@ -241,6 +251,9 @@ def test_other_forms_become_dense(parallel, process, caplog):
         )  # fmt: skip
         fill(last, down)
         last.quant_method.process_weights_after_loading(last)
+        if parallel == 1:
+            assert merged.quant_method.pads
+            assert torch.equal(last.read, down.units)
         y = last(halves[-1][0])[0]
         total += y - (down.bias if parallel == 1 else 0)
     for found, layer in zip((torch.cat(part, -1) for part in zip(*halves, strict=True)), (gate, up), strict=True):

@@ -38,13 +38,14 @@ from spectrim.serve.matrices import Matrix, OwnMatrix, PackedMatrix, packed
 from spectrim.serve.served import Served, check_shape
 from spectrim.serve.shards import Piece, fused, row_shards
 from spectrim.storage import StoredLayer
+from spectrim.storage.narrow import Narrow, check_units, width
 from spectrim.storage.packed import PackedLinear
 
 AnyMatrix = Matrix | PackedMatrix | OwnMatrix
 
 _KINDS = (ReplicatedLinear, RowParallelLinear, ColumnParallelLinear, MergedColumnParallelLinear, QKVParallelLinear)
 _SHARDS = {"q": 0, "k": 1, "v": 2}
-_WORDS = ("weight_packed", "weight_zero_point", "pivots")
+_WORDS = ("weight_packed", "weight_zero_point", "pivots", "units")
 _DTYPES = {**dict.fromkeys(_WORDS, torch.int32), "weight_shape": torch.int64}  # of tensors that are no floats
 
 
@@ -83,10 +84,12 @@ class FactoredLinearMethod(LinearMethodBase):
         super().__init__()
         self.names, self.served, self.prefix = names, served, prefix
         self.dtype = torch.float32  # of inputs and outputs
+        self.pads = False  # whether some outputs are zero
         self.reduces = False  # whether the sum over processes is taken here, of what the first product gives
         self.pieces: list[Piece] = []
         self.missing: set[tuple[int, str]] = set()  # tensors by piece and name
         self.pivots: dict[int, torch.Tensor] = {}  # of the piece with this number
+        self.units: dict[int, torch.Tensor] = {}  # likewise, of one that has some of its inputs or outputs
         self.held: dict[tuple[int, str], PackedLinear] = {}  # integers of which some have arrived, by piece and part
         self.others: dict[int, StoredLayer] = {}  # linears of other forms of which some tensors have arrived, by piece
         self.targets: dict[tuple[int, str], list[Target]] = {}  # by piece and part
@@ -111,7 +114,7 @@ class FactoredLinearMethod(LinearMethodBase):
         layer.first = nn.ModuleList(first)
         layer.second = nn.ModuleList()
         for i, piece in enumerate(self.pieces):
-            read = spans[i, "" if piece.rank is None else "B"]
+            read = spans[i, piece.first]
             steps: list[tuple[Span, int | None]] = []
             if piece.rank is None or piece.pivoted:
                 steps.append((read, None))
@@ -219,19 +222,24 @@ class FactoredLinearMethod(LinearMethodBase):
                 f"vLLM merges {len(wholes)} linears into one that it says consists of {shortened(self.names)}; keep "
                 "these dense"
             )
-        return [
-            Piece(
-                name,
-                self.served.ranks.get(name),
-                name in self.served.pivoted,
-                (whole, inputs),
-                rows,
-                columns,
-                self.served.grids.get(name, {}),
-                self.served.layers.get(name) if not self.served.runs(name) else None,
-            )
-            for name, whole, rows in zip(self.names, wholes, shards, strict=True)
-        ]
+        triples = zip(self.names, wholes, shards, strict=True)
+        return [self._piece(name, (whole, inputs), rows, columns) for name, whole, rows in triples]
+
+    def _piece(self, name: str, shape: tuple[int, int], rows: tuple[range, ...], columns: range) -> Piece:
+        served, other = self.served, None if self.served.runs(name) else self.served.layers.get(name)
+        whole = (rows, columns) == ((range(shape[0]),), range(shape[1]))
+        if other is not None and other[0] == Narrow.name and whole:
+            with _fitting(name):
+                side, count, grid = width(other[1], shape[1], shape[0])
+            grids = {} if grid is None else {"N": grid}
+            if side == "outputs":
+                few = (count, shape[1])
+                return Piece(name, None, False, few, (range(count),), columns, grids, narrow=(side, shape[0]))
+            if len(self.names) == 1:  # all parts of a module read the same inputs
+                few = (shape[0], count)
+                return Piece(name, None, False, few, rows, range(count), grids, narrow=(side, shape[1]))
+        rank, grids = served.ranks.get(name), served.grids.get(name, {})
+        return Piece(name, rank, name in served.pivoted, shape, rows, columns, grids, other=other)
 
     def _load(self, layer: Any, name: str, slot: nn.Parameter, tensor: torch.Tensor, shard: Any = None) -> None:
         """Put the tensor `name` of a part where it is computed; vLLM calls this for every tensor of the module."""
@@ -256,8 +264,12 @@ class FactoredLinearMethod(LinearMethodBase):
             with _fitting(piece.name):
                 layer.loaded()
             found = layer.product()
-        if name == "pivots":
-            self.pivots[i] = tensor.to(slot.device)
+        if name == "units":
+            assert piece.narrow is not None
+            with _fitting(piece.name):
+                check_units(tensor, piece.narrow[1], piece.narrow[0])
+        if name in ("pivots", "units"):
+            (self.pivots if name == "pivots" else self.units)[i] = tensor.to(slot.device)
             return
         if part in piece.grids:
             if (i, part) not in self.held:
@@ -280,30 +292,43 @@ class FactoredLinearMethod(LinearMethodBase):
         if self.missing:
             missing = sorted(f"{self.pieces[i].name}.{name}" for i, name in self.missing)
             raise CheckpointError(f"the checkpoint lacks {shortened(missing)}; copy or compress it again")
-        orders, start = [], 0
+        orders, start, read = list[torch.Tensor](), 0, None
         for i, piece in enumerate(self.pieces):
-            order = torch.arange(piece.out, device=layer.weight.device)
-            width = piece.out
+            places = torch.arange(piece.out, device=layer.weight.device)
+            found = piece.out
             if piece.pivoted:
-                others, order = piece.unpivot(self.pivots[i])
+                others, places = piece.unpivot(self.pivots[i])
                 (target,) = self.targets[i, "A"]
                 assert isinstance(target.matrix, Matrix)
                 target.matrix.weight.data = target.matrix.weight.data[others]
-                width = piece.latents + len(others)
+                found = piece.latents + len(others)
                 if not len(others):
                     self.steps[i][0].pop()
-            orders.append(order + start)
-            start += width
-        layer.register_buffer("order", torch.cat(orders) if self.pivots else None, persistent=False)
+            elif piece.narrow is not None:
+                if piece.narrow[0] == "inputs":
+                    read = self.units[i]
+                else:
+                    places = piece.widened(self.units[i])
+            orders.append(torch.where(places < 0, places, places + start))
+            start += found
+        order = torch.cat(orders)
+        self.pads = bool((order < 0).any())  # outputs that are not there are zero, a last one besides
+        order[order < 0] = start
+        changes = self.pads or not torch.equal(order, torch.arange(start, device=order.device))
+        layer.register_buffer("order", order if changes else None, persistent=False)
+        layer.register_buffer("read", read, persistent=False)
         for matrix in (*layer.first, *layer.second):
             matrix.prepare()
         for name in {name.partition(".")[0] for piece in self.pieces for name in piece.tensors()} - {"weight"}:
             delattr(layer, name)  # the slots; an empty `weight` stays, for code that asks it for its device
         self.pivots.clear()
+        self.units.clear()
         self.targets.clear()
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Map x [..., inputs of this process] to the outputs of this process [..., out]."""
+        if layer.read is not None:
+            x = x.index_select(-1, layer.read)
         read = [matrix(x) for matrix in layer.first]
         if self.reduces:
             # Sums of latents are smaller than those of outputs. vLLM hands in the bias in one process alone.
@@ -319,5 +344,5 @@ class FactoredLinearMethod(LinearMethodBase):
             parts += made if rest is None else [torch.cat(made, dim=-1) + outputs(rest)]
         y = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
         if layer.order is not None:
-            y = y.index_select(-1, layer.order)
+            y = (nn.functional.pad(y, (0, 1)) if self.pads else y).index_select(-1, layer.order)
         return y if bias is None else y + bias

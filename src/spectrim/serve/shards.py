@@ -46,8 +46,10 @@ class Piece:
 
     `shape` [out, in] is that of the whole linear, `rank` None for a dense one. The process gives the outputs `rows`, in
     this order, and reads the inputs `columns`. `grids` are those of its integers by part: ``""`` for a dense weight, A,
-    A.0, B or R. `other` is a form that is none of these, and its spec: such a linear becomes a dense one. Raises
-    CheckpointError for ranks, integers and specs that the linear cannot have.
+    A.0, B, R or N. `narrow` is for a linear of which some ``inputs`` or ``outputs`` are there alone, whose weight N has
+    the `shape`: the name of that side, and how many there would be; no other process has a share of it. `other` is a
+    form that is none of these, and its spec: such a linear becomes a dense one. Raises CheckpointError for ranks,
+    integers and specs that the linear cannot have.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Piece:
     rows: tuple[range, ...]
     columns: range
     grids: Mapping[str, Grid] = field(default_factory=dict)
+    narrow: tuple[str, int] | None = None
     other: tuple[str, Spec] | None = None
     heads: tuple[int, ...] = field(init=False)  # those whose rows are needed, in the order of their latents
     blocks: tuple[Block, ...] = field(init=False)  # in the order of the outputs; none for a dense linear
@@ -91,6 +94,11 @@ class Piece:
         return sum(map(len, self.rows))
 
     @property
+    def first(self) -> str:
+        """The part that reads the inputs."""
+        return "N" if self.narrow else "" if self.rank is None else "B"
+
+    @property
     def latents(self) -> int:
         """How many rows the first product has: those of the dense weight, or of B for the heads at hand."""
         if self.rank is None:
@@ -108,7 +116,7 @@ class Piece:
         """Size [out, in] of every matrix of the whole linear, by part."""
         out, inputs = self.shape
         if self.rank is None:
-            return {"": self.shape}
+            return {self.first: self.shape}
         ranks = head_ranks(self.rank)
         k = sum(ranks)
         if isinstance(self.rank, int):
@@ -122,6 +130,8 @@ class Piece:
         if self.other is not None:
             return {name: tuple(tensor.shape) for name, tensor in self.stored(device="meta").state_dict().items()}
         found: dict[str, tuple[int, ...]] = {"pivots": (self.sizes()["B"][0],)} if self.pivoted else {}
+        if self.narrow is not None:
+            found["units"] = (self.shape[self.narrow[0] == "inputs"],)
         for part, size in self.sizes().items():
             held = {"weight": size}
             if part in self.grids:
@@ -155,10 +165,17 @@ class Piece:
         A dense weight; or B, whose rows are the latents, and R, whose outputs are added.
         """
         if self.rank is None:
-            return {"": self.rows}
+            return {self.first: self.rows}
         ranks = head_ranks(self.rank)
         rows = tuple(range(start := sum(ranks[:head]), start + ranks[head]) for head in self.heads)
         return {"B": rows} | ({"R": self.rows} if "R" in self.grids else {})
+
+    def widened(self, units: torch.Tensor) -> torch.Tensor:
+        """Where each of all outputs stands in those of N, −1 for those that are not there; int64."""
+        assert self.narrow is not None
+        places = torch.full((self.narrow[1],), -1, device=units.device)
+        places[units.long()] = torch.arange(len(units), device=units.device)
+        return places
 
     def unpivot(self, pivots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """``(others, order)``: the rows of A' that are needed, and where each output stands in [B'x; A'[others] B'x].

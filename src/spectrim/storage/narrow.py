@@ -12,7 +12,7 @@ from spectrim.linear import Linear
 from spectrim.maths.decompose import OutputMetric
 from spectrim.maths.removal import STEPS, fitted, removal
 from spectrim.maths.roots import BlockRoot
-from spectrim.maths.rounding import Grid
+from spectrim.maths.rounding import Grid, fitting_group
 from spectrim.recipe import QuantizePart
 from spectrim.storage.base import Form, Options, Spec, StoredLayer, Tensors, register
 from spectrim.storage.integers import allowed_bits, checked_grid, grid_of, noise, rounded
@@ -84,12 +84,16 @@ class NarrowLinear(StoredLayer):
         """Raises ModelError for units that are not different ones of its side."""
         if self.units.is_meta:
             return
-        most = self.in_features if self.side == "inputs" else self.out_features
-        units = self.units.long()
-        if bool((units.diff() <= 0).any()) or not 0 <= int(units[0]) <= int(units[-1]) < most:
-            raise ModelError(f"units: they are not ascending numbers of its {most} {self.side}")
+        check_units(self.units, self.in_features if self.side == "inputs" else self.out_features, self.side)
         if isinstance(self.N, PackedLinear):
             self.N.loaded()
+
+
+def check_units(units: torch.Tensor, most: int, side: str) -> None:
+    """Raise ModelError for units that are not ascending numbers of the inputs or outputs of a linear."""
+    units = units.long()
+    if bool((units.diff() <= 0).any()) or not 0 <= int(units[0]) <= int(units[-1]) < most:
+        raise ModelError(f"units: they are not ascending numbers of its {most} {side}")
 
 
 class Narrow(Form):
@@ -118,16 +122,21 @@ class Narrow(Form):
         if not problem.fixed_bits:
             for count in widths(units, storage.multiple):
                 rows.append((self.nbytes(linear, {side: count}), float(error[units - count]), {side: count}))
-        if bits := allowed_bits(problem):
-            group = problem.quantize.group or 1
-            step = group * storage.multiple if units % group == 0 else storage.multiple
-            for count in widths(units, step, _PRICED):
-                few = remaining(problem, side, problem.removal.kept(count))
-                for each in bits:
-                    grid = grid_of(problem, each, few.linear.in_features)
-                    spec = {side: count, "grid": asdict(grid)}
-                    lost = float(error[units - count]) + float(noise(few, few.W, grid).sum())
-                    rows.append((self.nbytes(linear, spec), lost, spec))
+        grids = {bits: grid_of(problem, bits, linear.in_features) for bits in allowed_bits(problem)}
+        # A row is rounded as it is whatever others there are; columns are fitted again, and groups hold others.
+        alone = torch.ones(linear.out_features, dtype=torch.float64, device=problem.W.device)
+        by_row = {
+            bits: noise(problem, problem.W, grid, outputs=alone).sum(1) for bits, grid in grids.items() if not reads
+        }
+        step = fitting_group(units, problem.quantize.group) or 1
+        for count in widths(units, step * storage.multiple, _PRICED) if grids else ():
+            kept = problem.removal.kept(count)
+            few = remaining(problem, side, kept)
+            for bits in grids:
+                grid = grid_of(problem, bits, few.linear.in_features)
+                each = noise(few, few.W, grid) if reads else by_row[bits][kept] * few.residual_weights[1]
+                spec = {side: count, "grid": asdict(grid)}
+                rows.append((self.nbytes(linear, spec), float(error[units - count]) + float(each.sum()), spec))
         return Options.listed(self.name, rows)
 
     def make(self, problem: Problem, spec: Spec) -> Tensors:
@@ -146,14 +155,7 @@ class Narrow(Form):
 
     def build(self, linear: nn.Linear, spec: Spec) -> NarrowLinear:
         """An empty NarrowLinear."""
-        grid = checked_grid(spec["grid"]) if "grid" in spec else None
-        side, count = next(((key, value) for key, value in spec.items() if key != "grid"), (None, None))
-        if len(spec) != 1 + (grid is not None) or side not in _SIDES:
-            raise ModelError(f"{dict(spec)} does not say how many of its inputs, or of its outputs, are kept")
-        most = linear.in_features if side == "inputs" else linear.out_features
-        if type(count) is not int or not 0 < count <= most:
-            raise ModelError(f"it has {most} {side}, and of those {count} cannot be kept")
-        layer = NarrowLinear(linear, str(side), count, grid)
+        layer = NarrowLinear(linear, *width(spec, linear.in_features, linear.out_features))
         layer.N.requires_grad_(linear.weight.requires_grad)
         return layer.train(linear.training)
 
@@ -166,6 +168,18 @@ class Narrow(Form):
         if quantize.plain:
             return linear.nbytes
         return 0 if quantize.takes(linear.role) else linear.nbytes // LEAST
+
+
+def width(spec: Spec, size: int, out: int) -> tuple[str, int, Grid | None]:
+    """The side, the number of units and the grid of a spec. Raises ModelError where a linear cannot have it."""
+    grid = checked_grid(spec["grid"]) if "grid" in spec else None
+    side, count = next(((key, value) for key, value in spec.items() if key != "grid"), ("", None))
+    if len(spec) != 1 + (grid is not None) or side not in _SIDES:
+        raise ModelError(f"{dict(spec)} does not say how many of its inputs, or of its outputs, are kept")
+    most = size if side == "inputs" else out
+    if type(count) is not int or not 0 < count <= most:
+        raise ModelError(f"it has {most} {side}, and of those {count} cannot be kept")
+    return side, count, grid
 
 
 def widths(units: int, multiple: int = 1, steps: int = STEPS) -> list[int]:
