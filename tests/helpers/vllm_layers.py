@@ -56,7 +56,7 @@ def fill(layer: Any, source: torch.nn.Module, shard: str | None = None) -> None:
     tensors = dict(source.state_dict())
     if isinstance(source, LowRankLinear | PackedLinear):
         tensors["weight"] = torch.empty(0)
-    for name, tensor in tensors.items():
+    for name, tensor in sorted(tensors.items()):  # as they come from a file
         slot = layer.get_parameter(name)
         slot.weight_loader(slot, tensor.clone(), *([] if shard is None else [shard]))
 

@@ -84,7 +84,7 @@ def llama_cases(home: Path) -> Cases:
     job = {**cases["integers"][0], "dtype": "float16", "tokens": 12}  # some matrices stay integers
     model = load(home / "integers", dtype=torch.float16)
     cases["integers, 16 bits"] = job, greedy(model, 12, input_ids=torch.tensor([IDS]))
-    for form in ("mixed", "integers"):
+    for form in ("mixed", "integers", "narrow"):
         job, wanted = cases[form]
         cases[f"{form}, compiled"] = {**job, "eager": False}, wanted
     return cases

@@ -264,12 +264,13 @@ class FactoredLinearMethod(LinearMethodBase):
             with _fitting(piece.name):
                 layer.loaded()
             found = layer.product()
-        if name == "units":
-            assert piece.narrow is not None
+        elif name == "pivots":
+            self.pivots[i] = tensor.to(slot.device)
+            return
+        elif piece.narrow is not None and name == "units":
             with _fitting(piece.name):
                 check_units(tensor, piece.narrow[1], piece.narrow[0])
-        if name in ("pivots", "units"):
-            (self.pivots if name == "pivots" else self.units)[i] = tensor.to(slot.device)
+            self.units[i] = tensor.to(slot.device)
             return
         if part in piece.grids:
             if (i, part) not in self.held:
