@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 
 from spectrim.errors import NumericalError
-from spectrim.maths.roots import check_finite, times_metric, wide
+from spectrim.maths.roots import check_finite, solved, times_metric, wide
 from spectrim.maths.sums import Gram
 
 _ROUNDING = 1e-5  # relative error of products of float32, amply
@@ -101,7 +101,7 @@ def _ridge(residual: torch.Tensor, H: torch.Tensor, damping: float) -> torch.Ten
     factor, failed = torch.linalg.cholesky_ex(H)
     if int(failed):
         raise NumericalError("the inputs are too ill-conditioned; raise compensate.damping")
-    return torch.cholesky_solve(residual.T, factor).T
+    return solved(residual, factor)
 
 
 def correction(

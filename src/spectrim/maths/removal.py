@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 import torch
 
-from spectrim.maths.roots import times_metric
+from spectrim.maths.roots import solved, times_metric
 
 _DAMPING = 1e-8  # of the metric, as a share of the mean of its diagonal, where it is inverted
+_DENSE = 0.75  # share of inputs that are left, below which the others are cut out of what is worked on
 STEPS = 64  # in which units are removed: those of one step together
 
 
@@ -38,24 +39,26 @@ def removal(W: torch.Tensor, C: torch.Tensor | None = None, G: torch.Tensor | No
         C: metric of the inputs: None for the identity, [in] for a diagonal, or [in, in].
         G: metric of the outputs [out, out]; None for the identity.
     """
-    V, size = W.double(), W.shape[1]
+    V, size = W.double().clone(), W.shape[1]
     P = _inverse(C, size, V)
-    GV = V if G is None else G @ V
+    GV = V.clone() if G is None else G @ V
     left, gone, error = torch.arange(size, device=W.device), list[torch.Tensor](), [0.0]
-    while len(left):
-        step = min(len(left), max(1, size // STEPS))
-        taken = torch.zeros(len(left), dtype=torch.bool, device=W.device)
-        taken[((GV * V).sum(0) / P.diagonal()).argsort()[:step]] = True
-        moved = torch.linalg.solve(P[taken][:, taken], torch.cat([P[taken][:, ~taken], V[:, taken].T], 1))
-        across, inner = moved.split((len(left) - step, len(V)), dim=1)
+    alive = torch.ones(size, dtype=torch.bool, device=W.device)
+    for start in range(0, size, every := max(1, size // STEPS)):
+        step = min(every, size - start)
+        costs = (GV * V).sum(0) / P.diagonal()
+        taken = costs.where(alive, torch.inf).argsort()[:step]
+        moved = torch.linalg.solve(P[taken[:, None], taken], torch.cat([P[taken], V[:, taken].T], 1))
+        across, inner = moved.split((len(left), len(V)), dim=1)
         cost = max(0.0, float((GV[:, taken].T * inner).sum()))
         error += [error[-1] + cost * (n + 1) / step for n in range(step)]
         gone.append(left[taken])
-        V, GV = (M[:, ~taken] - M[:, taken] @ across for M in (V, GV))
-        kept = (~taken).nonzero()[:, 0]
-        side, P = P[kept][:, taken], P[kept[:, None], kept]
-        P.addmm_(side, across, alpha=-1)
-        left = left[kept]
+        for M in (V, GV, P):  # whose columns of these inputs become zero, as do the rows of P
+            M.addmm_(M[:, taken], across, alpha=-1)
+        alive[taken] = False
+        if int(alive.sum()) < _DENSE * len(alive):
+            rest = alive.nonzero()[:, 0]
+            left, V, GV, P, alive = left[rest], V[:, rest], GV[:, rest], P[rest[:, None], rest], alive[rest]
     return Removal(torch.cat(gone), torch.tensor(error, dtype=torch.float64))
 
 
@@ -74,7 +77,7 @@ def fitted(W: torch.Tensor, kept: torch.Tensor, C: torch.Tensor | None = None) -
     factor, failed = torch.linalg.cholesky_ex(inner)
     if int(failed):  # no input at all
         return W[:, kept]
-    return W[:, kept] + torch.cholesky_solve(times_metric(rest, C)[:, kept].T, factor).T
+    return W[:, kept] + solved(times_metric(rest, C)[:, kept], factor)
 
 
 def _inverse(C: torch.Tensor | None, size: int, like: torch.Tensor) -> torch.Tensor:
@@ -84,7 +87,11 @@ def _inverse(C: torch.Tensor | None, size: int, like: torch.Tensor) -> torch.Ten
         return torch.diag(1 / (C + _damping(C)))
     C = C.clone()
     C.diagonal().add_(_damping(C))
-    return torch.linalg.inv(C)
+    factor, failed = torch.linalg.cholesky_ex(C)
+    if int(failed):
+        return torch.linalg.inv(C)
+    del C  # it may be gigabytes
+    return torch.cholesky_inverse(factor)
 
 
 def _damping(C: torch.Tensor) -> torch.Tensor:

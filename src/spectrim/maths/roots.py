@@ -175,6 +175,12 @@ def times_metric(X: torch.Tensor, metric: torch.Tensor | None) -> torch.Tensor:
     return X * metric if metric.ndim == 1 else X @ metric
 
 
+def solved(X: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """``X M⁻¹`` of X [out, n], from Cholesky's lower factor of M [n, n]; `cholesky_solve` would copy the factor."""
+    half = torch.linalg.solve_triangular(factor.T, X, upper=True, left=False)
+    return torch.linalg.solve_triangular(factor, half, upper=False, left=False)
+
+
 def left_basis(X: torch.Tensor, metric: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """The spectrum of ``X R`` on the side of the outputs, from the input metric ``R Rᵀ`` alone.
 
