@@ -22,6 +22,7 @@ from spectrim.storage.problem import Problem
 READERS = ("down", "fc2")  # roles of the linears that read the units of an MLP
 LEAST = 8  # an eighth of the units is always kept; factors are smaller
 _SIDES = ("inputs", "outputs")
+_KERNEL = 32  # inputs and outputs of integers that kernels take are multiples of it
 _PRICED = 16  # widths of integers are steps of so many: each has to be rounded to be priced
 
 
@@ -111,7 +112,7 @@ class Narrow(Form):
     def options(self, problem: Problem) -> Options:
         """Widths of a linear that reads or computes the units of an MLP: in floats, and in all bits that are allowed.
 
-        Floats come in steps of a 64th of the units, integers of a 16th, in whole groups.
+        Floats come in steps of a 64th of the units, integers of a 16th, in whole groups, or such as kernels take.
         """
         linear, storage, reads = problem.linear, problem.storage, problem.linear.role in READERS
         rows: list[tuple[int, float, Spec]] = []
@@ -128,7 +129,7 @@ class Narrow(Form):
         by_row = {
             bits: noise(problem, problem.W, grid, outputs=alone).sum(1) for bits, grid in grids.items() if not reads
         }
-        step = fitting_group(units, problem.quantize.group) or 1
+        step = fitting_group(units, problem.quantize.group) or fitting_group(units, _KERNEL) or 1
         for count in widths(units, step * storage.multiple, _PRICED) if grids else ():
             kept = problem.removal.kept(count)
             few = remaining(problem, side, kept)
