@@ -9,6 +9,7 @@ from torch import nn
 from spectrim.linear import Linear
 from spectrim.plan.options import Menu
 from spectrim.plan.spend import Curve
+from spectrim.storage import DENSE, Options
 from spectrim.storage.narrow import READERS, Narrow
 
 _COMPUTE = {"down": ("gate", "up", "gate_up"), "fc2": ("fc1",)}
@@ -94,8 +95,10 @@ def _places(menu: Menu) -> dict[int | None, list[int]]:
 
 
 def _as_wide(menu: Menu) -> Menu:
-    """A menu without narrow options."""
-    return replace(menu, parts=[part for part in menu.parts if part.form != Narrow.name])
+    """A menu without narrow options; the dense weight where there are no others."""
+    parts = [part for part in menu.parts if part.form != Narrow.name]
+    dense = Options.listed(DENSE, [(menu.linear.nbytes, 0.0, {})])
+    return replace(menu, parts=parts if any(len(part.bytes) for part in parts) else [dense])
 
 
 def _together(curves: Sequence[Curve], numbers: Sequence[list[int]]) -> np.ndarray:
