@@ -8,15 +8,19 @@ Speed asks for shapes only. Checkpoints that are in OUT already are taken.
 """
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from spectrim.anatomy import Anatomy
 from spectrim.bench import bench
 from spectrim.checkpoint import save
 from spectrim.pipeline import compression
+from spectrim.plan.plan import Plan, plan_row
+from spectrim.plan.units import units_of
 
 FORMS: dict[str, tuple[float, dict[str, Any]]] = {
     "factors at 40 %": (0.4, {}),
@@ -26,6 +30,22 @@ FORMS: dict[str, tuple[float, dict[str, Any]]] = {
     "3 bits": (0.21, {"quantize.bits": 3}),
     "2 bits": (0.15, {"quantize.bits": 2}),
 }
+NARROW: dict[str, tuple[str, float]] = {  # MLPs of the form with a share of their units
+    "factors at 40 %, narrow MLPs": ("factors at 40 %", 0.4),
+    "4 bits, narrow MLPs (3/4)": ("4 bits", 0.75),
+}
+
+
+def with_narrow_mlps(plan: Plan, parts: Anatomy, share: float) -> Plan:
+    """The plan with so many of the units of every MLP, in the integers that it has for them."""
+    rows = dict(plan.linears)
+    for reader, first in units_of(parts.linears).items():
+        count = int(share * parts.linear(reader).in_features) // 128 * 128
+        for name in (*first, reader):
+            grid = {"grid": rows[name].spec} if rows[name].form == "integers" else {}
+            spec = {"inputs" if name == reader else "outputs": count} | grid
+            rows[name] = plan_row(parts.linear(name), "narrow", spec)
+    return plan.model_copy(update={"linears": rows})
 
 
 def random_llama(shape: str) -> LlamaForCausalLM:
@@ -55,11 +75,15 @@ def main() -> None:
     found = {"dense": args.out / "dense"}
     if not found["dense"].exists():
         save(model, found["dense"])
-    for name, (retain, changes) in FORMS.items():
-        found[name] = args.out / name.replace(" ", "-").replace("%", "percent")
+    for name in (*FORMS, *NARROW):
+        form, share = NARROW.get(name, (name, None))
+        retain, changes = FORMS[form]
+        found[name] = args.out / re.sub(r"\W+", "-", name.replace("%", "percent")).strip("-")
         if not found[name].exists():
             with compression(model, "svd", changes={**changes, "quantize.method": "rtn"}) as prepared:
-                prepared.save(prepared.plan(retain), found[name])
+                plan = prepared.plan(retain)
+                plan = plan if share is None else with_narrow_mlps(plan, prepared.parts, share)
+                prepared.save(plan, found[name])
     batches = [int(batch) for batch in args.batch.split(",")]
     sizes = {"prompt": args.prompt, "new": args.new, "repeats": args.repeats}
     how = {"engine": args.engine, "runtime": args.runtime, **sizes}
