@@ -96,7 +96,7 @@ class StoragePart(_Part):
     a ``multiple`` each, or one multiple that is ``equal`` for all heads of a layer. ``experts`` says whether ``each``
     expert has its own form, ranks and bits, or all experts of a layer have the ``same`` in one role, which kernels for
     all of them need. ``narrow`` lets the allocation take hidden units out of MLPs: rows of gate and up, columns of
-    down, which is then fitted again.
+    down, which is then fitted again; it has no effect under other rules than loss-aware, and with adaComp.
     """
 
     pivoted: bool = False
@@ -235,6 +235,12 @@ class Recipe(_Part):
         return self.metric.kind == "fisher-rows"
 
     @property
+    def stored(self) -> StoragePart:
+        """`storage`, ``narrow`` only where losses are compared, and where compensation can fit such layers."""
+        narrow = self.storage.narrow and self.allocation.rule == "loss-aware" and self.compensate.kind != "adacomp"
+        return self.storage.model_copy(update={"narrow": narrow})
+
+    @property
     def needs_curvature(self) -> bool:
         """Whether that calibration must gather moments of output gradients."""
         return self.metric.kind == "curvature"
@@ -243,8 +249,6 @@ class Recipe(_Part):
     def _consistent(self) -> "Recipe":
         if self.allocation.rule == "loss-aware" and self.metric.kind != "curvature":
             raise ValueError("allocation 'loss-aware' needs predicted losses; set metric.kind=curvature")
-        if self.storage.narrow and self.allocation.rule != "loss-aware":
-            raise ValueError("storage.narrow compares predicted losses; set allocation.rule=loss-aware")
         if self.quantize.plain and (self.quantize.bits not in PLAIN_BITS or not self.quantize.symmetric):
             raise ValueError(
                 "quantize.format 'compressed-tensors' holds dense integers on one symmetric grid of "

@@ -10,7 +10,7 @@ from helpers.samples import processor
 from helpers.streams import batches
 from spectrim.anatomy import anatomy
 from spectrim.checkpoint import load
-from spectrim.errors import BudgetError, RecipeError
+from spectrim.errors import BudgetError
 from spectrim.maths.rounding import error
 from spectrim.pipeline import compress, compression
 from spectrim.plan.plan import Plan, plan_row
@@ -126,5 +126,24 @@ def test_plans_whose_units_do_not_agree_are_refused(calibrated):
         rows = plan.linears | {reader: plan_row(prepared.parts.linear(reader))}
         with pytest.raises(BudgetError, match=f"units to '{first}' and has .* read by '{reader}'; give both"):
             Plan(recipe="spectrim", linears=rows).fitted(anatomy(model))
-    with pytest.raises(RecipeError, match=r"storage\.narrow compares predicted losses"):
-        Recipe.read("jw-svd", {"storage.narrow": True})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"allocation.rule": "uniform"},
+        {"allocation.rule": "global-energy", "quantize.bits": "auto"},
+        {"compensate.kind": "adacomp"},
+        {"quantize.bits": 4, "quantize.format": "compressed-tensors"},
+        {"storage.narrow": False},
+    ],
+)
+def test_units_stay_where_nothing_compares_or_fits_or_stores_them(changes, calibrated):
+    """The default recipe has narrower MLPs; what is changed of it alone goes on working."""
+    model, statistics = calibrated["llama"]
+    assert Recipe.read("spectrim").stored.narrow
+    with compression(model, "spectrim", stats=statistics, processor=processor("llama"), changes=changes) as prepared:
+        plan = prepared.plan(0.5)
+        assert "narrow" not in {row.form for row in plan.linears.values()}
+        with prepared.applied(plan):
+            pass

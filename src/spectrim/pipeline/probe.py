@@ -130,7 +130,7 @@ def _try(model: PreTrainedModel, linear: Linear, recipe: Recipe, statistics: Sta
         linear,
         lambda: W,
         lambda: (metric.value, metric.output),
-        recipe.storage,
+        recipe.stored,
         recipe.quantize,
         heads=heads,
         kept=spectrum,

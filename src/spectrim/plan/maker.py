@@ -58,7 +58,7 @@ class Maker:
             linear,
             lambda: check_finite(f"the weight of {linear.name}", weight),
             metrics,
-            self._recipe.storage,
+            self._recipe.stored,
             self._recipe.quantize,
             heads=spectrum.heads if heads is None else heads,
             kept=spectrum if as_kept else None,
@@ -68,7 +68,7 @@ class Maker:
     @cached_property
     def units(self) -> Mapping[str, tuple[str, ...]]:
         """The MLPs that may lose units (see :func:`spectrim.plan.units.units_of`); none where the recipe has none."""
-        return units_of(self._parts.linears, self._model) if self._recipe.storage.narrow else {}
+        return units_of(self._parts.linears, self._model) if self._recipe.stored.narrow else {}
 
     def removal_of(self, name: str) -> Callable[[], Removal] | None:
         """What gives the order in which the units go that a linear computes or reads; None for other linears."""
@@ -95,7 +95,7 @@ class Maker:
         if progress is not None:
             progress(0, len(linears))
         with ExitStack() as stack:
-            searches = self._recipe.quantize.bits is not None or self._recipe.storage.narrow
+            searches = self._recipe.quantize.bits is not None or self._recipe.stored.narrow
             if searches and not all(path.exists() for path in paths.values()):
                 stack.enter_context(self._writing())
             for done, linear in enumerate(linears):
@@ -139,8 +139,7 @@ class Maker:
         """Where options, and what was made of them, are kept; named by all that they depend on."""
         recipe, directory = self._recipe, self._spectra.directory
         parts = [
-            part.model_dump(mode="json", exclude={"embeddings", "experts"})
-            for part in (recipe.storage, recipe.quantize)
+            part.model_dump(mode="json", exclude={"embeddings", "experts"}) for part in (recipe.stored, recipe.quantize)
         ]
         content = [VERSION, directory.name, *parts, [x.name for x in forms() if x.searches]]
         key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
