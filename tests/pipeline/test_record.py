@@ -31,13 +31,19 @@ def dense(words, tmp_path_factory):
 
 @torch.no_grad()
 def changes_of(checkpoint, dense_directory) -> dict[str, torch.Tensor]:
-    """By linear: how the weight [out, in] of the function that the loaded layer computes differs from the dense one."""
+    """By linear: how the weight [out, in] of the function that the loaded layer computes differs from the dense one.
+
+    Outputs that a narrower MLP leaves out are read by nothing, and change nothing.
+    """
     small, before = load(checkpoint), load(dense_directory)
     found = {}
     for name, layer in stored_layers(small).items():
         y = layer.double()(torch.eye(layer.in_features, dtype=torch.float64))
         W = y.T if layer.bias is None else (y - layer.bias).T
         found[name] = W - before.get_submodule(name).weight.double()
+        if layer.spec.get("outputs"):
+            left_out = set(range(layer.out_features)) - set(layer.units.tolist())
+            found[name][sorted(left_out)] = 0
     return found
 
 

@@ -110,7 +110,8 @@ def test_the_predicted_loss_of_an_option_is_that_of_its_tensors(statistics):
 
 def test_it_saves_loads_generates_evaluates_and_dequantizes_in_a_fresh_process(statistics, words, tmp_path):
     model, reader = diagonal_model(), processor("llama")
-    with compression(model, "spectrim", stats=statistics, processor=reader) as prepared:
+    given = {"stats": statistics, "processor": reader, "changes": {"storage.narrow": False}}
+    with compression(model, "spectrim", **given) as prepared:
         plan = prepared.plan(0.5)
         directory = prepared.save(plan, tmp_path / "small", processor=reader, keep=True)
     assert Plan.read(directory / "plan.json", anatomy(diagonal_model())).bytes == plan.bytes
