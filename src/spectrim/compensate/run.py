@@ -241,7 +241,7 @@ class Compensation:
             return value, self._output(own, unit, name)
 
         units = self._maker.removal_of(name)
-        given = recipe.storage, recipe.quantize
+        given = recipe.stored, recipe.quantize
         problem = Problem(linear, lambda: target, metrics, *given, heads=heads, units=units)
         return made(problem, row.form, row.spec)
 

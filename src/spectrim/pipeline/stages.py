@@ -1,7 +1,7 @@
 """One dense model under one recipe: spectra → plan → factors (compensated or not) → checkpoint."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import asdict
@@ -109,23 +109,23 @@ class Compression:
         curves = units.joined(teams.joined({x.name: curve(rule, menus[x.name], wanted(x.name)) for x in free}))
         for table in priced_tables(self.recipe, self.parts, budget):
             curves[table.name] = curve(rule, self._tables.menus[table.name], None)
+        every = list(curves.values())
 
-        def within(share: int) -> Plan:
-            numbers = spend(list(curves.values()), share)
+        def chosen(numbers: Iterable[int]) -> Plan:
             return self._chosen(budget, menus, teams.each(units.each(dict(zip(curves, numbers, strict=True)))))
 
-        smallest = {name: int(options.front[0]) for name, options in curves.items()}
-        least = sum(int(curves[name].bytes[number]) for name, number in smallest.items())
+        smallest = [int(options.front[0]) for options in every]
+        least = sum(int(options.bytes[number]) for options, number in zip(every, smallest, strict=True))
         if budget.size is None:
             if least > share:
                 raise too_small(self.recipe, budget, self.sizes, share, least)
-            return within(share)
-        limit, best = budget.size_bytes, self._chosen(budget, menus, teams.each(units.each(smallest)))
+            return chosen(spend(every, share))
+        limit, best = budget.size_bytes, chosen(smallest)
         if (over := self.sizes.counted(best, budget) - limit) > 0:
             raise too_small(self.recipe, budget, self.sizes, share, share + over)
         low, high = least, share + 1
         while high - low > 1:  # names take bytes, too: more of them where linears are made of more tensors
-            plan = within(share)
+            plan = chosen(spend(every, share))
             over = self.sizes.counted(plan, budget) - limit
             if over > 0:
                 high = share

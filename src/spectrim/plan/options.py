@@ -70,9 +70,14 @@ def menu(problem: Problem, kept: Path | None = None) -> Menu:
     dense = problem.linear.nbytes
     found = [form.options(problem) for form in quick] + [_smaller(part, dense) for part in parts]
     if not any(len(part.bytes) for part in found):  # no integers are smaller than the weight
-        found = [Options.listed(DENSE, [(dense, 0.0, {})])]
+        found = [dense_alone(problem.linear)]
     heads = problem.spectrum.heads
     return Menu(problem.linear, found, problem.left, heads, problem.storage.pivoted and heads == 1)
+
+
+def dense_alone(linear: Linear) -> Options:
+    """The dense weight, where there is no other option."""
+    return Options.listed(DENSE, [(linear.nbytes, 0.0, {})])
 
 
 def _smaller(part: Options, dense: int) -> Options:

@@ -7,9 +7,8 @@ import numpy as np
 from torch import nn
 
 from spectrim.linear import Linear
-from spectrim.plan.options import Menu
+from spectrim.plan.options import Menu, dense_alone
 from spectrim.plan.spend import Curve
-from spectrim.storage import DENSE, Options
 from spectrim.storage.narrow import READERS, Narrow
 
 _COMPUTE = {"down": ("gate", "up", "gate_up"), "fc2": ("fc1",)}
@@ -97,8 +96,7 @@ def _places(menu: Menu) -> dict[int | None, list[int]]:
 def _as_wide(menu: Menu) -> Menu:
     """A menu without narrow options; the dense weight where there are no others."""
     parts = [part for part in menu.parts if part.form != Narrow.name]
-    dense = Options.listed(DENSE, [(menu.linear.nbytes, 0.0, {})])
-    return replace(menu, parts=parts if any(len(part.bytes) for part in parts) else [dense])
+    return replace(menu, parts=parts if any(len(part.bytes) for part in parts) else [dense_alone(menu.linear)])
 
 
 def _together(curves: Sequence[Curve], numbers: Sequence[list[int]]) -> np.ndarray:

@@ -123,17 +123,18 @@ class Narrow(Form):
         if not problem.fixed_bits:
             for count in widths(units, storage.multiple):
                 rows.append((self.nbytes(linear, {side: count}), float(error[units - count]), {side: count}))
-        grids = {bits: grid_of(problem, bits, linear.in_features) for bits in allowed_bits(problem)}
         # A row is rounded as it is whatever others there are; columns are fitted again, and groups hold others.
-        alone = torch.ones(linear.out_features, dtype=torch.float64, device=problem.W.device)
-        by_row = {
-            bits: noise(problem, problem.W, grid, outputs=alone).sum(1) for bits, grid in grids.items() if not reads
-        }
+        by_row: dict[int, torch.Tensor] = {}
+        if not reads:
+            alone = torch.ones(units, dtype=torch.float64, device=problem.W.device)
+            for bits in allowed_bits(problem):
+                grid = grid_of(problem, bits, linear.in_features)
+                by_row[bits] = noise(problem, problem.W, grid, outputs=alone).sum(1)
         step = fitting_group(units, problem.quantize.group) or fitting_group(units, _KERNEL) or 1
-        for count in widths(units, step * storage.multiple, _PRICED) if grids else ():
+        for count in widths(units, step * storage.multiple, _PRICED) if allowed_bits(problem) else ():
             kept = problem.removal.kept(count)
             few = remaining(problem, side, kept)
-            for bits in grids:
+            for bits in allowed_bits(problem):
                 grid = grid_of(problem, bits, few.linear.in_features)
                 each = noise(few, few.W, grid) if reads else by_row[bits][kept] * few.residual_weights[1]
                 spec = {side: count, "grid": asdict(grid)}
@@ -145,13 +146,14 @@ class Narrow(Form):
         layer = self.build(problem.empty(), spec)
         reads = layer.side == "inputs"
         order = problem.removal if reads or problem.units else removal(problem.W.T, problem.G, problem.C)
-        few = remaining(problem, layer.side, order.kept(len(layer.units)))
+        kept = order.kept(len(layer.units))
+        few = remaining(problem, layer.side, kept)
         if isinstance(layer.N, PackedLinear):
             layer.N.load(rounded(few, few.W, layer.N.grid, few.C, few.G, problem.linear.dtype))
         with torch.no_grad():
             if isinstance(layer.N, nn.Linear):
                 layer.N.weight.copy_(few.W)
-            layer.units.copy_(order.kept(len(layer.units)))
+            layer.units.copy_(kept)
         return layer.state_dict()
 
     def build(self, linear: nn.Linear, spec: Spec) -> NarrowLinear:
