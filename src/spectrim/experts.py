@@ -23,8 +23,10 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 from transformers.integrations import moe
 
+from spectrim.kernels.grouped import group, in_groups
 from spectrim.kernels.stacked import ROWS, stack, together
 
+GROUPS = "_spectrim_groups"  # the attribute with `Group`s by role, where integers of several experts run at once
 _LAYOUT = "_spectrim_experts"  # the attribute by which an unfused module is known
 _NAMES = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 _ALL_TOKENS: ContextVar[bool] = ContextVar("all_tokens", default=False)
@@ -219,6 +221,7 @@ def _join(module: Any) -> None:
     for number in range(known.experts):
         delattr(module, str(number))
     delattr(module, _LAYOUT)
+    vars(module).pop(GROUPS, None)
     del module.forward
 
 
@@ -258,7 +261,8 @@ def _run(module: Any, hidden_states: torch.Tensor, indices: torch.Tensor, weight
     run = lambda number, x: _expert(module, known, _linears(module, known, number), x)  # noqa: E731
     if hidden_states.is_meta:  # nobody knows which are hit
         return sum(run(number, hidden_states) for number in range(known.experts))  # type: ignore[return-value]
-    if len(hidden_states) == 1 and not _ALL_TOKENS.get() and max(numbers := chosen.tolist()) < known.experts:
+    alone = len(hidden_states) == 1 and not _ALL_TOKENS.get() and not vars(module).get(GROUPS)
+    if alone and max(numbers := chosen.tolist()) < known.experts:
         y = torch.cat([run(number, hidden_states) for number in numbers])  # nothing to sort
         return (y * weights.reshape(-1, 1)).sum(0, keepdim=True).to(hidden_states.dtype)
     order = chosen.argsort(stable=True)
@@ -269,7 +273,9 @@ def _run(module: Any, hidden_states: torch.Tensor, indices: torch.Tensor, weight
         y = torch.cat([run(number, hidden_states)[mine] for mine, number in every])
     else:
         x = hidden_states.index_select(0, rows)
-        if (linears := _together(module, known, counts, x)) is not None:
+        if (grouped := _grouped(module, known, counts, x)) is not None:
+            y = _expert(module, known, grouped, x)
+        elif (linears := _together(module, known, counts, x)) is not None:
             slots = [number * max(counts) + row for number, count in enumerate(counts) for row in range(count)]
             places = torch.tensor(slots, device=x.device)
             padded = x.new_zeros(known.experts * max(counts), x.shape[1]).index_copy_(0, places, x)
@@ -296,12 +302,30 @@ def _together(module: Any, known: Layout, counts: list[int], x: torch.Tensor) ->
     return found if len(found) == len(known.names) else None
 
 
+def _grouped(module: Any, known: Layout, counts: list[int], x: torch.Tensor) -> dict[str, Callable[..., Any]] | None:
+    """By role what runs that linear of all experts on a GPU, integers of one grid at once; None without any."""
+    groups = vars(module).get(GROUPS)
+    if not groups or not len(x) or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    linears = [_linears(module, known, number) for number in range(known.experts)]
+    return {role: in_groups([one[role] for one in linears], groups[role], counts) for role in known.names}
+
+
 def stack_experts(model: nn.Module) -> None:
-    """Put weights of one shape of all experts of a layer side by side, so that few tokens run through all at once."""
+    """Put weights of one kind of all experts of a layer side by side, so that tokens run through all at once."""
     for module in model.modules():
-        linears = [_linears(module, vars(module)[_LAYOUT], number) for number in range(unfused(module))]
-        for role in linears[0] if linears else ():
-            stack([each[role] for each in linears])
+        if not unfused(module):
+            continue
+        known: Layout = vars(module)[_LAYOUT]
+        linears = [_linears(module, known, number) for number in range(known.experts)]
+        groups = {}
+        for role in known.names:
+            each = [one[role] for one in linears]
+            stack(each)
+            groups[role] = group(each)
+        vars(module).pop(GROUPS, None)
+        if any(groups.values()):
+            setattr(module, GROUPS, groups)
 
 
 def _run_blocks(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "gpu"
 
@@ -53,6 +54,27 @@ def test_latent_decode(run, tmp_path):
     assert [row["tokens"] for row in record["model"]] == [32, 64]
     assert "the largest error is" in text
     assert text.count("PASS") + text.count("FAIL") == 9
+
+
+def test_experts(run, tmp_path):
+    text = run("experts", "--small", "--json", str(tmp_path / "rows.json"))
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert {row["way"] for row in rows} == {"dense, grouped_mm", "dense, eager", "4 bits"}
+    assert len(rows) == 4 * 3
+    assert text.count("PASS") + text.count("FAIL") == 4
+
+
+def test_experts_in_grouped_products_and_one_by_one(run, grouped_products):
+    run("experts", "--small", "--limit", "0")  # imports it
+    x, weights = torch.randn(3, 64).bfloat16(), torch.ones(3, 2).bfloat16()
+    routes, found = torch.tensor([[0, 1], [1, 2], [0, 2]]), {}
+    for name, experts in sys.modules["experts"].ways_of(True, torch.device("cpu")).items():
+        grouped_products.clear()
+        with torch.no_grad():
+            found[name] = experts(x, routes, weights).float()
+        assert grouped_products == [8, 8, 8] * (name == "4 bits")
+    error = (found["4 bits"] - found["4 bits, one by one"]).norm() / found["4 bits"].norm()
+    assert error < 0.02
 
 
 def test_scale(run, tmp_path):

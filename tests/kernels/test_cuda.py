@@ -6,7 +6,6 @@ import logging
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -90,56 +89,7 @@ def test_hummings_own_packing_makes_the_same_bytes(tmp_path):
         assert torch.equal(back - (1 << bits - 1), unpack(words, bits, 96).int())
 
 
-# What is chosen, with a stand-in for humming
-
-
-class Schema:
-    """humming's reader of compressed-tensors, which names the tensors anew."""
-
-    def __init__(self, *, num_bits, strategy, group_size, symmetric, **rest):
-        assert rest == {"format": "pack-quantized", "type": "int"}
-        assert (strategy == "channel") == (group_size is None)
-        self.bits, self.symmetric = num_bits, symmetric
-
-    def convert_humming(self, tensors, out, size, dtype, device):
-        assert ("weight_zero_point" in tensors) == (not self.symmetric)
-        names = {"weight_packed": "weight", "weight_scale": "weight_scale", "weight_zero_point": "zero_point"}
-        return self, {names[key]: tensor.clone() for key, tensor in tensors.items()}
-
-
-def transform(tensors, out, size, schema, *, pad_n_to_multiple, pad_k_to_multiple, torch_dtype, device):
-    """A layout that nobody can take for the packed words."""
-    assert tensors["weight_scale"].dtype == torch_dtype
-    return (out, size, schema.bits), tensors | {"weight": tensors["weight"].T.contiguous()}
-
-
-def forward(config, *, inputs, weight, weight_scale, zero_point, locks):
-    """The product as humming documents it: codes less zero points, or less the middle, times scales."""
-    out, size, bits = config
-    assert locks.dtype == torch.int32
-    codes = unpack(weight.T.contiguous(), bits, size).float().unflatten(1, (weight_scale.shape[1], -1))
-    if zero_point is not None:
-        codes = codes - unpack(zero_point.T, bits, out).T.float()[..., None]
-    return (inputs.float() @ (codes * weight_scale.float()[..., None]).flatten(1).T).to(inputs.dtype)
-
-
-@pytest.fixture
-def gpu(monkeypatch):
-    """The CPU passes for a GPU with humming."""
-    parts = {
-        "humming": {},
-        "humming.schema": {"CompressedTensorsWeightSchema": Schema},
-        "humming.transform": {"prepare_and_transform_humming_tensors": transform},
-        "humming.forward": {"humming_forward": forward},
-    }
-    for name, members in parts.items():
-        module = ModuleType(name)
-        vars(module).update(members)
-        monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(cuda, "takes", lambda scale: scale.dtype in (torch.float16, torch.bfloat16))
-    monkeypatch.setattr(cuda, "unpacked", lambda *_: None)
-    cuda._SAID.clear()
-    return monkeypatch
+# What is chosen, with a stand-in for humming (humming_stand_in.py)
 
 
 @pytest.mark.parametrize("runtime", ["auto", "speed", "memory"])
@@ -207,7 +157,8 @@ def test_without_humming_weights_are_unpacked_and_that_is_said_once(gpu, caplog)
 
 
 def test_a_product_that_is_not_that_of_the_weight_is_refused(gpu, caplog):
-    gpu.setattr(sys.modules["humming.forward"], "humming_forward", lambda *a, **k: forward(*a, **k) * 1.1)
+    product = sys.modules["humming.forward"].humming_forward
+    gpu.setattr(sys.modules["humming.forward"], "humming_forward", lambda *a, **k: product(*a, **k) * 1.1)
     with caplog.at_level(logging.WARNING, "spectrim"):
         assert layer(Grid(4, 32)).run_as("auto") == "packed"
     assert "its product is off by" in caplog.text

@@ -17,7 +17,9 @@ logger = logging.getLogger("spectrim")
 BITS = (2, 3, 4, 8)
 GROUPS = (None, 32, 64, 128)
 _OUTPUTS, _INPUTS = 128, 128  # humming pads a weight to multiples of these, which its faster kernels ask for
-_TOLERANCE = 0.02  # of a product against that of the unpacked weight, relative; bfloat16 rounds to 0.004
+HELD = ("codes", "scales", "zeros", "locks")  # the tensors of a `Layout`
+_GROUPED = '{"gemm_type": "grouped_contiguous"}'  # humming's name for a product of several weights, one after another
+TOLERANCE = 0.02  # of a product against that of the unpacked weight, relative; bfloat16 rounds to 0.004
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def prepare(
             x = torch.randn(2, shape[1], dtype=scale.dtype, device=scale.device, generator=numbers)
             truth = x.float() @ dense().float().T
             error = (product(x, layout).float() - truth).norm() / truth.norm().clamp_min(1e-30)
-            if error < _TOLERANCE:
+            if error < TOLERANCE:
                 return layout
             kind, reason = "product", f"its product is off by {float(error):.2g}"
         except Exception as failed:  # no package, no compiler, a shape that it asserts away: all have the same remedy
@@ -133,10 +135,14 @@ def humming_schema(grid: tuple[int, int | None], symmetric: bool) -> Any:
     )
 
 
-def product(x: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """``x Wᵀ`` of x [rows, in] in the dtype of the scales, [rows, out]; any number of rows."""
+def product(x: torch.Tensor, layout: Layout, starts: torch.Tensor | None = None) -> torch.Tensor:
+    """``x Wᵀ`` of x [rows, in] in the dtype of the scales, [rows, out]; any number of rows.
+
+    With n weights side by side (`grouped.group`), `starts`, int32 [n + 1], says where the rows of each begin and end.
+    """
     from humming.forward import humming_forward
 
+    several = {} if starts is None else {"expert_layout": starts, "compute_config": _GROUPED}
     y: torch.Tensor = humming_forward(
         layout.config,
         inputs=x.contiguous(),
@@ -144,6 +150,7 @@ def product(x: torch.Tensor, layout: Layout) -> torch.Tensor:
         weight_scale=layout.scales,
         zero_point=layout.zeros,
         locks=layout.locks,
+        **several,
     )
     return y
 

@@ -157,8 +157,8 @@ class PackedLinear(StoredLayer):
         """``x Wᵀ`` [rows, out] of x [rows, in] by a kernel that reads the layout."""
         held: dict[str, Any] = self._buffers
         codes, scales = held["layout_codes"], held["layout_scales"]
-        if self.layout == "humming":
-            return cuda.product(x, cuda.Layout(self._humming, codes, scales, self.layout_zeros, self.layout_locks))
+        if (layout := self.gpu_layout) is not None:
+            return cuda.product(x, layout)
         if self.layout == "int8":
             return int8_product(x, codes, scales)
         if self.layout == "planes":
@@ -208,12 +208,23 @@ class PackedLinear(StoredLayer):
         grid = self.grid.bits, self.grid.group
         found = cuda.prepare(words, self.weight_scale, self.weight_zero_point, grid, shape, self.unpacked)
         if found is not None:
-            self.layout, self._humming, self._host_words = "humming", found.config, words.cpu()
-            self.most_rows = inf
-            for name in ("codes", "scales", "zeros", "locks"):
-                self.register_buffer(f"layout_{name}", getattr(found, name), persistent=False)
+            self.layout, self._host_words, self.most_rows = "humming", words.cpu(), inf
+            self.gpu_layout = found
             self.weight_packed = words.new_empty(0)
         return self.layout
+
+    @property
+    def gpu_layout(self) -> cuda.Layout | None:
+        """humming's layout of the weight; None where the layer runs in another one."""
+        if self.layout != "humming":
+            return None
+        return cuda.Layout(self._humming, *(self._buffers[f"layout_{name}"] for name in cuda.HELD))  # type: ignore[arg-type]
+
+    @gpu_layout.setter
+    def gpu_layout(self, found: cuda.Layout) -> None:
+        self._humming = found.config
+        for name in cuda.HELD:
+            self.register_buffer(f"layout_{name}", getattr(found, name), persistent=False)
 
     def _words(self) -> torch.Tensor:
         """The packed words on the device of the scales."""
