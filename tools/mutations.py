@@ -242,7 +242,7 @@ MUTATIONS = [
     # metric
     M("image sums not balanced", "metrics/metric.py", "return [1.0, gamma * (traces[0] / traces[1])]", "return [1.0, gamma]"),
     M("balance upside down", "metrics/metric.py", "gamma * (traces[0] / traces[1])", "gamma * (traces[1] / traces[0])"),
-    M("sums in place of means", "metrics/metric.py", "means = [moment.second.div_(moment.count) for moment in moments]", "means = [moment.second for moment in moments]"),
+    M("sums in place of means", "metrics/metric.py", "means = (moment.second.div_(moment.count) for moment in moments)", "means = (moment.second for moment in moments)"),
     M("means of modalities added", "metrics/metric.py", "/ sum(m.count for m in moments)", "/ moments[0].count"),
     M("alpha not doubled", "metrics/metric.py", "** (2 * part.alpha)", "** part.alpha"),
     M("unreached: always the identity", "metrics/metric.py", "if not moments and part.unreached == \"image\" and \"image\" in gathered:", "if False:"),

@@ -12,7 +12,7 @@ from spectrim.calibrate.moments import GradMoment
 from spectrim.errors import NumericalError, RecipeError
 from spectrim.linear import Linear
 from spectrim.maths.sums import Gram
-from spectrim.metrics.metric import joint_second_moment, layer_metric
+from spectrim.metrics.metric import joint_second_moment, joint_weights, layer_metric
 from spectrim.recipe import MetricPart, Recipe
 
 IN = 6
@@ -102,7 +102,8 @@ def test_joint_whitening_ignores_scale_and_number_of_images():
 def test_a_modality_that_is_silent_leaves_the_other(silent):
     moments = [moment(0 * TEXT), moment(IMAGE)] if silent == "text" else [moment(TEXT), moment(0 * IMAGE)]
     heard = IMAGE if silent == "text" else TEXT
-    torch.testing.assert_close(joint_second_moment(moments, 0.3), heard.T @ heard / len(heard))
+    weights = joint_weights([float(one.second.trace()) for one in moments], 0.3)
+    torch.testing.assert_close(joint_second_moment(moments, weights), heard.T @ heard / len(heard))
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])

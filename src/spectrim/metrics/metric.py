@@ -89,25 +89,28 @@ def _gathered(
         floor = means.max() * 1e-6  # a channel that is always zero keeps its column
         return Metric((means.clamp_min(floor) ** (2 * part.alpha)).to(device), source)
     traces = [moment.gram.trace() / moment.count for moment in moments]
+    weights = joint_weights(traces, part.gamma)
     value = output = None
     if part.kind == "curvature":
-        trace = sum(w * t for w, t in zip(joint_weights(traces, part.gamma), traces, strict=True))
+        trace = sum(weight * each for weight, each in zip(weights, traces, strict=True))
         output = output_metric(part, linear, statistics, by_modality, trace, device)
     if inputs:
-        joint = joint_second_moment(moments, part.gamma)
+        joint = joint_second_moment(moments, weights)
         value = check_finite(f"the second moment of {linear.name}", joint).to(device)
     return Metric(value, source, output)
 
 
-def joint_second_moment(moments: Sequence[Moment], gamma: float) -> torch.Tensor:
+def joint_second_moment(moments: Sequence[Moment], weights: Sequence[float]) -> torch.Tensor:
     """``C_T + γ α C_I`` with ``α = tr C_T / tr C_I``, of means over positions; [in, in] float64.
 
-    JW-SVD (Li et al., ACL 2026), section 4.1: the trace ratio gives both modalities one scale, γ weighs them. One
-    moment alone is returned as its mean.
+    JW-SVD (Li et al., ACL 2026), section 4.1: the trace ratio gives both modalities one scale, γ weighs them; `weights`
+    are those of `joint_weights`. One moment alone is returned as its mean.
     """
-    means = [moment.second.div_(moment.count) for moment in moments]  # in place: they may be gigabytes
-    weights = joint_weights([float(mean.trace()) for mean in means], gamma)
-    return means[0] if len(means) == 1 else means[0].add_(means[1].mul_(weights[1]))
+    means = (moment.second.div_(moment.count) for moment in moments)  # in place, one by one: they may be gigabytes
+    joint = next(means)
+    for mean, weight in zip(means, weights[1:], strict=True):
+        joint.add_(mean, alpha=weight)
+    return joint
 
 
 def summed(
