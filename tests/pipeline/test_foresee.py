@@ -13,9 +13,10 @@ from spectrim.checkpoint import load, read_provenance
 from spectrim.checkpoint.read import load_empty
 from spectrim.checkpoint.size import saved_tensors
 from spectrim.demo import resolve
-from spectrim.pipeline import job_compression, probe
+from spectrim.pipeline import compression, job_compression, probe, run
 from spectrim.pipeline.budget import Budget
 from spectrim.pipeline.jobs import check_job
+from spectrim.plan.maker import solving
 from spectrim.recipe import Recipe
 from spectrim.tune import pace
 
@@ -101,3 +102,61 @@ def test_a_model_without_values_has_the_shapes_of_one_with_them(family, tmp_path
 
 def test_the_built_in_model_without_values():
     assert anatomy(load_empty(resolve("demo"))) == anatomy(load(resolve("demo")))
+
+
+def warned(dense, memory, changes=None, recipe="spectrim", keep=None):
+    """What is logged of memory before a compression starts."""
+    changes = {"compensate.kind": "none"} | (changes or {}) | ({"allocation.keep": keep} if keep else {})
+    given = {"stats": dense[1], "processor": processor("llava"), "changes": changes, "memory": memory}
+    with compression(load(dense[0]), recipe, **given):
+        pass
+
+
+def test_a_linear_that_takes_more_memory_than_there_is_gets_a_line_before_anything_starts(dense, caplog, monkeypatch):
+    monkeypatch.setattr(run, "held_memory", lambda _: 2**30)
+    warned(dense, "2GiB")
+    assert not caplog.messages
+    alone = Recipe.read("spectrim", {"compensate.kind": "none"})
+    widest = max(anatomy(load(dense[0])).linears, key=lambda linear: solving(linear, alone)).name
+    warned(dense, "1.0001GiB")
+    (line,) = caplog.messages
+    assert widest in line
+    assert "--memory 1.0001GiB leaves 0.0 GiB" in line
+    caplog.clear()
+    warned(dense, "1.0001GiB", keep=["*"])  # all stay dense
+    assert not caplog.messages
+    monkeypatch.setattr(run, "limit_bytes", lambda memory, _: 2**30 if memory is None else 0)
+    warned(dense, None)
+    assert "the machine has 0.0 GiB" in caplog.text
+
+
+def test_what_the_steps_of_a_linear_take_follows_the_recipe(dense):
+    down = next(x for x in anatomy(load(dense[0])).linears if x.role == "down")
+    taken = {
+        name: solving(down, Recipe.read(recipe, changes))
+        for name, recipe, changes in (
+            ("plain", "svd", {}),
+            ("inputs", "svd-llm", {"compensate.kind": "none"}),
+            ("both", "curvature", {"compensate.kind": "none"}),
+            ("compensated", "spectrim", {}),
+            ("integers", "curvature", {"quantize.bits": 4, "compensate.kind": "none"}),
+        )
+    }
+    out, size = down.out_features, down.in_features
+    assert taken["plain"] == 8 * 6 * out * size
+    assert taken["inputs"] - taken["plain"] == 8 * 3 * size**2
+    assert taken["both"] - taken["inputs"] == 8 * 3 * out**2
+    assert taken["compensated"] == taken["integers"] == 8 * (5 * size**2 + 4 * out**2 + 6 * out * size)
+
+
+def test_the_estimate_counts_linears_that_are_too_wide_to_be_tried(dense, monkeypatch, tmp_path):
+    monkeypatch.setattr(probe, "_SECONDS", -1)  # after the first kind
+    monkeypatch.setattr(probe, "solving", lambda linear, _: 2**33)
+    directory, statistics = dense
+    model = load(directory)
+    job = check_job(
+        str(directory), tmp_path / "out", recipe="laser", budgets=[Budget(retain=0.5)], changes=None, plan=None,
+        stats=statistics, overwrite=False, samples={},
+    )  # fmt: skip
+    found = probe.foresee(model, anatomy(model), job, statistics, processor("llava"), statistics.path / "spectra")
+    assert found.memory > 2**33

@@ -31,7 +31,7 @@ from spectrim.maths.closed_form import ShiftedSum, anchored_weight, blended
 from spectrim.maths.decompose import OutputMetric
 from spectrim.maths.roots import wide
 from spectrim.metrics.metric import chosen, joint_weights, layer_metric
-from spectrim.plan.maker import Maker
+from spectrim.plan.maker import Maker, solving
 from spectrim.plan.plan import Plan
 from spectrim.recipe import MetricPart, Recipe
 from spectrim.samples import Modality
@@ -251,8 +251,7 @@ class Compensation:
 
     def _free(self) -> int:
         """Bytes that the memory leaves beside the model and what the largest linear is solved in."""
-        solved = [(x.out_features, x.in_features) for unit in self._units.values() for x in unit.linears.values()]
-        most = max(8 * (5 * size**2 + 6 * out * size + 4 * out**2) for out, size in solved)
+        most = max(solving(x, self._recipe) for unit in self._units.values() for x in unit.linears.values())
         device = self._model.device
         return max(0, limit_bytes(self._memory, device) - held_memory(device) - most)
 

@@ -24,6 +24,7 @@ from spectrim.maths.decompose import decompose
 from spectrim.metrics.metric import chosen, layer_metric
 from spectrim.pipeline.budget import Sizes
 from spectrim.pipeline.jobs import Job
+from spectrim.plan.maker import solving
 from spectrim.plan.options import Menu, menu
 from spectrim.recipe import Recipe
 from spectrim.storage import Problem, made
@@ -98,7 +99,8 @@ def foresee(
     )
     rates = by_work(measured, {kind: kind[:2] for kind in first})
     tried = max(0, peak_memory(model.device) - before)
-    peak = max(tried, kept + sizes.fixed + max(most))
+    untried = max((solving(x, recipe) for x in changed if _kind(recipe, x) not in measured), default=0)
+    peak = max(tried, untried, kept + sizes.fixed + max(most))
     if recipe.tune.epochs:
         peak = max(peak, _TRAINED * max(most) // model.dtype.itemsize)
     return compression(done, rates, walk=walk, tune=trained, held=before, work=peak)

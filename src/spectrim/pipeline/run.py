@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from spectrim.anatomy import Anatomy, anatomy
 from spectrim.calibrate import Statistics, calibrate
-from spectrim.calibrate.probe import forget_peak, peak_memory, written_bytes
+from spectrim.calibrate.memory import limit_bytes
+from spectrim.calibrate.probe import forget_peak, held_memory, peak_memory, written_bytes
 from spectrim.checkpoint import load, load_processor
 from spectrim.demo import resolve
 from spectrim.dense import check_dense
@@ -24,6 +25,7 @@ from spectrim.pipeline.budget import Budget
 from spectrim.pipeline.context import Context
 from spectrim.pipeline.jobs import Job, check_job, check_samples, gathered, with_effort, with_patterns
 from spectrim.pipeline.stages import Compression, Progress
+from spectrim.plan.maker import solving
 from spectrim.plan.plan import Plan
 from spectrim.recipe import Recipe
 from spectrim.settings import EFFORT, REPLACED, CalibrationOptions
@@ -73,6 +75,7 @@ def compression(
         _log.warning("compress: stays dense: %s of all parameters", skipped)
     if check is not None:
         check(model, parts)
+    _check_room(model, parts, chosen, memory)
 
     def report(stage: str) -> Callable[[int, int], None] | None:
         return None if progress is None else lambda done, total: progress(stage, done, total)
@@ -101,6 +104,23 @@ def compression(
         yield prepared
         if cost is not None:
             _log.info("compress: took %s; estimated were %s", cost.so_far(prepared.written), cost.estimate)
+
+
+def _check_room(model: PreTrainedModel, parts: Anatomy, recipe: Recipe, memory: str | None) -> None:
+    """Log a linear whose own steps take more memory than there is, or than was allowed: nothing bounds them."""
+    taken = {
+        linear.name: solving(linear, recipe) for linear in parts.linears if recipe.allocation.reason(linear) is None
+    }
+    name = max(taken, key=taken.__getitem__, default="")
+    room = limit_bytes(memory, model.device) - held_memory(model.device)
+    if name and taken[name] > room:
+        out, size = parts.linear(name).out_features, parts.linear(name).in_features
+        allowed = f"--memory {memory} leaves" if memory is not None else "the machine has"
+        _log.warning(
+            "compress: the steps of %s (%d × %d) take about %.1f GiB at once, and %s %.1f GiB; they are not divided: "
+            "allow more memory, or keep such linears dense with --keep",
+            name, out, size, taken[name] / 2**30, allowed, max(0, room) / 2**30,
+        )  # fmt: skip
 
 
 def job_compression(
