@@ -272,18 +272,7 @@ def _run(module: Any, hidden_states: torch.Tensor, indices: torch.Tensor, weight
         every = zip(rows.split(counts), range(known.experts), strict=True)
         y = torch.cat([run(number, hidden_states)[mine] for mine, number in every])
     else:
-        x = hidden_states.index_select(0, rows)
-        if (grouped := _grouped(module, known, counts, x)) is not None:
-            y = _expert(module, known, grouped, x)
-        elif (linears := _together(module, known, counts, x)) is not None:
-            slots = [number * max(counts) + row for number, count in enumerate(counts) for row in range(count)]
-            places = torch.tensor(slots, device=x.device)
-            padded = x.new_zeros(known.experts * max(counts), x.shape[1]).index_copy_(0, places, x)
-            y = _expert(module, known, linears, padded.view(known.experts, -1, x.shape[1]))
-            y = y.flatten(0, 1).index_select(0, places)
-        else:
-            outputs = [run(number, mine) for number, mine in enumerate(x.split(counts)) if len(mine)]
-            y = torch.cat(outputs) if outputs else x
+        y = _hit(module, known, counts, hidden_states.index_select(0, rows))
     y = y * weights.reshape(-1)[order[: len(rows)], None]
     if len(rows) < len(order):
         y = torch.cat((y, y.new_zeros(len(order) - len(rows), y.shape[1])))
@@ -300,6 +289,21 @@ def _together(module: Any, known: Layout, counts: list[int], x: torch.Tensor) ->
     linears = [_linears(module, known, number) for number in range(known.experts)]
     found = {role: run for role in known.names if (run := together([one[role] for one in linears], x.dtype, hit))}
     return found if len(found) == len(known.names) else None
+
+
+def _hit(module: Any, known: Layout, counts: list[int], x: torch.Tensor) -> torch.Tensor:
+    """Outputs of the experts for inputs [rows, hidden], `counts` of them for each expert in order, [rows, hidden]."""
+    if (grouped := _grouped(module, known, counts, x)) is not None:
+        return _expert(module, known, grouped, x)
+    if (linears := _together(module, known, counts, x)) is not None:
+        slots = [number * max(counts) + row for number, count in enumerate(counts) for row in range(count)]
+        places = torch.tensor(slots, device=x.device)
+        padded = x.new_zeros(known.experts * max(counts), x.shape[1]).index_copy_(0, places, x)
+        y = _expert(module, known, linears, padded.view(known.experts, -1, x.shape[1]))
+        return y.flatten(0, 1).index_select(0, places)
+    hit = ((number, rows) for number, rows in enumerate(x.split(counts)) if len(rows))
+    outputs = [_expert(module, known, _linears(module, known, number), rows) for number, rows in hit]
+    return torch.cat(outputs) if outputs else x
 
 
 def _grouped(module: Any, known: Layout, counts: list[int], x: torch.Tensor) -> dict[str, Callable[..., Any]] | None:
@@ -331,15 +335,11 @@ def stack_experts(model: nn.Module) -> None:
 def _run_blocks(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     """The same where every expert has a block of all tokens, [E · tokens, hidden] in and out, zeros for others."""
     known: Layout = vars(module)[_LAYOUT]
-    x = hidden_states.view(known.experts, -1, hidden_states.shape[-1])
-    outputs = []
-    for number, block in enumerate(x):
-        if block.is_meta or _ALL_TOKENS.get():
-            outputs.append(_expert(module, known, _linears(module, known, number), block))
-            continue
-        hit = block.detach().any(-1).nonzero()[:, 0]
-        y = block.new_zeros(block.shape)
-        if len(hit):
-            y = y.index_copy(0, hit, _expert(module, known, _linears(module, known, number), block[hit]))
-        outputs.append(y)
-    return torch.cat(outputs)
+    if hidden_states.is_meta or _ALL_TOKENS.get():
+        blocks = hidden_states.view(known.experts, -1, hidden_states.shape[-1])
+        each = (_expert(module, known, _linears(module, known, number), x) for number, x in enumerate(blocks))
+        return torch.cat([*each])
+    hit = hidden_states.detach().any(-1)
+    counts, rows = hit.view(known.experts, -1).sum(1).tolist(), hit.nonzero()[:, 0]
+    y = _hit(module, known, counts, hidden_states.index_select(0, rows))
+    return torch.zeros_like(hidden_states).index_copy(0, rows, y)

@@ -162,3 +162,19 @@ def test_a_grouped_product_that_fails_is_left_out_and_that_is_said_once(grouped_
 
 def test_linears_without_a_layout_of_the_gpu_make_no_group():
     assert grouped.group([nn.Linear(4, 3), nn.Linear(4, 3)]) == []
+
+
+def test_experts_with_a_block_of_all_tokens_run_at_once_too(grouped_products):
+    """Llama 4's, whose routers give every expert all tokens, zeros where it was not chosen."""
+    model, experts = mixture("llama4", [GRIDS[0]])
+    x = torch.randn(4, 5, 64, generator=torch.Generator().manual_seed(2)).bfloat16()
+    x[torch.tensor([0, 0, 2, 3, 3]), torch.arange(5)] = 0
+    x[1] = 0
+    with torch.no_grad():
+        expected = experts(x.flatten(0, 1))
+        set_runtime(model, "auto")
+        grouped_products.clear()
+        found = experts(x.flatten(0, 1))
+    close(found, expected)
+    assert not found[~x.flatten(0, 1).any(-1)].any()
+    assert grouped_products == [4, 4, 4]
