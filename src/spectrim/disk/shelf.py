@@ -27,7 +27,7 @@ class Shelf:
 
     def put(self, key: Hashable, tensor: torch.Tensor) -> None:
         """Keep a tensor; one that was kept under this key is forgotten."""
-        whole = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        whole = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         self._kept[key] = self.write(whole.untyped_storage()), whole.to("meta")
 
     def get(self, key: Hashable) -> torch.Tensor | None:
