@@ -1,4 +1,4 @@
-"""The allocation by predicted losses, against equal shares for all linears: measured divergence from the dense model."""
+"""The allocation by predicted losses, against equal shares for all linears: divergence from the dense model."""
 
 from pathlib import Path
 from typing import Any
