@@ -146,12 +146,15 @@ def test_what_the_steps_of_a_linear_take_follows_the_recipe(dense):
     assert taken["plain"] == 8 * 6 * out * size
     assert taken["inputs"] - taken["plain"] == 8 * 3 * size**2
     assert taken["both"] - taken["inputs"] == 8 * 3 * out**2
+    less = solving(down, Recipe.read("curvature", {"compensate.kind": "none"}), "sketch:64")
+    assert less == taken["inputs"]
+    assert solving(down, Recipe.read("curvature", {"quantize.bits": 4}), "sketch:64") == taken["integers"]
     assert taken["compensated"] == taken["integers"] == 8 * (5 * size**2 + 4 * out**2 + 6 * out * size)
 
 
 def test_the_estimate_counts_linears_that_are_too_wide_to_be_tried(dense, monkeypatch, tmp_path):
     monkeypatch.setattr(probe, "_SECONDS", -1)  # after the first kind
-    monkeypatch.setattr(probe, "solving", lambda linear, _: 2**33)
+    monkeypatch.setattr(probe, "solving", lambda linear, recipe, form: 2**33)
     directory, statistics = dense
     model = load(directory)
     job = check_job(

@@ -251,7 +251,8 @@ class Compensation:
 
     def _free(self) -> int:
         """Bytes that the memory leaves beside the model and what the largest linear is solved in."""
-        most = max(solving(x, self._recipe) for unit in self._units.values() for x in unit.linears.values())
+        linears = [linear for unit in self._units.values() for linear in unit.linears.values()]
+        most = max(solving(x, self._recipe, self._statistics.manifest.forms.get(x.name, "full")) for x in linears)
         device = self._model.device
         return max(0, limit_bytes(self._memory, device) - held_memory(device) - most)
 

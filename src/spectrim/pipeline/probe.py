@@ -99,8 +99,9 @@ def foresee(
     )
     rates = by_work(measured, {kind: kind[:2] for kind in first})
     tried = max(0, peak_memory(model.device) - before)
-    untried = max((solving(x, recipe) for x in changed if _kind(recipe, x) not in measured), default=0)
-    peak = max(tried, untried, kept + sizes.fixed + max(most))
+    forms = {} if statistics is None else statistics.manifest.forms
+    untried = [solving(x, recipe, forms.get(x.name, "full")) for x in changed if _kind(recipe, x) not in measured]
+    peak = max(tried, *untried, kept + sizes.fixed + max(most))
     if recipe.tune.epochs:
         peak = max(peak, _TRAINED * max(most) // model.dtype.itemsize)
     return compression(done, rates, walk=walk, tune=trained, held=before, work=peak)

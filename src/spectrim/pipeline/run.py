@@ -75,7 +75,8 @@ def compression(
         _log.warning("compress: stays dense: %s of all parameters", skipped)
     if check is not None:
         check(model, parts)
-    _check_room(model, parts, chosen, memory)
+    forms = calibration.get("curvature_forms", {}) if statistics is None else statistics.manifest.forms
+    _check_room(model, parts, chosen, forms, memory)
 
     def report(stage: str) -> Callable[[int, int], None] | None:
         return None if progress is None else lambda done, total: progress(stage, done, total)
@@ -106,11 +107,15 @@ def compression(
             _log.info("compress: took %s; estimated were %s", cost.so_far(prepared.written), cost.estimate)
 
 
-def _check_room(model: PreTrainedModel, parts: Anatomy, recipe: Recipe, memory: str | None) -> None:
-    """Log a linear whose own steps take more memory than there is, or than was allowed: nothing bounds them."""
-    taken = {
-        linear.name: solving(linear, recipe) for linear in parts.linears if recipe.allocation.reason(linear) is None
-    }
+def _check_room(
+    model: PreTrainedModel, parts: Anatomy, recipe: Recipe, forms: Mapping[str, str], memory: str | None
+) -> None:
+    """Log a linear whose own steps take more memory than there is, or than was allowed: nothing bounds them.
+
+    `forms` are those of output moments that are not full, by name or role of linears.
+    """
+    changed = [linear for linear in parts.linears if recipe.allocation.reason(linear) is None]
+    taken = {x.name: solving(x, recipe, forms.get(x.name, forms.get(x.role, "full"))) for x in changed}
     name = max(taken, key=taken.__getitem__, default="")
     room = limit_bytes(memory, model.device) - held_memory(model.device)
     if name and taken[name] > room:
