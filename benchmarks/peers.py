@@ -63,7 +63,8 @@ def quantize(args: argparse.Namespace) -> None:
     config = json.loads((home / "config.json").read_text())
     kind: Any = AutoModelForImageTextToText if "vision_config" in config else AutoModelForCausalLM
     model = kind.from_pretrained(home, dtype=torch.float32)
-    samples = [load_file(path) for path in sorted((args.work / "samples").glob("*.safetensors"))]
+    # Images first: what a peer learns of a model from one sample is of the whole model then.
+    samples = [load_file(path) for path in sorted((args.work / "samples").glob("*.safetensors"), reverse=True)]
     names = [
         name for name, module in model.named_modules() if type(module) is torch.nn.Linear and "lm_head" not in name
     ]
@@ -121,7 +122,11 @@ def check(weight: torch.Tensor, bits: int, group: int) -> None:
 
 
 def llmcompressor(model: Any, samples: list[dict[str, torch.Tensor]], args: argparse.Namespace) -> None:
-    """GPTQ or AWQ of llm-compressor with its defaults; the weights are rounded in place."""
+    """GPTQ or AWQ of llm-compressor with its defaults; the weights are rounded in place.
+
+    Where some samples have images and some have none, layers are not calibrated one after another, on rounded inputs:
+    its sequential pipeline traces one sample, and refuses those that lack one of its inputs.
+    """
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     from compressed_tensors.quantization.lifecycle.forward import fake_quantize
     from llmcompressor import oneshot
@@ -137,7 +142,8 @@ def llmcompressor(model: Any, samples: list[dict[str, torch.Tensor]], args: argp
     groups = {"linears": QuantizationScheme(targets=["Linear"], weights=weights)}
     modifier = {"gptq": GPTQModifier, "awq": AWQModifier}[args.peer](config_groups=groups, ignore=["re:.*lm_head"])
     loader = DataLoader(samples, batch_size=None)
-    oneshot(model=model, dataset=loader, recipe=[modifier], num_calibration_samples=len(samples), pipeline="sequential")
+    how = "sequential" if len({frozenset(sample) for sample in samples}) == 1 else "basic"
+    oneshot(model=model, dataset=loader, recipe=[modifier], num_calibration_samples=len(samples), pipeline=how)
     with torch.no_grad():
         for module in model.modules():
             if getattr(module, "quantization_scheme", None) is not None and hasattr(module, "weight_scale"):
@@ -180,7 +186,9 @@ def compare(args: argparse.Namespace) -> None:
 
     def measured(one: Any) -> dict[str, float | None]:
         found = perplexity(one, tokenizer, text, seqlen=args.window, max_tokens=args.max_tokens).per_token
-        seen = None if questions is None else score(vqa(one, processor, questions), 0.0).mean
+        began = time.perf_counter()
+        answers = None if questions is None else vqa(one, processor, questions)
+        seen = None if answers is None else score(answers, time.perf_counter() - began).mean
         return {"perplexity": found, "vqa": seen}
 
     rows: list[dict[str, Any]] = [{"method": "dense", "bits": 16.0, "seconds": None, **measured(model)}]

@@ -2,6 +2,7 @@
 # Quantizers side by side: GPTQ and AWQ of llm-compressor, AutoRound's light setting, rounding to nearest, and spectrim,
 # on the same weights, calibration tokens, stored bytes and test text. Each peer has an environment of its own in WORK.
 #   benchmarks/peers.sh WORK MODEL CALIBRATION.txt HELDOUT.txt [SAMPLES SEQLEN]      # MODEL: a directory or a .gguf
+#   IMAGES=builtin benchmarks/peers.sh WORK demo builtin builtin 64 256     # the built-in model, questions about images too
 # Settings of bits and group size: "4 64", "3 64", "2 32" (4.25, 3.25 and 2.5 bits per weight with 16-bit scales).
 set -euo pipefail
 work=${1:?usage: benchmarks/peers.sh WORK MODEL CALIBRATION HELDOUT [SAMPLES SEQLEN]}
@@ -13,7 +14,7 @@ environment() { # NAME PACKAGE
     [ -e "$work/$1/bin/python" ] || { python -m venv "$work/$1" && "$work/$1/bin/pip" install -q "torch>=2.10,<2.14" "$2"; }
 }
 [ -e "$work/samples.json" ] || python benchmarks/peers.py prepare "$model" "$work" --text "$calibration" \
-    --samples "$samples" --seqlen "$seqlen"
+    --samples "$samples" --seqlen "$seqlen" ${IMAGES:+--images "$IMAGES"}
 for setting in $settings; do
     for peer in $peers; do
         [ -e "$work/$peer-${setting/,/-}/peer.json" ] && continue
