@@ -38,7 +38,7 @@ def test_every_linear_of_every_family_is_compensated(family, monkeypatch, tmp_pa
     rows = {x.name: plan_row(x, "low-rank", {"rank": ranks[x.name]}) for x in parts.linears}
     settings = SimpleNamespace(image_tokens_only=False, batch_size=4)
     data = SimpleNamespace(modalities=("text", "image"))
-    manifest = SimpleNamespace(settings=settings, data=data, model_dump=lambda mode: {})
+    manifest = SimpleNamespace(forms={}, settings=settings, data=data, model_dump=lambda mode: {})
 
     def moment(name: str, _modality: str) -> Moment:
         size = parts.linear(name).in_features
