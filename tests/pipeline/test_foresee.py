@@ -104,29 +104,28 @@ def test_the_built_in_model_without_values():
     assert anatomy(load_empty(resolve("demo"))) == anatomy(load(resolve("demo")))
 
 
-def warned(dense, memory, changes=None, recipe="spectrim", keep=None):
-    """What is logged of memory before a compression starts."""
-    changes = {"compensate.kind": "none"} | (changes or {}) | ({"allocation.keep": keep} if keep else {})
-    given = {"stats": dense[1], "processor": processor("llava"), "changes": changes, "memory": memory}
-    with compression(load(dense[0]), recipe, **given):
+def prepare(dense, memory, keep=()):
+    """Begin a compression without compensation, as far as spectra, and end it."""
+    changes = {"compensate.kind": "none", "allocation.keep": list(keep)}
+    with compression(load(dense[0]), stats=dense[1], processor=processor("llava"), changes=changes, memory=memory):
         pass
 
 
 def test_a_linear_that_takes_more_memory_than_there_is_gets_a_line_before_anything_starts(dense, caplog, monkeypatch):
     monkeypatch.setattr(run, "held_memory", lambda _: 2**30)
-    warned(dense, "2GiB")
+    prepare(dense, "2GiB")
     assert not caplog.messages
     alone = Recipe.read("spectrim", {"compensate.kind": "none"})
     widest = max(anatomy(load(dense[0])).linears, key=lambda linear: solving(linear, alone)).name
-    warned(dense, "1.0001GiB")
+    prepare(dense, "1.0001GiB")
     (line,) = caplog.messages
     assert widest in line
     assert "--memory 1.0001GiB leaves 0.0 GiB" in line
     caplog.clear()
-    warned(dense, "1.0001GiB", keep=["*"])  # all stay dense
+    prepare(dense, "1.0001GiB", keep=["*"])  # all stay dense
     assert not caplog.messages
     monkeypatch.setattr(run, "limit_bytes", lambda memory, _: 2**30 if memory is None else 0)
-    warned(dense, None)
+    prepare(dense, None)
     assert "the machine has 0.0 GiB" in caplog.text
 
 

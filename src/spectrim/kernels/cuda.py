@@ -19,7 +19,7 @@ GROUPS = (None, 32, 64, 128)
 _OUTPUTS, _INPUTS = 128, 128  # humming pads a weight to multiples of these, which its faster kernels ask for
 HELD = ("codes", "scales", "zeros", "locks")  # the tensors of a `Layout`
 _GROUPED = '{"gemm_type": "grouped_contiguous"}'  # humming's name for a product of several weights, one after another
-TOLERANCE = 0.02  # of a product against that of the unpacked weight, relative; bfloat16 rounds to 0.004
+_TOLERANCE = 0.02  # of a product against that of the unpacked weight, relative; bfloat16 rounds to 0.004
 
 
 @dataclass(frozen=True)
@@ -72,20 +72,36 @@ def prepare(
     """
     kind = reason = misfit(*shape, *grid)
     if reason is None:
-        try:
-            layout = humming_layout(words, scale, zero, grid, shape)
-            numbers = torch.Generator(scale.device).manual_seed(0)  # loading leaves the user's generator alone
-            x = torch.randn(2, shape[1], dtype=scale.dtype, device=scale.device, generator=numbers)
-            truth = x.float() @ dense().float().T
-            error = (product(x, layout).float() - truth).norm() / truth.norm().clamp_min(1e-30)
-            if error < TOLERANCE:
-                return layout
-            kind, reason = "product", f"its product is off by {float(error):.2g}"
-        except Exception as failed:  # no package, no compiler, a shape that it asserts away: all have the same remedy
-            kind, reason = type(failed).__name__, f"{type(failed).__name__}: {failed}".splitlines()[0]
+        layouts: list[Layout] = []
+
+        def products() -> tuple[torch.Tensor, torch.Tensor]:
+            layouts.append(layout := humming_layout(words, scale, zero, grid, shape))
+            x = random_rows(2, shape[1], scale)
+            return product(x, layout), x.float() @ dense().float().T
+
+        fault = fault_of(products)
+        if fault is None:
+            return layouts[0]
+        kind, reason = fault
     named = f"{grid[0]} bits of {shape[0]} × {shape[1]}: {reason}"
     say_once(str(kind), f"some integers are unpacked in every pass, since humming-kernels cannot run them ({named})")
     return None
+
+
+def random_rows(count: int, size: int, like: torch.Tensor) -> torch.Tensor:
+    """Inputs [count, size] to try a product with, the same every time; loading leaves the user's generator alone."""
+    numbers = torch.Generator(like.device).manual_seed(0)
+    return torch.randn(count, size, dtype=like.dtype, device=like.device, generator=numbers)
+
+
+def fault_of(products: Callable[[], tuple[torch.Tensor, torch.Tensor]]) -> tuple[str, str] | None:
+    """What keeps a product from being used, as a kind and in words: it fails, or is not the second of `products`."""
+    try:
+        found, truth = (y.float() for y in products())
+    except Exception as failed:  # no package, no compiler, a shape that it asserts away: all have the same remedy
+        return type(failed).__name__, f"{type(failed).__name__}: {failed}".splitlines()[0]
+    error = (found - truth).norm() / truth.norm().clamp_min(1e-30)
+    return None if error < _TOLERANCE else ("product", f"its product is off by {float(error):.2g}")
 
 
 def humming_layout(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from spectrim.kernels import cuda
-from spectrim.kernels.stacked import is_plain
+from spectrim.kernels.stacked import is_plain, row_of
 
 
 @dataclass(frozen=True)
@@ -83,19 +83,15 @@ def _joined(linears: Sequence[Any], numbers: list[int], config: Any) -> Group | 
     zeros = [x.zeros for x in layouts if x.zeros is not None]
     joined = cuda.Layout(several, codes, scales, torch.stack(zeros) if zeros else None, layouts[0].locks)
     first, counts = linears[numbers[0]], [1 + place % 2 for place in range(len(numbers))]
-    dtype, device = first.weight_scale.dtype, first.weight_scale.device
-    generator = torch.Generator(device).manual_seed(0)
-    x = torch.randn(sum(counts), first.in_features, dtype=dtype, device=device, generator=generator)
-    try:
-        y = _product(x, joined, counts)
-    except Exception as failed:  # as in `cuda.prepare`: whatever it is, linears run one by one
-        reason = f"{type(failed).__name__}: {failed}".splitlines()[0]
-    else:
-        truth = torch.cat([cuda.product(*one) for one in zip(x.split(counts), layouts, strict=True)]).float()
-        error = (y.float() - truth).norm() / truth.norm().clamp_min(1e-30)
-        reason = "" if error < cuda.TOLERANCE else f"it is off by {float(error):.2g}"
-    if reason:
-        cuda.say_once("grouped", f"experts run one by one, since humming-kernels has no product of several ({reason})")
+    x = cuda.random_rows(sum(counts), first.in_features, first.weight_scale)
+
+    def products() -> tuple[torch.Tensor, torch.Tensor]:
+        each = [cuda.product(*one) for one in zip(x.split(counts), layouts, strict=True)]
+        return _product(x, joined, counts), torch.cat(each)
+
+    if (fault := cuda.fault_of(products)) is not None:
+        text = f"experts run one by one, since humming-kernels has no product of several ({fault[1]})"
+        cuda.say_once("grouped", text)
         return None
     for place, (number, layout) in enumerate(zip(numbers, layouts, strict=True)):
         own = None if joined.zeros is None else joined.zeros[place]
@@ -116,13 +112,10 @@ def _intact(linears: Sequence[Any], one: Group, mine: list[int]) -> bool:
 
 def _stacked(linears: Sequence[Any], one: Group) -> cuda.Layout:
     """The layouts of a group as one."""
-
-    def whole(first: torch.Tensor) -> torch.Tensor:
-        return first.as_strided((len(one.numbers), *first.shape), (first.numel(), *first.stride()))
-
     first: cuda.Layout = linears[one.numbers[0]].gpu_layout
-    zeros = None if first.zeros is None else whole(first.zeros)
-    return cuda.Layout(one.config, whole(first.codes), whole(first.scales), zeros, first.locks)
+    count = len(one.numbers)
+    zeros = None if first.zeros is None else row_of(first.zeros, count)
+    return cuda.Layout(one.config, row_of(first.codes, count), row_of(first.scales, count), zeros, first.locks)
 
 
 def _product(x: torch.Tensor, layout: cuda.Layout, counts: list[int]) -> torch.Tensor:

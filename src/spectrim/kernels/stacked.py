@@ -80,4 +80,9 @@ def _stacked(weights: Sequence[nn.Parameter]) -> torch.Tensor | None:
     places = range(start, start + len(weights) * first.nbytes, first.nbytes or 1)
     if any(w.data_ptr() != place or w.shape != shape for w, place in zip(weights, places, strict=False)):
         return None
-    return first.as_strided((len(weights), *shape), (first.numel(), *first.stride()))
+    return row_of(first, len(weights))
+
+
+def row_of(first: torch.Tensor, count: int) -> torch.Tensor:
+    """The tensor [count, …] of those that lie one after another from the first on."""
+    return first.as_strided((count, *first.shape), (first.numel(), *first.stride()))

@@ -155,10 +155,12 @@ class PackedLinear(StoredLayer):
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         """``x Wᵀ`` [rows, out] of x [rows, in] by a kernel that reads the layout."""
+        if self.layout == "humming":
+            layout = self.gpu_layout
+            assert layout is not None
+            return cuda.product(x, layout)
         held: dict[str, Any] = self._buffers
         codes, scales = held["layout_codes"], held["layout_scales"]
-        if (layout := self.gpu_layout) is not None:
-            return cuda.product(x, layout)
         if self.layout == "int8":
             return int8_product(x, codes, scales)
         if self.layout == "planes":
