@@ -113,6 +113,9 @@ def _plan(
     changes: Changes = None,
     keep: Keep = None,
     only: Only = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Make this size and two others, and measure what they cost.")
+    ] = False,
     json: Json = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -127,7 +130,7 @@ def _plan(
     from spectrim.errors import BudgetError, UsageError
     from spectrim.pipeline import job_compression
     from spectrim.pipeline.jobs import check_job
-    from spectrim.pipeline.outlook import outlook
+    from spectrim.pipeline.outlook import measurable, outlook
 
     quiet()
     check_device(device)
@@ -157,6 +160,8 @@ def _plan(
             f"a plan by the recipe '{job.recipe.name}' needs statistics; run `spectrim calibrate`, and give its "
             "directory by --stats"
         )
+    if measure:
+        measurable(job.recipe, job.statistics)
     if dry_run:
         from spectrim.cli.intent import model_item, path_item, results_items, shapes, would
 
@@ -164,7 +169,8 @@ def _plan(
         read, write = [model_item(source)], results_items(json)
         if job.statistics is not None:
             read.append(path_item("statistics", job.statistics.path))
-            write.insert(0, (f"spectra and options in {job.statistics.path}, where they are missing", None))
+            kept = "spectra, options and measurements" if measure else "spectra and options"
+            write.insert(0, (f"{kept} in {job.statistics.path}, where they are missing", None))
         would(read, (), write)
         return
     loaded = load(source, device_map=device, dtype=dtype_of(dtype), **trust)
@@ -172,7 +178,7 @@ def _plan(
         progress() as report,
         job_compression(job, loaded, load_processor(source, **trust), report, {}) as prepared,
     ):
-        found = outlook(prepared, job.budgets[0])
+        found = outlook(prepared, job.budgets[0], measured=measure)
     show(found.table())
     for line in found.lines():
         show(line)

@@ -1,27 +1,40 @@
 """What a compression would come to, before it is made: bytes and predicted loss by part, and over sizes."""
 
 import json
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from rich.table import Table
 
-from spectrim.errors import BudgetError
+from spectrim.calibrate import Statistics
+from spectrim.calibrate.data import SAMPLE_SETTINGS, check_there, load_data
+from spectrim.errors import BudgetError, RecipeError
+from spectrim.evaluate.divergence import Predictions
 from spectrim.linear import PLACES
 from spectrim.pipeline.budget import Budget
 from spectrim.pipeline.stages import Compression
 from spectrim.plan.plan import Plan, PlanRow, summed_up
+from spectrim.recipe import Recipe
 
 _POINTS = 9  # of the curve between the smallest plan and the dense model
 _WIDTH = 40  # characters of its longest bar
+RATIOS = (0.5, 0.7, 1.4, 2.0)  # of the bytes of linears that were asked for, at which plans are measured beside it
+SAMPLES = 32  # of each modality, on which they are
 
 
 @dataclass(frozen=True)
 class Point:
-    """A size of all files, the linears' part of it, and the predicted rise of the loss, nats per token."""
+    """A size of all files, the linears' part of it, and the predicted rise of the loss, nats per token.
+
+    ``nats`` is what measurements say of it, the divergence from the dense model by modality; None without any.
+    """
 
     file_bytes: int
     linear_bytes: int
     loss: float
+    nats: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -48,7 +61,7 @@ class Outlook:
 
     ``cache_bytes`` and ``dense_cache_bytes`` are those of the key/value cache that a size was to hold, if any.
     ``less`` and ``more`` are the plans with a tenth less and more for the linears, where there are such. ``curve`` and
-    both are empty where the recipe predicts no loss.
+    both are empty where the recipe predicts no loss. ``nats`` is what measurements say of the plan, as of a `Point`.
     """
 
     plan: Plan
@@ -60,6 +73,7 @@ class Outlook:
     curve: tuple[Point, ...]
     cache_bytes: int | None = None
     dense_cache_bytes: int | None = None
+    nats: dict[str, float] | None = None
 
     def json(self) -> str:
         """Indented JSON; the plan as in plan.json."""
@@ -98,6 +112,8 @@ class Outlook:
         if self.plan.loss is None:
             return [f"{whole}; this recipe predicts no loss (spectrim, curvature and laser do)"]
         found = [f"{whole}; predicted rise of the loss {self.plan.loss:.4f} nats per token"]
+        if self.nats is not None:
+            found.append(f"by what was measured: {_listed(self.nats)} nats per token")
         for point, words in ((self.less, "less"), (self.more, "more")):
             if point is not None:
                 change = point.loss - self.plan.loss
@@ -105,23 +121,90 @@ class Outlook:
         most = max((point.loss for point in self.curve), default=0.0)
         for point in self.curve:
             bar = "█" * round(_WIDTH * point.loss / most) if most else ""
-            found.append(f"{point.file_bytes:>15,} bytes  {point.loss:8.4f} nats  {bar}".rstrip())
+            told = "" if point.nats is None else f"  {_listed(point.nats)}"
+            found.append(f"{point.file_bytes:>15,} bytes  {point.loss:8.4f} nats{told}  {bar}".rstrip())
         return found
 
 
-def outlook(prepared: Compression, budget: Budget) -> Outlook:
-    """What a limit would come to. Raises BudgetError where it cannot be met."""
+def _listed(nats: Mapping[str, float]) -> str:
+    return ", ".join(f"{modality} {value:.4f}" for modality, value in nats.items())
+
+
+def measurable(recipe: Recipe, statistics: Statistics | None) -> Statistics:
+    """The statistics, where plans of the recipe can be measured.
+
+    Raises:
+        RecipeError: the recipe predicts no losses that a measurement could correct.
+        SampleError: a source of samples is gone.
+    """
+    if statistics is None or not recipe.needs_curvature:
+        raise RecipeError(
+            f"recipe '{recipe.name}' predicts no losses that a measurement could correct; leave out --measure, or take "
+            "spectrim, curvature or laser"
+        )
+    check_there(statistics)
+    return statistics
+
+
+def measure(prepared: Compression, plans: Sequence[Plan]) -> None:
+    """Make plans as the recipe says, and measure on 32 samples of each modality how far they are from the dense model.
+
+    The samples come from the sources of the statistics with the next seed, so that most are new where a source is
+    large. What was measured before is not made again; what compensation finds stays in the statistics directory, too.
+
+    Raises:
+        RecipeError, SampleError: see `measurable`.
+        NumericalError: logits are not finite.
+    """
+    statistics, known, progress = measurable(prepared.recipe, prepared.statistics), prepared.measured, prepared.progress
+    assert known is not None
+    missing = {plan.loss: plan for plan in plans if plan.loss and plan.loss not in known}
+    if not missing:
+        return
+    model, settings, source = prepared.model, statistics.manifest.settings, statistics.manifest.data
+    chosen = settings.model_dump(include=SAMPLE_SETTINGS)
+    chosen |= {"seed": settings.seed + 1, "samples": min(SAMPLES, settings.samples)}
+    sees = prepared.parts.tower is not None
+    data = load_data(model, prepared.processor, text=source.text, images=source.images, sees=sees, **chosen)
+    with tempfile.TemporaryDirectory() as folder:
+        dense = Predictions(Path(folder))
+        dense.gather(model, data, tokens=SAMPLES * settings.seqlen, seed=settings.seed + 1, progress=None)
+        for number, (loss, plan) in enumerate(missing.items()):
+            if progress is not None:
+                progress("measure", number, len(missing))
+            with prepared.applied(plan) as small:
+                known.add(loss, {str(row.modality): row.mean for row in dense.compare(small)})
+    if progress is not None:
+        progress("measure", len(missing), len(missing))
+
+
+def outlook(prepared: Compression, budget: Budget, *, measured: bool = False) -> Outlook:
+    """What a limit would come to; `measured`: and what it costs (see `measure`), besides at 0.6 and 1.6 of the bytes.
+
+    Raises BudgetError where the limit cannot be met.
+    """
     plan = prepared.planned(budget)
     sizes = prepared.sizes
+    share = plan.bytes / plan.dense_bytes
 
-    def point(retain: float) -> Point | None:
+    def other(retain: float) -> Plan | None:
         try:
-            other = prepared.plan(retain).model_copy(update={"tables": plan.tables})
+            return prepared.plan(retain).model_copy(update={"tables": plan.tables})
         except BudgetError:  # below the smallest
             return None
-        return Point(sizes.of(other), other.bytes, other.loss or 0.0)
 
-    share = plan.bytes / plan.dense_bytes
+    if measured:
+        others = [other(ratio * share) for ratio in RATIOS if ratio * share < 1]
+        measure(prepared, [plan, *(one for one in others if one is not None)])
+    known = prepared.measured
+
+    def nats(plan: Plan) -> dict[str, float] | None:
+        return known.at(plan.loss) if known and plan.loss is not None else None
+
+    def point(retain: float) -> Point | None:
+        found = other(retain)
+        return None if found is None else Point(sizes.of(found), found.bytes, found.loss or 0.0, nats(found))
+
     less = more = None
     curve: list[Point] = []
     if plan.loss is not None:
@@ -138,11 +221,19 @@ def outlook(prepared: Compression, budget: Budget) -> Outlook:
     for table in prepared.parts.tables:
         if (row := plan.tables.get(table.name)) is not None:
             parts.append(_part(table.place, table.role, [row], table.params))
-    cached: list[int] = []
-    if budget.context is not None:
-        cache = sizes.cache(budget)
-        cached = [cache.under(plan), cache.dense]
-    return Outlook(plan, sizes.of(plan), sizes.dense, tuple(parts), less, more, tuple(curve), *cached)
+    cache = None if budget.context is None else sizes.cache(budget)
+    return Outlook(
+        plan,
+        sizes.of(plan),
+        sizes.dense,
+        tuple(parts),
+        less,
+        more,
+        tuple(curve),
+        cache_bytes=None if cache is None else cache.under(plan),
+        dense_cache_bytes=None if cache is None else cache.dense,
+        nats=nats(plan),
+    )
 
 
 def _part(place: str, role: str, rows: list[PlanRow], params: int) -> Part:

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from copy import deepcopy
 from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from spectrim.anatomy import Anatomy
-from spectrim.away import is_away, values
+from spectrim.away import is_away
 from spectrim.calibrate import Statistics
 from spectrim.calibrate.data import reload_data
 from spectrim.calibrate.passes import short_samples
@@ -26,12 +25,13 @@ from spectrim.compensate import Compensation
 from spectrim.disk.shelf import Shelf
 from spectrim.errors import RecipeError
 from spectrim.estimate import Cost, compared
-from spectrim.metrics.curvature import predicted_loss
 from spectrim.metrics.metric import chosen as taken_by
 from spectrim.metrics.metric import summed
 from spectrim.metrics.spectra import Spectra
 from spectrim.pipeline.budget import Budget, Sizes
 from spectrim.pipeline.jobs import Job, priced_tables, shared, too_small
+from spectrim.pipeline.losses import Losses
+from spectrim.pipeline.measured import Measured
 from spectrim.pipeline.record import provenance
 from spectrim.pipeline.tables import Tables
 from spectrim.plan.importance import SAMPLES, block_cosines, importance
@@ -76,7 +76,7 @@ class Compression:
         self.statistics = statistics
         self.spectra = spectra
         self.parts = parts
-        self._progress = progress
+        self.progress = progress
         self._memory = memory  # the limit, as of `calibrate`
         self._cost = cost  # estimated, and the clock
         self.written = 0  # bytes of checkpoints so far
@@ -99,7 +99,7 @@ class Compression:
     def planned(self, budget: Budget) -> Plan:
         """The plan of least loss within a limit. Raises BudgetError where it cannot be met; says what can."""
         free, share = shared(self.recipe, self.parts, budget, self.sizes, self.unreached, self._samples)
-        searching = None if self._progress is None else partial(self._progress, "options")
+        searching = None if self.progress is None else partial(self.progress, "options")
         menus, wanted = self.maker.menus(free, searching), self._wanted()
         if budget.context is not None:
             menus = self.sizes.cache(budget).added(menus)
@@ -153,6 +153,13 @@ class Compression:
             rows[linear.name] = plan_row(linear, kind, spec, error=error, metric=source, loss=loss, reason=reason)
         tables = self._tables.rows(chosen)
         return Plan(recipe=self.recipe.name, retain=budget.retain, limit=budget.label, linears=rows, tables=tables)
+
+    @cached_property
+    def measured(self) -> Measured | None:
+        """What plans of this recipe were found to cost; None where it predicts no losses."""
+        if self.statistics is None or not self.recipe.needs_curvature:
+            return None
+        return Measured(self.statistics, self.parts, self.recipe)
 
     @cached_property
     def sizes(self) -> Sizes:
@@ -231,31 +238,10 @@ class Compression:
         The plan's own losses are in the recipe's metric, where modalities may be joined. Linears are made for it,
         without compensation.
         """
-        total = self._no_losses()
+        losses = Losses(self.model, self.recipe, self.statistics, self._tables)
         for name in plan.exchanged:
-            self._add_losses(total, name, self._layer(plan, name, {}))
-        return total
-
-    def _no_losses(self) -> dict[str, float] | None:
-        if self.statistics is None or not self.recipe.needs_curvature:
-            return None
-        return dict.fromkeys(map(str, self.statistics.manifest.data.modalities), 0.0)
-
-    def _add_losses(self, total: dict[str, float] | None, name: str, layer: nn.Module) -> None:
-        """Add what the layer that takes the place of a dense linear costs each modality."""
-        if total is None:
-            return
-        assert self.statistics is not None
-        if (measured := self._tables.losses(name, layer)) is not None:
-            for modality, nats in measured.items():
-                total[modality] += nats
-            return
-        exact: Any = deepcopy(layer).double()
-        change = exact.change(values(self.model.get_submodule(name)).double())
-        for modality in self.statistics.manifest.data.modalities:
-            moment, output = self.statistics.moment(name, modality), self.statistics.output(name, modality)
-            if moment is not None and output is not None:
-                total[modality] += predicted_loss(self.recipe.metric.eta, change, moment, output)
+            losses.add(name, self._layer(plan, name, {}))
+        return losses.total
 
     def _layer(self, plan: Plan, name: str, solved: Mapping[str, Tensors]) -> nn.Module:
         """The layer that takes the place of a dense linear; made here unless it is among the `solved`."""
@@ -270,17 +256,20 @@ class Compression:
     def _put(self, plan: Plan) -> dict[str, float] | None:
         """Exchange the linears of the model, each made once; returns the predicted losses by modality.
 
-        With compensation nothing predicts by modality what is left: the plan's own prediction stands, which is of the
-        linears by themselves, in the recipe's metric, and bears the name of the modality if that is made of one.
+        Where plans of the recipe were measured, they tell. Otherwise, with compensation, nothing predicts by modality
+        what is left: the plan's own prediction stands, which is of the linears by themselves, in the recipe's metric,
+        and bears the name of the modality if that is made of one.
         """
         compensates = self.recipe.compensate.kind != "none"
         dense = beside(self.model) if self.recipe.tune.epochs else None
         # What is made of a model that is larger than its memory waits on disk, too, unless it is to be trained.
         shelf = Shelf(self.spectra.directory) if dense is None and is_away(self.model) else None
-        solved, losses = self._compensated(plan), None if compensates else self._no_losses()
+        solved = self._compensated(plan)
+        losses = Losses(self.model, self.recipe, self.statistics, self._tables)
         for name in plan.exchanged:
             layer = self._layer(plan, name, solved)
-            self._add_losses(losses, name, layer)
+            if not compensates and not self.measured:
+                losses.add(name, layer)
             self.model.set_submodule(name, layer)
             if shelf is not None and name not in plan.tables:
                 put_away(layer, shelf)
@@ -288,8 +277,10 @@ class Compression:
         if plan.exchanged:
             attach(self.model)
         self._tuned = None if dense is None else self._tune(plan, dense)
+        if self.measured and plan.loss is not None:
+            return self.measured.at(plan.loss)
         if not compensates or plan.loss is None:
-            return losses
+            return losses.total
         assert self.statistics is not None
         given = {modality: modality for modality in self.statistics.manifest.data.modalities}
         taken = taken_by(self.recipe.metric, given)
@@ -311,7 +302,7 @@ class Compression:
                 "the end-to-end pass runs the calibration samples through the model; give statistics and the model's "
                 "processor, or set tune.epochs=0"
             )
-        progress = None if self._progress is None else partial(self._progress, "tune")
+        progress = None if self.progress is None else partial(self.progress, "tune")
         given = self.parts, self.recipe, plan, self.statistics, self.processor
         return Tuning(dense, self.model, *given).run(progress)
 
@@ -324,7 +315,7 @@ class Compression:
                 "compensation runs the calibration samples through the model again; give statistics and the model's "
                 "processor, or set compensate.kind=none"
             )
-        progress = None if self._progress is None else partial(self._progress, "compensate")
+        progress = None if self.progress is None else partial(self.progress, "compensate")
         return Compensation(
             self.model, self.parts, self.recipe, plan, self.maker, self.statistics, self.processor, self._memory
         ).solve(progress)

@@ -106,21 +106,21 @@ class Maker:
             StatisticsError: options cannot be read or written.
         """
         kept = self._home
-        paths = {linear.name: kept / f"{linear.name}.safetensors" for linear in linears}
-        if progress is not None:
-            progress(0, len(linears))
+        missing = [linear for linear in linears if linear.name not in self._menus]
+        paths = {linear.name: kept / f"{linear.name}.safetensors" for linear in missing}
+        if progress is not None and missing:
+            progress(0, len(missing))
         with ExitStack() as stack:
             searches = self._recipe.quantize.bits is not None or self._recipe.stored.narrow
             if searches and not all(path.exists() for path in paths.values()):
                 stack.enter_context(self._writing())
-            for done, linear in enumerate(linears):
-                if linear.name not in self._menus:
-                    try:
-                        self._menus[linear.name] = menu(self.problem(linear), paths[linear.name])
-                    except NumericalError as error:
-                        raise NumericalError(f"{linear.name}: {error}") from error
+            for done, linear in enumerate(missing):
+                try:
+                    self._menus[linear.name] = menu(self.problem(linear), paths[linear.name])
+                except NumericalError as error:
+                    raise NumericalError(f"{linear.name}: {error}") from error
                 if progress is not None:
-                    progress(done + 1, len(linears))
+                    progress(done + 1, len(missing))
         return {linear.name: self._menus[linear.name] for linear in linears}
 
     def make(self, linear: Linear, row: PlanRow) -> Tensors:
