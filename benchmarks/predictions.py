@@ -1,6 +1,6 @@
 """What `spectrim plan --measure` says that sizes cost, against what they cost on samples that it did not see.
 
-    python benchmarks/predictions.py demo --stats STATS --retain 0.3 --check 0.5,0.35,0.25,0.18 [--set quantize.bits=auto]
+    python benchmarks/predictions.py demo --stats STATS --retain 0.3 --check 0.5,0.35,0.25 [--set quantize.bits=auto]
 
 Plans are measured as the command does it, for the size `--retain`; each size of `--check` is then made as the recipe
 says (with compensation) and measured on samples of the same sources with another seed: text at every token, images at
