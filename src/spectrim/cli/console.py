@@ -31,6 +31,7 @@ _COUNTED = {  # by stage: what its numbers count
     "calibrate": "samples",
     "decompose": "linears",
     "options": "linears",
+    "measure": "plans",
     "compensate": "blocks",
     "inspect": "linears",
 }
