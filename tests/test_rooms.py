@@ -11,8 +11,8 @@ SRC = Path(__file__).parents[1] / "src" / "spectrim"
 # From the ground up. Rooms of one line stand beside each other and do not know each other.
 FLOORS = (
     ("errors", "forwards", "kernels", "linear", "public", "registration", "versions"),
-    ("away", "dense", "estimate", "experts", "files", "latent", "lazy", "maths", "settings"),
-    ("demo", "disk", "recipe", "trace"),
+    ("away", "dense", "estimate", "files", "latent", "lazy", "maths", "settings"),
+    ("demo", "disk", "experts", "recipe", "trace"),
     ("anatomy", "samples"),
     ("calibrate", "checks", "storage"),
     ("checkpoint", "metrics", "mismatch"),

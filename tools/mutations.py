@@ -75,6 +75,8 @@ TESTS = {  # files of tests that should notice a change of a file of the source,
     "compensate/refine.py": "cache_keys compensate::test_refined_blocks_are_nearer_to_the_dense_ones",
     "compensate/units.py": "walk_stored",
     "pipeline/stages.py": "pipeline record made_once",
+    "pipeline/losses.py": "pipeline record",
+    "pipeline/measured.py": "measured",
 }
 
 
@@ -220,7 +222,7 @@ MUTATIONS = [
     M("left-overs are not counted", "plan/spend.py", "left -= int(price[taken].sum())", "left -= 0"),
     M("kept directions for other heads", "plan/maker.py", "as_kept = heads is None or heads == spectrum.heads", "as_kept = True"),
     M("costs in the wrong unit", "pipeline/stages.py", "error = lost / max(float(menu.left[0]), 1e-300)", "error = lost"),
-    M("the loss of the last linear alone", "pipeline/stages.py", "total[modality] += predicted_loss(", "total[modality] = predicted_loss("),
+    M("the loss of the last linear alone", "pipeline/losses.py", "self.total[modality] += predicted_loss(", "self.total[modality] = predicted_loss("),
     M("compensated linears are made anew", "pipeline/stages.py", "tensors = solved[name] if name in solved else self.maker.make(", "tensors = self.maker.make("),
     M("the walk runs dense products", "compensate/units.py", "self.small[name] = filled(self.dense[name], row.form, row.spec, tensors)", "self.small[name] = filled(self.dense[name], row.form, row.spec, tensors).to_dense()"),
     # options, rules, spending

@@ -23,6 +23,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 from transformers.integrations import moe
 
+from spectrim.away import Away, forget_away, is_away, keep_away
+from spectrim.errors import ModelError
 from spectrim.kernels.grouped import group, in_groups
 from spectrim.kernels.stacked import ROWS, stack, together
 
@@ -60,8 +62,7 @@ def layout(module: nn.Module) -> Layout | None:
     own = dict(module.named_parameters(recurse=False))
     blocks = type(module).__name__ == "Llama4TextExperts"
     interface = hasattr(module, "_apply_gate") and hasattr(module, "is_transposed")
-    away = hasattr(module, "_hf_hook") and any(parameter.is_meta for parameter in own.values())  # offloaded
-    if not (blocks or interface) or away or getattr(module, "_is_expert_parallel", False):
+    if not (blocks or interface) or getattr(module, "_is_expert_parallel", False):
         return None
     gated, biased = getattr(module, "has_gate", True), getattr(module, "has_bias", False)
     concatenated, transposed = getattr(module, "is_concatenated", True), getattr(module, "is_transposed", blocks)
@@ -82,8 +83,9 @@ def unfused(module: nn.Module) -> int:
 def unfuse(model: nn.Module) -> None:
     """Give every expert of a model linears of its own, in place; what it computes stays the same.
 
-    Their weights are views of the fused ones, or copies where a fused parameter is transposed or interleaved. Modules
-    of other kinds stay as they are.
+    Their weights are views of the fused ones, or copies where a fused parameter is transposed or interleaved. Where
+    accelerate keeps the fused ones elsewhere, each is read from there when it runs. Modules of other kinds stay as they
+    are.
     """
     found = {name: known for name, module in model.named_modules() if (known := layout(module)) is not None}
     named = _file_names(model) if found else []
@@ -97,10 +99,15 @@ def unfuse(model: nn.Module) -> None:
 
 
 def fuse(model: nn.Module) -> None:
-    """The inverse of `unfuse`, in place; all linears of experts have to be dense."""
-    for module in model.modules():
-        if unfused(module):
-            _join(module)
+    """The inverse of `unfuse`, in place; all linears of experts have to be dense, and in memory.
+
+    Raises ModelError where they are not in memory.
+    """
+    experts = [module for module in model.modules() if unfused(module)]
+    if any(hasattr(part, "_hf_hook") and is_away(part) for module in experts for part in module.modules()):
+        raise ModelError("experts that are read from files when they run cannot be fused; load the model into memory")
+    for module in experts:
+        _join(module)
 
 
 @contextmanager
@@ -173,8 +180,32 @@ def _rows(fused: torch.Tensor, known: Layout, roles: tuple[str, ...]) -> dict[st
     return {role: fused[number::2] for number, role in enumerate(roles)}
 
 
+class _Share(Mapping[str, torch.Tensor]):
+    """Weight, and bias if there is one, of one linear of an expert, read from fused parameters that are elsewhere."""
+
+    def __init__(self, kept: Away, known: Layout, number: int, parameter: str, role: str, shape: torch.Size) -> None:
+        self._kept, self._known, self._number, self._role, self._shape = kept, known, number, role, shape
+        self._names = {"weight": parameter} | ({"bias": f"{parameter}_bias"} if known.biased else {})
+        self._roles = known.parts[parameter]
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        one = self._kept.row(self._names[name], self._number)
+        if name == "weight":
+            if one.shape != self._shape:  # as a file has it that transformers would transpose
+                one = one.T
+            one = one.T if self._known.transposed else one
+        return _rows(one, self._known, self._roles)[self._role].contiguous()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
 @torch.no_grad()
 def _split(module: Any, known: Layout) -> None:
+    kept = forget_away(module)
     experts = [nn.Module() for _ in range(known.experts)]
     for parameter, roles in known.parts.items():
         whole, biases = getattr(module, parameter), getattr(module, f"{parameter}_bias", None)
@@ -189,6 +220,8 @@ def _split(module: Any, known: Layout) -> None:
                 if role in shares:
                     linear.bias = nn.Parameter(shares[role].contiguous(), requires_grad=whole.requires_grad)
                 expert.add_module(known.names[role], linear.train(module.training))
+                if kept is not None:
+                    keep_away(linear, _Share(kept, known, number, parameter, role, whole.shape[1:]), kept.device)
         if biases is not None:
             delattr(module, f"{parameter}_bias")
     for number, expert in enumerate(experts):

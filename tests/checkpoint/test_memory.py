@@ -1,18 +1,26 @@
 """A dense model that is larger than its memory: blocks stay in the files, and every stage gives the same."""
 
+import shutil
+
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import families
 from helpers.calibrated import assert_same_bits, tensors
 from helpers.samples import word_tokenizer
-from spectrim.away import is_away, values
+from spectrim.away import Away, is_away, values
 from spectrim.calibrate import calibrate
 from spectrim.checkpoint import load, save
 from spectrim.errors import ModelError
+from spectrim.experts import fuse, unfuse
 from spectrim.pipeline import compress
 from spectrim.storage import stored_layers
+
+MIXTURES = (
+    "mixtral", "qwen3_moe", "qwen3_vl_moe", "qwen3_5_moe", "deepseek_v2", "deepseek_v3", "glm4_moe", "glm4v_moe",
+    "llama4", "gemma4_moe", "gpt_oss",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -20,31 +28,71 @@ def source(tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
     families.FAMILIES["llama"]().save_pretrained(path / "llama")
     families.FAMILIES["qwen2_5_vl"]().save_pretrained(path / "qwen2_5_vl")
-    families.FAMILIES["mixtral"]().save_pretrained(path / "mixtral")
+    for family in MIXTURES:
+        {**families.FAMILIES, **families.FURTHER}[family]().save_pretrained(path / family)
     return path
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", ["llama", "qwen2_5_vl", *MIXTURES])
 def test_blocks_stay_in_the_files(family, source):
     whole, away = load(source / family), load(source / family, memory="100kB")
+    unfuse(whole)
     assert not is_away(whole)
     assert is_away(away)
+    assert [name for name, _ in whole.named_parameters()] == [name for name, _ in away.named_parameters()]
     for name, parameter in whole.named_parameters():
         module, _, last = name.rpartition(".")
         assert torch.equal(values(away.get_submodule(module), last), parameter)
     inside = [name for name, parameter in away.named_parameters() if parameter.is_meta]
     assert all(".layers." in name or ".blocks." in name for name in inside)
+    assert (family in MIXTURES) == any(".experts." in name for name in inside)
     inputs = families.example_inputs(whole)
     with torch.no_grad():
-        assert torch.equal(away(**inputs).logits, whole(**inputs).logits)
+        torch.testing.assert_close(away(**inputs).logits, whole(**inputs).logits, rtol=1e-6, atol=1e-6)
     assert inside == [name for name, parameter in away.named_parameters() if parameter.is_meta]
+    assert "quantization_config" not in away.config.to_dict()
+    assert not getattr(away, "is_quantized", False)
     assert not is_away(load(source / family, memory="1GB"))
 
 
-@pytest.mark.parametrize(("recipe", "bits"), [("curvature", None), ("spectrim", None), ("curvature", "auto")])
-def test_calibration_and_compression_give_the_same(recipe, bits, source, words, tmp_path):
+def test_one_expert_is_read_and_not_all(source, monkeypatch):
+    """Of a tensor that holds all experts of a layer."""
+    away, read = load(source / "qwen3_vl_moe", memory="100kB"), []
+    row = Away.row
+    monkeypatch.setattr(Away, "row", lambda self, name, number: read.append((name, number)) or row(self, name, number))
+    experts = away.model.language_model.layers[0].mlp.experts
+    with torch.no_grad():
+        experts(torch.ones(1, 64), torch.tensor([[1, 3]]), torch.ones(1, 2))
+    assert set(read) == {(name, number) for name in ("gate_up_proj", "down_proj") for number in (1, 3)}
+
+
+def test_tensors_of_experts_that_a_file_holds_transposed(source, tmp_path):
+    """As the hub has them [experts, in, out]; transformers would transpose them, and so does reading one expert."""
+    shutil.copytree(source / "qwen3_vl_moe", tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    for name in [name for name in tensors if ".experts." in name]:
+        shape = (4, 64, 48) if name.endswith("gate_up_proj") else (4, 24, 64)
+        X = tensors[name]
+        tensors[name] = X if X.shape == shape else X.mT.contiguous()
+    save_file(tensors, file, {"format": "pt"})
+    whole, away = load(tmp_path / "model"), load(tmp_path / "model", memory="100kB")
+    unfuse(whole)
+    for name, parameter in whole.named_parameters():
+        module, _, last = name.rpartition(".")
+        assert torch.equal(values(away.get_submodule(module), last), parameter)
+
+
+@pytest.mark.parametrize(
+    ("family", "recipe", "bits"),
+    [
+        ("llama", "curvature", None), ("llama", "spectrim", None), ("llama", "curvature", "auto"),
+        ("mixtral", "spectrim", None), ("mixtral", "curvature", "auto"), ("gpt_oss", "curvature", None),
+    ],
+)  # fmt: skip
+def test_calibration_and_compression_give_the_same(family, recipe, bits, source, words, tmp_path):
     options = {"text": words, "samples": 3, "seqlen": 8, "batch_size": 2}
-    whole, away = load(source / "llama"), load(source / "llama", memory="100kB")
+    whole, away = load(source / family), load(source / family, memory="100kB")
     found = calibrate(whole, tmp_path / "whole", processor=word_tokenizer(), **options)
     calibrate(away, tmp_path / "away", processor=word_tokenizer(), **options)
     assert_same_bits(tmp_path / "whole", tmp_path / "away")
@@ -71,9 +119,22 @@ def test_calibration_and_compression_give_the_same(recipe, bits, source, words, 
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
-def test_a_model_with_experts_is_refused(source):
-    with pytest.raises(ModelError, match="with experts is not read block by block and is larger than half of 100kB"):
-        load(source / "mixtral", memory="100kB")
+def test_files_that_have_to_be_converted_are_refused(source, tmp_path):
+    """No tiny model is stored so: experts in one tensor for each role, which transformers would join."""
+    shutil.copytree(source / "qwen2_5_vl", tmp_path / "model")
+    away = load(tmp_path / "model", memory="100kB")
+    assert is_away(away)
+    fails = ValueError("Please provide an `offload_folder` for them in `from_pretrained`.")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(away), "from_pretrained", classmethod(lambda *args, **kwargs: (_ for _ in ()).throw(fails)))
+        with pytest.raises(ModelError, match="is not read block by block, and it is larger than half of 100kB; raise"):
+            load(tmp_path / "model", memory="100kB")
+
+
+def test_experts_that_are_away_are_not_fused(source):
+    away = load(source / "mixtral", memory="100kB")
+    with pytest.raises(ModelError, match="cannot be fused; load the model into memory"):
+        fuse(away)
 
 
 def test_values_that_are_nowhere_are_said():

@@ -15,12 +15,13 @@ from helpers.samples import processor
 from spectrim.calibrate import calibrate
 from spectrim.calibrate.data import load_data
 from spectrim.checkpoint import read_provenance
-from spectrim.errors import RecipeError, StatisticsError
+from spectrim.errors import BudgetError, RecipeError, StatisticsError
 from spectrim.pipeline import compression
 from spectrim.pipeline.budget import Budget
 from spectrim.pipeline.measured import Measured
 from spectrim.pipeline.outlook import RATIOS, outlook
 from spectrim.pipeline.stages import Compression
+from spectrim.plan.plan import Plan
 
 
 @pytest.fixture
@@ -129,3 +130,54 @@ def test_a_damaged_file_is_named(places):
 def test_a_recipe_without_predictions_measures_nothing(places):
     with prepared(places, "svd-llm") as found, pytest.raises(RecipeError, match="predicts no losses"):
         outlook(found, Budget(retain=0.4), measured=True)
+
+
+def test_a_plan_that_is_passed_back_has_the_predicted_loss_of_its_linears(places, capsys, tmp_path):
+    given = ("--stats", places / "s", "--recipe", "curvature")
+    assert run(capsys, "plan", places / "dense", *given, "--retain", "0.4", "--measure")[0] == 0
+    assert run(capsys, "compress", places / "dense", "-o", tmp_path / "a", *given, "--retain", "0.4")[0] == 0
+    plan = ("--plan", tmp_path / "a" / "plan.json")
+    assert run(capsys, "compress", places / "dense", "-o", tmp_path / "b", *given, *plan)[0] == 0
+    assert all(nats > 0 for nats in read_provenance(tmp_path / "b")["predicted_loss"].values())
+    anchored = ("--set", "compensate.kind=anchored")
+    assert run(capsys, "compress", places / "dense", "-o", tmp_path / "c", *given, *plan, *anchored)[0] == 0
+    assert read_provenance(tmp_path / "c")["predicted_loss"] is None
+
+
+def test_other_samples_are_not_measured(places):
+    with prepared(places) as found:
+        (places / "words.txt").write_text("w5 " * 400)
+        with pytest.raises(StatisticsError, match="are not those of"):
+            outlook(found, Budget(retain=0.4), measured=True)
+
+
+def test_tables_that_are_rounded_in_any_case_cost_what_they_cost(places):
+    with prepared(places, **{"quantize.embeddings": 4}) as found:
+        found.measured.add(0.01, {"text": 0.02})
+        assert found.measured.at(0.0) == found.measured.at(0.001) == pytest.approx({"text": 0.02})
+        assert found.measured.at(0.02) == pytest.approx({"text": 0.04})
+
+
+def test_a_narrower_mlp_keeps_the_same_units_in_all_its_linears_whatever_the_recipe(places):
+    plan = None
+    for recipe, narrow in (("spectrim", True), ("spectrim", False), ("svd", False)):
+        changes = {"storage.narrow": narrow, "compensate.kind": "none"}
+        with prepared(places, recipe, **changes) as found:
+            if plan is None:
+                units = next((reader, first) for reader, first in found.maker.units.items() if len(first) == 2)
+                rows = {name: {"form": "narrow", "outputs": 16, "bytes": 0, "dense_bytes": 0} for name in units[1]}
+                rows[units[0]] = {"form": "narrow", "inputs": 16, "bytes": 0, "dense_bytes": 0}
+                plan = Plan.model_validate({"recipe": "spectrim", "linears": rows})
+            with found.applied(plan.fitted(found.parts)) as small:
+                kept = [small.get_submodule(name).units.tolist() for name in (units[0], *units[1])]
+            assert kept[0] == kept[1] == kept[2]
+
+
+@pytest.mark.parametrize(("name", "side"), [("q_proj", "outputs"), ("o_proj", "inputs"), ("gate_proj", "inputs")])
+def test_units_of_what_is_no_mlp_are_refused(places, name, side):
+    with prepared(places) as found:
+        linear = next(x.name for x in found.parts.linears if x.name.endswith(name))
+        rows = {linear: {"form": "narrow", side: 8, "bytes": 0, "dense_bytes": 0}}
+        plan = Plan.model_validate({"recipe": "spectrim", "linears": rows})
+        with pytest.raises(BudgetError, match=f"takes {side} from '{linear}', which are no units of an MLP"):
+            plan.fitted(found.parts)

@@ -10,12 +10,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from spectrim.anatomy import anatomy
+from spectrim.away import keep_away
 from spectrim.calibrate.memory import limit_bytes
 from spectrim.checkpoint.weights import weight_files
 from spectrim.disk.shelf import Shelf
-from spectrim.errors import ModelError, StatisticsError
+from spectrim.errors import StatisticsError
 from spectrim.estimate import amount
-from spectrim.experts import unfused
 
 _log = logging.getLogger(__name__)
 _SHARE = 0.5  # of the memory that weights may take before blocks stay on disk
@@ -27,21 +27,13 @@ def too_large(directory: Path, memory: str) -> bool:
     return nbytes > _SHARE * limit_bytes(memory, torch.device("cpu"))
 
 
-def places(empty: PreTrainedModel, memory: str) -> dict[str, str]:
+def places(empty: PreTrainedModel) -> dict[str, str]:
     """Where the parts of a model go, as a ``device_map``: blocks on disk, all else in memory.
 
     Args:
         empty: the model on the meta device.
-        memory: the limit, for messages.
-
-    Raises:
-        ModelError: the model cannot be read block by block from its files.
     """
     blocks = anatomy(empty).blocks()
-    if any(unfused(module) for module in empty.modules()):
-        raise ModelError(
-            f"a model with experts is not read block by block and is larger than half of {memory}; raise the memory"
-        )
     found = dict.fromkeys(blocks, "disk")
     inside = tuple(f"{name}." for name in blocks)
     for name, module in empty.named_modules():
@@ -79,8 +71,6 @@ def put_away(layer: nn.Module, shelf: Shelf) -> None:
     Raises:
         StatisticsError: there is no room for them.
     """
-    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-
     device = next(chain(layer.parameters(), layer.buffers())).device
     try:
         kept = _Kept(layer, shelf)
@@ -88,5 +78,4 @@ def put_away(layer: nn.Module, shelf: Shelf) -> None:
         raise StatisticsError(
             f"there is no room for compressed layers beside the spectra ({error}); make room"
         ) from error
-    hook = AlignDevicesHook(device, offload=True, offload_buffers=True, place_submodules=True, weights_map=kept)
-    add_hook_to_module(layer, hook)
+    keep_away(layer, kept, device)

@@ -9,7 +9,6 @@ factored layer with random weights. Two guards in the checkpoint make that an er
   does not fit; this stops transformers 4, too, which knows nothing of fusions. A loader of factors skips them.
 """
 
-import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path
@@ -25,6 +24,7 @@ from transformers.quantizers.base import HfQuantizer
 from spectrim import latent
 from spectrim.checkpoint.config import METHOD, SpectrimConfig, latent_options
 from spectrim.checkpoint.names import compressed_layers, runtime_names, shortened, stored_layers
+from spectrim.checkpoint.weights import FUSED
 from spectrim.errors import CheckpointError, ModelError
 from spectrim.experts import fuse, loads_as_is, unfuse, unfused
 from spectrim.storage import StoredLayer, exchange, form, share, unshare
@@ -38,9 +38,6 @@ WHOLE = "this is a part of a compressed checkpoint: load the whole by its own cl
 
 # The method by which transformers, after loading, shows a model the report of missing, unexpected and misshapen keys.
 _REPORT = "_adjust_missing_and_unexpected_keys"
-
-# Experts that a file holds fused.
-_FUSED = re.compile(r"\bexperts\.(gate_up|gate_and_up|up|down)_projs?$")
 
 # A fusion spec that fuses nothing: it makes the guard's name known.
 fusion_mapping._FUSION_REGISTRY[GUARD] = fusion_mapping.ModuleFusionSpec()
@@ -67,7 +64,7 @@ class SpectrimQuantizer(HfQuantizer):
             self._source = str(Path(checkpoint_files[0]).parent)
         layers = self.quantization_config.layers()
         tensors = None if checkpoint_files is None else _stored_tensors(checkpoint_files)
-        if not any(_FUSED.search(name) for name in tensors or ()):  # as earlier releases left experts
+        if not any(FUSED.search(name) for name in tensors or ()):  # as earlier releases left experts
             unfuse(model)
         try:
             markers = {f"{name}.{form(kind).marker}" for name, (kind, _) in layers.items()}  # all forms are known

@@ -11,14 +11,16 @@ from transformers.utils import quantization_config as hf_quantization
 from transformers.utils.hub import cached_file
 
 from spectrim import files, latent
+from spectrim.checkpoint.apart import ExpertsApart, as_dense
 from spectrim.checkpoint.config import METHOD, latent_options
 from spectrim.checkpoint.model_files import CONFIGS, PROVENANCE, processor_files
 from spectrim.checkpoint.names import shortened
 from spectrim.checkpoint.offload import places, too_large
 from spectrim.checkpoint.sources import NO_MODEL, WHERE, failure, loader, read_config, read_object, sees, split_source
-from spectrim.checkpoint.weights import check_weights, weight_files
+from spectrim.checkpoint.weights import check_weights, holds_fused, weight_files
 from spectrim.dense import quantization
 from spectrim.errors import CheckpointError, ModelError, SpectrimError, printable
+from spectrim.experts import unfuse, unfused
 from spectrim.storage.runtime import RUNTIMES, set_runtime
 from spectrim.trace import as_traced
 
@@ -82,7 +84,9 @@ def load(
     dense = local and not quantized and quantization(config) is None
     if memory is not None and dense and device_map in (None, "cpu") and too_large(Path(source), memory):
         empty = load_empty(source, dtype=_dtype(dtype), trust_remote_code=bool(kwargs["trust_remote_code"]))
-        device_map = places(empty, memory)
+        device_map = places(empty)
+        if any(unfused(module) for module in empty.modules()):
+            options["quantization_config"] = ExpertsApart(fused=holds_fused(weight_files(Path(source))))
     try:
         try:
             loaded: Any = auto.from_pretrained(source, device_map=device_map, dtype=dtype or "auto", **options)
@@ -102,9 +106,16 @@ def load(
             raise
         raise type(error)(f"{directory}: {error}") from error
     except Exception as error:  # files are somebody else's, and what reads them may raise anything
+        if empty is not None and "offload_folder" in str(error):
+            raise ModelError(
+                f"the files of {str(directory)!r} hold tensors in another way than the model, so that it is not read "
+                f"block by block, and it is larger than half of {memory}; raise the memory"
+            ) from error
         raise failure("model", directory, error) from error
     model: PreTrainedModel
     model, report = loaded
+    if "quantization_config" in options.keys() - kwargs.keys():
+        as_dense(model)
     if not local and gguf is None:  # a hub id, whose files are in the cache now
         cached = cached_file(source, "config.json", **{**where, "local_files_only": True})
         _check_files(Path(str(cached)).parent, config, {**kwargs, "subfolder": ""}, quantized=quantized)
@@ -116,6 +127,7 @@ def load(
     if gguf is not None:  # else what is saved would be named after the directory
         model.name_or_path = model.config.name_or_path = str(directory)
     if empty is not None:
+        unfuse(model)  # and what its files hold fused is read one expert at a time
         as_traced(model, empty)
     if runtime is not None:
         set_runtime(model, runtime)

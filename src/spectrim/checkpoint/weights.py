@@ -1,6 +1,7 @@
 """The weight files of a model directory, looked at before anything is loaded: which there are, and what they hold."""
 
 import pickle
+import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from zipfile import is_zipfile
@@ -17,6 +18,7 @@ from transformers.utils import (
 from spectrim.checkpoint.sources import read_object
 from spectrim.errors import ModelError, SpectrimError
 
+FUSED = re.compile(r"\bexperts\.(gate_up|gate_and_up|up|down)_projs?$")  # names of tensors of all experts of a layer
 _FLOATS = {"F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16"}
 _COUNTS = ("I", "U", "BOOL", "int", "uint", "bool")  # dtypes that buffers have, such as masks and indices
 
@@ -49,6 +51,11 @@ def _shards(index: Path) -> list[Path]:
         if not (index.parent / name).is_file():
             raise ModelError(f"{index.parent} lacks {name}, which its {index.name} names; copy it again")
     return [index.parent / name for name in shards]
+
+
+def holds_fused(files: list[Path]) -> bool:
+    """Whether safetensors files hold experts of a layer in one tensor."""
+    return any(FUSED.search(name) for file in files for name, _ in _dtypes(file, ModelError))
 
 
 def check_weights(files: list[Path], error: type[SpectrimError], *, quantized: bool) -> None:

@@ -114,7 +114,7 @@ def _plan(
     keep: Keep = None,
     only: Only = None,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Make this size and two others, and measure what they cost.")
+        bool, typer.Option("--measure", help="Make this size and four others, and measure what they cost.")
     ] = False,
     json: Json = None,
     device: Device = None,

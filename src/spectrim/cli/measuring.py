@@ -8,7 +8,7 @@ import typer
 from spectrim.cli.console import progress, quiet, show, write_results
 from spectrim.cli.verbs import Device, Dry, Dtype, Json, Trust, check_results, dtype_of, pairs, refuse, verb
 from spectrim.errors import SampleError, UsageError
-from spectrim.settings import EvaluationOptions
+from spectrim.settings import TASKS, EvaluationOptions
 
 if TYPE_CHECKING:
     from spectrim.cli.intent import Item
@@ -192,7 +192,8 @@ def _pareto(
     from spectrim.pipeline.trials import RESULTS, trials
 
     quiet()
-    options.check_effect(given)
+    by_itself = {} if "tasks" in given else {"tasks": TASKS}
+    options.model_copy(update=by_itself).check_effect(given)
     what: dict[str, Any] = {
         "stats": stats,
         "sizes": sizes.split(","),

@@ -31,14 +31,18 @@ class Measured:
         content = recipe.model_dump(mode="json", exclude={"version", "name", "summary", "paper"})
         key = json.dumps([VERSION, cache_key(recipe.metric, statistics, parts), content], sort_keys=True)
         self._directory = statistics.path
+        self._rounds_tables = isinstance(recipe.quantize.embeddings, int)  # which costs something under every plan
         self._path = statistics.path / "measured" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
-        self._found: dict[float, Nats] = {}
-        if self._path.exists():
-            try:
-                rows = read_object(self._path)["plans"]
-                self._found = {float(row["predicted"]): {m: float(x) for m, x in row["nats"].items()} for row in rows}
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise StatisticsError(f"{self._path} is damaged ({error}); remove it and measure again") from error
+        self._found = self._read()
+
+    def _read(self) -> dict[float, Nats]:
+        if not self._path.exists():
+            return {}
+        try:
+            rows = read_object(self._path)["plans"]
+            return {float(row["predicted"]): {m: float(x) for m, x in row["nats"].items()} for row in rows}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise StatisticsError(f"{self._path} is damaged ({error}); remove it and measure again") from error
 
     def __bool__(self) -> bool:
         return bool(self._found)
@@ -48,7 +52,7 @@ class Measured:
 
     def add(self, predicted: float, nats: Nats) -> None:
         """Keep what a plan of this predicted loss was found to cost. Raises StatisticsError if it cannot be written."""
-        self._found = dict(sorted({**self._found, predicted: nats}.items()))
+        self._found = dict(sorted({**self._read(), **self._found, predicted: nats}.items()))
         rows = [{"predicted": one, "nats": dict(found)} for one, found in self._found.items()]
         with writing(self._directory, alone=False):
             self._path.parent.mkdir(exist_ok=True)
@@ -57,9 +61,12 @@ class Measured:
     def at(self, predicted: float) -> dict[str, float]:
         """What a plan of this predicted loss, nats in the recipe's metric, costs each modality.
 
-        Between two that were measured, logarithms lie on a line; beyond them costs grow as predictions do.
+        Between two that were measured, logarithms lie on a line; beyond them costs grow as predictions do. Where
+        embedding and output head are rounded in any case, less than the least that was measured is not told.
         """
         every = list(self._found.values())
+        if self._rounds_tables:
+            predicted = max(predicted, next(iter(self._found)))
         if predicted <= 0:
             return dict.fromkeys(every[0], 0.0)
         known, x = np.log(list(self._found)), np.log(predicted)

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.table import Table
 
 from spectrim.calibrate import Statistics
-from spectrim.calibrate.data import SAMPLE_SETTINGS, check_there, load_data
+from spectrim.calibrate.data import SAMPLE_SETTINGS, check_there, load_data, reload_data
 from spectrim.errors import BudgetError, RecipeError
 from spectrim.evaluate.divergence import Predictions
 from spectrim.linear import PLACES
@@ -22,6 +22,7 @@ _POINTS = 9  # of the curve between the smallest plan and the dense model
 _WIDTH = 40  # characters of its longest bar
 RATIOS = (0.5, 0.7, 1.4, 2.0)  # of the bytes of linears that were asked for, at which plans are measured beside it
 SAMPLES = 32  # of each modality, on which they are
+_ALL = 1 << 60  # tokens
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,7 @@ def measure(prepared: Compression, plans: Sequence[Plan]) -> None:
 
     Raises:
         RecipeError, SampleError: see `measurable`.
+        StatisticsError: the samples are other ones now.
         NumericalError: logits are not finite.
     """
     statistics, known, progress = measurable(prepared.recipe, prepared.statistics), prepared.measured, prepared.progress
@@ -165,10 +167,11 @@ def measure(prepared: Compression, plans: Sequence[Plan]) -> None:
     chosen = settings.model_dump(include=SAMPLE_SETTINGS)
     chosen |= {"seed": settings.seed + 1, "samples": min(SAMPLES, settings.samples)}
     sees = prepared.parts.tower is not None
+    reload_data(model, prepared.processor, statistics, sees=sees, samples=1)  # are the sources what they were?
     data = load_data(model, prepared.processor, text=source.text, images=source.images, sees=sees, **chosen)
     with tempfile.TemporaryDirectory() as folder:
         dense = Predictions(Path(folder))
-        dense.gather(model, data, tokens=SAMPLES * settings.seqlen, seed=settings.seed + 1, progress=None)
+        dense.gather(model, data, tokens=_ALL, seed=settings.seed + 1, progress=None)
         for number, (loss, plan) in enumerate(missing.items()):
             if progress is not None:
                 progress("measure", number, len(missing))
@@ -179,7 +182,7 @@ def measure(prepared: Compression, plans: Sequence[Plan]) -> None:
 
 
 def outlook(prepared: Compression, budget: Budget, *, measured: bool = False) -> Outlook:
-    """What a limit would come to; `measured`: and what it costs (see `measure`), besides at 0.6 and 1.6 of the bytes.
+    """What a limit would come to; `measured`: and what it costs (see `measure`), besides at four other sizes.
 
     Raises BudgetError where the limit cannot be met.
     """

@@ -266,9 +266,10 @@ class Compression:
         shelf = Shelf(self.spectra.directory) if dense is None and is_away(self.model) else None
         solved = self._compensated(plan)
         losses = Losses(self.model, self.recipe, self.statistics, self._tables)
+        known = self.measured.at(plan.loss) if self.measured and plan.loss is not None else None
         for name in plan.exchanged:
             layer = self._layer(plan, name, solved)
-            if not compensates and not self.measured:
+            if not compensates and known is None:
                 losses.add(name, layer)
             self.model.set_submodule(name, layer)
             if shelf is not None and name not in plan.tables:
@@ -277,10 +278,8 @@ class Compression:
         if plan.exchanged:
             attach(self.model)
         self._tuned = None if dense is None else self._tune(plan, dense)
-        if self.measured and plan.loss is not None:
-            return self.measured.at(plan.loss)
-        if not compensates or plan.loss is None:
-            return losses.total
+        if known is not None or plan.loss is None or not compensates:
+            return known if compensates or known is not None else losses.total
         assert self.statistics is not None
         given = {modality: modality for modality in self.statistics.manifest.data.modalities}
         taken = taken_by(self.recipe.metric, given)

@@ -83,11 +83,16 @@ class Maker:
     @cached_property
     def units(self) -> Mapping[str, tuple[str, ...]]:
         """The MLPs that may lose units (see :func:`spectrim.plan.units.units_of`); none where the recipe has none."""
-        return units_of(self._parts.linears, self._model) if self._recipe.stored.narrow else {}
+        return self._units if self._recipe.stored.narrow else {}
+
+    @cached_property
+    def _units(self) -> Mapping[str, tuple[str, ...]]:
+        """All MLPs of which units can be taken, as a plan may ask of a recipe that would not."""
+        return units_of(self._parts.linears, self._model)
 
     def removal_of(self, name: str) -> Callable[[], Removal] | None:
         """What gives the order in which the units go that a linear computes or reads; None for other linears."""
-        reader = next((reader for reader, first in self.units.items() if name in (reader, *first)), None)
+        reader = next((reader for reader, first in self._units.items() if name in (reader, *first)), None)
         return None if reader is None else partial(self._removal, reader)
 
     def _removal(self, reader: str) -> Removal:

@@ -175,7 +175,16 @@ class Plan(_Part):
                 rows[name] = plan_row(linear, row.form, row.spec)
             if rows[name].bytes > linear.nbytes:
                 _log.warning("%s stores '%s' in more bytes than its dense weight has", where, name)
-        for reader, first in units_of(parts.linears).items():
+        units = units_of(parts.linears)
+        sides = {"inputs": {*units}, "outputs": {name for first in units.values() for name in first}}
+        for name, row in rows.items():
+            for side in sides.keys() & row.spec.keys():
+                if name not in sides[side]:
+                    raise BudgetError(
+                        f"{where} takes {side} from '{name}', which are no units of an MLP that it "
+                        f"{'reads' if side == 'inputs' else 'computes'}; correct it, or make it {DENSE}"
+                    )
+        for reader, first in units.items():
             read = rows[reader].spec.get("inputs", parts.linear(reader).in_features)
             for name in first:
                 if rows[name].spec.get("outputs", read) < read:
