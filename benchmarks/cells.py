@@ -16,7 +16,7 @@ from typing import Any
 
 from spectrim import compression
 from spectrim.calibrate import Statistics
-from spectrim.calibrate.data import SAMPLE_SETTINGS, load_data
+from spectrim.calibrate.data import source_data
 from spectrim.checkpoint import load, load_processor
 from spectrim.demo import resolve
 from spectrim.evaluate.divergence import Predictions
@@ -38,9 +38,7 @@ def main() -> None:
     source, statistics = resolve(args.model), Statistics.open(args.stats)
     model, processor = load(source), load_processor(source)
     manifest = statistics.manifest
-    chosen = manifest.settings.model_dump(include=SAMPLE_SETTINGS) | {"seed": args.seed}
-    sources: dict[str, Any] = {"text": manifest.data.text, "images": manifest.data.images}
-    data = load_data(model, processor, sees=manifest.data.images is not None, **sources, **chosen)
+    data = source_data(model, processor, statistics, sees=manifest.data.images is not None, seed=args.seed)
     pairs = [change.split("=", 1) for change in args.set]
     changes = {"compensate.kind": "none"} | {key: parse_yaml(value.encode()) for key, value in pairs}
     given: dict[str, Any] = {"stats": statistics, "processor": processor, "changes": changes}

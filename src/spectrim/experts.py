@@ -227,6 +227,7 @@ def _split(module: Any, known: Layout) -> None:
     for number, expert in enumerate(experts):
         module.add_module(str(number), expert.train(module.training))
     setattr(module, _LAYOUT, known)
+    vars(module)["_is_hf_initialized"] = True  # while files are loaded, its class would fill what it had
     module.forward = partial(_run_blocks if known.blocks else _run, module)
 
 

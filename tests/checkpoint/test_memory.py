@@ -33,6 +33,12 @@ def source(tmp_path_factory):
     return path
 
 
+def assert_same_values(whole, away):
+    for name, parameter in whole.named_parameters():
+        module, _, last = name.rpartition(".")
+        assert torch.equal(values(away.get_submodule(module), last), parameter)
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2_5_vl", *MIXTURES])
 def test_blocks_stay_in_the_files(family, source):
     whole, away = load(source / family), load(source / family, memory="100kB")
@@ -40,15 +46,17 @@ def test_blocks_stay_in_the_files(family, source):
     assert not is_away(whole)
     assert is_away(away)
     assert [name for name, _ in whole.named_parameters()] == [name for name, _ in away.named_parameters()]
-    for name, parameter in whole.named_parameters():
-        module, _, last = name.rpartition(".")
-        assert torch.equal(values(away.get_submodule(module), last), parameter)
+    assert_same_values(whole, away)
     inside = [name for name, parameter in away.named_parameters() if parameter.is_meta]
     assert all(".layers." in name or ".blocks." in name for name in inside)
     assert (family in MIXTURES) == any(".experts." in name for name in inside)
     inputs = families.example_inputs(whole)
     with torch.no_grad():
-        torch.testing.assert_close(away(**inputs).logits, whole(**inputs).logits, rtol=1e-6, atol=1e-6)
+        one, other = away(**inputs).logits, whole(**inputs).logits
+    if family.startswith("deepseek"):  # whose matrices on the mapped file's addresses sum in another order
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+    else:
+        assert torch.equal(one, other)
     assert inside == [name for name, parameter in away.named_parameters() if parameter.is_meta]
     assert "quantization_config" not in away.config.to_dict()
     assert not getattr(away, "is_quantized", False)
@@ -78,9 +86,7 @@ def test_tensors_of_experts_that_a_file_holds_transposed(source, tmp_path):
     save_file(tensors, file, {"format": "pt"})
     whole, away = load(tmp_path / "model"), load(tmp_path / "model", memory="100kB")
     unfuse(whole)
-    for name, parameter in whole.named_parameters():
-        module, _, last = name.rpartition(".")
-        assert torch.equal(values(away.get_submodule(module), last), parameter)
+    assert_same_values(whole, away)
 
 
 @pytest.mark.parametrize(

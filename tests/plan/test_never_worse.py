@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 import families
 from helpers.samples import WORDS, image_folder, processor
 from spectrim.calibrate import calibrate
-from spectrim.calibrate.data import SAMPLE_SETTINGS, load_data
+from spectrim.calibrate.data import source_data
 from spectrim.checkpoint import load, load_processor
 from spectrim.demo import resolve
 from spectrim.evaluate.divergence import Predictions
@@ -38,8 +38,7 @@ def test_predicted_losses_are_never_worse_than_equal_shares(name: str, tmp_path:
     model, reader, sources = model_of(name, tmp_path)
     images = sources.pop("images", None)
     statistics = calibrate(model, tmp_path / "s", processor=reader, images=images, **sources)
-    chosen = statistics.manifest.settings.model_dump(include=SAMPLE_SETTINGS) | {"seed": 5}
-    data = load_data(model, reader, sees=images is not None, text=sources["text"], images=images, **chosen)
+    data = source_data(model, reader, statistics, sees=images is not None, seed=5)
     found: dict[str, list[float]] = {}
     dense = Predictions(tmp_path / "dense")
     (tmp_path / "dense").mkdir()

@@ -113,6 +113,23 @@ def check_there(statistics: Statistics) -> None:
             ) from error
 
 
+def source_data(
+    model: PreTrainedModel,
+    processor: ProcessorMixin | PreTrainedTokenizerBase,
+    statistics: Statistics,
+    *,
+    sees: bool,
+    **other: int,
+) -> Data:
+    """Samples from the sources of statistics, chosen as theirs were but for `other` settings (``samples``, ``seed``).
+
+    Raises SampleError where they cannot be loaded.
+    """
+    source, settings = statistics.manifest.data, statistics.manifest.settings
+    chosen = settings.model_dump(include=SAMPLE_SETTINGS) | other
+    return load_data(model, processor, text=source.text, images=source.images, sees=sees, **chosen)
+
+
 def reload_data(
     model: PreTrainedModel,
     processor: ProcessorMixin | PreTrainedTokenizerBase,
@@ -128,16 +145,8 @@ def reload_data(
         StatisticsError: they are other samples now.
     """
     check_there(statistics)
-    source, settings = statistics.manifest.data, statistics.manifest.settings
-    data = load_data(
-        model,
-        processor,
-        text=source.text,
-        images=source.images,
-        sees=sees,
-        **settings.model_dump(include=SAMPLE_SETTINGS),
-    )
-    if data.fingerprint() != source.fingerprint:
+    data = source_data(model, processor, statistics, sees=sees)
+    if data.fingerprint() != statistics.manifest.data.fingerprint:
         raise StatisticsError(
             f"the samples are not those of {statistics.path} any more; restore them or calibrate again"
         )

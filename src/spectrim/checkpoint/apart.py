@@ -16,7 +16,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from spectrim.checkpoint.weights import FUSED
-from spectrim.experts import loads_as_is, unfuse, unfused
+from spectrim.experts import loads_as_is, unfuse
 
 _METHOD = "spectrim-experts-apart"
 
@@ -36,12 +36,8 @@ class _Apart(HfQuantizer):
     quantization_config: ExpertsApart
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        if self.quantization_config.fused:
-            return model
-        unfuse(model)
-        for module in model.modules():
-            if unfused(module):  # its class would fill what it had
-                vars(module)["_is_hf_initialized"] = True
+        if not self.quantization_config.fused:
+            unfuse(model)
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: nn.Module) -> list[Any]:
@@ -75,6 +71,11 @@ def as_dense(model: PreTrainedModel) -> None:
     quantizer.remove_quantization_config(model)
     if conversions is not None:
         vars(model)["_weight_conversions"] = conversions  # by which files name tensors
+    not_quantized(model)
+
+
+def not_quantized(model: nn.Module) -> None:
+    """Take off the configs of a model and its parts the mark that transformers leaves on those of quantized models."""
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and hasattr(module.config, "_is_quantized"):
             del module.config._is_quantized

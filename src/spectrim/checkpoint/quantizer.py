@@ -22,11 +22,12 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from spectrim import latent
+from spectrim.checkpoint.apart import not_quantized
 from spectrim.checkpoint.config import METHOD, SpectrimConfig, latent_options
 from spectrim.checkpoint.names import compressed_layers, runtime_names, shortened, stored_layers
 from spectrim.checkpoint.weights import FUSED
 from spectrim.errors import CheckpointError, ModelError
-from spectrim.experts import fuse, loads_as_is, unfuse, unfused
+from spectrim.experts import fuse, loads_as_is, unfuse
 from spectrim.storage import StoredLayer, exchange, form, share, unshare
 from spectrim.storage.runtime import set_runtime
 
@@ -92,9 +93,6 @@ class SpectrimQuantizer(HfQuantizer):
         # without buffers of their own need no initialization: all their parameters come from the file or are reported.
         parents = {name.rpartition(".")[0] for name in names.values()} - {""}
         ready = {name for name in parents if not any(True for _ in model.get_submodule(name).buffers(recurse=False))}
-        ready |= {
-            name for name, module in model.named_modules() if unfused(module)
-        }  # whose class would fill what it had
         for name in ready:
             vars(model.get_submodule(name))["_is_hf_initialized"] = True
         adjust: Callable[[Any], None] = getattr(model, _REPORT)
@@ -187,9 +185,7 @@ class SpectrimQuantizer(HfQuantizer):
     def remove_quantization_config(self, model: PreTrainedModel) -> None:
         """Take every trace of the factored format off a model that is dense again."""
         super().remove_quantization_config(model)  # type: ignore[no-untyped-call]
-        for module in model.modules():
-            if isinstance(module, PreTrainedModel) and hasattr(module.config, "_is_quantized"):
-                del module.config._is_quantized
+        not_quantized(model)
         for config in all_configs(model):
             without_guard(config)
 

@@ -80,12 +80,12 @@ def load(
     if local:
         _check_files(Path(source), config, kwargs, quantized=quantized)
     options = {"output_loading_info": True, **kwargs}
-    empty = None
+    empty, apart = None, False
     dense = local and not quantized and quantization(config) is None
     if memory is not None and dense and device_map in (None, "cpu") and too_large(Path(source), memory):
         empty = load_empty(source, dtype=_dtype(dtype), trust_remote_code=bool(kwargs["trust_remote_code"]))
         device_map = places(empty)
-        if any(unfused(module) for module in empty.modules()):
+        if apart := any(unfused(module) for module in empty.modules()):
             options["quantization_config"] = ExpertsApart(fused=holds_fused(weight_files(Path(source))))
     try:
         try:
@@ -114,7 +114,7 @@ def load(
         raise failure("model", directory, error) from error
     model: PreTrainedModel
     model, report = loaded
-    if "quantization_config" in options.keys() - kwargs.keys():
+    if apart:
         as_dense(model)
     if not local and gguf is None:  # a hub id, whose files are in the cache now
         cached = cached_file(source, "config.json", **{**where, "local_files_only": True})

@@ -13,20 +13,25 @@ from spectrim.pipeline.tables import Tables
 from spectrim.recipe import Recipe
 
 
+def priced(recipe: Recipe, statistics: Statistics | None) -> Statistics | None:
+    """The statistics, where the recipe predicts losses by them."""
+    return statistics if recipe.needs_curvature else None
+
+
 class Losses:
     """A sum over layers: ``total`` in nats per labelled token by modality, None where the recipe predicts no losses."""
 
     def __init__(self, model: PreTrainedModel, recipe: Recipe, statistics: Statistics | None, tables: Tables) -> None:
-        self._model, self._recipe, self._statistics, self._tables = model, recipe, statistics, tables
+        self._model, self._recipe, self._tables = model, recipe, tables
+        self._statistics = priced(recipe, statistics)
         self.total: dict[str, float] | None = None
-        if statistics is not None and recipe.needs_curvature:
-            self.total = dict.fromkeys(map(str, statistics.manifest.data.modalities), 0.0)
+        if self._statistics is not None:
+            self.total = dict.fromkeys(map(str, self._statistics.manifest.data.modalities), 0.0)
 
     def add(self, name: str, layer: nn.Module) -> None:
         """Add what a layer in the place of a dense linear, which the model still has, costs each modality."""
-        if self.total is None:
+        if self._statistics is None or self.total is None:
             return
-        assert self._statistics is not None
         if (measured := self._tables.losses(name, layer)) is not None:
             for modality, nats in measured.items():
                 self.total[modality] += nats

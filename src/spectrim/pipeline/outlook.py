@@ -9,11 +9,12 @@ from pathlib import Path
 from rich.table import Table
 
 from spectrim.calibrate import Statistics
-from spectrim.calibrate.data import SAMPLE_SETTINGS, check_there, load_data, reload_data
+from spectrim.calibrate.data import check_there, reload_data, source_data
 from spectrim.errors import BudgetError, RecipeError
 from spectrim.evaluate.divergence import Predictions
 from spectrim.linear import PLACES
 from spectrim.pipeline.budget import Budget
+from spectrim.pipeline.losses import priced
 from spectrim.pipeline.stages import Compression
 from spectrim.plan.plan import Plan, PlanRow, summed_up
 from spectrim.recipe import Recipe
@@ -138,13 +139,13 @@ def measurable(recipe: Recipe, statistics: Statistics | None) -> Statistics:
         RecipeError: the recipe predicts no losses that a measurement could correct.
         SampleError: a source of samples is gone.
     """
-    if statistics is None or not recipe.needs_curvature:
+    if (found := priced(recipe, statistics)) is None:
         raise RecipeError(
             f"recipe '{recipe.name}' predicts no losses that a measurement could correct; leave out --measure, or take "
             "spectrim, curvature or laser"
         )
-    check_there(statistics)
-    return statistics
+    check_there(found)
+    return found
 
 
 def measure(prepared: Compression, plans: Sequence[Plan]) -> None:
@@ -163,15 +164,14 @@ def measure(prepared: Compression, plans: Sequence[Plan]) -> None:
     missing = {plan.loss: plan for plan in plans if plan.loss and plan.loss not in known}
     if not missing:
         return
-    model, settings, source = prepared.model, statistics.manifest.settings, statistics.manifest.data
-    chosen = settings.model_dump(include=SAMPLE_SETTINGS)
-    chosen |= {"seed": settings.seed + 1, "samples": min(SAMPLES, settings.samples)}
-    sees = prepared.parts.tower is not None
-    reload_data(model, prepared.processor, statistics, sees=sees, samples=1)  # are the sources what they were?
-    data = load_data(model, prepared.processor, text=source.text, images=source.images, sees=sees, **chosen)
+    model, processor, settings = prepared.model, prepared.processor, statistics.manifest.settings
+    sees, seed = prepared.parts.tower is not None, settings.seed + 1
+    reload_data(model, processor, statistics, sees=sees, samples=1)  # are the sources what they were?
+    samples = min(SAMPLES, settings.samples)
+    data = source_data(model, processor, statistics, sees=sees, seed=seed, samples=samples)
     with tempfile.TemporaryDirectory() as folder:
         dense = Predictions(Path(folder))
-        dense.gather(model, data, tokens=_ALL, seed=settings.seed + 1, progress=None)
+        dense.gather(model, data, tokens=_ALL, seed=seed, progress=None)
         for number, (loss, plan) in enumerate(missing.items()):
             if progress is not None:
                 progress("measure", number, len(missing))

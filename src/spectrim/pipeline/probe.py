@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from spectrim.anatomy import Anatomy
 from spectrim.away import values
 from spectrim.calibrate import Statistics
-from spectrim.calibrate.data import SAMPLE_SETTINGS, Data, load_data
+from spectrim.calibrate.data import Data, source_data
 from spectrim.calibrate.memory import limit_bytes
 from spectrim.calibrate.passes import forward_options, model_inputs, prepared
 from spectrim.calibrate.probe import forget_peak, held_memory, peak_memory
@@ -210,10 +210,7 @@ def _some(model: PreTrainedModel, parts: Anatomy, statistics: Statistics, proces
     """`size` samples of each modality of the statistics, if they are there still."""
     if processor is None:
         return None
-    source = statistics.manifest.data
-    options = statistics.manifest.settings.model_dump(include=SAMPLE_SETTINGS) | {"samples": size}
-    sees = parts.tower is not None
     try:
-        return load_data(model, processor, text=source.text, images=source.images, sees=sees, **options)
+        return source_data(model, processor, statistics, sees=parts.tower is not None, samples=size)
     except SpectrimError:
         return None

@@ -30,7 +30,7 @@ from spectrim.metrics.metric import summed
 from spectrim.metrics.spectra import Spectra
 from spectrim.pipeline.budget import Budget, Sizes
 from spectrim.pipeline.jobs import Job, priced_tables, shared, too_small
-from spectrim.pipeline.losses import Losses
+from spectrim.pipeline.losses import Losses, priced
 from spectrim.pipeline.measured import Measured
 from spectrim.pipeline.record import provenance
 from spectrim.pipeline.tables import Tables
@@ -157,9 +157,8 @@ class Compression:
     @cached_property
     def measured(self) -> Measured | None:
         """What plans of this recipe were found to cost; None where it predicts no losses."""
-        if self.statistics is None or not self.recipe.needs_curvature:
-            return None
-        return Measured(self.statistics, self.parts, self.recipe)
+        statistics = priced(self.recipe, self.statistics)
+        return None if statistics is None else Measured(statistics, self.parts, self.recipe)
 
     @cached_property
     def sizes(self) -> Sizes:
@@ -257,19 +256,19 @@ class Compression:
         """Exchange the linears of the model, each made once; returns the predicted losses by modality.
 
         Where plans of the recipe were measured, they tell. Otherwise, with compensation, nothing predicts by modality
-        what is left: the plan's own prediction stands, which is of the linears by themselves, in the recipe's metric,
-        and bears the name of the modality if that is made of one.
+        what is left: the plan's own prediction stands (see `_joint`).
         """
-        compensates = self.recipe.compensate.kind != "none"
+        told = self.measured.at(plan.loss) if self.measured and plan.loss is not None else None
+        losses = None
+        if told is None and self.recipe.compensate.kind == "none":
+            losses = Losses(self.model, self.recipe, self.statistics, self._tables)
         dense = beside(self.model) if self.recipe.tune.epochs else None
         # What is made of a model that is larger than its memory waits on disk, too, unless it is to be trained.
         shelf = Shelf(self.spectra.directory) if dense is None and is_away(self.model) else None
         solved = self._compensated(plan)
-        losses = Losses(self.model, self.recipe, self.statistics, self._tables)
-        known = self.measured.at(plan.loss) if self.measured and plan.loss is not None else None
         for name in plan.exchanged:
             layer = self._layer(plan, name, solved)
-            if not compensates and known is None:
+            if losses is not None:
                 losses.add(name, layer)
             self.model.set_submodule(name, layer)
             if shelf is not None and name not in plan.tables:
@@ -278,8 +277,17 @@ class Compression:
         if plan.exchanged:
             attach(self.model)
         self._tuned = None if dense is None else self._tune(plan, dense)
-        if known is not None or plan.loss is None or not compensates:
-            return known if compensates or known is not None else losses.total
+        if told is not None:
+            return told
+        return self._joint(plan) if losses is None else losses.total
+
+    def _joint(self, plan: Plan) -> dict[str, float] | None:
+        """The plan's own prediction, of its linears by themselves, in the recipe's metric.
+
+        It bears the name of the modality if that metric is made of one.
+        """
+        if plan.loss is None:
+            return None
         assert self.statistics is not None
         given = {modality: modality for modality in self.statistics.manifest.data.modalities}
         taken = taken_by(self.recipe.metric, given)
