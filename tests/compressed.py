@@ -4,6 +4,7 @@ import copy
 import json
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from families import FAMILIES, example_inputs
 from helpers.exchanged import pack_linears, replace_linears
 from spectrim.anatomy import anatomy
 from spectrim.maths.decompose import Rank, head_ranks
+from spectrim.maths.rotation import BLOCK
 from spectrim.maths.rounding import Grid, fitting_group, quantize
 from spectrim.storage.layers import LowRankLinear
 
@@ -168,7 +170,11 @@ def packed(family: str, model: Any = None) -> Any:
             parts = {f"{linear.name}.B": B} | ({} if form == "B alone" else {f"{linear.name}.A": A})
             if form == "rest":
                 parts[f"{linear.name}.R"] = W.float() - A @ B
-        found = {n: quantize(X, grid_of(X.shape[1], bits, symmetric), dtype=model.dtype) for n, X in parts.items()}
+        found = {}
+        for name, X in parts.items():
+            turns = number % 3 == 0 and X.shape[1] % BLOCK == 0
+            grid = replace(grid_of(X.shape[1], bits, symmetric), rotated=turns)
+            found[name] = quantize(X, grid, dtype=model.dtype)
         pack_linears(model, {name: each.grid for name, each in found.items()})
         for name, each in found.items():
             model.get_submodule(name).load(each)

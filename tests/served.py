@@ -1,6 +1,5 @@
 """Compressed models that vLLM can serve on a CPU: its attention there takes heads of 32 numbers and more."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +62,7 @@ def narrowed(model: hf.PreTrainedModel, counts: dict[str, tuple[int, Grid | None
             W = linear.weight.detach() if side == "outputs" else linear.weight.detach().T
             units = torch.linspace(0, len(W) - 1, count).round().int()
             kept = W[units.long()] if side == "outputs" else W[units.long()].T.contiguous()
-            layer = form("narrow").build(linear, {side: count} | ({} if grid is None else {"grid": asdict(grid)}))
+            layer = form("narrow").build(linear, {side: count} | ({} if grid is None else {"grid": grid.spec}))
             with torch.no_grad():
                 layer.units.copy_(units)
                 if grid is None:

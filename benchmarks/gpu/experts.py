@@ -59,7 +59,7 @@ def integers(model: nn.Module) -> nn.Module:
         if linear.expert is not None:
             weights[linear.name] = model.get_submodule(linear.name).weight.detach()
             grid = Grid(4, 128 if linear.in_features % 128 == 0 else 32)
-            specs[linear.name] = ("integers", asdict(grid))
+            specs[linear.name] = ("integers", grid.spec)
     exchange(model, specs)
     for name, layer in stored_layers(model).items():
         layer.load(quantize(weights[name], layer.grid, dtype=torch.bfloat16))

@@ -1,7 +1,6 @@
 """Linears exchanged for empty layers of factors and integers, by ranks and grids."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import asdict
 
 from torch import nn
 
@@ -29,7 +28,7 @@ def pack_linears(model: nn.Module, grids: Mapping[str, Grid]) -> None:
             except ModelError as error:
                 raise ModelError(f"{name!r}: {error}") from error
         else:
-            exchange(model, {name: ("integers", asdict(grid))})
+            exchange(model, {name: ("integers", grid.spec)})
 
 
 def _module(model: nn.Module, name: str) -> nn.Module | None:

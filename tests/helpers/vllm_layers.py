@@ -28,15 +28,22 @@ def part(out: int, rank: Rank | None, pivoted: bool, inputs: int) -> torch.nn.Mo
 
 
 def rounded(
-    layer: torch.nn.Module, integers: list[str], bits: int, symmetric: bool, group: int | None = 128
+    layer: torch.nn.Module,
+    integers: list[str],
+    bits: int,
+    symmetric: bool,
+    group: int | None = 128,
+    *,
+    rotated: bool = False,
 ) -> torch.nn.Module:
-    """A linear with these parts as integers."""
+    """A linear with these parts as integers; those that read its inputs may rotate them."""
     model = torch.nn.Module()
     model.x = layer
     grids = {}
     for name in integers:
-        size = layer.in_features if name in ("", "B", "R") else layer.get_submodule(name).in_features
-        grids[f"x.{name}".removesuffix(".")] = Grid(bits, fitting_group(size, group), symmetric)
+        reads = name in ("", "B", "R")
+        size = layer.in_features if reads else layer.get_submodule(name).in_features
+        grids[f"x.{name}".removesuffix(".")] = Grid(bits, fitting_group(size, group), symmetric, rotated and reads)
     pack_nearest(model, grids)
     return model.x
 

@@ -18,7 +18,7 @@ from spectrim.storage import exchange, stored_layers
 from spectrim.storage.runtime import set_runtime
 
 CHOSEN = torch.tensor([[0, 2], [3, 0], [0, 3], [2, 3], [3, 2]])  # one expert of four is not hit
-GRIDS = [Grid(4, 32), Grid(3, 32, symmetric=False), Grid(8, None)]
+GRIDS = [Grid(4, 32), Grid(3, 32, symmetric=False), Grid(8, None), Grid(4, 32, rotated=True)]
 
 
 def mixture(family: str, grids: list[Grid]) -> tuple[nn.Module, Any]:

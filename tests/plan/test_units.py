@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -135,4 +135,4 @@ def test_integers_of_every_width_are_priced_as_those_of_a_linear_of_that_size(ro
             weights = [conditional(M, len(M), W) for M in (C, G)]
             lost = float(expected(W.double(), grid, *weights, torch.float32).sum())
             lost += float(down.removal.error[128 - count]) if role == "down" else 0.0
-            assert prices[json.dumps({side: count, "grid": asdict(grid)})] == pytest.approx(lost, rel=1e-6)
+            assert prices[json.dumps({side: count, "grid": grid.spec})] == pytest.approx(lost, rel=1e-6)

@@ -2,7 +2,6 @@
 
 import warnings
 from copy import deepcopy
-from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -81,7 +80,7 @@ def test_merged_integers_in_several_processes(form, parallel, first, process):
     parts, outs = {}, [HEADS * SIZE, SHARED * SIZE, SHARED * SIZE]
     for i, (rank, pivoted, integers) in enumerate(INTEGERS[form]):
         layer = part(outs[i], rank, pivoted, 64)
-        parts[f"x.{'qkv'[i]}_proj"] = rounded(layer, integers, *GRIDS[(first + i) % len(GRIDS)])
+        parts[f"x.{'qkv'[i]}_proj"] = rounded(layer, integers, *GRIDS[(first + i) % len(GRIDS)], rotated=i == 1)
     check_merged(parts, torch.randn(3, 64), parallel, process, SIZE, atol=1e-4, rtol=1e-4)
 
 
@@ -107,12 +106,13 @@ def test_integers_that_stay_integers(dtype, parallel, process):
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("group", [32, 64])
 @pytest.mark.parametrize("integers", [[""], ["A", "B"], ["R"]])
-def test_integers_shared_by_inputs(integers, group, symmetric, dtype, process):
+@pytest.mark.parametrize("rotated", [False, True])
+def test_integers_shared_by_inputs(integers, group, symmetric, dtype, rotated, process):
     """Two processes have half of the inputs each, which cuts the groups of 64 in two: these are unpacked."""
     torch.manual_seed(0)
     rank = None if integers == [""] else 32
     down, x = part(64, rank, False, 64).to(dtype), torch.randn(3, 64, dtype=dtype)
-    down, total = rounded(down, integers, 4, symmetric, group), torch.zeros(3, 64)
+    down, total = rounded(down, integers, 4, symmetric, group, rotated=rotated), torch.zeros(3, 64)
     for index in range(2):
         process(index, 2)
         layer = vllm_linear.RowParallelLinear(
@@ -210,7 +210,7 @@ def test_narrower_linears_and_a_form_that_becomes_dense(bits, parallel, process,
     torch.manual_seed(0)
     inner, hidden, count = 32, IN, 20
     grid = None if bits is None else Grid(bits, None)
-    given = {} if grid is None else {"grid": asdict(grid)}
+    given = {} if grid is None else {"grid": grid.spec}
 
     def made(out: int, size: int, kind: str, **spec: Any) -> Any:
         layer = form(kind).build(torch.nn.Linear(size, out), spec)

@@ -46,12 +46,14 @@ HEADS, SIZE, INPUTS = 4, 64, 256
 CASES = [(bits, symmetric) for bits in (2, 3, 4, 8) for symmetric in (True, False)]
 
 
-def mixed_parts(bits: int, symmetric: bool, dtype: torch.dtype, group: int | None = 32) -> dict[str, Any]:
-    """q in integers, k in integer factors, v in integers beside factors of integers."""
+def mixed_parts(
+    bits: int, symmetric: bool, dtype: torch.dtype, group: int | None = 32, *, rotated: bool = False
+) -> dict[str, Any]:
+    """q in integers, k in integer factors, v in integers beside factors of integers; q may rotate its inputs."""
     torch.manual_seed(0)
     q, k, v = (part(HEADS * SIZE, rank, False, INPUTS).to(dtype) for rank in (None, 96, 32))
     grid = bits, symmetric, group
-    made = rounded(q, [""], *grid), rounded(k, ["A", "B"], *grid), rounded(v, ["A", "B", "R"], *grid)
+    made = rounded(q, [""], *grid, rotated=rotated), rounded(k, ["A", "B"], *grid), rounded(v, ["A", "B", "R"], *grid)
     return {f"x.{name}_proj": layer for name, layer in zip("qkv", made, strict=True)}
 
 
@@ -91,9 +93,10 @@ def test_memory_is_that_of_the_file(bits, symmetric, dtype, process):
 @pytest.mark.parametrize("group", [32, None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("runtime", ["auto", "speed"])
-def test_packed_paths_give_what_the_reference_gives(bits, symmetric, group, dtype, runtime, process):
+@pytest.mark.parametrize("rotated", [False, True])
+def test_packed_paths_give_what_the_reference_gives(bits, symmetric, group, dtype, runtime, rotated, process):
     process(0, 1)
-    parts = mixed_parts(bits, symmetric, dtype, group)
+    parts = mixed_parts(bits, symmetric, dtype, group, rotated=rotated)
     layers = [merged(parts, dtype, how) for how in (runtime, "reference")]
     assert all(isinstance(matrix, Matrix) for matrix in (*layers[1].first, *layers[1].second))
     for rows in (1, 9):  # few rows go through kernels

@@ -1,6 +1,6 @@
 """Two factors in integers: which ranks are options, what each step of rounding is for, and scales of one size."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -30,7 +30,7 @@ def spec_of(out: int, size: int, rank: int, bits: int, group: int | None = 32, s
     sizes = {"A": rank, "B": size}
     return {
         "rank": rank,
-        "grids": {part: asdict(Grid(bits, fitting_group(n, group), symmetric)) for part, n in sizes.items()},
+        "grids": {part: Grid(bits, fitting_group(n, group), symmetric).spec for part, n in sizes.items()},
     }
 
 

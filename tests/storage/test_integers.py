@@ -1,7 +1,5 @@
 """A dense weight in integers: which grids are options, what they are predicted to cost, and what is made."""
 
-from dataclasses import asdict
-
 import pytest
 import torch
 
@@ -53,7 +51,7 @@ def test_the_weight_is_rounded_in_both_metrics(bits: int, group: int | None, sym
     """The metric of the outputs is that of all heads, which have one each."""
     given = problem(heads=heads, quantize=QuantizePart(bits=4, damping=0.02))
     grid = Grid(bits, group, symmetric)
-    layer = layer_of(given, asdict(grid))
+    layer = layer_of(given, grid.spec)
     nats = torch.linspace(0.5, 2.0, heads, dtype=torch.float64).tolist()
     each = 24 // heads
     eye = torch.eye(each, dtype=torch.float64)
@@ -68,7 +66,7 @@ def test_rounding_to_nearest_looks_at_no_metric(metrics: str) -> None:
     given = problem(metrics=metrics, quantize=QuantizePart(bits=4, method="rtn"))
     grid = Grid(4, 32)
     wanted = quantize(given.W, grid, dtype=torch.float32)
-    assert torch.equal(layer_of(given, asdict(grid)).product(), wanted.dense().float())
+    assert torch.equal(layer_of(given, grid.spec).product(), wanted.dense().float())
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """Factors beside integers: small ranks, and a product that takes what rounding left."""
 
-from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -20,7 +19,7 @@ RANK = 16
 
 def spec_of(rank: int, parts: str, bits: int = 3, symmetric: bool = True) -> dict[str, Any]:
     grids = {"R": Grid(bits, 32, symmetric), "A": Grid(8, None, symmetric), "B": Grid(8, 32, symmetric)}
-    return {"rank": rank, "grids": {part: asdict(grids[part]) for part in parts}}
+    return {"rank": rank, "grids": {part: grids[part].spec for part in parts}}
 
 
 def layer_of(given: Problem, spec: dict[str, Any]) -> Any:

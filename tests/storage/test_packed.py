@@ -20,6 +20,7 @@ from families import FAMILIES
 from spectrim.anatomy import anatomy
 from spectrim.checkpoint import SpectrimConfig, attach, load, save
 from spectrim.errors import CheckpointError, ModelError
+from spectrim.maths.rotation import turned_back
 from spectrim.maths.rounding import Grid, quantize
 from spectrim.storage.layers import LowRankLinear
 from spectrim.storage.packed import PackedLinear, inner_config, inner_grids, pack, unpack
@@ -180,9 +181,10 @@ def test_from_disk_and_back(family, dtype, tmp_path):
 
 
 def test_compressed_tensors_reads_the_same_weights(tmp_path):
-    """Names, tensors and config, read by compressed-tensors alone, without any code of ours."""
+    """Names, tensors and config, read by compressed-tensors alone, but for rotations, which stand apart in ours."""
     model = packed("llama")
     directory = save(model, tmp_path / "a")
+    rotated = config_of(directory)["quantization_config"]["rotated"]
     config = QuantizationConfig.model_validate(config_of(directory)["quantization_config"]["inner"])
     tensors, seen = load_file(directory / "model.safetensors"), 0
     for group in config.config_groups.values():
@@ -191,8 +193,9 @@ def test_compressed_tensors_reads_the_same_weights(tmp_path):
             assert stored.keys() - {"weight", "bias"} == {*PackedQuantizationCompressor.compression_param_names(group)}
             stored = {name: tensor for name, tensor in stored.items() if name not in ("weight", "bias")}
             weight = PackedQuantizationCompressor.decompress(stored, group)["weight"]
-            assert torch.equal(weight, model.get_submodule(target).weight)
+            assert torch.equal(turned_back(weight) if target in rotated else weight, model.get_submodule(target).weight)
             seen += 1
+    assert 0 < len(rotated) < seen
     assert seen == sum(isinstance(module, PackedLinear) for module in model.modules())
 
 
@@ -275,6 +278,32 @@ def test_an_inner_config_that_asks_for_more_is_an_error(entry, value):
 def test_an_inner_config_is_an_object():
     with pytest.raises(CheckpointError, match="inner config that is no object"):
         SpectrimConfig({}, inner=[1])
+
+
+@pytest.mark.parametrize("rotated", ["a", {"a": 1}, [1], [None]])
+def test_rotations_are_a_list_of_names(rotated):
+    with pytest.raises(CheckpointError, match="rotations that are no list of names"):
+        SpectrimConfig({}, inner=inner_config({"a": Grid(4, 32)}), rotated=rotated)
+
+
+def test_rotations_of_what_is_no_integer_are_an_error(tmp_path):
+    model, name = FAMILIES["llama"](), "model.layers.0.mlp.up_proj"
+    pack_nearest(model, {name: Grid(4, 32, rotated=True)})
+    directory = save(model, tmp_path / "a")
+    config = config_of(directory)
+    assert config["quantization_config"]["rotated"] == [name]
+    config["quantization_config"]["rotated"] = [name, "model.layers.1.mlp.up_proj"]
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        CheckpointError, match=r"rotates inputs of model\.layers\.1\.mlp\.up_proj, which are no integers"
+    ):
+        load(directory)
+
+
+def test_configs_without_rotations_are_as_they_were():
+    config = SpectrimConfig.of({"a": ("integers", Grid(4, 32).spec)})
+    assert "rotated" not in config.to_dict()
+    assert config.layers() == {"a": ("integers", {"bits": 4, "group": 32, "symmetric": True})}
 
 
 def test_zero_points_of_a_symmetric_grid_are_an_error(tmp_path):

@@ -24,6 +24,7 @@ from spectrim.linear import Linear
 from spectrim.maths.rounding import error
 from spectrim.recipe import QuantizePart, StoragePart
 from spectrim.storage import DENSE, Form, Problem, Spec, StoredLayer, base, filled, forms, made
+from spectrim.storage import problem as problems_of_forms
 from spectrim.storage.packed import PackedLinear
 
 FORMS = (*(form.name for form in forms() if form.replaces is nn.Linear), "columns")
@@ -39,6 +40,7 @@ RECIPES: dict[str, tuple[StoragePart, QuantizePart]] = {
     "any bits": (StoragePart(), QuantizePart(bits="auto", group=32)),
     "zero points": (StoragePart(), QuantizePart(bits="auto", group=None, symmetric=False)),
     "multiples of integers": (StoragePart(multiple=8), QuantizePart(bits=4, group=32, damping=0.01)),
+    "rotated": (StoragePart(narrow=True), QuantizePart(bits="auto", group=32, rotate=True)),
     "to nearest": (StoragePart(), QuantizePart(bits="auto", group=32, method="rtn")),
 }
 SHAPES = ((24, 32, 1), (40, 32, 1), (24, 20, 4))  # outputs, inputs, heads
@@ -48,6 +50,7 @@ SHAPES = ((24, 32, 1), (40, 32, 1), (24, 20, 4))  # outputs, inputs, heads
 def _other(monkeypatch: pytest.MonkeyPatch) -> None:
     """A form of somebody else is there, too."""
     monkeypatch.setitem(base._FORMS, "columns", Columns())
+    monkeypatch.setattr(problems_of_forms, "_WORTH", torch.inf)  # random weights gain nothing by it
 
 
 def problems(dtype: torch.dtype, metrics: str = "both", **how: Any) -> Iterator[Problem]:

@@ -16,6 +16,7 @@ from spectrim.calibrate import calibrate
 from spectrim.calibrate.labels import Labelled
 from spectrim.checkpoint import load, read_provenance
 from spectrim.errors import NumericalError, RecipeError
+from spectrim.maths.rotation import turned
 from spectrim.maths.rounding import Grid, quantize
 from spectrim.pipeline import compress, compression
 from spectrim.storage.packed import PackedLinear
@@ -30,9 +31,9 @@ AUTO = {"quantize.bits": "auto"}
 TUNE = {"compensate.kind": "none", "tune.epochs": 6, "tune.rate": 0.01}
 
 
-def integers(group: int | None, symmetric: bool) -> PackedLinear:
+def integers(group: int | None, symmetric: bool, rotated: bool = False) -> PackedLinear:
     """A layer [12, 32] of 3 bits in float64, with a bias."""
-    grid = Grid(3, group, symmetric)
+    grid = Grid(3, group, symmetric, rotated)
     layer = PackedLinear(32, 12, grid, dtype=torch.float64)
     layer.load(quantize(normal(12, 32), grid))
     layer.bias.data = normal(12, seed=1)
@@ -41,13 +42,14 @@ def integers(group: int | None, symmetric: bool) -> PackedLinear:
 
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("group", [None, 8])
-def test_gradients_of_scales_are_those_of_the_formula(group, symmetric):
+@pytest.mark.parametrize("rotated", [False, True])
+def test_gradients_of_scales_are_those_of_the_formula(group, symmetric, rotated):
     """Of any function of the output, against automatic differentiation of scale · (code − zero)."""
-    layer = integers(group, symmetric)
+    layer = integers(group, symmetric, rotated)
     x = normal(2, 5, 32, seed=2).requires_grad_(True)
     codes, zeros, scale = layer.codes().double(), layer.zeros(), layer.weight_scale.clone().requires_grad_(True)
     codes = codes.view(12, scale.shape[1], -1) - (0 if zeros is None else zeros[..., None].double())
-    y = x @ (codes * scale[..., None]).flatten(1).T + layer.bias
+    y = (turned(x) if rotated else x) @ (codes * scale[..., None]).flatten(1).T + layer.bias
     wanted = torch.autograd.grad(y.pow(3).sum(), (x, scale))
     plain = layer(x)
     layer.weight_scale.requires_grad_(True)

@@ -3,7 +3,7 @@
 ``config.json`` of such a checkpoint carries::
 
     "quantization_config": {"quant_method": "spectrim", "version": 1, "spectrim_version": "…", "ranks": {name: rank},
-                            "pivoted": [name, …], "inner": …, "forms": {name: {"form": …, …}}}
+                            "pivoted": [name, …], "inner": …, "rotated": [target, …], "forms": {name: {"form": …, …}}}
 
 with the checkpoint names of the compressed linears. Tensors of a linear in `ranks` are ``name.A.weight`` [out, rank],
 ``name.B.weight`` [rank, in] and, if the layer has one, ``name.bias`` [out]. A linear whose H heads are factored one by
@@ -15,7 +15,8 @@ rows, ascending.
 Where weights are integers, ``inner`` is a compressed-tensors config of the format ``pack-quantized`` whose targets are
 the checkpoint names of all integer linears, one by one: dense ones (``name``), factors (``name.A``, ``name.B``,
 ``name.A.0``) and what is added to a product of factors (``name.R``, [out, in]). In place of ``weight`` these have
-``weight_packed``, ``weight_scale``, ``weight_shape`` and, where asymmetric, ``weight_zero_point``.
+``weight_packed``, ``weight_scale``, ``weight_shape`` and, where asymmetric, ``weight_zero_point``. Those of them in
+the list ``rotated`` multiply rotated inputs (``maths.rotation``), so that compressed-tensors alone cannot run them.
 
 Linears in any other form stand in ``forms``, each with the name of the form and its spec; their tensors are those that
 the form stores.
@@ -23,7 +24,7 @@ the form stores.
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import replace
 from typing import Any
 
 from packaging.version import InvalidVersion, Version
@@ -68,11 +69,12 @@ class SpectrimConfig(QuantizationConfigMixin):
 
     `ranks` maps checkpoint names of linears, without ``.weight``, to ranks, or lists of ranks by head; `pivoted` names
     those of them that are stored by pivots; `inner` is the compressed-tensors config of the integer weights, None where
-    there are none; `forms` maps the names of linears in any other form to ``{"form": its name, …its spec}``;
-    `runtime` says how layers run once they are loaded (see ``storage.runtime``), `latent_cache` whether
-    every ``generate`` keeps latents in place of keys and values (see `LATENT_CACHES`); `spectrim_version` is the
-    release that wrote the checkpoint. Raises CheckpointError for another format version, unknown entries,
-    impossible ranks, pivots without a rank, an inner config of another kind, and forms without names.
+    there are none, and `rotated` names those of its targets whose inputs are rotated; `forms` maps the names of linears
+    in any other form to ``{"form": its name, …its spec}``; `runtime` says how layers run once they are loaded (see
+    ``storage.runtime``), `latent_cache` whether every ``generate`` keeps latents in place of keys and values (see
+    `LATENT_CACHES`); `spectrim_version` is the release that wrote the checkpoint. Raises CheckpointError for another
+    format version, unknown entries, impossible ranks, pivots without a rank, an inner config of another kind, and forms
+    without names.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class SpectrimConfig(QuantizationConfigMixin):
         quant_method: str = METHOD,
         inner: Mapping[str, Any] | None = None,
         forms: Mapping[str, Mapping[str, Any]] | None = None,
+        rotated: Sequence[str] = (),
         runtime: str = "auto",
         latent_cache: bool | str = False,
         **unknown: Any,
@@ -130,6 +133,9 @@ class SpectrimConfig(QuantizationConfigMixin):
         self.ranks = checked
         self.pivoted = sorted(pivoted)
         self.inner = None if inner is None else dict(inner)
+        if not isinstance(rotated, list | tuple) or not all(isinstance(name, str) for name in rotated):
+            raise CheckpointError("quantization_config has rotations that are no list of names; copy config.json again")
+        self.rotated = sorted(rotated)
         self.forms = {name: dict(entry) for name, entry in entries.items()}
         if runtime not in RUNTIMES:
             raise CheckpointError(f"quantization_config has the runtime {runtime!r}; set one of {', '.join(RUNTIMES)}")
@@ -152,7 +158,8 @@ class SpectrimConfig(QuantizationConfigMixin):
             else:
                 forms[name] = {"form": form, **spec}
         pivoted = [name for name, (_, spec) in layers.items() if name in ranks and spec.get("pivoted")]
-        return cls(ranks, pivoted, inner=inner_config(grids) if grids else None, forms=forms)
+        rotated = [name for name, grid in grids.items() if grid.rotated]
+        return cls(ranks, pivoted, inner=inner_config(grids) if grids else None, forms=forms, rotated=rotated)
 
     def layers(self) -> dict[str, tuple[str, Spec]]:
         """Form and spec of every compressed linear by its checkpoint name.
@@ -163,31 +170,39 @@ class SpectrimConfig(QuantizationConfigMixin):
         for name, rank in self.ranks.items():
             spec: dict[str, Any] = {"rank": rank}
             if parts := grids.pop(name, {}):
-                spec["grids"] = {part: asdict(grid) for part, grid in parts.items()}
+                spec["grids"] = {part: grid.spec for part, grid in parts.items()}
             if not parts or name in pivoted:
                 spec["pivoted"] = name in pivoted
             form = "integers+factors" if "R" in parts else "integer-factors" if "B" in parts else "low-rank"
             found[name] = (form, spec)
-        found |= {name: (_INTEGERS, asdict(parts[""])) for name, parts in grids.items()}
+        found |= {name: (_INTEGERS, parts[""].spec) for name, parts in grids.items()}
         for name, entry in self.forms.items():
             found[name] = (entry["form"], {key: value for key, value in entry.items() if key != "form"})
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON types; without `forms`, `runtime` and `latent_cache` that say nothing, as older releases wrote it."""
+        """JSON types; as older releases wrote it, without `forms`, `rotated` and what else says nothing."""
         content: dict[str, Any] = super().to_dict()  # type: ignore[no-untyped-call]
-        silent = {"forms": {}, "runtime": "auto", "latent_cache": False}
+        silent = {"forms": {}, "rotated": [], "runtime": "auto", "latent_cache": False}
         return {key: value for key, value in content.items() if key not in silent or value != silent[key]}
 
     def grids(self) -> dict[str, dict[str, Grid]]:
         """Grids of the integers by linear and part: ``""`` for a dense weight, ``A``, ``A.0``, ``B`` or ``R``.
 
-        Raises CheckpointError for an inner config that holds anything else than packed integer weights.
+        Raises CheckpointError for an inner config that holds anything else than packed integer weights, and for
+        rotations of others.
         """
         found: dict[str, dict[str, Grid]] = {}
-        for target, grid in ({} if self.inner is None else inner_grids(self.inner)).items():
+        inner = {} if self.inner is None else inner_grids(self.inner)
+        if strange := sorted(set(self.rotated) - inner.keys()):
+            raise CheckpointError(
+                f"quantization_config rotates inputs of {shortened(strange)}, which are no integers of it; copy the "
+                "checkpoint's config.json again"
+            )
+        for target, grid in inner.items():
             path = target.split(".")
             owners = (".".join(path[:-1]), ".".join(path[:-2]))
             owner = next((name for name in owners if name in self.ranks), target)
-            found.setdefault(owner, {})[target.removeprefix(owner).removeprefix(".")] = grid
+            part = target.removeprefix(owner).removeprefix(".")
+            found.setdefault(owner, {})[part] = replace(grid, rotated=target in self.rotated)
         return found

@@ -5,7 +5,6 @@ what config.json says: all linears but those in ``ignore`` are on the grid.
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +53,8 @@ def one_grid(layers: Mapping[str, tuple[str, Spec]]) -> Grid:
             f"releases of compressed-tensors pack {grid.bits} bits in different ways; set quantize.bits to "
             f"{', '.join(map(str, PLAIN_BITS))}, or quantize.format=spectrim"
         )
+    if grid.rotated:
+        raise CheckpointError("compressed-tensors gets no rotated inputs; set quantize.rotate=false")
     if not grid.symmetric:
         raise CheckpointError(
             "transformers cannot load compressed-tensors' zero points; set quantize.symmetric=true, or "
@@ -89,7 +90,7 @@ def check_recipe(recipe: Recipe, model: nn.Module, linears: list[Linear]) -> Non
     assert isinstance(part.bits, int)
     each = [x for x in linears if part.takes(x.role)]
     grids = {x.name: Grid(part.bits, fitting_group(x.in_features, part.group), part.symmetric) for x in each}
-    one_grid({name: ("integers", asdict(grid)) for name, grid in grids.items()})
+    one_grid({name: ("integers", grid.spec) for name, grid in grids.items()})
     check_experts(model, grids.keys())
 
 

@@ -31,18 +31,19 @@ def group(linears: Sequence[Any]) -> list[Group]:
     """Put layouts of one kind side by side, two or more, where `in_groups` may run them.
 
     The product of all of them is compared with those one by one; where it is another, or fails, the linears stay as
-    they are, which is logged. Linears have a `gpu_layout` as PackedLinear has; others are left alone.
+    they are, which is logged. Linears have `gpu_layout`, `grid` and `read` as PackedLinear has; others are left alone.
     """
     kinds: list[tuple[Any, list[int]]] = []
     for number, linear in enumerate(linears):
         layout: cuda.Layout | None = getattr(linear, "gpu_layout", None)
         if layout is None:
             continue
-        mine = next((numbers for config, numbers in kinds if config == layout.config), None)
+        kind = layout.config, linear.grid.rotated
+        mine = next((numbers for other, numbers in kinds if other == kind), None)
         if mine is None:
-            kinds.append((layout.config, mine := []))
+            kinds.append((kind, mine := []))
         mine.append(number)
-    return [found for config, numbers in kinds if len(numbers) > 1 and (found := _joined(linears, numbers, config))]
+    return [found for kind, numbers in kinds if len(numbers) > 1 and (found := _joined(linears, numbers, kind[0]))]
 
 
 def in_groups(
@@ -63,7 +64,8 @@ def in_groups(
         for one, mine in members:
             sizes = [counts[number] for number in mine]
             taken = x if mine == hit else torch.cat([rows[number] for number in mine])
-            y = _product(taken, _stacked(linears, one), [counts[number] for number in one.numbers])
+            given, each = linears[mine[0]].read(taken), [counts[number] for number in one.numbers]
+            y = _product(given, _stacked(linears, one), each)
             if linears[mine[0]].bias is not None:
                 biases = torch.stack([linears[number].bias for number in mine])
                 y = y + biases.repeat_interleave(torch.tensor(sizes, device=y.device), 0, output_size=len(y))

@@ -10,12 +10,14 @@ second factor carries the error on across the rows as well. Rounding to nearest 
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
 from spectrim.errors import NumericalError
 from spectrim.maths.roots import times_metric
+from spectrim.maths.rotation import turned, turned_back, turned_metric
 
 DAMPING = 0.1  # dampening of the metrics, as a share of the mean of their diagonals
 _SHAPE = 16  # bytes of the shape that compressed-tensors stores with every weight
@@ -33,12 +35,19 @@ class Grid:
     """Integers of `bits` bits with one scale per output and group of `group` inputs; None for one scale per output.
 
     A symmetric grid has its zero at code 0, an asymmetric one has a zero point for every scale. Codes are signed, from
-    −2^(bits−1) to 2^(bits−1) − 1, as compressed-tensors has them.
+    −2^(bits−1) to 2^(bits−1) − 1, as compressed-tensors has them. Those of a `rotated` grid stand for the weight on
+    rotated inputs (see :mod:`spectrim.maths.rotation`).
     """
 
     bits: int
     group: int | None
     symmetric: bool = True
+    rotated: bool = False
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """JSON types, as plans and configs have them: ``rotated`` is not there unless it is true."""
+        return {name: value for name, value in asdict(self).items() if name != "rotated" or value}
 
     @property
     def low(self) -> int:
@@ -72,9 +81,10 @@ class Quantized:
     zero: torch.Tensor | None = None
 
     def dense(self) -> torch.Tensor:
-        """The weight [out, in] that the codes stand for, float64."""
+        """The weight [out, in] on inputs as they are that the codes stand for, float64."""
         step, zero = _spread(self.scale, self.zero, self.codes.shape[1])
-        return (self.codes.double() - zero) * step
+        found = (self.codes.double() - zero) * step
+        return turned_back(found) if self.grid.rotated else found
 
 
 def fitting_group(size: int, group: int | None) -> int | None:
@@ -96,7 +106,7 @@ def quantize(
 
     Args:
         W: [out, in], any floating dtype.
-        grid: its group divides `in`.
+        grid: its group divides `in`, as do blocks of a rotation; W and C are those of inputs before it.
         C: metric of the inputs: None for the identity, [in] for a diagonal, or [in, in].
         G: metric of the outputs, the same by `out`. With neither metric a matrix, entries are rounded to nearest.
         dtype: of the scales, which are rounded to it before any code is chosen.
@@ -107,6 +117,8 @@ def quantize(
         NumericalError: a metric is not positive semidefinite, or holds NaN or infinity, or a scale is too large for
             `dtype`.
     """
+    if grid.rotated:
+        W, C = turned(W.double()), on_grid(C, grid)
     rows, _, S = _triangular(G, len(W), damping, W)
     columns, weights, T = _triangular(C, W.shape[1], damping, W)
     if S is None and T is None:
@@ -134,6 +146,11 @@ def slabs(W: torch.Tensor) -> Sequence[torch.Tensor]:
     return W.split(max(1, _SLAB // W.shape[1]))
 
 
+def on_grid(C: torch.Tensor | None, grid: Grid) -> torch.Tensor | None:
+    """The metric of the inputs that a grid's codes multiply; of those on a rotated grid it is no diagonal."""
+    return turned_metric(C) if grid.rotated and C is not None else C
+
+
 def conditional(M: torch.Tensor | None, size: int, like: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
     """The weights of squared rounding residuals under the metric of one side, [size] float64 on the device of `like`.
 
@@ -154,8 +171,10 @@ def expected(
 ) -> torch.Tensor:
     """Predicted share of each entry of W in the error of :func:`quantize`, [out, in], from rounding to nearest.
 
-    `inputs` [in] and `outputs` [out] are the weights of squared residuals (see :func:`conditional`).
+    `inputs` [in] and `outputs` [out] are the weights of squared residuals (see :func:`conditional`), `inputs` those of
+    the metric of `on_grid`.
     """
+    W = turned(W) if grid.rotated else W
     scale, zero = scales(W, grid, inputs, dtype, signed=signed, fed=fed)
     step, offset = _spread(scale.nan_to_num(), zero, W.shape[1])
     codes = grid.nearest(W.double(), step, offset)

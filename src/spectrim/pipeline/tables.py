@@ -6,7 +6,6 @@ in turn, and the divergence of the model from the dense one is measured on calib
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -49,7 +48,7 @@ def grid_of(table: Linear, bits: int, quantize: QuantizePart) -> Grid:
 
 def stored_as(table: Linear, bits: int, quantize: QuantizePart) -> tuple[str, Spec]:
     """Form and spec of a table in so many bits."""
-    grid = asdict(grid_of(table, bits, quantize))
+    grid = grid_of(table, bits, quantize).spec
     return ("integers", grid) if table.role == "head" else ("integer-embedding", grid | {"shared": table.shared})
 
 

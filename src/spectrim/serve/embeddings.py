@@ -96,7 +96,7 @@ class UnpackedEmbeddingMethod(UnquantizedEmbeddingMethod):
             self.held.loaded()
         except ModelError as error:
             raise CheckpointError(f"{self.name}.{error}; copy or compress the checkpoint again") from error
-        layer.weight_loader(layer.weight, self.held.unpacked().to(layer.weight.device))
+        layer.weight_loader(layer.weight, self.held.dense().to(layer.weight.device))
         self.held = None
 
     def process_weights_after_loading(self, layer: Any) -> None:

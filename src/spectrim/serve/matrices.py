@@ -4,6 +4,7 @@
 ``spectrim.kernels`` else. What it declines is unpacked into floats when it is loaded.
 """
 
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from vllm.platforms import current_platform
 from vllm.scalar_type import ScalarType
 
 from spectrim.kernels.bits import pack
+from spectrim.maths.rotation import BLOCK, turned
 from spectrim.maths.rounding import Grid
 from spectrim.serve.shards import take
 from spectrim.storage.packed import PackedLinear
@@ -96,7 +98,7 @@ class PackedMatrix(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map x [..., in] to [..., out]."""
-        y: torch.Tensor = self._kernel.apply_weights(self, x)
+        y: torch.Tensor = self._kernel.apply_weights(self, turned(x) if self.grid.rotated else x)
         return y
 
 
@@ -154,7 +156,8 @@ def packed(
     where there is one, and else keep the packed words, unpacking in every pass what no kernel of ours multiplies.
     ``speed`` takes our kernels for bfloat16 first, and unpacks at load what no kernel multiplies.
     """
-    if runtime == "reference" or any(end % (grid.group or 1) for end in (columns.start, columns.stop)):
+    whole = math.lcm(grid.group or 1, BLOCK if grid.rotated else 1)  # inputs that go together
+    if runtime == "reference" or any(end % whole for end in (columns.start, columns.stop)):
         return None
     here, fast = current_platform.is_cpu(), runtime == "speed"
     own = here and (dtype == torch.bfloat16 or not fast)

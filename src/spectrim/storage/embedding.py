@@ -1,7 +1,6 @@
 """An input embedding in integers, of which a look-up unpacks the rows that are asked for; shared with the output head
 where both are tied."""
 
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -53,7 +52,7 @@ class PackedEmbedding(PackedLinear):
     @property
     def spec(self) -> dict[str, Any]:
         """The grid, and whether the output head is the same."""
-        return {**asdict(self.grid), "shared": self.shared}
+        return {**self.grid.spec, "shared": self.shared}
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # as nn.Embedding calls it
         """Rows [..., size] of token ids [...], in the dtype of the scales."""
@@ -149,6 +148,8 @@ class IntegerEmbedding(Integers):
             raise ModelError(
                 f"{dict(spec)} does not say whether the output head is shared; give shared (true or false)"
             )
+        if spec.get("rotated"):
+            raise ModelError("an embedding has no inputs that could be rotated; take the rotation out")
         return checked_grid({key: value for key, value in spec.items() if key != "shared"})
 
     def least(self, linear: Linear, quantize: QuantizePart) -> int:

@@ -1,7 +1,7 @@
 """Two factors in integers (docs/methods.md, section 8)."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ class IntegerFactors(LowRank):
         energy = (times_metric(B, problem.C) * B).sum(1)  # of B C Bᵀ, which is diagonal
         gain = (times_metric(A.T, problem.G) * A.T).sum(1)  # of AᵀGA, likewise
         for bits in allowed_bits(problem):
-            noise_A = noise(problem, A, grid_of(problem, bits, A.shape[1]), inputs=energy).sum(0)
+            noise_A = noise(problem, A, grid_of(problem, bits, A.shape[1], rotated=False), inputs=energy).sum(0)
             noise_B = noise(problem, B, grid_of(problem, bits, B.shape[1]), outputs=gain).sum(1)
             added = (noise_A + noise_B).cumsum(0).tolist()
             for count in ranks(problem):
@@ -54,8 +54,8 @@ class IntegerFactors(LowRank):
 
     def spec(self, problem: Problem, count: int, bits: int) -> dict[str, Any]:
         """Factors of this rank and these bits."""
-        A, B = grid_of(problem, bits, count), grid_of(problem, bits, problem.linear.in_features)
-        return {"rank": count, "grids": {"A": asdict(A), "B": asdict(B)}}
+        A, B = grid_of(problem, bits, count, rotated=False), grid_of(problem, bits, problem.linear.in_features)
+        return {"rank": count, "grids": {"A": A.spec, "B": B.spec}}
 
     def make(self, problem: Problem, spec: Spec) -> Tensors:
         """B rounded, then A, with the directions of the problem."""

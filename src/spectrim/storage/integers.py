@@ -1,7 +1,6 @@
 """A dense weight in integers, in the tensors of compressed-tensors' format ``pack-quantized`` (docs/methods.md, 8)."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from torch import nn
 
 from spectrim.errors import ModelError
 from spectrim.linear import Linear
+from spectrim.maths.rotation import BLOCK
 from spectrim.maths.rounding import Grid, Quantized, expected, fitting_group, quantize
 from spectrim.recipe import QuantizePart
 from spectrim.storage.base import Form, Options, Spec, Tensors, register
@@ -19,7 +19,7 @@ BITS = (2, 3, 4, 8)  # where the recipe leaves them to the allocation
 
 
 class Integers(Form):
-    """``bits``, ``group`` (inputs that share a scale; None for all inputs of an output) and ``symmetric``."""
+    """``bits``, ``group`` (inputs that share a scale; None for all inputs of an output), ``symmetric``, ``rotated``."""
 
     name = "integers"
     marker = "weight_packed"
@@ -36,7 +36,7 @@ class Integers(Form):
         for bits in allowed_bits(problem):
             grid = grid_of(problem, bits, linear.in_features)
             size = grid.nbytes(linear.out_features, linear.in_features, linear.dtype.itemsize)
-            rows.append((size, float(noise(problem, problem.W, grid).sum()), asdict(grid)))
+            rows.append((size, float(noise(problem, problem.W, grid).sum()), grid.spec))
         return Options.listed(self.name, rows)
 
     def make(self, problem: Problem, spec: Spec) -> Tensors:
@@ -81,14 +81,16 @@ class Integers(Form):
 def checked_grid(spec: Any) -> Grid:
     """The grid of a spec. Raises ModelError for what is none."""
     values = dict(spec) if isinstance(spec, Mapping) else {}
-    bits, group, symmetric = values.pop("bits", None), values.pop("group", None), values.pop("symmetric", True)
+    bits, group = values.pop("bits", None), values.pop("group", None)
+    flags = [values.pop("symmetric", True), values.pop("rotated", False)]
     whole = all(type(value) is int for value in (bits, 1 if group is None else group))
-    if values or not whole or not 2 <= bits <= 8 or (group is not None and group < 1) or type(symmetric) is not bool:
+    plain = not values and all(type(flag) is bool for flag in flags)
+    if not plain or not whole or not 2 <= bits <= 8 or (group is not None and group < 1):
         raise ModelError(
-            f"{spec} is no grid of integers; give bits (2 to 8), group (a size, or null for one scale by output) and "
-            "symmetric (true or false)"
+            f"{spec} is no grid of integers; give bits (2 to 8), group (a size, or null for one scale by output), "
+            "symmetric and rotated (true or false)"
         )
-    return Grid(bits, group, symmetric)
+    return Grid(bits, group, *flags)
 
 
 def allowed_bits(problem: Problem) -> tuple[int, ...]:
@@ -99,9 +101,10 @@ def allowed_bits(problem: Problem) -> tuple[int, ...]:
     return BITS if bits == "auto" else (bits,)
 
 
-def grid_of(problem: Problem, bits: int, size: int) -> Grid:
-    """The recipe's grid of so many bits for a weight of `size` inputs."""
-    return Grid(bits, fitting_group(size, problem.quantize.group), problem.quantize.symmetric)
+def grid_of(problem: Problem, bits: int, size: int, *, rotated: bool | None = None) -> Grid:
+    """The recipe's grid of so many bits for a weight of `size` inputs; `rotated` None as is best for the linear."""
+    rotated = problem.rotates and size % BLOCK == 0 if rotated is None else rotated
+    return Grid(bits, fitting_group(size, problem.quantize.group), problem.quantize.symmetric, rotated)
 
 
 def rounded(
@@ -127,14 +130,13 @@ def noise(
 ) -> torch.Tensor:
     """What the rounding of each entry of W [out, in] adds to the error, predicted without feedback; [out, in] float64.
 
-    `inputs` [in] and `outputs` [out] weigh squared residuals; those of the problem's metrics where they are None.
+    On a rotated grid entries are those of the weight on rotated inputs. `inputs` [in] and `outputs` [out] weigh squared
+    residuals; those of the problem's metrics where they are None.
     """
-    by_input, by_output = problem.residual_weights
-    inputs, outputs = by_input if inputs is None else inputs, by_output if outputs is None else outputs
-    matrix = problem.output is not None or (problem.C is not None and problem.C.ndim > 1)
-    fed = matrix and problem.quantize.feedback is not None
+    inputs = problem.input_weights(grid) if inputs is None else inputs
+    outputs = problem.output_weights if outputs is None else outputs
     signed = problem.quantize.signed
-    return expected(W.double(), grid, inputs, outputs, problem.linear.dtype, signed=signed, fed=fed)
+    return expected(W.double(), grid, inputs, outputs, problem.linear.dtype, signed=signed, fed=problem.fed)
 
 
 register(Integers())

@@ -1,6 +1,5 @@
 """A weight in few bits, and a product of factors beside it that makes up for the rounding (docs/methods.md, 8)."""
 
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -43,7 +42,7 @@ class IntegersAndFactors(IntegerFactors):
                 if count > (len(problem.left) - 1) // 2:
                     break
                 spec = self.spec(problem, count, FACTOR_BITS)
-                spec["grids"]["R"] = asdict(grid)
+                spec["grids"]["R"] = grid.spec
                 rows.append((self.nbytes(problem.linear, spec), float(each.sum()) - removed[count - 1], spec))
         return Options.listed(self.name, rows)
 

@@ -3,7 +3,6 @@
 The factors of a layer are plain ``nn.Linear`` modules: LoRA, GPTQ, vLLM and ``torch.compile`` see what they know.
 """
 
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -104,7 +103,7 @@ class LowRankLinear(StoredLayer):
     def spec(self) -> dict[str, Any]:
         """Rank, and pivots or grids."""
         rank = self.rank if isinstance(self.rank, int) else list(self.rank)
-        grids = {name: asdict(part.grid) for name, part in self.named_modules() if isinstance(part, PackedLinear)}
+        grids = {name: part.grid.spec for name, part in self.named_modules() if isinstance(part, PackedLinear)}
         return {"rank": rank, "grids": grids} if grids else {"rank": rank, "pivoted": self.pivots is not None}
 
     def pack(self, part: str, grid: Grid) -> None:
@@ -296,7 +295,7 @@ class LowRankLinear(StoredLayer):
         parts = B.split(head_ranks(self.rank))  # [k_h, in]
         found = torch.cat([_values(A).to(wide) @ part.to(wide) for A, part in zip(heads, parts, strict=True)])
         if self.R is not None:
-            found = found + self.R.unpacked().to(wide)
+            found = found + self.R.dense().to(wide)
         found = found.to(B.dtype)
         return found if self.order is None else torch.cat([B, found])[self.order.argsort()]
 
@@ -321,7 +320,7 @@ class LowRankLinear(StoredLayer):
 
 
 def _values(factor: nn.Linear | PackedLinear) -> torch.Tensor:
-    return factor.unpacked() if isinstance(factor, PackedLinear) else factor.weight
+    return factor.dense() if isinstance(factor, PackedLinear) else factor.weight
 
 
 def _contiguous(layer: LowRankLinear, state: dict[str, Any], prefix: str, metadata: Any) -> None:

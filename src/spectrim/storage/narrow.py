@@ -1,6 +1,6 @@
 """A linear of some of its inputs, or with some of its outputs alone: the units that a narrower MLP is left with."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -53,7 +53,7 @@ class NarrowLinear(StoredLayer):
     @property
     def spec(self) -> dict[str, Any]:
         """How many units there are, by their side, and the grid of integers."""
-        grid = {"grid": asdict(self.N.grid)} if isinstance(self.N, PackedLinear) else {}
+        grid = {"grid": self.N.grid.spec} if isinstance(self.N, PackedLinear) else {}
         return {self.side: len(self.units)} | grid
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -68,7 +68,7 @@ class NarrowLinear(StoredLayer):
     def product(self) -> torch.Tensor:
         """The weight, zero where there are no units; ModelError where it is offloaded."""
         self.check_values()
-        W: torch.Tensor = self.N.unpacked() if isinstance(self.N, PackedLinear) else self.N.weight
+        W: torch.Tensor = self.N.dense() if isinstance(self.N, PackedLinear) else self.N.weight
         return W.new_zeros(self.out_features, self.in_features).index_copy(
             1 if self.side == "inputs" else 0, self.units.long(), W
         )
@@ -100,7 +100,7 @@ def check_units(units: torch.Tensor, most: int, side: str) -> None:
 class Narrow(Form):
     """``inputs`` or ``outputs``: how many units are kept, of those that an MLP computes and then reads.
 
-    ``grid`` (``bits``, ``group``, ``symmetric``) is that of integers; without it the weight on the units is floats.
+    ``grid`` (as of `Integers`) is that of integers; without it the weight on the units is floats.
     The linear that reads the units chooses them. Those that compute them lose nothing but by rounding, since what they
     leave out is not read; :mod:`spectrim.plan.units` says which options of theirs go together.
     """
@@ -136,8 +136,8 @@ class Narrow(Form):
             few = remaining(problem, side, kept)
             for bits in allowed_bits(problem):
                 grid = grid_of(problem, bits, few.linear.in_features)
-                each = noise(few, few.W, grid) if reads else by_row[bits][kept] * few.residual_weights[1]
-                spec = {side: count, "grid": asdict(grid)}
+                each = noise(few, few.W, grid) if reads else by_row[bits][kept] * few.output_weights
+                spec = {side: count, "grid": grid.spec}
                 rows.append((self.nbytes(linear, spec), float(error[units - count]) + float(each.sum()), spec))
         return Options.listed(self.name, rows)
 

@@ -5,7 +5,6 @@ register the format (see ``spectrim.registration``).
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from math import inf
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +33,7 @@ from spectrim.kernels.cpu import (
     planes_layout,
     planes_product,
 )
+from spectrim.maths.rotation import BLOCK, turned, turned_back
 from spectrim.maths.rounding import Grid, Quantized
 from spectrim.storage.base import StoredLayer
 
@@ -75,6 +75,8 @@ class PackedLinear(StoredLayer):
         super().__init__()
         if grid.group is not None and in_features % grid.group:
             raise ModelError(f"groups of {grid.group} do not divide {in_features} inputs; choose another group")
+        if grid.rotated and in_features % BLOCK:
+            raise ModelError(f"{in_features} inputs cannot be rotated {BLOCK} at a time; take the rotation out")
         self.in_features, self.out_features, self.grid = in_features, out_features, grid
         self.layout = "packed"
         self.most_rows: float = 0  # of inputs, up to which a kernel multiplies them with the integers
@@ -96,12 +98,20 @@ class PackedLinear(StoredLayer):
     @property
     def spec(self) -> dict[str, Any]:
         """The grid."""
-        return asdict(self.grid)
+        return self.grid.spec
 
     def product(self) -> torch.Tensor:
-        """As `unpacked`; raises ModelError where the layer is offloaded."""
+        """As `dense`; raises ModelError where the layer is offloaded."""
         self.check_values()
-        return self.unpacked()
+        return self.dense()
+
+    def dense(self) -> torch.Tensor:
+        """The weight [out, in] in the dtype of the scales."""
+        return turned_back(self.unpacked()) if self.grid.rotated else self.unpacked()
+
+    def read(self, input: torch.Tensor) -> torch.Tensor:
+        """Inputs [..., in] as the integers multiply them: rotated, where the grid says so."""
+        return turned(input) if self.grid.rotated else input
 
     def codes(self, dtype: torch.dtype = torch.int8, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """The integers [out, in], as numbers of a dtype; from row `start`, of a part (`part_rows`), to `stop`."""
@@ -123,7 +133,7 @@ class PackedLinear(StoredLayer):
         return None if zero is None else unpack(zero.T, self.grid.bits, self.out_features).T
 
     def unpacked(self) -> torch.Tensor:
-        """The weight [out, in] in the dtype of the scales."""
+        """What the integers [out, in] stand for, in the dtype of the scales: the weight on what `read` gives."""
         scale, zero = self.weight_scale, self.zeros()
         if cuda.takes(scale):
             dense = cuda.unpacked(self._words(), scale, zero, self.grid.bits, self.in_features)
@@ -133,7 +143,7 @@ class PackedLinear(StoredLayer):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # as nn.Linear calls it
         """Map inputs [..., in] to [..., out] in the dtype of the scales."""
-        rows = input.numel() // self.in_features
+        rows, input = input.numel() // self.in_features, self.read(input)
         held: dict[str, Any] = self._buffers  # from which a tensor is read in less time than as an attribute
         if not 0 < rows <= self.most_rows or input.dtype != held["weight_scale"].dtype or input.requires_grad:
             return self._unpack_and_multiply(input)
@@ -277,7 +287,9 @@ class PackedLinear(StoredLayer):
         """Shape of the layer, as ``nn.Linear`` shows its own, and its grid."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"bits={self.grid.bits}, group={self.grid.group}" + ", symmetric=False" * (not self.grid.symmetric)
+            f"bits={self.grid.bits}, group={self.grid.group}"
+            + ", symmetric=False" * (not self.grid.symmetric)
+            + ", rotated=True" * self.grid.rotated
         )
 
 

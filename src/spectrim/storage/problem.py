@@ -12,8 +12,13 @@ from torch.nn.utils import skip_init
 from spectrim.linear import Linear
 from spectrim.maths.decompose import Directions, OutputMetric, decompose
 from spectrim.maths.removal import Removal, removal
-from spectrim.maths.rounding import conditional
+from spectrim.maths.rotation import BLOCK
+from spectrim.maths.rounding import Grid, conditional, expected, fitting_group, on_grid
 from spectrim.recipe import QuantizePart, StoragePart
+
+# Whether inputs are rotated is decided by so many rows in so many bits; it takes time whenever the layer runs, so that
+# the error has to fall by a twentieth.
+_TRIED, _TRIED_BITS, _WORTH = 256, 3, 0.95
 
 
 @dataclass(frozen=True)
@@ -80,20 +85,63 @@ class Problem:
         """The order in which its units go: as is given, or its inputs in these metrics."""
         return removal(self.W, self.C, self.G) if self.units is None else self.units()
 
-    @cached_property
-    def residual_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """How much a squared rounding residual counts, by input [in] and by output [out], float64.
+    def input_weights(self, grid: Grid) -> torch.Tensor:
+        """How much a squared rounding residual on a grid counts, by input that its codes multiply, [in] float64.
 
-        Where errors are fed on that is far less than the diagonals of the metrics say (see `conditional`).
+        Where errors are fed on that is far less than the diagonal of the metric says (see `conditional`).
         """
-        damping, like, (out, size) = self.quantize.feedback, self.W.double(), self.W.shape
+        if grid.rotated not in self._by_input:
+            self._by_input[grid.rotated] = self._weights(on_grid(self.C, grid), self.W.shape[1])
+        return self._by_input[grid.rotated]
 
-        def weights(M: torch.Tensor | None, size: int) -> torch.Tensor:
-            if M is None or M.ndim == 1 or damping is not None:
-                return conditional(M, size, like, damping or 0.0)
-            return M.diagonal().to(like)
+    @cached_property
+    def _by_input(self) -> dict[bool, torch.Tensor]:
+        return {}
 
-        return weights(self.C, size), weights(self.G, out)
+    @cached_property
+    def output_weights(self) -> torch.Tensor:
+        """The same by output, [out]."""
+        return self._weights(self.G, len(self.W))
+
+    def _weights(self, M: torch.Tensor | None, size: int) -> torch.Tensor:
+        damping, like = self.quantize.feedback, self.W.new_empty(0, dtype=torch.float64)
+        if M is None or M.ndim == 1 or damping is not None:
+            return conditional(M, size, like, damping or 0.0)
+        return M.diagonal().to(like)
+
+    @cached_property
+    def rotates(self) -> bool:
+        """Whether integers are to be those of a rotated grid: the predicted error of some rows falls clearly."""
+        linear, quantize = self.linear, self.quantize
+        alike = linear.expert is not None and self.storage.experts == "same"  # of one form, whatever is best for each
+        if not quantize.rotate or quantize.plain or alike or linear.in_features % BLOCK:
+            return False
+        if self.C is not None and self.C.ndim == 1:
+            return False
+        rows = torch.linspace(0, len(self.W) - 1, min(len(self.W), _TRIED), device=self.W.device).long()
+        bits = _TRIED_BITS if not isinstance(quantize.bits, int) else quantize.bits
+        grids = [
+            Grid(bits, fitting_group(linear.in_features, quantize.group), quantize.symmetric, x) for x in (False, True)
+        ]
+        plain, rotated = (
+            expected(
+                self.W[rows].double(),
+                grid,
+                self.input_weights(grid),
+                self.output_weights[rows],
+                linear.dtype,
+                signed=quantize.signed,
+                fed=self.fed,
+            ).sum()
+            for grid in grids
+        )
+        return bool(rotated < _WORTH * plain)
+
+    @property
+    def fed(self) -> bool:
+        """Whether errors of rounding are fed on: there is a metric that is a matrix, and the recipe says so."""
+        matrix = self.output is not None or (self.C is not None and self.C.ndim > 1)
+        return matrix and self.quantize.feedback is not None
 
     @property
     def may_be_integers(self) -> bool:

@@ -51,7 +51,7 @@ def trained_scales(layers: Iterable[PackedLinear]) -> Iterator[None]:
 
 def _forward(layer: PackedLinear, codes: torch.Tensor) -> Any:
     def forward(input: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = _Product.apply(input, codes, layer.weight_scale)
+        y: torch.Tensor = _Product.apply(layer.read(input), codes, layer.weight_scale)
         return y if layer.bias is None else y + layer.bias
 
     return forward

@@ -1,0 +1,54 @@
+"""Rotations of a linear's inputs that spread a large one over its neighbours (docs/methods.md, section 8).
+
+``W x = (W Rᵀ)(R x)`` with an orthogonal R that takes 16 neighbours at a time: a Hadamard matrix of ±1 over 4, whose
+columns have signs. Floats of 16 bits hold its entries exactly.
+"""
+
+from functools import cache
+
+import torch
+
+from spectrim.maths.roots import wide
+
+BLOCK = 16  # neighbours; more were no better (docs/results.md, "Rotated inputs")
+
+
+@cache
+def _hadamard() -> list[list[float]]:
+    """Sylvester's matrix over 4, with signs of its columns that are random and always the same."""
+    H = torch.ones(1, 1)
+    while len(H) < BLOCK:
+        H = torch.cat([torch.cat([H, H], 1), torch.cat([H, -H], 1)]) / 2**0.5
+    signs = torch.randint(2, (BLOCK,), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return (H.round(decimals=2) * signs).tolist()  # type: ignore[no-any-return]
+
+
+@cache
+def _matrix(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(mode=False):  # what is made in it cannot be part of a graph later
+        return torch.tensor(_hadamard(), dtype=dtype, device=device)
+
+
+def _by_blocks(x: torch.Tensor, *, back: bool) -> torch.Tensor:
+    # On CPUs without products of 16 bits these are 2 to 16 times slower than two conversions and one of float32.
+    blocks = x.reshape(-1, BLOCK) if x.is_cuda else wide(x.reshape(-1, BLOCK))
+    R = _matrix(blocks.dtype, x.device)
+    return (blocks @ (R if back else R.T)).to(x.dtype).view(x.shape)
+
+
+def turned(x: torch.Tensor) -> torch.Tensor:
+    """``R x`` of inputs x [..., in], or ``W Rᵀ`` of a weight W [out, in]; in its dtype."""
+    return _by_blocks(x, back=False)
+
+
+def turned_back(W: torch.Tensor) -> torch.Tensor:
+    """``W R`` of W [out, in]: the weight on inputs as they are, of one on turned inputs."""
+    return _by_blocks(W, back=True)
+
+
+def turned_metric(C: torch.Tensor) -> torch.Tensor:
+    """``R C Rᵀ`` of a metric of the inputs, [in, in]; the one copy that is made, since it may be gigabytes."""
+    found, R = turned(C), _matrix(C.dtype, C.device)
+    for rows in found.split(BLOCK):
+        rows.copy_(R @ rows)
+    return found
