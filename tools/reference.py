@@ -35,7 +35,8 @@ WRITES = {
     "evaluate": "The file that `--json` names, and with `--card` the model card of each compressed checkpoint.",
     "inspect": "`inspection.json` and plots in `--out`.",
     "pareto": "Checkpoints, one for each recipe and size, and `results.json` in `--out`.",
-    "plan": "Spectra and options beside the statistics, and the file that `--json` names.",
+    "plan": "Spectra and options beside the statistics, with `--measure` also what was measured and compensated, and "
+    "the file that `--json` names.",
     "push": "A model repository on the Hugging Face hub.",
     "recipes": "Nothing, but for the file that `--json` names.",
     "report": "The page, one HTML file.",

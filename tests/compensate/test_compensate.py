@@ -442,6 +442,9 @@ def test_what_cannot_be_done_is_said(tmp_path):
 
     with pytest.raises(SampleError, match=r"one alone; give more, or set compensate\.weight"):
         compress(model, recipe="svd", retain=0.5, **{**options, "changes": ANCHORED | {"compensate.samples": 1}})
+    one = {"text": str(path), "samples": 1, "seqlen": 8, "processor": processor("llama")}
+    with pytest.raises(SampleError, match=r"the end-to-end pass .* one alone; give more, or set tune\.epochs=0"):
+        compress(model, recipe="svd", retain=0.5, changes={"tune.epochs": 1}, **one)
 
     def refused(kind: type[Exception], message: str, **other) -> None:
         with compression(model, "svd", **{**options, **other}) as prepared, pytest.raises(kind, match=message):

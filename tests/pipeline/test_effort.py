@@ -29,6 +29,20 @@ def test_what_it_sets(name, recipe, changes, samples, wanted):
     assert with_effort(name, recipe, changes, samples, gathers=True) == wanted
 
 
+@pytest.mark.parametrize(
+    ("name", "recipe", "changes", "message"),
+    [
+        ("thorough", "laser", {}, "effort thorough leaves recipe 'laser' as it is, which does not compensate"),
+        ("thorough", "spectrim", {"compensate.samples": 9}, "which has changes of compensation of its own"),
+        ("quick", "laser", {}, ""),
+        ("thorough", "spectrim", {"tune.epochs": 1}, ""),
+    ],
+)
+def test_what_it_does_not_set_is_said(name, recipe, changes, message, caplog):
+    with_effort(name, recipe, changes, {}, gathers=True)
+    assert message in caplog.text if message else not caplog.text
+
+
 def test_statistics_have_their_own_samples():
     assert with_effort("quick", "spectrim", {}, {}, gathers=False) == ({"compensate.kind": "none"}, {})
 

@@ -1,5 +1,6 @@
 """One compression as it was asked for, with all of it checked that can be checked before a model is loaded."""
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -26,6 +27,8 @@ from spectrim.plan.plan import Plan
 from spectrim.recipe import Recipe
 from spectrim.settings import EFFORT, CalibrationOptions, effort
 from spectrim.storage import DENSE, forms
+
+_log = logging.getLogger("spectrim")
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,7 @@ def check_samples(recipe: Recipe, statistics: Statistics | None, samples: Mappin
     Raises:
         RecipeError: they are not.
         SampleError: an option is out of its limits, a source of samples is none or is gone and needed again, or
-            compensation has one sample and none to judge by.
+            compensation or the end-to-end pass has one sample and none to judge by.
         UsageError: samples were asked for beside statistics, or for a recipe that reads none.
     """
     samples = {name: value for name, value in samples.items() if name != "memory"}  # which is of loading as well
@@ -147,6 +150,11 @@ def check_samples(recipe: Recipe, statistics: Statistics | None, samples: Mappin
         raise SampleError(
             "compensate.weight=auto judges by samples that it leaves out, and there is one alone; give more, or set "
             "compensate.weight to a number"
+        )
+    if recipe.tune.epochs and has.samples < 2:
+        raise SampleError(
+            "the end-to-end pass (tune.epochs) leaves out a sample to judge by, and there is one alone; give more, or "
+            "set tune.epochs=0"
         )
     if statistics is not None and recipe.needs_samples:
         check_there(statistics)
@@ -267,6 +275,9 @@ def with_effort(
     if chosen.compensate.kind != "none" and not any(key.split(".")[0] == "compensate" for key in changed):
         changed = {**level.compensation, **changed}
         chosen = Recipe.read(recipe, changed)
+    elif level.compensation.keys() - changed.keys() - {"compensate.kind"}:
+        why = "does not compensate" if chosen.compensate.kind == "none" else "has changes of compensation of its own"
+        _log.warning("effort %s leaves recipe '%s' as it is, which %s", name, chosen.name, why)
     if gathers and name != EFFORT and chosen.needs_statistics:
         given = {"samples": level.samples, **given}
     return changed, given
