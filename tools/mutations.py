@@ -179,7 +179,7 @@ MUTATIONS = [
     M("integers for all roles", "recipe.py", "return self.bits is not None and (self.roles == \"all\" or role in FEED_FORWARD)", "return self.bits is not None"),
     M("rounding ignores the outputs", "storage/integers.py", "metrics = (None, None) if damping is None else (C, G)", "metrics = (None, None) if damping is None else (C, None)"),
     M("nearest in the metric", "storage/integers.py", "metrics = (None, None) if damping is None else (C, G)", "metrics = (C, G)"),
-    M("one scale for all inputs", "storage/integers.py", "fitting_group(size, problem.quantize.group), problem.quantize.symmetric, rotated)", "None, problem.quantize.symmetric, rotated)"),
+    M("one scale for all inputs", "storage/problem.py", "fitting_group(size, self.quantize.group), self.quantize.symmetric, rotated)", "None, self.quantize.symmetric, rotated)"),
     M("pivots are not priced", "storage/low_rank.py", "if problem.storage.pivoted and heads == 1:", "if False:"),
     M("pivots pay where they are equal", "storage/low_rank.py", "pivoted = (by_pivots < sizes)", "pivoted = (by_pivots <= sizes)"),
     M("pivot indices cost nothing", "storage/low_rank.py", "* linear.dtype.itemsize + pivoted * PIVOT * count", "* linear.dtype.itemsize"),

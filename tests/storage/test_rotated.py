@@ -13,7 +13,6 @@ from spectrim.maths.rounding import Grid, error, quantize
 from spectrim.recipe import QuantizePart, StoragePart
 from spectrim.storage import Problem, form
 from spectrim.storage import problem as problems
-from spectrim.storage.integers import grid_of, noise
 from spectrim.storage.packed import PackedLinear
 
 ROTATE = QuantizePart(bits="auto", group=32, rotate=True)
@@ -53,7 +52,7 @@ def test_inputs_are_rotated_where_the_recipe_and_the_shape_allow_it(given, rotat
 @pytest.mark.parametrize("quantize", [ROTATE, QuantizePart(bits=2, rotate=True), QuantizePart(bits=4, rotate=True)])
 def test_they_are_where_the_predicted_error_falls_enough(quantize, monkeypatch):
     given, bits = uneven(quantize=quantize), 3 if quantize.bits == "auto" else quantize.bits
-    plain, rotated = (float(noise(given, given.W, grid_of(given, bits, 64, rotated=x)).sum()) for x in (False, True))
+    plain, rotated = (float(given.noise(given.W, given.grid(bits, 64, rotated=x)).sum()) for x in (False, True))
     for share, rotates in ((1.01, True), (0.99, False)):
         monkeypatch.setattr(problems, "_WORTH", share * rotated / plain)
         assert uneven(quantize=quantize).rotates == rotates

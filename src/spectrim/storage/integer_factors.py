@@ -13,7 +13,7 @@ from spectrim.maths.roots import times_metric
 from spectrim.maths.rounding import Quantized, error
 from spectrim.recipe import QuantizePart
 from spectrim.storage.base import Options, Spec, Tensors, register
-from spectrim.storage.integers import allowed_bits, grid_of, noise, rounded
+from spectrim.storage.integers import allowed_bits, rounded
 from spectrim.storage.low_rank import LowRank, rank_of
 from spectrim.storage.problem import Problem
 
@@ -39,8 +39,8 @@ class IntegerFactors(LowRank):
         energy = (times_metric(B, problem.C) * B).sum(1)  # of B C Bᵀ, which is diagonal
         gain = (times_metric(A.T, problem.G) * A.T).sum(1)  # of AᵀGA, likewise
         for bits in allowed_bits(problem):
-            noise_A = noise(problem, A, grid_of(problem, bits, A.shape[1], rotated=False), inputs=energy).sum(0)
-            noise_B = noise(problem, B, grid_of(problem, bits, B.shape[1]), outputs=gain).sum(1)
+            noise_A = problem.noise(A, problem.grid(bits, A.shape[1], rotated=False), inputs=energy).sum(0)
+            noise_B = problem.noise(B, problem.grid(bits, B.shape[1]), outputs=gain).sum(1)
             added = (noise_A + noise_B).cumsum(0).tolist()
             for count in ranks(problem):
                 spec = self.spec(problem, count, bits)
@@ -54,7 +54,7 @@ class IntegerFactors(LowRank):
 
     def spec(self, problem: Problem, count: int, bits: int) -> dict[str, Any]:
         """Factors of this rank and these bits."""
-        A, B = grid_of(problem, bits, count, rotated=False), grid_of(problem, bits, problem.linear.in_features)
+        A, B = problem.grid(bits, count, rotated=False), problem.grid(bits, problem.linear.in_features)
         return {"rank": count, "grids": {"A": A.spec, "B": B.spec}}
 
     def make(self, problem: Problem, spec: Spec) -> Tensors:

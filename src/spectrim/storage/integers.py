@@ -8,8 +8,7 @@ from torch import nn
 
 from spectrim.errors import ModelError
 from spectrim.linear import Linear
-from spectrim.maths.rotation import BLOCK
-from spectrim.maths.rounding import Grid, Quantized, expected, fitting_group, quantize
+from spectrim.maths.rounding import Grid, Quantized, fitting_group, quantize
 from spectrim.recipe import QuantizePart
 from spectrim.storage.base import Form, Options, Spec, Tensors, register
 from spectrim.storage.packed import PackedLinear
@@ -34,9 +33,9 @@ class Integers(Form):
         """
         linear, rows = problem.linear, list[tuple[int, float, Spec]]()
         for bits in allowed_bits(problem):
-            grid = grid_of(problem, bits, linear.in_features)
+            grid = problem.grid(bits, linear.in_features)
             size = grid.nbytes(linear.out_features, linear.in_features, linear.dtype.itemsize)
-            rows.append((size, float(noise(problem, problem.W, grid).sum()), grid.spec))
+            rows.append((size, float(problem.noise(problem.W, grid).sum()), grid.spec))
         return Options.listed(self.name, rows)
 
     def make(self, problem: Problem, spec: Spec) -> Tensors:
@@ -101,12 +100,6 @@ def allowed_bits(problem: Problem) -> tuple[int, ...]:
     return BITS if bits == "auto" else (bits,)
 
 
-def grid_of(problem: Problem, bits: int, size: int, *, rotated: bool | None = None) -> Grid:
-    """The recipe's grid of so many bits for a weight of `size` inputs; `rotated` None as is best for the linear."""
-    rotated = problem.rotates and size % BLOCK == 0 if rotated is None else rotated
-    return Grid(bits, fitting_group(size, problem.quantize.group), problem.quantize.symmetric, rotated)
-
-
 def rounded(
     problem: Problem,
     W: torch.Tensor,
@@ -119,24 +112,6 @@ def rounded(
     damping, signed = problem.quantize.feedback, problem.quantize.signed
     metrics = (None, None) if damping is None else (C, G)
     return quantize(W, grid, *metrics, dtype=dtype, damping=damping or 0.0, signed=signed)
-
-
-def noise(
-    problem: Problem,
-    W: torch.Tensor,
-    grid: Grid,
-    inputs: torch.Tensor | None = None,
-    outputs: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """What the rounding of each entry of W [out, in] adds to the error, predicted without feedback; [out, in] float64.
-
-    On a rotated grid entries are those of the weight on rotated inputs. `inputs` [in] and `outputs` [out] weigh squared
-    residuals; those of the problem's metrics where they are None.
-    """
-    inputs = problem.input_weights(grid) if inputs is None else inputs
-    outputs = problem.output_weights if outputs is None else outputs
-    signed = problem.quantize.signed
-    return expected(W.double(), grid, inputs, outputs, problem.linear.dtype, signed=signed, fed=problem.fed)
 
 
 register(Integers())

@@ -8,7 +8,7 @@ from spectrim.maths.decompose import decompose, sides
 from spectrim.maths.roots import check_finite
 from spectrim.storage.base import Options, Spec, Tensors, register
 from spectrim.storage.integer_factors import IntegerFactors, balance, load_rounded, ranks
-from spectrim.storage.integers import allowed_bits, grid_of, noise, rounded
+from spectrim.storage.integers import allowed_bits, rounded
 from spectrim.storage.low_rank import rank_of
 from spectrim.storage.problem import Problem
 
@@ -31,8 +31,8 @@ class IntegersAndFactors(IntegerFactors):
             return Options.listed(self.name, rows)
         out, size = problem.W.shape
         for bits in RESIDUAL_BITS:
-            grid = grid_of(problem, bits, size)
-            each = noise(problem, problem.W, grid)
+            grid = problem.grid(bits, size)
+            each = problem.noise(problem.W, grid)
             # The rounding errors of the entries are taken for independent, of random sign and of the predicted size.
             # k factors beside the integers then remove the k largest squared singular values of such a matrix.
             N = each.sqrt() if out <= size else each.sqrt().T

@@ -15,7 +15,7 @@ from spectrim.maths.roots import BlockRoot
 from spectrim.maths.rounding import Grid, fitting_group
 from spectrim.recipe import QuantizePart
 from spectrim.storage.base import Form, Options, Spec, StoredLayer, Tensors, register
-from spectrim.storage.integers import allowed_bits, checked_grid, grid_of, noise, rounded
+from spectrim.storage.integers import allowed_bits, checked_grid, rounded
 from spectrim.storage.packed import PackedLinear
 from spectrim.storage.problem import Problem
 
@@ -128,15 +128,15 @@ class Narrow(Form):
         if not reads:
             alone = torch.ones(units, dtype=torch.float64, device=problem.W.device)
             for bits in allowed_bits(problem):
-                grid = grid_of(problem, bits, linear.in_features)
-                by_row[bits] = noise(problem, problem.W, grid, outputs=alone).sum(1)
+                grid = problem.grid(bits, linear.in_features)
+                by_row[bits] = problem.noise(problem.W, grid, outputs=alone).sum(1)
         step = fitting_group(units, problem.quantize.group) or fitting_group(units, _KERNEL) or 1
         for count in widths(units, step * storage.multiple, _PRICED) if allowed_bits(problem) else ():
             kept = problem.removal.kept(count)
             few = remaining(problem, side, kept)
             for bits in allowed_bits(problem):
-                grid = grid_of(problem, bits, few.linear.in_features)
-                each = noise(few, few.W, grid) if reads else by_row[bits][kept] * few.output_weights
+                grid = problem.grid(bits, few.linear.in_features)
+                each = few.noise(few.W, grid) if reads else by_row[bits][kept] * few.output_weights
                 spec = {side: count, "grid": grid.spec}
                 rows.append((self.nbytes(linear, spec), float(error[units - count]) + float(each.sum()), spec))
         return Options.listed(self.name, rows)

@@ -119,29 +119,33 @@ class Problem:
         if self.C is not None and self.C.ndim == 1:
             return False
         rows = torch.linspace(0, len(self.W) - 1, min(len(self.W), _TRIED), device=self.W.device).long()
-        bits = _TRIED_BITS if not isinstance(quantize.bits, int) else quantize.bits
-        grids = [
-            Grid(bits, fitting_group(linear.in_features, quantize.group), quantize.symmetric, x) for x in (False, True)
-        ]
-        plain, rotated = (
-            expected(
-                self.W[rows].double(),
-                grid,
-                self.input_weights(grid),
-                self.output_weights[rows],
-                linear.dtype,
-                signed=quantize.signed,
-                fed=self.fed,
-            ).sum()
-            for grid in grids
-        )
+        bits = quantize.bits if isinstance(quantize.bits, int) else _TRIED_BITS
+        grids = (self.grid(bits, linear.in_features, rotated=rotated) for rotated in (False, True))
+        plain, rotated = (self.noise(self.W[rows], grid, outputs=self.output_weights[rows]).sum() for grid in grids)
         return bool(rotated < _WORTH * plain)
 
-    @property
-    def fed(self) -> bool:
-        """Whether errors of rounding are fed on: there is a metric that is a matrix, and the recipe says so."""
+    def grid(self, bits: int, size: int, *, rotated: bool | None = None) -> Grid:
+        """The recipe's grid of so many bits for a weight of `size` inputs; `rotated` None as is best for the linear."""
+        rotated = self.rotates and size % BLOCK == 0 if rotated is None else rotated
+        return Grid(bits, fitting_group(size, self.quantize.group), self.quantize.symmetric, rotated)
+
+    def noise(
+        self,
+        W: torch.Tensor,
+        grid: Grid,
+        inputs: torch.Tensor | None = None,
+        outputs: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """What the rounding of each entry of W [out, in] adds to the error, predicted without feedback; float64.
+
+        On a rotated grid entries are those of the weight on rotated inputs. `inputs` [in] and `outputs` [out] weigh
+        squared residuals; those of the metrics where they are None.
+        """
+        inputs = self.input_weights(grid) if inputs is None else inputs
+        outputs = self.output_weights if outputs is None else outputs
         matrix = self.output is not None or (self.C is not None and self.C.ndim > 1)
-        return matrix and self.quantize.feedback is not None
+        fed, signed = matrix and self.quantize.feedback is not None, self.quantize.signed
+        return expected(W.double(), grid, inputs, outputs, self.linear.dtype, signed=signed, fed=fed)
 
     @property
     def may_be_integers(self) -> bool:
