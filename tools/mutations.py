@@ -100,7 +100,7 @@ MUTATIONS = [
     # linalg
     M("rotation of blocks apart from signs", "maths/rotation.py", "(H.round(decimals=2) * signs)", "H.round(decimals=2)"),
     M("rotated metric of one side", "maths/rotation.py", "rows.copy_(R @ rows)", "rows.copy_(rows)"),
-    M("rotation back is the rotation", "maths/rotation.py", "return _by_blocks(W, back=True)", "return _by_blocks(W, back=False)"),
+    M("rotation back is the rotation", "maths/rotation.py", "return _by_blocks(W, None, back=True)", "return _by_blocks(W, None, back=False)"),
     M("weights of inputs that are not rotated", "storage/problem.py", "self._weights(on_grid(self.C, grid), self.W.shape[1])", "self._weights(self.C, self.W.shape[1])"),
     M("rotated where it pays nothing", "storage/problem.py", "rotated < _WORTH * plain", "rotated < plain"),
     M("inputs not rotated", "storage/packed.py", "return turned(input) if self.grid.rotated else input", "return input"),

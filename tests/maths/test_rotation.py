@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from helpers.matrices import metric, normal
-from spectrim.maths.rotation import BLOCK, turned, turned_back, turned_metric
+from spectrim.maths.rotation import BLOCK, matrix, turned, turned_back, turned_metric
 from spectrim.maths.rounding import Grid, conditional, error, expected, on_grid, quantize
+from spectrim.storage.packed import PackedLinear
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -34,6 +35,17 @@ def test_what_was_made_while_nothing_is_trained_can_be_trained_with():
     x = torch.ones(1, BLOCK, dtype=torch.float16, requires_grad=True)
     turned(x).float().square().sum().backward()
     torch.testing.assert_close(x.grad, 2 * x.detach())
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_code_with_it_is_compiled_whole(context):
+    torch._dynamo.reset()
+    layer = PackedLinear(64, 24, Grid(4, 32, rotated=True), bias=False, dtype=torch.float32)
+    layer.load(quantize(normal(24, 64), layer.grid, dtype=torch.float32))
+    x = normal(3, 64).float()
+    with context():
+        assert torch.equal(torch.compile(layer, fullgraph=True, backend="eager")(x), layer(x))
+    assert torch.equal(turned(x, matrix(torch.bfloat16)), turned(x))
 
 
 def test_metrics_are_those_of_rotated_inputs():

@@ -13,7 +13,6 @@ from spectrim.maths.roots import wide
 BLOCK = 16  # neighbours; more were no better (docs/results.md, "Rotated inputs")
 
 
-@cache
 def _hadamard() -> list[list[float]]:
     """Sylvester's matrix over 4, with signs of its columns that are random and always the same."""
     H = torch.ones(1, 1)
@@ -23,32 +22,41 @@ def _hadamard() -> list[list[float]]:
     return (H.round(decimals=2) * signs).tolist()  # type: ignore[no-any-return]
 
 
+_ROWS = _hadamard()
+
+
 @cache
-def _matrix(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def _kept(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     with torch.inference_mode(mode=False):  # what is made in it cannot be part of a graph later
-        return torch.tensor(_hadamard(), dtype=dtype, device=device)
+        return matrix(dtype, device)
 
 
-def _by_blocks(x: torch.Tensor, *, back: bool) -> torch.Tensor:
+def matrix(dtype: torch.dtype, device: torch.device | str | None = None) -> torch.Tensor:
+    """R [16, 16], for code that is compiled around a tensor that it has."""
+    return torch.tensor(_ROWS, dtype=dtype, device=device)
+
+
+def _by_blocks(x: torch.Tensor, R: torch.Tensor | None, *, back: bool) -> torch.Tensor:
     # On CPUs without products of 16 bits these are 2 to 16 times slower than two conversions and one of float32.
     blocks = x.reshape(-1, BLOCK) if x.is_cuda else wide(x.reshape(-1, BLOCK))
-    R = _matrix(blocks.dtype, x.device)
-    return (blocks @ (R if back else R.T)).to(x.dtype).view(x.shape)
+    if R is None:
+        R = (matrix if torch.compiler.is_compiling() else _kept)(blocks.dtype, x.device)
+    return (blocks @ (R if back else R.T).to(blocks.dtype)).to(x.dtype).view(x.shape)
 
 
-def turned(x: torch.Tensor) -> torch.Tensor:
-    """``R x`` of inputs x [..., in], or ``W Rᵀ`` of a weight W [out, in]; in its dtype."""
-    return _by_blocks(x, back=False)
+def turned(x: torch.Tensor, R: torch.Tensor | None = None) -> torch.Tensor:
+    """``R x`` of inputs x [..., in], or ``W Rᵀ`` of a weight W [out, in]; in its dtype. R may be at hand (`matrix`)."""
+    return _by_blocks(x, R, back=False)
 
 
 def turned_back(W: torch.Tensor) -> torch.Tensor:
     """``W R`` of W [out, in]: the weight on inputs as they are, of one on turned inputs."""
-    return _by_blocks(W, back=True)
+    return _by_blocks(W, None, back=True)
 
 
 def turned_metric(C: torch.Tensor) -> torch.Tensor:
     """``R C Rᵀ`` of a metric of the inputs, [in, in]; the one copy that is made, since it may be gigabytes."""
-    found, R = turned(C), _matrix(C.dtype, C.device)
+    found, R = turned(C), _kept(C.dtype, C.device)
     for rows in found.split(BLOCK):
         rows.copy_(R @ rows)
     return found

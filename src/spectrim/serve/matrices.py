@@ -25,7 +25,7 @@ from vllm.platforms import current_platform
 from vllm.scalar_type import ScalarType
 
 from spectrim.kernels.bits import pack
-from spectrim.maths.rotation import BLOCK, turned
+from spectrim.maths.rotation import BLOCK, matrix, turned
 from spectrim.maths.rounding import Grid
 from spectrim.serve.shards import take
 from spectrim.storage.packed import PackedLinear
@@ -64,6 +64,8 @@ class PackedMatrix(nn.Module):
     asymmetric grid, ``weight_zero_point`` int32 [out · bits / 32, groups], which is there when all rows are.
     """
 
+    rotation: torch.Tensor | None
+
     def __init__(self, out: int, inputs: int, grid: Grid, dtype: torch.dtype, kernel: type[MPLinearKernel]) -> None:
         super().__init__()
         self.grid = grid
@@ -79,6 +81,8 @@ class PackedMatrix(nn.Module):
         self._zeros = None if grid.symmetric else torch.empty(out, groups, dtype=torch.int8)
         names = "weight_packed", "weight_scale", "weight_zero_point"
         self._kernel = kernel(_config(out, inputs, grid, dtype), *names)
+        # Compiled code, and a graph of CUDA, take it from here.
+        self.register_buffer("rotation", matrix(dtype) if grid.rotated else None, persistent=False)
 
     def _words(self, data: torch.Tensor, packed_dim: int) -> PackedvLLMParameter:
         factor = Fraction(32, self.grid.bits)
@@ -98,7 +102,7 @@ class PackedMatrix(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map x [..., in] to [..., out]."""
-        y: torch.Tensor = self._kernel.apply_weights(self, turned(x) if self.grid.rotated else x)
+        y: torch.Tensor = self._kernel.apply_weights(self, x if self.rotation is None else turned(x, self.rotation))
         return y
 
 
