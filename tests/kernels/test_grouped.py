@@ -73,8 +73,9 @@ def test_layouts_of_experts_lie_in_one_tensor_and_are_held_once(gpu):
     assert not [name for name, _ in model.named_buffers() if ".layout_" in name]
 
 
-def test_experts_on_several_grids_run_in_a_product_for_each(grouped_products):
-    model, experts = mixture("gpt_oss", [Grid(4, 32), Grid(3, 32), Grid(4, 32), Grid(3, 32)])
+@pytest.mark.parametrize("other", [Grid(3, 32), Grid(4, 32, rotated=True)])
+def test_experts_on_several_grids_run_in_a_product_for_each(other, grouped_products):
+    model, experts = mixture("gpt_oss", [Grid(4, 32), other, Grid(4, 32), other])
     expected = outputs(experts)
     set_runtime(model, "auto")
     grouped_products.clear()
