@@ -10,7 +10,6 @@ and outputs first. Errors are divided by those of today's grid (groups of 128 wh
 scales), on the straight lines between its points at 2, 3 and 4 bits: what the allocation gets there by mixing them.
 """
 
-import argparse
 import itertools
 from collections.abc import Iterator
 from math import log2
@@ -18,14 +17,10 @@ from math import log2
 import numpy as np
 import torch
 
-from spectrim.anatomy import anatomy
-from spectrim.calibrate import Statistics
-from spectrim.checkpoint import load
-from spectrim.demo import resolve
+from rounding import named, of_linears
 from spectrim.maths import rounding
+from spectrim.maths.rotation import hadamard
 from spectrim.maths.rounding import DAMPING, Grid, _by_waves, _spread, _triangular, error, fitting_group, quantize
-from spectrim.metrics.metric import layer_metric
-from spectrim.recipe import Recipe
 
 RANGES = ((1.6, 1.1), (1.1, 0.6), (0.7, 0.2))  # of which the best one counts, for every grid
 STATES = 256
@@ -78,12 +73,9 @@ def turned(size: int, seed: int = 0) -> torch.Tensor:
     """A random orthogonal matrix [size, size]: Hadamard of the power of two, any rotation of the odd rest."""
     generator = torch.Generator().manual_seed(seed)
     power = size & -size
-    H = torch.ones(1, 1, dtype=torch.float64)
-    while len(H) < power:
-        H = torch.cat([torch.cat([H, H], 1), torch.cat([H, -H], 1)]) / 2**0.5
     odd = torch.linalg.qr(torch.randn(size // power, size // power, dtype=torch.float64, generator=generator))[0]
     signs = torch.randint(2, (size,), generator=generator) * 2.0 - 1
-    return torch.kron(odd.contiguous(), H.contiguous()) * signs
+    return torch.kron(odd.contiguous(), hadamard(power)) * signs
 
 
 def unit_factor(M: np.ndarray, block: int) -> tuple[np.ndarray, np.ndarray]:
@@ -208,23 +200,13 @@ def found(W: torch.Tensor, C: torch.Tensor, G: torch.Tensor, slow: bool) -> Iter
 
 def main() -> None:
     """Parse the command line, measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--stats", required=True)
-    parser.add_argument("--linears", required=True, help="ends of names, with commas")
+    parser = of_linears(__doc__)
     parser.add_argument("--trellis", action="store_true", help="a minute or two for each linear")
     args = parser.parse_args()
-    model, statistics = load(resolve(args.model), dtype=torch.float32), Statistics.open(args.stats)
     ratios: dict[str, list[float]] = {}
     bits_of: dict[str, float] = {}
-    for linear in anatomy(model).linears:
-        if not linear.name.endswith(tuple(args.linears.split(","))):
-            continue
-        W = model.get_submodule(linear.name).weight.detach().double()
-        metric = layer_metric(Recipe.read("spectrim").metric, linear, statistics)
-        assert metric.output is not None
-        assert metric.value is not None
-        rows = list(found(W, metric.value, metric.output.dense(len(W)), args.trellis))
+    for linear, W, C, output in named(args, "spectrim"):
+        rows = list(found(W, C, output.dense(len(W)), args.trellis))
         widest = str(fitting_group(W.shape[1], 128) or "channel")
         today = sorted(
             (stored, lost) for name, stored, lost in rows if name.startswith("today") and name.endswith(widest)
@@ -233,7 +215,7 @@ def main() -> None:
             at = np.interp(stored, [x for x, _ in today], [y for _, y in today])
             ratios.setdefault(name, []).append(lost / at)
             bits_of[name] = stored
-        print(linear.name, *(f"{name}: {values[-1]:.2f}" for name, values in ratios.items()), sep="\n  ", flush=True)
+        print(linear, *(f"{name}: {values[-1]:.2f}" for name, values in ratios.items()), sep="\n  ", flush=True)
     print("\n| grid | bits per weight | error, × today's | least | largest |\n|---|---|---|---|---|")
     for name, values in ratios.items():
         mean = np.exp(np.mean(np.log(values)))

@@ -98,7 +98,7 @@ class Mutation:
 M = Mutation
 MUTATIONS = [
     # linalg
-    M("rotation of blocks apart from signs", "maths/rotation.py", "(H.round(decimals=2) * signs)", "H.round(decimals=2)"),
+    M("rotation of blocks apart from signs", "maths/rotation.py", "hadamard(BLOCK) * (torch.randint(2, (BLOCK,), generator=torch.Generator().manual_seed(0)) * 2 - 1)", "hadamard(BLOCK)"),
     M("rotated metric of one side", "maths/rotation.py", "rows.copy_(R @ rows)", "rows.copy_(rows)"),
     M("rotation back is the rotation", "maths/rotation.py", "return _by_blocks(W, None, back=True)", "return _by_blocks(W, None, back=False)"),
     M("weights of inputs that are not rotated", "storage/problem.py", "self._weights(on_grid(self.C, grid), self.W.shape[1])", "self._weights(self.C, self.W.shape[1])"),

@@ -13,16 +13,16 @@ from spectrim.maths.roots import wide
 BLOCK = 16  # neighbours; more were no better (docs/results.md, "Rotated inputs")
 
 
-def _hadamard() -> list[list[float]]:
-    """Sylvester's matrix over 4, with signs of its columns that are random and always the same."""
-    H = torch.ones(1, 1)
-    while len(H) < BLOCK:
-        H = torch.cat([torch.cat([H, H], 1), torch.cat([H, -H], 1)]) / 2**0.5
-    signs = torch.randint(2, (BLOCK,), generator=torch.Generator().manual_seed(0)) * 2 - 1
-    return (H.round(decimals=2) * signs).tolist()  # type: ignore[no-any-return]
+def hadamard(size: int) -> torch.Tensor:
+    """Sylvester's orthogonal matrix [size, size] float64 of a power of two."""
+    H = torch.ones(1, 1, dtype=torch.float64)
+    while len(H) < size:
+        H = torch.cat([torch.cat([H, H], 1), torch.cat([H, -H], 1)])
+    return H / size**0.5
 
 
-_ROWS = _hadamard()
+# Signs that are random and always the same.
+_ROWS = (hadamard(BLOCK) * (torch.randint(2, (BLOCK,), generator=torch.Generator().manual_seed(0)) * 2 - 1)).tolist()
 
 
 @cache
