@@ -79,6 +79,13 @@ def rounded(model: torch.nn.Module, dtype: torch.dtype) -> None:
                 tensor.copy_(tensor.to(dtype))
 
 
+def changed(name: str) -> Recipe:
+    """A recipe that may carry changes: ``jw-svd:allocation.rule=uniform``."""
+    recipe, *changes = name.split(":")
+    pairs = (change.partition("=") for change in changes)
+    return Recipe.read(recipe, {key: parse_yaml(value) for key, _, value in pairs})
+
+
 def measure(model: Any, processor: Any, text: str, questions: Any, args: argparse.Namespace) -> dict[str, Any]:
     """Perplexity per token and per byte, accuracy by task and mean."""
     language = perplexity(
@@ -160,11 +167,9 @@ def main() -> None:
             )
         calibration = {"seconds": time.perf_counter() - started, "peak_bytes": peak_bytes()}
         for name in names:
-            recipe, *changes = name.split(":")
-            pairs = {key: parse_yaml(value) for key, _, value in (change.partition("=") for change in changes)}
             peak_bytes()
             started = time.perf_counter()
-            prepared = stored_in(store, model, Recipe.read(recipe, pairs), statistics, processor)
+            prepared = stored_in(store, model, changed(name), statistics, processor)
             decomposition = time.perf_counter() - started
             for retain in map(float, args.retain.split(",")):
                 started = time.perf_counter()

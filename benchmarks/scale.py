@@ -1,11 +1,12 @@
-"""Time, peak memory and disk of every verb on the shape of a 3B or 7B model with random weights, under a memory limit.
+"""Time, peak memory and disk of every verb on the shape of a large model with random weights, under a memory limit.
 
     python benchmarks/scale.py WORK [--shape 3B] [--blocks 1] [--memory 8GiB] [--verbs calibrate,compress,evaluate]
 
-Writes a model into WORK, shard by shard, that has the backbone of Qwen2.5-VL-3B or 7B behind a CLIP tower of the widths
-of its own (its own processor needs torchvision), and runs the command line on it, each verb in a process of its own:
-`calibrate` with curvature on 4 windows of 256 tokens and 4 images of 256 tokens, `compress --recipe curvature --retain
-0.4`, and `evaluate`. Calibration and decomposition go on where an earlier run of the same command stopped.
+Writes a model into WORK, shard by shard, that has the backbone of Qwen2.5-VL-3B or 7B, or of Qwen3-VL-30B-A3B, behind a
+CLIP tower of the widths of the first two (their own processors need torchvision), and runs the command line on it, each
+verb in a process of its own: `calibrate` with curvature on 4 windows of 256 tokens and 4 images of 256 tokens,
+`compress --recipe curvature --retain 0.4`, and `evaluate`. Calibration and decomposition go on where an earlier run of
+the same command stopped.
 
 With --blocks the model has so many blocks of each kind alone. Each row is then followed by one that is extrapolated and
 says so: the time that its blocks took, times all blocks, and passes as they are computed for all blocks. Without
@@ -33,6 +34,7 @@ from transformers import (
     LlavaProcessor,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3MoeConfig,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -57,6 +59,11 @@ SHAPES: dict[str, dict[str, Any]] = {
         "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
         "num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False,
     },
+    "30B-A3B": {
+        "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48, "num_attention_heads": 32,
+        "num_key_value_heads": 4, "vocab_size": 151936, "tie_word_embeddings": False, "num_experts": 128,
+        "num_experts_per_tok": 8, "moe_intermediate_size": 768, "head_dim": 128,
+    },
     "small": {
         "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
         "num_key_value_heads": 2, "vocab_size": 4200, "tie_word_embeddings": True,
@@ -79,8 +86,9 @@ def config(shape: str, blocks: int | None) -> LlavaConfig:
         text["num_hidden_layers"] = blocks
         tower["num_hidden_layers"] = min(blocks + 1, tower["num_hidden_layers"])  # the last one is not used
     text |= {"bos_token_id": None, "eos_token_id": WORDS + 1}
+    kind = Qwen3MoeConfig if "num_experts" in text else Qwen2Config
     return LlavaConfig(
-        text_config=Qwen2Config(**text),
+        text_config=kind(**text),
         vision_config=CLIPVisionConfig(**tower, image_size=SIDE, patch_size=PATCH),
         image_token_index=WORDS,
         image_token_id=WORDS,
