@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from families import FAMILIES, MOE, TEXT, VISION, VLMS, example_inputs, text_inputs
 from spectrim.anatomy import Anatomy, anatomy
 from spectrim.errors import ModelError
-from spectrim.linear import PLACES
+from spectrim.linear import PLACES, Linear
 
 LLAVA_LIKE = ("model.vision_tower", ("model.multi_modal_projector",), "model.language_model")
 IDEFICS = ("model.vision_model", ("model.connector",), "model.text_model")
@@ -234,6 +234,37 @@ def test_experts_that_are_linears_are_compressed_but_not_their_router() -> None:
     assert {x.name: x.reason for x in parts.kept} == {f"layers.{i}{n}": r for i in (0, 1) for n, r in expected.items()}
     assert len(parts.linears) == 2 * (2 + 3 * 2)
     assert {x.role for x in parts.linears} == {"up", "down"}
+
+
+@pytest.mark.parametrize("name", ["gate", "router"])
+def test_a_router_of_several_linears_is_not_compressed(name: str) -> None:
+    block = _ExpertBlock()
+    del block.gate
+    block.add_module(name, nn.Sequential(nn.Linear(16, 8), nn.GELU(), nn.Linear(8, 4)))  # one output for no expert
+    parts = anatomy(nn.ModuleDict({"layers": nn.ModuleList([block])}))
+    routers = {x.name for x in parts.kept if x.reason == "expert router (not compressed)"}
+    assert routers == {f"layers.0.{name}.0", f"layers.0.{name}.2", "layers.0.shared_gate"}
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "listed"),
+    [
+        ("mlp.experts.3.w1", 3, "mlp.experts"),
+        ("mlp.text_moe.experts.12.gate_proj", 12, "mlp.text_moe.experts"),
+        ("mlp.experts.expert_5.wi", 5, "mlp.experts.expert"),
+        ("moe.local_experts.0.up", 0, "moe.local_experts"),
+        ("ffn.expert_2.up", 2, "ffn.expert"),
+        ("mlp.shared_experts.0.up", None, None),
+        ("mlp.shared_experts.up", None, None),
+        ("self_attn.0.q_a_proj", None, None),
+        ("0.spatial_block.window_attn.qkv", None, None),
+        ("mlps.1.gate_proj", None, None),
+    ],
+)
+def test_experts_are_what_is_called_so(name: str, number: int | None, listed: str | None) -> None:
+    linear = Linear(f"layers.7.{name}", "backbone", "layers.7", "up", 8, 8, None, torch.float32)
+    assert linear.expert == number
+    assert linear.experts == (None if listed is None else f"layers.7.{listed}")
 
 
 def test_tied_head_is_named_and_counted_once() -> None:

@@ -96,6 +96,22 @@ def test_only_chosen_experts_run_unless_all_are_asked_for() -> None:
     assert seen == dict.fromkeys(range(4), 3)
 
 
+@pytest.mark.parametrize("family", ["mixtral", "llama4"])
+def test_every_expert_reads_every_token_if_asked(family: str) -> None:
+    """Also where each has a block of its own, with zeros for the tokens of others."""
+    model = BUILD[family]().double()
+    unfuse(model)
+    layer = next(iter(mixtures(model)))
+    seen: dict[int, torch.Tensor] = {}
+    for number in range(4):
+        hook = lambda _, args, number=number: seen.__setitem__(number, args[0].detach())  # noqa: E731
+        next(layer.get_submodule(f"{number}").children()).register_forward_pre_hook(hook)
+    with all_tokens():
+        logits(model)
+    assert seen[0].any(-1).all()
+    assert all(torch.equal(x, seen[0]) for x in seen.values())
+
+
 @pytest.mark.parametrize("family", BUILD)
 def test_a_checkpoint_names_experts_one_by_one_and_loads(family: str, tmp_path: Path) -> None:
     """Some experts in integers, some in factors, some dense."""

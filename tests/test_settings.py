@@ -72,6 +72,7 @@ def test_compress_has_the_same_options_of_its_own():
         (CalibrationOptions, {"seed": -1}, "seed must be at least 0, not -1"),
         (CalibrationOptions, {"seed": 2**70}, "seed must be less than"),
         (CalibrationOptions, {"memory": "0GiB"}, "memory '0GiB' is too little; write it as 20GiB"),
+        (CalibrationOptions, {"memory": "9" * 400}, "is no size; write it as 3.5GB"),
         (CalibrationOptions, {"memory": "20 apples"}, "memory '20 apples' is no size; write it as 3.5GB"),
         (CalibrationOptions, {"answer_tokens": 0}, "at least 1"),
         (CalibrationOptions, {"checkpoint_seconds": math.nan}, "checkpoint_seconds cannot be nan"),

@@ -319,14 +319,19 @@ def _experts(module: nn.Module) -> int:
 
 
 def _routers(tree: dict[str, nn.Module], block: str) -> Iterator[str]:
-    """Owners of a lone matrix beside experts with one output for each (the router) or one in all (a gate)."""
+    """What chooses beside experts: the owner of a lone matrix with one output for each (the router) or one in all (a
+    gate), and all matrices of a module that is called so.
+    """
     for name in tree:
         children = list(_children(tree, name)) if _within(name, block) else []
         widths = {n for _, m in children if (n := _experts(m))}
         for child_name, child in children if widths else []:
             owners = [(n, p) for n, m in child.named_modules(prefix=child_name) for p in _matrices(m)]
-            if len(owners) == 1 and owners[0][1].shape[0] in widths | {1} and not _experts(child):
-                yield owners[0][0]
+            if not owners or _experts(child):
+                continue
+            alone = len(owners) == 1 and owners[0][1].shape[0] in widths | {1}
+            if alone or child_name.rpartition(".")[2] in ("gate", "router"):
+                yield from (owner for owner, _ in owners)
 
 
 def _holders(tree: dict[str, nn.Module]) -> dict[int, list[str]]:

@@ -369,10 +369,14 @@ def stack_experts(model: nn.Module) -> None:
 def _run_blocks(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     """The same where every expert has a block of all tokens, [E · tokens, hidden] in and out, zeros for others."""
     known: Layout = vars(module)[_LAYOUT]
-    if hidden_states.is_meta or _ALL_TOKENS.get():
-        blocks = hidden_states.view(known.experts, -1, hidden_states.shape[-1])
-        each = (_expert(module, known, _linears(module, known, number), x) for number, x in enumerate(blocks))
-        return torch.cat([*each])
+    run = lambda number, x: _expert(module, known, _linears(module, known, number), x)  # noqa: E731
+    blocks = hidden_states.view(known.experts, -1, hidden_states.shape[-1])
+    if hidden_states.is_meta:
+        return torch.cat([run(number, x) for number, x in enumerate(blocks)])
+    if _ALL_TOKENS.get():  # a token that did not choose an expert is read as those that it chose have it
+        hits, others = blocks.detach().any(-1, keepdim=True), blocks.sum(0)
+        pairs = enumerate(zip(hits, blocks, strict=True))
+        return torch.cat([run(number, x.where(hit, others)) * hit for number, (hit, x) in pairs])
     hit = hidden_states.detach().any(-1)
     counts, rows = hit.view(known.experts, -1).sum(1).tolist(), hit.nonzero()[:, 0]
     y = _hit(module, known, counts, hidden_states.index_select(0, rows))

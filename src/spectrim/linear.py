@@ -8,7 +8,7 @@ import torch
 
 Place = Literal["tower", "connector", "backbone"]
 PLACES: tuple[Place, ...] = ("tower", "connector", "backbone")
-_EXPERT = re.compile(r".*?\.(?:expert_?)?(\d+)\.")  # behind the name of a block
+_EXPERT = re.compile(r".*?(?<!shared_)expert[^.\d]*\.?(?:expert_?)?(\d+)\.")  # behind the name of a block
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,18 @@ class Linear:
 
     @property
     def expert(self) -> int | None:
-        """Number of the expert that it belongs to: its place in a list inside the block; None for other linears."""
+        """Number of the expert that it belongs to: its place in a list of experts; None for other linears."""
         return None if (span := self.expert_span) is None else int(self.name[slice(*span)])
 
     @property
     def expert_span(self) -> tuple[int, int] | None:
         """Where in the name that number stands."""
         return expert_span(self.name, self.block)
+
+    @property
+    def experts(self) -> str | None:
+        """The list that holds its expert, by name; None for other linears."""
+        return None if (span := self.expert_span) is None else self.name[: span[0]].rstrip("._")
 
     @property
     def shared(self) -> bool:

@@ -38,7 +38,7 @@ def read_bytes(text: str) -> tuple[float, str]:
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([A-Za-z]*)\s*", text, re.ASCII)
     unit = None if found is None else next((x for x in UNITS if x.casefold() == found[2].casefold()), None)
-    if found is None or unit is None:
+    if found is None or unit is None or not math.isfinite(float(found[1])):
         raise ValueError("is no size; write it as 3.5GB, 900MB or 2GiB")
     return float(found[1]), unit
 
@@ -189,7 +189,9 @@ class CalibrationSettings(OptionRecord):
     batch_size: _Count = Field(default=8, description="Samples that run together.")
     seed: _Seed = Field(default=0, description="Chooses the samples.")
     instruction: str = Field(default="Describe this image.", description="Asked of images that bring none.")
-    image_tokens_only: bool = Field(default=False, description="Count only image tokens in the backbone.")
+    image_tokens_only: bool = Field(
+        default=False, description="Count only image tokens in the backbone; experts count all that are routed to them."
+    )
     all_experts: bool = Field(
         default=False, description="Every expert reads all tokens (in calibration only; their outputs stay routed)."
     )

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from families import FAMILIES
+from families import FAMILIES, FURTHER
 from helpers.calibrated import assert_same_bits
 from helpers.samples import processor
 from spectrim.anatomy import anatomy
@@ -41,7 +41,7 @@ def models(draw: st.DrawFn) -> list[Share]:
 def test_groups_fit_the_limit_and_leave_blocks_whole(shares, limit):
     size = {share.linears[0].name: share.nbytes for share in shares}
     if max(size.values()) > limit:
-        with pytest.raises(UsageError, match=r"moments of .* raise --memory, lower --batch-size, or keep"):
+        with pytest.raises(UsageError, match=r"moments of .* raise --memory or lower --batch-size"):
             grouped(shares, limit)
         return
     groups = grouped(shares, limit)
@@ -193,6 +193,24 @@ def test_a_batch_takes_more_with_more_tokens_and_with_gradients():
 
     assert taken(64) < taken(128)
     assert taken(128, curvature=False) < taken(128)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_5_moe", "deepseek_v3"])
+def test_each_expert_has_a_moment_of_its_own(family):
+    """Gate and up of one expert, or of an MLP beside experts, share theirs, and no others do."""
+    linears = anatomy((FAMILIES | FURTHER)[family]()).linears
+    gates = [share for share in input_shares(linears) if share.linears[0].role in ("gate", "up")]
+    assert {frozenset(x.name.rpartition(".")[0] for x in share.linears) for share in gates} == {
+        frozenset([x.name.rpartition(".")[0]]) for x in linears if x.role == "gate"
+    }
+
+
+def test_smaller_forms_are_advised_for_output_moments_alone():
+    shares = [Share((one(0, "b0"),), 100)]
+    with pytest.raises(UsageError, match=r"^moments of .* raise --memory or lower --batch-size$"):
+        grouped(shares, 10)
+    with pytest.raises(UsageError, match=r"^output moments of .*--curvature-form up=sketch:256$"):
+        grouped(shares, 10, outputs=True)
 
 
 def test_experts_read_their_share_of_a_batch_alone():

@@ -1,6 +1,7 @@
 """Experts of a real mixture through calibration, planning and saving."""
 
 from collections import defaultdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,9 +11,14 @@ from families import FAMILIES
 from helpers.samples import word_tokenizer
 from spectrim.anatomy import anatomy
 from spectrim.calibrate import calibrate
+from spectrim.calibrate.experts import tokens_by_expert
 from spectrim.checkpoint import load, read_provenance
 from spectrim.experts import fuse
+from spectrim.linear import Linear
+from spectrim.mismatch.analysis import inspect
 from spectrim.pipeline import compression
+from spectrim.plan import Plan
+from spectrim.plan.teams import Teams
 
 WORDS = {"text": "builtin", "images": None, "samples": 8, "seqlen": 12, "batch_size": 4}
 
@@ -70,6 +76,69 @@ def test_experts_of_a_layer_are_stored_alike_if_asked(recipe, changes, statistic
                 kinds[linear.block, linear.role].append((row.form, row.spec, row.bytes))
         assert len(kinds) == 6
         assert all(each == each[:1] * 4 for each in kinds.values())
+
+
+def test_experts_can_be_inspected(statistics):
+    found = inspect(FAMILIES["mixtral"](), statistics)
+    assert {row.name for row in found.effective_ranks} == {x.name for x in anatomy(FAMILIES["mixtral"]()).linears}
+
+
+def test_lists_of_experts_in_one_block_are_told_apart(monkeypatch):
+    """Tokens and options: each has an expert 0."""
+    names = [f"layers.0.mlp.{name}.experts.{n}.up" for name in ("text_moe", "vision_moe") for n in range(2)]
+    names += ["layers.1.mlp.experts.0.up"]
+    linears = tuple(Linear(x, "backbone", x[:8], "up", 8, 8, None, torch.float32) for x in names)
+    stats = SimpleNamespace(
+        manifest=SimpleNamespace(data=SimpleNamespace(modalities=("text",))),
+        positions=lambda name, _: names.index(name) + 1,
+    )
+    assert tokens_by_expert(stats, linears) == {
+        "layers.0.mlp.text_moe.experts": {0: 1, 1: 2},
+        "layers.0.mlp.vision_moe.experts": {0: 3, 1: 4},
+        "layers.1": {0: 5},
+    }
+    monkeypatch.setattr("spectrim.plan.teams._numbers", lambda _: {"dense": 0})
+    assert {*Teams(linears, dict.fromkeys(names)).each(dict.fromkeys(names[::2], 0))} == {*names}
+    assert len(Teams(linears, dict.fromkeys(names))._members) == 2
+
+
+def uneven():
+    """A mixture of which two experts want their inputs rotated and two do not."""
+    model = FAMILIES["mixtral"]()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "experts" in name and weight.ndim == 3:
+                weight[::2, :, ::16] *= 10
+    return model
+
+
+@pytest.mark.parametrize("order", [("each", "same"), ("same", "each")])
+def test_options_of_one_way_to_store_experts_are_not_taken_for_the_other(order, tmp_path):
+    """Where experts are stored alike none is rotated, and options are kept beside the same statistics."""
+    stats = calibrate(uneven(), tmp_path, processor=word_tokenizer(), gradients=True, **WORDS)
+    changes = {"quantize.bits": 3, "quantize.group": 32, "compensate.kind": "none"}
+    for experts in order:
+        with compression(
+            uneven(), "spectrim", stats=stats.path, changes={**changes, "storage.experts": experts}
+        ) as prepared:
+            plan = prepared.plan(0.2)
+            several = [plan.linears[x.name] for x in prepared.parts.linears if x.expert is not None]
+            assert any("'rotated': True" in str(row.spec) for row in several) == (experts == "each")
+
+
+@pytest.mark.parametrize(("bits", "retain"), [(3, 0.2), ("auto", 0.2)])
+def test_a_plan_of_narrower_experts_can_be_given_back(bits, retain, statistics, tmp_path):
+    with compression(
+        FAMILIES["mixtral"](), "spectrim", stats=statistics.path, changes={"quantize.bits": bits}
+    ) as prepared:
+        plan = prepared.plan(retain)
+        (tmp_path / "plan.json").write_text(plan.model_dump_json())
+        read = Plan.read(tmp_path / "plan.json", prepared.parts)
+    assert {name: (row.form, row.spec, row.bytes) for name, row in read.linears.items()} == {
+        name: (row.form, row.spec, row.bytes) for name, row in plan.linears.items()
+    }
+    if bits == 3:
+        assert any("inputs" in row.spec for name, row in plan.linears.items() if ".experts." in name)
 
 
 def test_a_checkpoint_records_tokens_by_expert_and_loads(statistics, tmp_path):

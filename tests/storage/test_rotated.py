@@ -3,12 +3,14 @@
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from helpers.matrices import normal
 from helpers.problems import problem
 from spectrim.checkpoint.plain import one_grid
 from spectrim.errors import CheckpointError, ModelError
 from spectrim.linear import Linear
+from spectrim.maths import rotation
 from spectrim.maths.rounding import Grid, error, quantize
 from spectrim.recipe import QuantizePart, StoragePart
 from spectrim.storage import Problem, form
@@ -133,14 +135,43 @@ def test_specs_say_it_only_where_it_is_so():
     with pytest.raises(ModelError, match="no inputs that could be rotated"):
         form("integer-embedding").grid(NO | {"rotated": True, "shared": False})
 
-
-def test_compressed_tensors_is_told_of_no_rotation():
-    with pytest.raises(CheckpointError, match=r"set quantize\.rotate=false"):
-        one_grid({"a": ("integers", {"bits": 4, "group": 32, "symmetric": True, "rotated": True})})
+    with pytest.raises(ModelError, match="A reads what B gives, which is not rotated"):
+        form("integer-factors").build(nn.Linear(64, 48), {"rank": 32, "grids": {"A": NO | {"rotated": True}, "B": NO}})
 
 
-def test_the_decision_is_made_once_and_of_some_rows(monkeypatch):
-    """The rows are spread over all of them, and of a metric that is rotated one form is made."""
+@pytest.mark.parametrize("others", [{}, {"b": ("integers", NO)}, {"b": ("integers", NO | {"rotated": True})}])
+def test_compressed_tensors_is_told_of_no_rotation(others):
+    rotated = ("integers", {"bits": 4, "group": 32, "symmetric": True, "rotated": True})
+    with pytest.raises(CheckpointError, match=r"'a' has them; plan again with quantize\.rotate=false"):
+        one_grid({"a": rotated} | others)
+
+
+def test_a_fake_pass_leaves_nothing_behind():
+    """A tracer's tensors are not kept for later passes."""
+    layer = PackedLinear(64, 24, Grid(4, 32, rotated=True), bias=False, dtype=torch.bfloat16)
+    layer.load(quantize(normal(24, 64), layer.grid, dtype=torch.bfloat16))
+    x = normal(3, 64).bfloat16()
+    rotation._held.cache_clear()
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        assert type(layer(x)) is FakeTensor
+    found = layer(x)
+    assert type(found) is torch.Tensor
+    torch.testing.assert_close(found, x @ layer.dense().T, rtol=0.05, atol=0.5)
+
+
+def test_rows_of_the_whole_weight_are_tried(monkeypatch):
+    """Rows that want a rotation lie in one half of the weight, and are most of its error, wherever they lie."""
+    given = problem(24, 64, quantize=ROTATE)
+    spread, large = normal(12, 64, seed=3), normal(12, 64, seed=4)
+    large[:, ::16] *= 100
+    monkeypatch.setattr(problems, "_TRIED", 4)
+    for parts in ((spread, large), (large, spread)):
+        W = torch.cat(parts)
+        assert Problem(given.linear, lambda W=W: W, given.metrics, given.storage, given.quantize).rotates
+
+
+def test_the_decision_is_made_once(monkeypatch):
+    """Of a metric that is rotated one form is made."""
     given, formed = uneven(), []
     real = problems.on_grid
     monkeypatch.setattr(problems, "on_grid", lambda C, grid: formed.append(grid.rotated) or real(C, grid))

@@ -12,10 +12,11 @@ from compressed import logits
 from helpers.matrices import normal
 from helpers.samples import processor
 from helpers.streams import assert_same, prepare, weights
+from spectrim.away import is_away
 from spectrim.calibrate import calibrate
 from spectrim.calibrate.labels import Labelled
 from spectrim.checkpoint import load, read_provenance
-from spectrim.errors import NumericalError, RecipeError
+from spectrim.errors import NumericalError, RecipeError, UsageError
 from spectrim.maths.rotation import turned
 from spectrim.maths.rounding import Grid, quantize
 from spectrim.pipeline import compress, compression
@@ -132,6 +133,16 @@ def test_a_failure_leaves_the_dense_model(words, tmp_path, monkeypatch):
     assert_same(model, dense)
     assert all(not parameter.isnan().any() for parameter in model.parameters())
     assert not list((tmp_path / "s" / "tuned").glob("*"))
+
+
+def test_a_model_that_stays_in_its_files_is_refused_before_samples_run(words, tmp_path):
+    families.FAMILIES["llama"]().save_pretrained(tmp_path / "dense")
+    model = load(tmp_path / "dense", memory="100kB")
+    assert is_away(model)
+    given = {"processor": processor("llama"), "text": words, "samples": 4, "seqlen": 12}
+    with pytest.raises(UsageError, match=r"raise --memory, or set tune\.epochs=0"):
+        compress(model, tmp_path / "out", recipe="curvature", retain=0.5, changes={"tune.epochs": 1}, **given)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense"]
 
 
 def test_it_needs_samples(words, tmp_path):

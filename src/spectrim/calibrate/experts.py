@@ -144,14 +144,21 @@ def expert_statistics(statistics: Statistics, linear: Linear) -> "Statistics | E
 
 
 def tokens_by_expert(statistics: Statistics | None, linears: tuple[Linear, ...]) -> dict[str, dict[int, int]]:
-    """By block with experts, how many tokens of all modalities each expert saw."""
+    """By block with experts, or list of them where a block has several: tokens of all modalities that each saw."""
     found: dict[str, dict[int, int]] = {}
-    for linear in linears if statistics is not None else ():
-        if linear.expert is not None and linear.block is not None:
-            assert statistics is not None
-            tokens = sum(statistics.positions(linear.name, m) for m in statistics.manifest.data.modalities)
-            seen = found.setdefault(linear.block, {})
-            seen[linear.expert] = max(tokens, seen.get(linear.expert, 0))
+    if statistics is None:
+        return found
+    lists: dict[str, set[str]] = {}
+    for linear in linears:
+        if linear.experts is not None:
+            lists.setdefault(linear.block or "", set()).add(linear.experts)
+    for linear in linears:
+        if linear.experts is None or linear.expert is None:
+            continue
+        tokens = sum(statistics.positions(linear.name, m) for m in statistics.manifest.data.modalities)
+        block = linear.block or ""
+        seen = found.setdefault(block if len(lists[block]) == 1 else linear.experts, {})
+        seen[linear.expert] = max(tokens, seen.get(linear.expert, 0))
     return found
 
 

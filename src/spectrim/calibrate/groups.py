@@ -56,8 +56,9 @@ _MANY = Sizes()  # where nobody knows how few positions there are
 def input_shares(linears: Sequence[Linear], sizes: Sizes = _MANY) -> list[Share]:
     """Input moments of one modality; linears that usually read one input share a moment."""
     found: dict[tuple[str | None, str, int], list[Linear]] = {}
-    for x in linears:
-        found.setdefault((x.block, _TOGETHER.get(x.role, x.name), x.in_features), []).append(x)
+    for x in linears:  # each expert has tokens of its own, and so has an MLP beside experts
+        readers = f"{x.name.rpartition('.')[0]}.{_TOGETHER[x.role]}" if x.role in _TOGETHER else x.name
+        found.setdefault((x.block, readers, x.in_features), []).append(x)
     return [Share(tuple(same), sizes.full(same[0], width) + 8 * width) for (_, _, width), same in found.items()]
 
 
@@ -120,7 +121,7 @@ def passes(
         several = shares(parts.linears, kind, forms, settings, Sizes((expected or {}).get(kind.modality, {})))
         if kind.gradients:
             several = [replace(x, nbytes=x.nbytes + _inputs(x, rows, routed)) if x.nbytes else x for x in several]
-        groups = grouped(several, limit)
+        groups = grouped(several, limit, outputs=kind.gradients)
         found[kind.name] = tuple(tuple(linear.name for linear in group) for group in groups)
     return found
 
@@ -132,8 +133,10 @@ def _inputs(share: Share, rows: int, routed: float) -> int:
     )
 
 
-def grouped(shares: Sequence[Share], limit: int) -> list[list[Linear]]:
+def grouped(shares: Sequence[Share], limit: int, *, outputs: bool = False) -> list[list[Linear]]:
     """Neighbouring blocks together, as many as fit into `limit` bytes; a block that is larger is divided.
+
+    `outputs` says that these are moments of output gradients, which have smaller forms.
 
     Raises:
         UsageError: one share alone is larger.
@@ -151,10 +154,11 @@ def grouped(shares: Sequence[Share], limit: int) -> list[list[Linear]]:
 
     largest = max(shares, key=lambda share: share.nbytes, default=None)
     if largest is not None and largest.nbytes > limit:
+        form = f", or keep them in a smaller form, such as --curvature-form {largest.linears[0].role}=sketch:256"
         raise UsageError(
-            f"moments of {largest.linears[0].name} take {amount(largest.nbytes)} and the memory leaves "
-            f"{amount(max(0, limit))} beside the model and a batch; raise --memory, lower --batch-size, or keep output "
-            f"moments in a smaller form, such as --curvature-form {largest.linears[0].role}=sketch:256"
+            f"{'output ' if outputs else ''}moments of {largest.linears[0].name} take {amount(largest.nbytes)} and the "
+            f"memory leaves {amount(max(0, limit))} beside the model and a batch; raise --memory or lower --batch-size"
+            f"{form if outputs else ''}"
         )
     for _, block in groupby(shares, key=lambda share: share.block):
         whole = list(block)

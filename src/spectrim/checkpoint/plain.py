@@ -28,8 +28,8 @@ def one_grid(layers: Mapping[str, tuple[str, Spec]]) -> Grid:
     """The grid that all these linears are on; each has a form and its spec.
 
     Raises CheckpointError where the format has no place for them: for other forms than dense integers, several grids,
-    bits that releases of compressed-tensors pack in different ways, and zero points, for which compressed-tensors 0.20
-    makes no room of the right shape while transformers loads a model.
+    bits that releases of compressed-tensors pack in different ways, rotated inputs, and zero points, for which
+    compressed-tensors 0.20 makes no room of the right shape while transformers loads a model.
     """
     grids: dict[Grid, str] = {}
     for name, (form, spec) in layers.items():
@@ -39,6 +39,11 @@ def one_grid(layers: Mapping[str, tuple[str, Spec]]) -> Grid:
                 "quantize.format=spectrim, or plan integers for every linear"
             )
         grids.setdefault(Grid(**spec), name)
+    if turned := next((name for grid, name in grids.items() if grid.rotated), None):
+        raise CheckpointError(
+            f"compressed-tensors has no rotated inputs, and {turned!r} has them; plan again with "
+            "quantize.rotate=false, or keep quantize.format=spectrim"
+        )
     if not grids:
         raise CheckpointError("there are no integers for compressed-tensors to hold; set quantize.format=spectrim")
     if len(grids) > 1:
@@ -53,8 +58,6 @@ def one_grid(layers: Mapping[str, tuple[str, Spec]]) -> Grid:
             f"releases of compressed-tensors pack {grid.bits} bits in different ways; set quantize.bits to "
             f"{', '.join(map(str, PLAIN_BITS))}, or quantize.format=spectrim"
         )
-    if grid.rotated:
-        raise CheckpointError("compressed-tensors gets no rotated inputs; set quantize.rotate=false")
     if not grid.symmetric:
         raise CheckpointError(
             "transformers cannot load compressed-tensors' zero points; set quantize.symmetric=true, or "

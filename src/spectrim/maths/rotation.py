@@ -7,6 +7,7 @@ columns have signs. Floats of 16 bits hold its entries exactly.
 from functools import cache
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from spectrim.maths.roots import wide
 
@@ -14,34 +15,47 @@ BLOCK = 16  # neighbours; more were no better (docs/results.md, "Rotated inputs"
 
 
 def hadamard(size: int) -> torch.Tensor:
-    """Sylvester's orthogonal matrix [size, size] float64 of a power of two."""
-    H = torch.ones(1, 1, dtype=torch.float64)
+    """Sylvester's orthogonal matrix [size, size] float64 of a power of two, on the CPU."""
+    H = torch.ones(1, 1, dtype=torch.float64, device="cpu")
     while len(H) < size:
         H = torch.cat([torch.cat([H, H], 1), torch.cat([H, -H], 1)])
     return H / size**0.5
 
 
-# Signs that are random and always the same.
-_ROWS = (hadamard(BLOCK) * (torch.randint(2, (BLOCK,), generator=torch.Generator().manual_seed(0)) * 2 - 1)).tolist()
+def _made() -> torch.Tensor:
+    """R [16, 16] float32: its signs are random and always the same."""
+    with torch.inference_mode(mode=False):  # what is made in it cannot be part of a graph later
+        signs = torch.randint(2, (BLOCK,), generator=torch.Generator().manual_seed(0), device="cpu") * 2 - 1
+        return (hadamard(BLOCK) * signs).float()
+
+
+_R = _made()
+_BACK = {True: _R, False: _R.T.contiguous()}  # what rows are multiplied by
 
 
 @cache
-def _kept(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    with torch.inference_mode(mode=False):  # what is made in it cannot be part of a graph later
-        return matrix(dtype, device)
+def _held(dtype: torch.dtype, device: torch.device, back: bool) -> torch.Tensor:
+    with torch.inference_mode(mode=False):
+        return _BACK[back].to(device, dtype)
 
 
 def matrix(dtype: torch.dtype, device: torch.device | str | None = None) -> torch.Tensor:
     """R [16, 16], for code that is compiled around a tensor that it has."""
-    return torch.tensor(_ROWS, dtype=dtype, device=device)
+    return torch.tensor(_R.tolist(), dtype=dtype, device=device)
 
 
 def _by_blocks(x: torch.Tensor, R: torch.Tensor | None, *, back: bool) -> torch.Tensor:
     # On CPUs without products of 16 bits these are 2 to 16 times slower than two conversions and one of float32.
     blocks = x.reshape(-1, BLOCK) if x.is_cuda else wide(x.reshape(-1, BLOCK))
-    if R is None:
-        R = (matrix if torch.compiler.is_compiling() else _kept)(blocks.dtype, x.device)
-    return (blocks @ (R if back else R.T).to(blocks.dtype)).to(x.dtype).view(x.shape)
+    if R is not None:
+        R = (R if back else R.T).to(blocks.dtype)
+    elif torch.compiler.is_compiling():
+        R = _BACK[back].to(x.device, blocks.dtype)
+    elif isinstance(x, FakeTensor):  # neither takes a tensor that is none, nor leaves one to be kept
+        R = torch.tensor(_BACK[back].tolist(), dtype=blocks.dtype, device=x.device)
+    else:
+        R = _held(blocks.dtype, x.device, back)
+    return (blocks @ R).to(x.dtype).view(x.shape)
 
 
 def turned(x: torch.Tensor, R: torch.Tensor | None = None) -> torch.Tensor:
@@ -56,7 +70,7 @@ def turned_back(W: torch.Tensor) -> torch.Tensor:
 
 def turned_metric(C: torch.Tensor) -> torch.Tensor:
     """``R C Rᵀ`` of a metric of the inputs, [in, in]; the one copy that is made, since it may be gigabytes."""
-    found, R = turned(C), _kept(C.dtype, C.device)
+    found, R = turned(C), _held(C.dtype, C.device, True)
     for rows in found.split(BLOCK):
         rows.copy_(R @ rows)
     return found

@@ -210,9 +210,9 @@ def inspect(
     """
     check_retain(retain)
     statistics = statistics if isinstance(statistics, Statistics) else Statistics.open(statistics)
+    parts = anatomy(model)  # which names experts as the statistics do
     statistics.check_model(model)
     check_text(statistics)
-    parts = anatomy(model)
     layers = _layers(parts)
     mismatches: list[LinearMismatch] = []
     ranks: list[EffectiveRank] = []

@@ -11,6 +11,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from spectrim.anatomy import Anatomy, anatomy
+from spectrim.away import is_away
 from spectrim.calibrate import Statistics, calibrate
 from spectrim.calibrate.memory import limit_bytes
 from spectrim.calibrate.probe import forget_peak, held_memory, peak_memory, written_bytes
@@ -18,7 +19,7 @@ from spectrim.checkpoint import load, load_processor
 from spectrim.demo import resolve
 from spectrim.dense import check_dense
 from spectrim.disk.scratch import scratch
-from spectrim.errors import BudgetError, RecipeError
+from spectrim.errors import BudgetError, RecipeError, UsageError
 from spectrim.estimate import Cost, Estimate
 from spectrim.metrics.spectra import cache_key, make_spectra
 from spectrim.pipeline.budget import Budget
@@ -70,6 +71,11 @@ def compression(
     if stored_layers(model):
         raise RecipeError("the model is compressed already; start from the dense model, or dequantize it first")
     check_dense(model)
+    if chosen.tune.epochs and is_away(model):
+        raise UsageError(
+            "the end-to-end pass trains the whole model in memory, and parts of this one stay in its files; raise "
+            "--memory, or set tune.epochs=0"
+        )
     parts = anatomy(model)
     for skipped in parts.left_out():
         _log.warning("compress: stays dense: %s of all parameters", skipped)

@@ -158,9 +158,7 @@ class Maker:
     def _home(self) -> Path:
         """Where options, and what was made of them, are kept; named by all that they depend on."""
         recipe, directory = self._recipe, self._spectra.directory
-        parts = [
-            part.model_dump(mode="json", exclude={"embeddings", "experts"}) for part in (recipe.stored, recipe.quantize)
-        ]
+        parts = [part.model_dump(mode="json", exclude={"embeddings"}) for part in (recipe.stored, recipe.quantize)]
         content = [VERSION, directory.name, *parts, [x.name for x in forms() if x.searches]]
         key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
         return directory.parent.parent / "options" / key

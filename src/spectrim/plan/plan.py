@@ -17,6 +17,7 @@ from spectrim.files import parse_json
 from spectrim.linear import PLACES, Linear
 from spectrim.plan.units import units_of
 from spectrim.storage import DENSE, Spec, form
+from spectrim.storage.narrow import READERS
 
 _log = logging.getLogger("spectrim")
 
@@ -176,7 +177,9 @@ class Plan(_Part):
             if rows[name].bytes > linear.nbytes:
                 _log.warning("%s stores '%s' in more bytes than its dense weight has", where, name)
         units = units_of(parts.linears)
-        sides = {"inputs": {*units}, "outputs": {name for first in units.values() for name in first}}
+        # Fewer inputs harm nobody else; outputs that are missing have to be read by no one.
+        readers = {linear.name for linear in parts.linears if linear.role in READERS}
+        sides = {"inputs": readers, "outputs": {name for first in units.values() for name in first}}
         for name, row in rows.items():
             for side in sides.keys() & row.spec.keys():
                 if name not in sides[side]:

@@ -11,7 +11,7 @@ from spectrim.plan.spend import Curve
 
 
 class Teams:
-    """The linears that share one option: those of one role, block and shape in several experts.
+    """The linears that share one option: those of one role and shape in the experts of one list.
 
     An option of a team is one that every member has: the same form with the same spec, and so the same bytes.
     """
@@ -20,7 +20,7 @@ class Teams:
         teams: dict[tuple[object, ...], list[str]] = {}
         for x in linears:
             if x.expert is not None:
-                teams.setdefault((x.block, x.role, x.out_features, x.in_features), []).append(x.name)
+                teams.setdefault((x.experts, x.role, x.out_features, x.in_features), []).append(x.name)
         self._members = {names[0]: names for names in teams.values() if len(names) > 1}
         self._numbers: dict[str, np.ndarray] = {}  # by first member: the option of each member, [options, members]
         for first, names in self._members.items():

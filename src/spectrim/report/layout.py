@@ -122,9 +122,10 @@ def _stored(rows: list[tuple[PlanRow, int]]) -> dict[str, Any]:
 
 
 def _seen(record: Any, name: str) -> tuple[int, int] | None:
-    """Number of the expert that a linear belongs to, and its tokens, of a record of these by block."""
-    for block, tokens in record.items() if isinstance(record, dict) else ():
-        if name.startswith(f"{block}.") and (span := expert_span(name, block)) is not None:
+    """Number of the expert that a linear belongs to, and its tokens, of a record of these by block or list."""
+    for home, tokens in record.items() if isinstance(record, dict) else ():
+        inside = name.startswith(f"{home}.")
+        if inside and (span := expert_span(name, home.rpartition(".")[0])) is not None:
             number = name[slice(*span)]
             return (int(number), tokens[number]) if isinstance(tokens, dict) and number in tokens else None
     return None

@@ -106,7 +106,10 @@ class LowRank(Form):
         like: dict[str, Any] = {"device": linear.weight.device, "dtype": linear.weight.dtype}
         layer = LowRankLinear(size, out, rank, bias=False, pivoted=pivoted, **like)
         for part, values in grids.items():
-            layer.pack(part, checked_grid(values))
+            grid = checked_grid(values)
+            if grid.rotated and part.startswith("A"):
+                raise ModelError(f"{part} reads what B gives, which is not rotated; take the rotation out")
+            layer.pack(part, grid)
         if layer.form != self.name:
             raise ModelError(f"parts {', '.join(grids) or 'without grids'} make the form '{layer.form}'; name that one")
         layer.requires_grad_(linear.weight.requires_grad).bias = linear.bias
