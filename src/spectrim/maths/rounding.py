@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from spectrim.errors import NumericalError
-from spectrim.maths.roots import times_metric
+from spectrim.maths.roots import finite, times_metric
 from spectrim.maths.rotation import turned, turned_back, turned_metric
 
 DAMPING = 0.1  # dampening of the metrics, as a share of the mean of their diagonals
@@ -284,7 +284,7 @@ def _triangular(
     M.diagonal().add_(damping * M.diagonal().mean().clamp_min(1e-300))
     lower, failed = torch.linalg.cholesky_ex(M)
     del M
-    if int(failed) or not bool(lower.isfinite().all()):
+    if int(failed) or not finite(lower):
         raise NumericalError("a metric of quantization is not positive definite; check the moments")
     weights = torch.empty_like(lower.diagonal())
     weights[last] = lower.diagonal().square()

@@ -134,14 +134,30 @@ class Gram:
 
     def dense(self) -> torch.Tensor:
         """The sum [width, width] float64."""
-        slabs = Gram(self.width, rows=self.rows, slabs=self.slabs).sum()
-        matrix = torch.empty(self.width, self.width, dtype=torch.float64, device=slabs[0].device)
-        for (start, stop), slab in zip(_spans(self.width), slabs, strict=True):
-            corner = slab[:, start:].tril()
-            matrix[start:stop, :start] = slab[:, :start]
-            matrix[:start, start:stop] = slab[:, :start].T
-            matrix[start:stop, start:stop] = corner + corner.tril(-1).T
+        rows = self.rows
+        home = self.parts[0].device if rows is None else rows.device
+        matrix = torch.zeros(self.width, self.width, dtype=torch.float64, device=home)
+        self.add_to(matrix)
         return matrix
+
+    def add_to(self, matrix: torch.Tensor, count: float = 1.0, weight: float = 1.0) -> None:
+        """Add the sum over `count`, times `weight`, to a matrix [width, width] float64; none of its size is made."""
+        for start, stop, slab in self._each():
+            mean = slab / count if count != 1 else slab
+            corner = mean[:, start:].tril()
+            matrix[start:stop, :start].add_(mean[:, :start], alpha=weight)
+            matrix[:start, start:stop].add_(mean[:, :start].T, alpha=weight)
+            matrix[start:stop, start:stop].add_(corner + corner.tril(-1).T, alpha=weight)
+
+    def _each(self) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """The slabs of the sum with their first rows and ends, one at a time; rows stay rows."""
+        rows = self.rows
+        for number, (start, stop) in enumerate(_spans(self.width)):
+            if rows is None:
+                assert self.slabs is not None
+                yield start, stop, self.slabs[number]
+            else:
+                yield start, stop, (rows[:, start:stop].T @ rows[:, :stop]).double()
 
     def diagonal(self) -> torch.Tensor:
         """Of the sum, [width] float64."""

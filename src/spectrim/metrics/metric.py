@@ -106,10 +106,10 @@ def joint_second_moment(moments: Sequence[Moment], weights: Sequence[float]) -> 
     JW-SVD (Li et al., ACL 2026), section 4.1: the trace ratio gives both modalities one scale, γ weighs them; `weights`
     are those of `joint_weights`. One moment alone is returned as its mean.
     """
-    means = (moment.second.div_(moment.count) for moment in moments)  # in place, one by one: they may be gigabytes
-    joint = next(means)
-    for mean, weight in zip(means, weights[1:], strict=True):
-        joint.add_(mean, alpha=weight)
+    first, *others = moments
+    joint = first.second.div_(first.count)  # in place: it may be gigabytes
+    for moment, weight in zip(others, weights[1:], strict=True):
+        moment.gram.add_to(joint, moment.count, weight)
     return joint
 
 

@@ -34,14 +34,14 @@ VERSION = 4  # of what options and tensors on disk mean; a change makes earlier 
 def solving(linear: Linear, recipe: Recipe, form: str = "full") -> int:
     """About the most bytes that the steps of one linear take at once, its float64 metrics among them.
 
-    Copies of the metrics are those of benchmarks/wide_linears.py: metrics of two modalities are added up, and
-    compensation and integers with feedback need more. No limit of memory bounds them. `form` is that of the output
-    moment, which only integers make a matrix of where it is none.
+    Copies of the metrics are those of benchmarks/wide_linears.py: the sums of a modality are beside the metric that
+    they are added to, and compensation and integers with feedback need more. No limit of memory bounds them. `form` is
+    that of the output moment, which only integers make a matrix of where it is none.
     """
     out, size = linear.out_features, linear.in_features
     integers = recipe.quantize.takes(linear.role)
     fitted = integers or recipe.compensate.kind != "none"
-    inputs = (5 if fitted else 3) * size**2 if recipe.metric.kind in ("whitening", "curvature") else 0
+    inputs = (5 if fitted else 2) * size**2 if recipe.metric.kind in ("whitening", "curvature") else 0
     whole = recipe.metric.kind == "curvature" and (form == "full" or integers)
     return 8 * (inputs + (4 if fitted else 3) * out**2 * whole + 6 * out * size)
 
