@@ -17,6 +17,7 @@ from spectrim.errors import BudgetError, ModelError, NumericalError, RecipeError
 from spectrim.metrics import spectra
 from spectrim.pipeline import compress, compression
 from spectrim.plan.plan import Plan
+from spectrim.storage import stored_layers
 
 FAMILIES = ("llava", "llama")
 
@@ -148,6 +149,9 @@ def test_applied_restores_after_a_factor_that_is_not_finite(calibrated):
             return P * torch.nan, Q
 
         kept.sides = broken
+        with pytest.raises(NumericalError, match=f"{last}: its factor A holds NaN"):
+            prepared.apply(plan)
+        assert not stored_layers(prepared.model)
         with pytest.raises(NumericalError, match=f"{last}: its factor A holds NaN"), prepared.applied(plan):
             pass
     assert_same(dense, before)

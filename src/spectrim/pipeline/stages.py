@@ -296,10 +296,11 @@ class Compression:
     def apply(self, plan: Plan) -> PreTrainedModel:
         """Compress the model in place, as the plan says; it then saves, loads and dequantizes like any other.
 
-        Raises:
-            SpectrimError: the recipe compensates, and its samples are missing (see ``compensate.Compensation``).
+        A failure leaves it dense. Raises SpectrimError where the recipe compensates and its samples are missing (see
+        ``compensate.Compensation``).
         """
-        self._put(plan)
+        with self._dense_after(plan, failure=True):
+            self._put(plan)
         return self.model
 
     def _tune(self, plan: Plan, dense: PreTrainedModel) -> Tuned | None:
