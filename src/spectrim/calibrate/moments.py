@@ -59,10 +59,6 @@ class OutputMoment:
         """The sums, float64, by CurvatureForm.shapes; formed as `Moment.second` is."""
         return formed(self.held)
 
-    def sum_of(self, part: str) -> torch.Tensor:
-        """One of `sums`, by its name."""
-        return formed({part: self.held[part]})[part]
-
     def eta(self, *, whole: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """``tr F / (tr G tr C)`` by token and by sequence, float64, [heads] or of the `whole` (docs/methods.md, 3).
 

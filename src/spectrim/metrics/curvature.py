@@ -5,7 +5,7 @@ means ``G = E[g gᵀ]`` and ``C = E[x xᵀ]`` over positions (K-FAC, Martens and
 weight independent; LASER, section 3). Losses are nats per labelled token, and add up over linears.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -65,9 +65,8 @@ def output_metric(
         V = rows.T.to(device)
         roots: tuple[OutputRoot, ...] = (LowRankRoot(V.new_full((len(V),), damping), V),)
     else:
-        sums = {
-            name: _weighted(shares, (output.sum_of(name) for output in outputs)).to(device) for name in first.form.parts
-        }
+        held = {name: [output.held[name] for output in outputs] for name in first.form.parts}
+        sums = {name: _weighted(shares, several).to(device) for name, several in held.items()}
         roots = _roots(first, sums, damping, linear.out_features, parts)
     joint = _weighted(shares, [_by_part(output, parts) for output in outputs])
     losses = [price * predicted_trace(part.eta, moment, output, parts) for price, moment, output in moments]
@@ -111,13 +110,15 @@ def predicted_loss(eta: str, change: torch.Tensor, moment: Moment, output: Outpu
     return share * float(predicted_trace(eta, moment, output))
 
 
-def _weighted(shares: Sequence[float], tensors: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Their sum; one at a time, since they may be gigabytes."""
-    first, *rest = shares
-    each = iter(tensors)
-    total = first * next(each)
-    for share in rest:
-        total.add_(next(each), alpha=share)
+def _weighted(shares: Sequence[float], tensors: Sequence[torch.Tensor | Gram]) -> torch.Tensor:
+    """Their sum; of Grams no more than the sum is made, since it may be gigabytes."""
+    first = tensors[0]
+    total = first.dense().mul_(shares[0]) if isinstance(first, Gram) else shares[0] * first
+    for share, each in zip(shares[1:], tensors[1:], strict=True):
+        if isinstance(each, Gram):
+            each.add_to(total, weight=share)
+        else:
+            total.add_(each, alpha=share)
     return total
 
 
@@ -145,8 +146,10 @@ def _roots(
 ) -> tuple[OutputRoot, ...]:
     form, size = moment.form, out // parts
     if form.kind in ("full", "blocks"):
-        blocks = sums["output"] if form.kind == "blocks" else sums["output"][None]
-        blocks = (blocks + blocks.mT).div_(2)
+        if form.kind == "full":
+            blocks = sums["output"][None]  # symmetric to the bit
+        else:
+            blocks = (sums["output"] + sums["output"].mT).div_(2)
         if parts > 1:
             blocks = _diagonal_blocks(blocks, size)
         blocks.diagonal(dim1=1, dim2=2).add_(damping)
