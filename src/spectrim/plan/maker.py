@@ -43,7 +43,7 @@ def solving(linear: Linear, recipe: Recipe, form: str = "full") -> int:
     fitted = integers or recipe.compensate.kind != "none"
     inputs = (5 if fitted else 2) * size**2 if recipe.metric.kind in ("whitening", "curvature") else 0
     whole = recipe.metric.kind == "curvature" and (form == "full" or integers)
-    return 8 * (inputs + (4 if fitted else 3) * out**2 * whole + 6 * out * size)
+    return 8 * (inputs + (4 if fitted else 2) * out**2 * whole + 6 * out * size)
 
 
 class Maker:
