@@ -109,7 +109,7 @@ MUTATIONS = [
     M("inputs not rotated", "storage/packed.py", "return turned(input) if self.grid.rotated else input", "return input"),
     M("experts not rotated", "kernels/grouped.py", "linears[mine[0]].read(taken), [", "taken, ["),
     M("rotated experts beside others", "kernels/grouped.py", "kind = layout.config, linear.grid.rotated", "kind = layout.config, False"),
-    M("rotation of a tracer is kept", "maths/rotation.py", "elif isinstance(x, FakeTensor):", "elif False:"),
+    M("rotation of a tracer is kept", "maths/rotation.py", "elif R is None and isinstance(blocks, FakeTensor):", "elif False:"),
     M("finite: only NaN", "maths/roots.py", "all(bool(end.isfinite()) for", "not any(bool(end.isnan()) for"),
     M("moments of all experts are one", "calibrate/groups.py", "readers = f\"{x.name.rpartition('.')[0]}.{_TOGETHER[x.role]}\" if", "readers = _TOGETHER[x.role] if"),
     M("blocks of experts are what all read", "experts.py", "run(number, x.where(hit, others)) * hit", "run(number, x)"),

@@ -146,11 +146,12 @@ def test_compressed_tensors_is_told_of_no_rotation(others):
         one_grid({"a": rotated} | others)
 
 
-def test_a_fake_pass_leaves_nothing_behind():
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_fake_pass_leaves_nothing_behind(dtype):
     """A tracer's tensors are not kept for later passes."""
-    layer = PackedLinear(64, 24, Grid(4, 32, rotated=True), bias=False, dtype=torch.bfloat16)
-    layer.load(quantize(normal(24, 64), layer.grid, dtype=torch.bfloat16))
-    x = normal(3, 64).bfloat16()
+    layer = PackedLinear(64, 24, Grid(4, 32, rotated=True), bias=False, dtype=dtype)
+    layer.load(quantize(normal(24, 64), layer.grid, dtype=dtype))
+    x = normal(3, 64).to(dtype)
     rotation._held.cache_clear()
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
         assert type(layer(x)) is FakeTensor

@@ -30,13 +30,13 @@ def _made() -> torch.Tensor:
 
 
 _R = _made()
-_BACK = {True: _R, False: _R.T.contiguous()}  # what rows are multiplied by
 
 
 @cache
 def _held(dtype: torch.dtype, device: torch.device, back: bool) -> torch.Tensor:
+    """What rows are multiplied by, R or its transpose."""
     with torch.inference_mode(mode=False):
-        return _BACK[back].to(device, dtype)
+        return (_R if back else _R.T.contiguous()).to(device, dtype)
 
 
 def matrix(dtype: torch.dtype, device: torch.device | str | None = None) -> torch.Tensor:
@@ -47,14 +47,14 @@ def matrix(dtype: torch.dtype, device: torch.device | str | None = None) -> torc
 def _by_blocks(x: torch.Tensor, R: torch.Tensor | None, *, back: bool) -> torch.Tensor:
     # On CPUs without products of 16 bits these are 2 to 16 times slower than two conversions and one of float32.
     blocks = x.reshape(-1, BLOCK) if x.is_cuda else wide(x.reshape(-1, BLOCK))
-    if R is not None:
-        R = (R if back else R.T).to(blocks.dtype)
-    elif torch.compiler.is_compiling():
-        R = _BACK[back].to(x.device, blocks.dtype)
-    elif isinstance(x, FakeTensor):  # neither takes a tensor that is none, nor leaves one to be kept
-        R = torch.tensor(_BACK[back].tolist(), dtype=blocks.dtype, device=x.device)
-    else:
+    if R is None and torch.compiler.is_compiling():
+        R = _R
+    elif R is None and isinstance(blocks, FakeTensor):  # its mode takes no tensor from outside, and leaves none
+        R = matrix(blocks.dtype, x.device)
+    if R is None:
         R = _held(blocks.dtype, x.device, back)
+    else:
+        R = (R if back else R.T).to(x.device, blocks.dtype)
     return (blocks @ R).to(x.dtype).view(x.shape)
 
 
