@@ -40,6 +40,11 @@ def _spans(width: int) -> Iterator[tuple[int, int]]:
     return ((start, min(start + SLAB, width)) for start in range(0, width, SLAB))
 
 
+def _products(x: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The slabs of the sum over rows x [n, width], one at a time, as precisely as the rows are."""
+    return (x[:, start:stop].T @ x[:, :stop] for start, stop in _spans(x.shape[1]))
+
+
 class Gram:
     """``Σ x xᵀ`` [width, width] over rows x of one width, symmetric to the bit.
 
@@ -129,8 +134,8 @@ class Gram:
     def _add(self, x: torch.Tensor) -> None:
         """Products are formed where and as precisely as the rows are."""
         assert self.slabs is not None
-        for (start, stop), slab in zip(_spans(self.width), self.slabs, strict=True):
-            slab += (x[:, start:stop].T @ x[:, :stop]).to(slab.device)
+        for slab, product in zip(self.slabs, _products(x), strict=True):
+            slab += product.to(slab.device)
 
     def dense(self) -> torch.Tensor:
         """The sum [width, width] float64."""
@@ -142,22 +147,14 @@ class Gram:
 
     def add_to(self, matrix: torch.Tensor, count: float = 1.0, weight: float = 1.0) -> None:
         """Add the sum over `count`, times `weight`, to a matrix [width, width] float64; none of its size is made."""
-        for start, stop, slab in self._each():
+        rows = self.rows
+        slabs = self.parts if rows is None else (product.double() for product in _products(rows))
+        for (start, stop), slab in zip(_spans(self.width), slabs, strict=True):
             mean = slab / count if count != 1 else slab
             corner = mean[:, start:].tril()
             matrix[start:stop, :start].add_(mean[:, :start], alpha=weight)
             matrix[:start, start:stop].add_(mean[:, :start].T, alpha=weight)
             matrix[start:stop, start:stop].add_(corner + corner.tril(-1).T, alpha=weight)
-
-    def _each(self) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """The slabs of the sum with their first rows and ends, one at a time; rows stay rows."""
-        rows = self.rows
-        for number, (start, stop) in enumerate(_spans(self.width)):
-            if rows is None:
-                assert self.slabs is not None
-                yield start, stop, self.slabs[number]
-            else:
-                yield start, stop, (rows[:, start:stop].T @ rows[:, :stop]).double()
 
     def diagonal(self) -> torch.Tensor:
         """Of the sum, [width] float64."""
