@@ -38,7 +38,8 @@ def main() -> None:
     args = parser.parse_args()
     source, statistics = resolve(args.model), Statistics.open(args.stats)
     model, processor = load(source, dtype=torch.float32), load_processor(source)
-    data = {"": source_data(model, processor, statistics, sees=True, seed=args.seed)}
+    sees = statistics.manifest.data.images is not None
+    data = {"": source_data(model, processor, statistics, sees=sees, seed=args.seed)}
     if args.images is not None:
         count = len(Path(args.images).read_text().splitlines())
         given = {"samples": count, "seqlen": 128, "seed": args.seed, "instruction": "Describe this image."}

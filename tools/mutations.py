@@ -112,7 +112,7 @@ MUTATIONS = [
     M("rotation of a tracer is kept", "maths/rotation.py", "elif R is None and isinstance(blocks, FakeTensor):", "elif False:"),
     M("finite: only NaN", "maths/roots.py", "all(bool(end.isfinite()) for", "not any(bool(end.isnan()) for"),
     M("moments of all experts are one", "calibrate/groups.py", "readers = f\"{x.name.rpartition('.')[0]}.{_TOGETHER[x.role]}\" if", "readers = _TOGETHER[x.role] if"),
-    M("blocks of experts are what all read", "experts.py", "run(number, x.where(hit, others)) * hit", "run(number, x)"),
+    M("blocks of experts are what all read", "experts.py", "_one(module, known, number, x.where(hit, others)) * hit", "_one(module, known, number, x)"),
     M("experts of a block are one list", "plan/teams.py", "(x.experts, x.role,", "(x.block, x.role,"),
     M("options of experts alike or not", "plan/maker.py", "exclude={\"embeddings\"}", "exclude={\"embeddings\", \"experts\"}"),
     M("sums of the other modality unweighed", "maths/sums.py", "(mean[:, :start].T, alpha=weight)", "(mean[:, :start].T)"),

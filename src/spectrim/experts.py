@@ -281,6 +281,11 @@ def _expert(module: Any, known: Layout, linears: Mapping[str, Callable[..., Any]
     return module.post_expert_norm(y) if getattr(module, "has_post_expert_norm", False) else y
 
 
+def _one(module: Any, known: Layout, number: int, x: torch.Tensor) -> torch.Tensor:
+    """What one expert, by its number, makes of its tokens."""
+    return _expert(module, known, _linears(module, known, number), x)
+
+
 def _run(module: Any, hidden_states: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """The experts of every token, weighed and added up, [tokens, hidden].
 
@@ -292,19 +297,18 @@ def _run(module: Any, hidden_states: torch.Tensor, indices: torch.Tensor, weight
     """
     known: Layout = vars(module)[_LAYOUT]
     chosen = indices.reshape(-1)
-    run = lambda number, x: _expert(module, known, _linears(module, known, number), x)  # noqa: E731
     if hidden_states.is_meta:  # nobody knows which are hit
-        return sum(run(number, hidden_states) for number in range(known.experts))  # type: ignore[return-value]
+        return sum(_one(module, known, number, hidden_states) for number in range(known.experts))  # type: ignore[return-value]
     alone = len(hidden_states) == 1 and not _ALL_TOKENS.get() and not vars(module).get(GROUPS)
     if alone and max(numbers := chosen.tolist()) < known.experts:
-        y = torch.cat([run(number, hidden_states) for number in numbers])  # nothing to sort
+        y = torch.cat([_one(module, known, number, hidden_states) for number in numbers])  # nothing to sort
         return (y * weights.reshape(-1, 1)).sum(0, keepdim=True).to(hidden_states.dtype)
     order = chosen.argsort(stable=True)
     counts = torch.bincount(chosen, minlength=known.experts)[: known.experts].tolist()
     rows = (order // indices.shape[-1])[: sum(counts)]
     if _ALL_TOKENS.get():
         every = zip(rows.split(counts), range(known.experts), strict=True)
-        y = torch.cat([run(number, hidden_states)[mine] for mine, number in every])
+        y = torch.cat([_one(module, known, number, hidden_states)[mine] for mine, number in every])
     else:
         y = _hit(module, known, counts, hidden_states.index_select(0, rows))
     y = y * weights.reshape(-1)[order[: len(rows)], None]
@@ -336,7 +340,7 @@ def _hit(module: Any, known: Layout, counts: list[int], x: torch.Tensor) -> torc
         y = _expert(module, known, linears, padded.view(known.experts, -1, x.shape[1]))
         return y.flatten(0, 1).index_select(0, places)
     hit = ((number, rows) for number, rows in enumerate(x.split(counts)) if len(rows))
-    outputs = [_expert(module, known, _linears(module, known, number), rows) for number, rows in hit]
+    outputs = [_one(module, known, number, rows) for number, rows in hit]
     return torch.cat(outputs) if outputs else x
 
 
@@ -369,14 +373,12 @@ def stack_experts(model: nn.Module) -> None:
 def _run_blocks(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     """The same where every expert has a block of all tokens, [E · tokens, hidden] in and out, zeros for others."""
     known: Layout = vars(module)[_LAYOUT]
-    run = lambda number, x: _expert(module, known, _linears(module, known, number), x)  # noqa: E731
-    blocks = hidden_states.view(known.experts, -1, hidden_states.shape[-1])
-    if hidden_states.is_meta:
-        return torch.cat([run(number, x) for number, x in enumerate(blocks)])
-    if _ALL_TOKENS.get():  # a token that did not choose an expert is read as those that it chose have it
+    if hidden_states.is_meta or _ALL_TOKENS.get():
+        blocks = hidden_states.view(known.experts, -1, hidden_states.shape[-1])
+        # A token that did not choose an expert is read as those that it chose have it.
         hits, others = blocks.detach().any(-1, keepdim=True), blocks.sum(0)
         pairs = enumerate(zip(hits, blocks, strict=True))
-        return torch.cat([run(number, x.where(hit, others)) * hit for number, (hit, x) in pairs])
+        return torch.cat([_one(module, known, number, x.where(hit, others)) * hit for number, (hit, x) in pairs])
     hit = hidden_states.detach().any(-1)
     counts, rows = hit.view(known.experts, -1).sum(1).tolist(), hit.nonzero()[:, 0]
     y = _hit(module, known, counts, hidden_states.index_select(0, rows))

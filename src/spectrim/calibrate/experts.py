@@ -1,6 +1,7 @@
 """Moments of experts, drawn towards the mean of their layer where they saw few tokens (docs/methods.md, section 11)."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -148,16 +149,12 @@ def tokens_by_expert(statistics: Statistics | None, linears: tuple[Linear, ...])
     found: dict[str, dict[int, int]] = {}
     if statistics is None:
         return found
-    lists: dict[str, set[str]] = {}
+    lists = Counter(block for block, experts in {(x.block, x.experts) for x in linears} if experts is not None)
     for linear in linears:
-        if linear.experts is not None:
-            lists.setdefault(linear.block or "", set()).add(linear.experts)
-    for linear in linears:
-        if linear.experts is None or linear.expert is None:
+        if linear.block is None or linear.experts is None or linear.expert is None:
             continue
         tokens = sum(statistics.positions(linear.name, m) for m in statistics.manifest.data.modalities)
-        block = linear.block or ""
-        seen = found.setdefault(block if len(lists[block]) == 1 else linear.experts, {})
+        seen = found.setdefault(linear.block if lists[linear.block] == 1 else linear.experts, {})
         seen[linear.expert] = max(tokens, seen.get(linear.expert, 0))
     return found
 

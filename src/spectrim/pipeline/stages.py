@@ -332,7 +332,8 @@ class Compression:
     def applied(self, plan: Plan) -> Iterator[PreTrainedModel]:
         """The compressed model inside the block, the dense one again after it."""
         with self._dense_after(plan):
-            yield self.apply(plan)
+            self._put(plan)
+            yield self.model
 
     @contextmanager
     def _dense_after(self, plan: Plan, *, failure: bool = False) -> Iterator[None]:
