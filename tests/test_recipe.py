@@ -106,6 +106,10 @@ def test_changes_reach_parts_that_a_file_leaves_out(tmp_path):
         ({"compensate.samples": "32"}, "key 'compensate.samples'"),
         ({"quantize.bits": True}, "key 'quantize.bits"),
         ({"quantize.damping": float("nan")}, "key 'quantize.damping'"),
+        ({"quantize.damping": float("inf")}, "key 'quantize.damping'"),
+        ({"quantize.damping": 0}, "key 'quantize.damping'.*above 0, or auto"),
+        ({"quantize.damping": "little"}, "key 'quantize.damping'.*above 0, or auto"),
+        ({"quantize.damping": True}, "key 'quantize.damping'"),
         ({"allocation.places": "backbone"}, "key 'allocation.places'"),
         ({"allocation.floor": float("nan")}, "key 'allocation.floor'"),
         ({"metric": {"kind": "whitening"}, "metric.gamma": 2}, "'metric' and 'metric.gamma' set one value twice"),
@@ -196,3 +200,13 @@ def test_keys_that_contradict_each_other_are_one_sentence(changes, said):
 def test_a_recipe_file_may_end_in_capitals(tmp_path):
     (tmp_path / "OWN.YAML").write_bytes(files("spectrim").joinpath("recipes", "svd.yaml").read_bytes())
     assert Recipe.read(tmp_path / "OWN.YAML") == Recipe.read("svd")
+
+
+def test_the_dampening_of_integers_follows_the_noise_of_what_the_samples_show():
+    """A hundredth with many positions, a fifth of inputs by position more with fewer, never more than a tenth."""
+    part = Recipe.read("curvature+gptq").quantize
+    found = [part.dampening(512, positions) for positions in (1e9, 10240, 2048, 512, 0)]
+    assert found == pytest.approx([0.01, 0.02, 0.06, 0.1, 0.1], rel=1e-4)
+    assert part.dampening(128, 2560) == pytest.approx(0.02)
+    assert part.model_copy(update={"damping": 0.3}).dampening(512, 10) == 0.3
+    assert part.model_copy(update={"method": "rtn"}).dampening(512, 10) is None

@@ -3,6 +3,7 @@
 The built-in ones are in recipes/.
 """
 
+import math
 from fnmatch import fnmatchcase
 from importlib.resources import files
 from pathlib import Path
@@ -17,6 +18,11 @@ from spectrim.linear import PLACES, Linear, Place
 Format = Literal["spectrim", "compressed-tensors"]
 PLAIN_BITS = (2, 4, 8)  # of the second; its releases pack 3 bits in different ways
 FEED_FORWARD = ("gate", "up", "down", "gate_up", "fc1", "fc2")
+
+
+# Dampening of the error feedback: with many positions, for each input by position, and with few
+# (benchmarks/left_out.py; docs/results.md, "Dampening of the feedback").
+_LEAST_DAMPING, _DAMPING_BY_NOISE, _MOST_DAMPING = 0.01, 0.2, 0.1
 
 
 class _Part(BaseModel):
@@ -113,6 +119,13 @@ def _share(value: object) -> object:
     raise ValueError("give a number from 0 to 1, or auto")
 
 
+def _positive(value: object) -> object:
+    """A finite number above 0, or auto; ValueError for anything else."""
+    if value == "auto" or (isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf):
+        return value
+    raise ValueError("give a number above 0, or auto")
+
+
 class CompensatePart(_Part):
     """Whether weights are fitted to the inputs that the compressed layers before them produce.
 
@@ -154,7 +167,8 @@ class QuantizePart(_Part):
     inputs of an output share one where it is None or does not divide their number. ``symmetric`` grids have no zero
     points. ``method`` gptq rounds with error feedback in the recipe's metric, rtn rounds to nearest. The dampening
     ``damping`` is the share of the mean of each metric's diagonal that is added to the diagonal for the feedback; more
-    of it keeps errors out of directions that the samples do not contain. ``rotate``: where that clearly lowers the
+    of it keeps errors out of directions that the samples do not contain, and ``auto`` chooses it by how many positions
+    stand behind the metric. ``rotate``: where that clearly lowers the
     predicted error, a linear rotates its inputs, 16 neighbours at a time. ``roles`` says which linears may be
     quantized. ``format`` compressed-tensors makes checkpoints that others load without spectrim: all linears that may
     be quantized become dense integers on one grid, and all others stay dense. ``embeddings`` says in how many bits
@@ -165,7 +179,7 @@ class QuantizePart(_Part):
     group: Literal[32, 64, 128] | None = 128
     symmetric: bool = True
     method: Literal["gptq", "rtn"] = "gptq"
-    damping: float = Field(default=0.1, gt=0, allow_inf_nan=False)
+    damping: Annotated[float | Literal["auto"], BeforeValidator(_positive)] = "auto"
     rotate: bool = False
     roles: Literal["all", "feed-forward"] = "all"
     format: Format = "spectrim"
@@ -185,10 +199,17 @@ class QuantizePart(_Part):
         """Whether linears of this role may be quantized."""
         return self.bits is not None and (self.roles == "all" or role in FEED_FORWARD)
 
-    @property
-    def feedback(self) -> float | None:
-        """The dampening of the metrics of the error feedback; None with rounding to nearest."""
-        return self.damping if self.method == "gptq" else None
+    def dampening(self, size: int, positions: float) -> float | None:
+        """Of the metric of so many inputs or outputs in the error feedback; None with rounding to nearest.
+
+        The noise of a mean of products over n positions grows by size / n (docs/methods.md, section 8).
+        """
+        if self.method != "gptq":
+            return None
+        if self.damping != "auto":
+            return self.damping
+        noise = size / positions if positions else math.inf
+        return min(_MOST_DAMPING, _LEAST_DAMPING + _DAMPING_BY_NOISE * noise)
 
 
 class TunePart(_Part):

@@ -16,6 +16,7 @@ from spectrim.compensate.store import Store
 from spectrim.errors import RecipeError
 from spectrim.maths.rounding import error
 from spectrim.pipeline import compress, compression
+from spectrim.plan import maker
 from spectrim.plan.plan import Plan, plan_row
 from spectrim.recipe import QuantizePart, Recipe, StoragePart
 from spectrim.storage import Problem, filled, forms, made
@@ -157,3 +158,25 @@ def test_damping_trades_what_samples_show_for_what_they_do_not():
     assert shown == sorted(shown)
     assert all_over == sorted(all_over, reverse=True)
     assert error(found[0], C) < 0.9 * error(rest(method="rtn"), C)
+
+
+def test_options_and_compensated_weights_are_dampened_by_the_samples(words, calibrated, monkeypatch):
+    """Problems of the plan and of compensation know how many positions stand behind their metrics."""
+    model, statistics = calibrated["llava"]
+    seen: dict[str, set[float]] = {}
+
+    def watched(linear, *parts, **how):
+        made = Problem(linear, *parts, **how)
+        seen.setdefault(linear.name, set()).add(made.positions)
+        return made
+
+    for module in (run, maker):
+        monkeypatch.setattr(module, "Problem", watched)
+    changes = {"quantize.bits": 3, "compensate.kind": "anchored", "compensate.weight": 1.0}
+    given = {"stats": statistics, "processor": processor("llava"), "changes": changes}
+    with compression(model, "curvature", **given) as prepared, prepared.applied(prepared.plan(0.15)):
+        compensated = {name for name in prepared.plan(0.15).linears if name in seen}
+    assert len(compensated) > 7
+    for name in compensated:
+        text, image = (statistics.positions(name, modality) for modality in ("text", "image"))
+        assert seen[name] == {4 / (1 / text + 1 / image) if text and image else text + image}

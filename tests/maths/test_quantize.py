@@ -91,7 +91,7 @@ def test_one_rounding_predicts_the_error_after_feedback(bits, symmetric, out, si
     C, G = metric(size, seed=seed + 1, decay=1.0), metric(out, seed=seed + 2, decay=1.0)
     C, G = (M + 0.1 * M.diagonal().mean() * torch.eye(len(M)) for M in (C, G))
     for inputs, outputs in ((C, None), (None, G), (C, G)):
-        reached = error(W - quantize(W, grid, inputs, outputs, damping=0.01).dense(), inputs, outputs)
+        reached = error(W - quantize(W, grid, inputs, outputs, damping=(0.01, 0.01)).dense(), inputs, outputs)
         weights = conditional(inputs, size, W, 0.01), conditional(outputs, out, W, 0.01)
         assert float(expected(W, grid, *weights).sum()) == pytest.approx(reached, rel=0.35)
 
@@ -122,7 +122,7 @@ def test_the_definition_entry_by_entry(tile, sides, monkeypatch):
     # Diagonals that fall keep the order of the entries.
     C, G = (M[order][:, order] for M in (C, G) for order in [M.diagonal().argsort(descending=True)])
     used = {"inputs": (C, None), "outputs": (None, G), "both": (C, G)}[sides]
-    found = quantize(W, grid, *used, damping=0.0)
+    found = quantize(W, grid, *used, damping=(0, 0))
     C, G = (torch.eye(n).double() if M is None else M for M, n in zip(used, (8, 7), strict=True))
     assert torch.equal(found.codes.double(), by_definition(W, found, C, G, grid))
 
@@ -132,7 +132,7 @@ def test_close_to_the_best_of_all_codes():
     every = torch.tensor(list(itertools.product(range(-2, 2), repeat=6))).double().view(-1, 2, 3)
     for seed in range(20):
         W, C, G = normal(2, 3, seed=seed), metric(3, seed=seed + 1, decay=0.5), metric(2, seed=seed + 2, decay=0.5)
-        found = quantize(W, Grid(2, None), C, G, damping=0.0)
+        found = quantize(W, Grid(2, None), C, G, damping=(0, 0))
         step = found.scale.double()
         E = W - every * step
         best = float(((G @ E @ C) * E).sum((-2, -1)).min())

@@ -12,7 +12,7 @@ from spectrim.calibrate.moments import GradMoment
 from spectrim.errors import NumericalError, RecipeError
 from spectrim.linear import Linear
 from spectrim.maths.sums import Gram
-from spectrim.metrics.metric import joint_second_moment, joint_weights, layer_metric
+from spectrim.metrics.metric import joint_second_moment, joint_weights, layer_metric, positions_behind
 from spectrim.recipe import MetricPart, Recipe
 
 IN = 6
@@ -178,3 +178,21 @@ def test_nan_in_moments_names_the_linear(kind, modality):
     statistics = Stub({"text": {"backbone.up": moment(X)}, "image": {"backbone.up": moment(IMAGE)}})
     with pytest.raises(NumericalError, match=r"backbone\.up holds NaN"):
         metric(MetricPart(kind=kind, modality=modality), statistics=statistics)
+
+
+@pytest.mark.parametrize("gamma", [0.5, 1.0])
+def test_positions_behind_a_joint_metric_are_those_of_a_mean_as_noisy(gamma):
+    """Equal noise of a position: the variance of ``(x̄_T + γ x̄_I) / (1 + γ)`` is that of a mean of so many."""
+    part = MetricPart(kind="whitening", modality="joint", gamma=gamma)
+    draws = torch.randn(20_000, 70, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mean = (draws[:, :20].mean(1) + gamma * draws[:, 20:].mean(1)) / (1 + gamma)
+    assert positions_behind(part, BACKBONE, BOTH) == pytest.approx(1 / float(mean.var()), rel=0.05)
+    assert positions_behind(part, TOWER, BOTH) == 50
+
+
+def test_positions_behind_the_metric_of_one_modality_are_its_own():
+    assert positions_behind(MetricPart(kind="whitening", modality="text"), BACKBONE, BOTH) == 20
+    assert positions_behind(MetricPart(kind="whitening", modality="image"), BACKBONE, BOTH) == 50
+    assert positions_behind(MetricPart(kind="whitening", modality="text"), TOWER, BOTH) == 0
+    assert positions_behind(MetricPart(kind="whitening", modality="text", unreached="image"), TOWER, BOTH) == 50
+    assert positions_behind(MetricPart(kind="identity"), BACKBONE, None) == 0

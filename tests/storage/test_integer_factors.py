@@ -113,7 +113,7 @@ def test_the_second_factor_makes_up_for_the_rounding_of_the_first(bits: int, dec
         given = problem(seed=seed, decay=decay, floor=1e-3, quantize=QuantizePart(bits=4, damping=0.01))
         W, C, G = given.W.double(), given.C, given.G
         layer, found = layer_of(given, spec_of(24, 32, 8, bits)), decompose(W, C, given.output)
-        options = {"dtype": torch.float32, "damping": 0.01}
+        options = {"dtype": torch.float32, "damping": (0.01, 0.01)}
         B = quantize(found.Q[:, :8].T @ W, layer.B.grid, C, **options).dense()
         R = torch.linalg.cholesky(C)
         fitted = torch.linalg.lstsq((B @ R).T, (W @ R).T).solution.T

@@ -1,5 +1,7 @@
 """A dense weight in integers: which grids are options, what they are predicted to cost, and what is made."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -56,7 +58,7 @@ def test_the_weight_is_rounded_in_both_metrics(bits: int, group: int | None, sym
     each = 24 // heads
     eye = torch.eye(each, dtype=torch.float64)
     G = torch.block_diag(*(n * root.metric_times(eye) for n, root in zip(nats, given.output.roots, strict=True)))
-    wanted = quantize(given.W, grid, given.C, G, dtype=torch.float32, damping=0.02)
+    wanted = quantize(given.W, grid, given.C, G, dtype=torch.float32, damping=(0.02, 0.02))
     assert torch.equal(layer.product(), wanted.dense().float())
     assert layer.weight_scale.dtype == torch.float32
 
@@ -165,3 +167,17 @@ def test_scales_are_in_the_dtype_of_the_model(dtype: torch.dtype) -> None:
     assert tensors["weight_scale"].dtype == dtype
     assert tensors["weight_zero_point"].dtype == torch.int32
     assert tensors["weight_shape"].tolist() == [24, 32]
+
+
+def test_few_positions_dampen_inputs_and_outputs_by_their_numbers() -> None:
+    given = replace(problem(24, 64, quantize=QuantizePart(bits=3)), positions=256.0)
+    layer = layer_of(given, Grid(3, None).spec)
+    rounded = {
+        damping: quantize(given.W, Grid(3, None), given.C, given.G, dtype=torch.float32, damping=damping).dense()
+        for damping in ((0.06, 0.02875), (0.06, 0.06), (0.1, 0.1))
+    }
+    same = [torch.equal(layer.product(), dense.float()) for dense in rounded.values()]
+    assert same == [True, False, False]
+    weights = conditional(given.C, 64, given.W, 0.06), conditional(given.G, 24, given.W, 0.02875)
+    priced = expected(given.W.double(), Grid(3, None), *weights, torch.float32)
+    assert INTEGERS.options(given).error.tolist() == [pytest.approx(float(priced.sum()))]

@@ -35,7 +35,7 @@ def test_factors_beside_integers_take_what_rounding_left(metrics: str, parts: st
     given = problem(metrics=metrics, quantize=QuantizePart(bits="auto", damping=0.01))
     C, G = given.C, given.G
     layer = layer_of(given, spec_of(4, parts))
-    R = quantize(given.W, layer.R.grid, C, G, damping=0.01, dtype=torch.float32).dense()
+    R = quantize(given.W, layer.R.grid, C, G, damping=(0.01, 0.01), dtype=torch.float32).dense()
     assert torch.equal(layer.R.unpacked(), R.float())
     left, right = (torch.eye(n).double() if M is None else torch.linalg.cholesky(M) for M, n in ((G, 24), (C, 32)))
     sigma = torch.linalg.svdvals(left.T @ (given.W.double() - R) @ right)

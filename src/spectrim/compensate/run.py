@@ -30,7 +30,7 @@ from spectrim.errors import ModelError, RecipeError
 from spectrim.maths.closed_form import ShiftedSum, anchored_weight, blended
 from spectrim.maths.decompose import OutputMetric
 from spectrim.maths.roots import wide
-from spectrim.metrics.metric import chosen, joint_weights, layer_metric
+from spectrim.metrics.metric import chosen, joint_weights, layer_metric, positions_behind
 from spectrim.plan.maker import Maker, solving
 from spectrim.plan.plan import Plan
 from spectrim.recipe import MetricPart, Recipe
@@ -240,9 +240,9 @@ class Compensation:
         def metrics() -> tuple[torch.Tensor | None, OutputMetric | None]:
             return value, self._output(own, unit, name)
 
-        units = self._maker.removal_of(name)
+        units, seen = self._maker.removal_of(name), positions_behind(recipe.metric, linear, self._statistics)
         given = recipe.stored, recipe.quantize
-        problem = Problem(linear, lambda: target, metrics, *given, heads=heads, units=units)
+        problem = Problem(linear, lambda: target, metrics, *given, heads=heads, units=units, positions=seen)
         return made(problem, row.form, row.spec)
 
     def _output(self, part: MetricPart, unit: Unit, name: str) -> OutputMetric | None:

@@ -99,7 +99,7 @@ def quantize(
     G: torch.Tensor | None = None,
     *,
     dtype: torch.dtype = torch.float64,
-    damping: float = DAMPING,
+    damping: tuple[float, float] = (DAMPING, DAMPING),
     signed: bool = True,
 ) -> Quantized:
     """W rounded to `grid`, with error feedback along the inputs, the outputs, or both (docs/methods.md, section 8).
@@ -110,7 +110,7 @@ def quantize(
         C: metric of the inputs: None for the identity, [in] for a diagonal, or [in, in].
         G: metric of the outputs, the same by `out`. With neither metric a matrix, entries are rounded to nearest.
         dtype: of the scales, which are rounded to it before any code is chosen.
-        damping: dampening; share of the mean of a metric's diagonal that is added to the diagonal.
+        damping: dampening of C and of G; share of the mean of a metric's diagonal that is added to the diagonal.
         signed: a symmetric grid's scales may be negative (see :func:`scales`).
 
     Raises:
@@ -119,8 +119,8 @@ def quantize(
     """
     if grid.rotated:
         W, C = turned(W.double()), on_grid(C, grid)
-    rows, _, S = _triangular(G, len(W), damping, W)
-    columns, weights, T = _triangular(C, W.shape[1], damping, W)
+    rows, _, S = _triangular(G, len(W), damping[1], W)
+    columns, weights, T = _triangular(C, W.shape[1], damping[0], W)
     if S is None and T is None:
         return _to_nearest(W, grid, weights, dtype, signed)
     W = W.double()

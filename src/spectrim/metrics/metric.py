@@ -128,6 +128,21 @@ def summed(
     return read.positions(name, "image" if source == "image" else "text")
 
 
+def positions_behind(part: MetricPart, linear: Linear, statistics: Statistics | None) -> float:
+    """How many positions the metrics of a linear are estimated from; 0 where there are none.
+
+    Of two modalities it is the number whose mean would be as noisy as theirs: ``(1 + γ)² / (1/n_T + γ²/n_I)``.
+    """
+    if statistics is None or part.kind == "identity":
+        return 0
+    read, gathered = expert_statistics(statistics, linear), statistics.manifest.data.modalities
+    counts = chosen(part, {m: n for m in gathered if (n := read.positions(linear.name, m))})
+    if len(counts) < 2:
+        return counts[0] if counts else 0
+    text, image = counts
+    return (1 + part.gamma) ** 2 / (1 / text + part.gamma**2 / image)
+
+
 def joint_weights(traces: Sequence[float], gamma: float) -> list[float]:
     """Weights of the means of one modality, or of text and image, in a joint moment, from the traces of their means."""
     if len(traces) == 1 or 0 in traces:  # where the inputs of one modality are zero, the other's moment is the metric

@@ -21,7 +21,7 @@ from spectrim.estimate import Checkpoints, Estimate, Rates, by_work, compression
 from spectrim.linear import Linear
 from spectrim.maths.closed_form import anchored_weight, correction
 from spectrim.maths.decompose import decompose
-from spectrim.metrics.metric import chosen, layer_metric
+from spectrim.metrics.metric import chosen, layer_metric, positions_behind
 from spectrim.pipeline.budget import Sizes
 from spectrim.pipeline.jobs import Job
 from spectrim.plan.maker import solving
@@ -137,6 +137,7 @@ def _try(model: PreTrainedModel, linear: Linear, recipe: Recipe, statistics: Sta
         recipe.quantize,
         heads=heads,
         kept=spectrum,
+        positions=positions_behind(recipe.metric, linear, statistics),
     )
     options = menu(problem)
     listed = time.perf_counter()

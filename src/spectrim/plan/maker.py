@@ -20,7 +20,7 @@ from spectrim.linear import Linear
 from spectrim.maths.decompose import OutputMetric
 from spectrim.maths.removal import Removal, removal
 from spectrim.maths.roots import check_finite
-from spectrim.metrics.metric import layer_metric
+from spectrim.metrics.metric import layer_metric, positions_behind
 from spectrim.metrics.spectra import Spectra
 from spectrim.plan.options import Menu, menu
 from spectrim.plan.plan import PlanRow
@@ -78,6 +78,7 @@ class Maker:
             heads=spectrum.heads if heads is None else heads,
             kept=spectrum if as_kept else None,
             units=self.removal_of(linear.name),
+            positions=positions_behind(part, linear, self._statistics),
         )
 
     @cached_property

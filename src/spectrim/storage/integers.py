@@ -109,9 +109,11 @@ def rounded(
     dtype: torch.dtype,
 ) -> Quantized:
     """W on a grid with scales in `dtype`, errors fed on in C and G as the recipe says (see `quantize`)."""
-    damping, signed = problem.quantize.feedback, problem.quantize.signed
-    metrics = (None, None) if damping is None else (C, G)
-    return quantize(W, grid, *metrics, dtype=dtype, damping=damping or 0.0, signed=signed)
+    signed = problem.quantize.signed
+    inputs, outputs = (problem.dampening(size) for size in (W.shape[1], len(W)))
+    if inputs is None or outputs is None:
+        return quantize(W, grid, dtype=dtype, signed=signed)
+    return quantize(W, grid, C, G, dtype=dtype, damping=(inputs, outputs), signed=signed)
 
 
 register(Integers())

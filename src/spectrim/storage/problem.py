@@ -34,6 +34,7 @@ class Problem:
         kept: the spectrum in these metrics, where one has been made.
         units: which units of an MLP can go, where others that compute or read them have to agree; gives that, in
             metrics of its own.
+        positions: how many stand behind the metrics, 0 where there are no samples.
     """
 
     linear: Linear
@@ -44,6 +45,7 @@ class Problem:
     heads: int = 1
     kept: Directions | None = None
     units: Callable[[], Removal] | None = None
+    positions: float = 0
 
     @cached_property
     def W(self) -> torch.Tensor:  # noqa: N802
@@ -104,10 +106,14 @@ class Problem:
         return self._weights(self.G, len(self.W))
 
     def _weights(self, M: torch.Tensor | None, size: int) -> torch.Tensor:
-        damping, like = self.quantize.feedback, self.W.new_empty(0, dtype=torch.float64)
+        damping, like = self.dampening(size), self.W.new_empty(0, dtype=torch.float64)
         if M is None or M.ndim == 1 or damping is not None:
             return conditional(M, size, like, damping or 0.0)
         return M.diagonal().to(like)
+
+    def dampening(self, size: int) -> float | None:
+        """Of a metric of `size` inputs or outputs in the error feedback; None with rounding to nearest."""
+        return self.quantize.dampening(size, self.positions)
 
     @cached_property
     def rotates(self) -> bool:
@@ -144,7 +150,7 @@ class Problem:
         inputs = self.input_weights(grid) if inputs is None else inputs
         outputs = self.output_weights if outputs is None else outputs
         matrix = self.output is not None or (self.C is not None and self.C.ndim > 1)
-        fed, signed = matrix and self.quantize.feedback is not None, self.quantize.signed
+        fed, signed = matrix and self.quantize.method == "gptq", self.quantize.signed
         return expected(W.double(), grid, inputs, outputs, self.linear.dtype, signed=signed, fed=fed)
 
     @property
