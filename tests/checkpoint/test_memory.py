@@ -1,5 +1,6 @@
 """A dense model that is larger than its memory: blocks stay in the files, and every stage gives the same."""
 
+import json
 import shutil
 
 import pytest
@@ -61,6 +62,19 @@ def test_blocks_stay_in_the_files(family, source):
     assert "quantization_config" not in away.config.to_dict()
     assert not getattr(away, "is_quantized", False)
     assert not is_away(load(source / family, memory="1GB"))
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+def test_weights_count_in_the_dtype_that_they_are_loaded_in(stored, tmp_path):
+    """Three quarters of the float32 model may be held: it fits in bfloat16 alone, whatever its files are in."""
+    model = families.FAMILIES["llama"]()
+    memory = f"{int(1.5 * sum(x.nbytes for x in model.parameters()))}B"
+    model.to(getattr(torch, stored)).save_pretrained(tmp_path)
+    for dtype, large in ((None, stored == "float32"), ("float32", True), (torch.float32, True), ("bfloat16", False)):
+        assert is_away(load(tmp_path, memory=memory, dtype=dtype)) == large
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
+    assert is_away(load(tmp_path, memory=memory))  # which transformers loads it in
 
 
 def test_one_expert_is_read_and_not_all(source, monkeypatch):

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from spectrim.anatomy import anatomy
 from spectrim.away import keep_away
 from spectrim.calibrate.memory import limit_bytes
-from spectrim.checkpoint.weights import weight_files
+from spectrim.checkpoint.weights import loaded_bytes, weight_files
 from spectrim.disk.shelf import Shelf
 from spectrim.errors import StatisticsError
 from spectrim.estimate import amount
@@ -21,10 +21,9 @@ _log = logging.getLogger(__name__)
 _SHARE = 0.5  # of the memory that weights may take before blocks stay on disk
 
 
-def too_large(directory: Path, memory: str) -> bool:
-    """Whether the weights of a directory take more than half of the memory."""
-    nbytes = sum(file.stat().st_size for file in weight_files(directory))
-    return nbytes > _SHARE * limit_bytes(memory, torch.device("cpu"))
+def too_large(directory: Path, memory: str, dtype: torch.dtype | None) -> bool:
+    """Whether the weights of a directory take more than half of the memory in a dtype; None for that of its files."""
+    return loaded_bytes(weight_files(directory), dtype) > _SHARE * limit_bytes(memory, torch.device("cpu"))
 
 
 def places(empty: PreTrainedModel) -> dict[str, str]:

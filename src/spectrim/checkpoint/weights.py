@@ -1,5 +1,6 @@
 """The weight files of a model directory, looked at before anything is loaded: which there are, and what they hold."""
 
+import math
 import pickle
 import re
 from collections.abc import Iterator
@@ -55,7 +56,15 @@ def _shards(index: Path) -> list[Path]:
 
 def holds_fused(files: list[Path]) -> bool:
     """Whether safetensors files hold experts of a layer in one tensor."""
-    return any(FUSED.search(name) for file in files for name, _ in _dtypes(file, ModelError))
+    return any(FUSED.search(name) for file in files for name, *_ in _tensors(file, ModelError))
+
+
+def loaded_bytes(files: list[Path], dtype: torch.dtype | None) -> int:
+    """What weights take in memory in a dtype; None for that of the files."""
+    if dtype is None:
+        return sum(file.stat().st_size for file in files)
+    floats = (count for file in files for _, kind, count in _tensors(file, ModelError) if kind in _FLOATS)
+    return sum(floats) * dtype.itemsize
 
 
 def check_weights(files: list[Path], error: type[SpectrimError], *, quantized: bool) -> None:
@@ -69,7 +78,7 @@ def check_weights(files: list[Path], error: type[SpectrimError], *, quantized: b
         ModelError: a weight is no float; names the tensor.
     """
     for file in files:
-        for name, dtype in _dtypes(file, error):
+        for name, dtype, _ in _tensors(file, error):
             if quantized or dtype in _FLOATS:
                 continue
             weight = name.endswith(("weight", "_proj", "kernel"))
@@ -80,18 +89,22 @@ def check_weights(files: list[Path], error: type[SpectrimError], *, quantized: b
                 )
 
 
-def _dtypes(file: Path, error: type[SpectrimError]) -> Iterator[tuple[str, str]]:
-    """Names and dtypes of all tensors in a file."""
+def _tensors(file: Path, error: type[SpectrimError]) -> Iterator[tuple[str, str, int]]:
+    """Names, dtypes and numbers of entries of all tensors in a file."""
     if file.suffix == ".safetensors":
         try:
             with safe_open(file, framework="pt") as tensors:
-                yield from ((name, tensors.get_slice(name).get_dtype()) for name in tensors.keys())  # noqa: SIM118
+                for name in tensors.keys():  # noqa: SIM118
+                    held = tensors.get_slice(name)
+                    yield name, held.get_dtype(), math.prod(held.get_shape())
         except (OSError, SafetensorError) as failure:
             raise error(f"{file} is truncated or not a safetensors file ({failure}); copy it again") from failure
         return
     try:
         tensors = torch.load(file, map_location="meta", weights_only=True, mmap=is_zipfile(file) or None)
-        yield from ((name, str(x.dtype).removeprefix("torch.")) for name, x in tensors.items() if torch.is_tensor(x))
+        for name, x in tensors.items():
+            if torch.is_tensor(x):
+                yield name, str(x.dtype).removeprefix("torch."), x.numel()
     except pickle.UnpicklingError as failure:
         raise error(
             f"{file} is no file of tensors, or a pickle that runs code, which is refused; save the model as safetensors"
