@@ -178,6 +178,8 @@ def main(given: list[str] | None = None) -> None:
     parser.add_argument(
         "--verbs", default="calibrate,compress,evaluate", help="of these three, or none: computed alone"
     )
+    parser.add_argument("--dtype", default="bfloat16", help="of the weights in memory; files are bfloat16")
+    parser.add_argument("--batch-size", default="8", help="of the calibration")
     args = parser.parse_args(given)
     whole, nbytes = computed(args.shape, None, args.memory)
     print(
@@ -191,16 +193,16 @@ def main(given: list[str] | None = None) -> None:
         write(model, args.shape, args.blocks)
     commands = {
         "calibrate": ["calibrate", str(model), "-o", str(stats), "--text", str(home / "words.txt"), "--images",
-                      str(home / "images.jsonl"), "--samples", "4", "--seqlen", "256", "--memory", args.memory],
+                      str(home / "images.jsonl"), "--samples", "4", "--seqlen", "256", "--batch-size", args.batch_size],
         "compress": ["compress", str(model), "-o", str(small), "--overwrite", "--stats", str(stats), "--recipe",
-                     "curvature", "--retain", "0.4", "--memory", args.memory],
+                     "curvature", "--retain", "0.4"],
         "evaluate": ["evaluate", str(model), str(small), "--tasks", "perplexity", "--text", str(home / "words.txt"),
-                     "--seqlen", "128", "--max-tokens", "256", "--device", "cpu", "--memory", args.memory],
+                     "--seqlen", "128", "--max-tokens", "256", "--device", "cpu"],
     }  # fmt: skip
     kept = home / f"{args.memory}.json"
     rows = json.loads(kept.read_text()) if kept.exists() else {}
     for verb in args.verbs.split(","):
-        seconds, peak = run(commands[verb])
+        seconds, peak = run([*commands[verb], "--memory", args.memory, "--dtype", args.dtype])
         disk = written_bytes({"calibrate": stats, "compress": small}.get(verb, home / "none"))
         passed = sum(map(len, Manifest.read(stats).groups.values())) if verb == "calibrate" else 0
         rows[verb] = {"seconds": seconds, "peak": peak, "disk": disk, "passes": passed}
