@@ -97,6 +97,7 @@ def test_a_sample_without_an_answer_gets_one_of_the_model(family):
         assert sample.labelled.nonzero()[:, 0].tolist() == list(range(size - 1, len(ids) - 1))
         answers.add(tuple(ids[size:].tolist()))
     assert len(answers) == 3  # the number of a sample and the seed both count
+    assert len(label(model, prompts, seed=2**63 - 1, sampled=True)) == 2
 
 
 def test_answers_are_drawn_from_the_plain_distribution():

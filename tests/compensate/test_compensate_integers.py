@@ -142,6 +142,15 @@ def test_adacomp_refuses_integers(calibrated):
         prepared.apply(Plan(recipe="adasvd", linears=linears))
 
 
+def test_adacomp_refuses_a_plan_before_samples_run(words, tmp_path):
+    model = families.FAMILIES["llama"]()
+    linears = {x.name: plan_row(x, "integers", {"bits": 4}) for x in anatomy(model).linears}
+    given = {"processor": processor("llama"), "text": words, "samples": 4, "seqlen": 12}
+    with pytest.raises(RecipeError, match="adaComp fits float factors, and the form 'integers' has none"):
+        compress(model, tmp_path / "out", recipe="adasvd", plan=Plan(recipe="adasvd", linears=linears), **given)
+    assert not list(tmp_path.glob("out*"))
+
+
 def test_damping_trades_what_samples_show_for_what_they_do_not():
     """Little damping: the least error in the metric. Much damping: that of rounding each entry by itself."""
     linear = anatomy(families.FAMILIES["llama"]()).linears[0]
@@ -163,7 +172,7 @@ def test_damping_trades_what_samples_show_for_what_they_do_not():
 def test_options_and_compensated_weights_are_dampened_by_the_samples(words, calibrated, monkeypatch):
     """Problems of the plan and of compensation know how many positions stand behind their metrics."""
     model, statistics = calibrated["llava"]
-    seen: dict[str, set[float]] = {}
+    seen: dict[str, set[tuple[float, float]]] = {}
 
     def watched(linear, *parts, **how):
         made = Problem(linear, *parts, **how)
@@ -178,5 +187,9 @@ def test_options_and_compensated_weights_are_dampened_by_the_samples(words, cali
         compensated = {name for name in prepared.plan(0.15).linears if name in seen}
     assert len(compensated) > 7
     for name in compensated:
-        text, image = (statistics.positions(name, modality) for modality in ("text", "image"))
-        assert seen[name] == {4 / (1 / text + 1 / image) if text and image else text + image}
+        found = []
+        for count in (statistics.positions, statistics.labels):
+            seen_of = {m: statistics.positions(name, m) for m in ("text", "image")}
+            text, image = (min(n, count(name, m) or n) for m, n in seen_of.items())
+            found.append(4 / (1 / text + 1 / image) if text and image else text + image)
+        assert seen[name] == {tuple(found)}

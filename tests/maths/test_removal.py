@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from helpers.matrices import metric, normal
+from spectrim.errors import NumericalError
 from spectrim.maths.removal import fitted, removal
 from spectrim.maths.rounding import error
 
@@ -15,14 +16,14 @@ def case(out: int = 6, size: int = 12) -> tuple[torch.Tensor, torch.Tensor, torc
 
 
 def stored(W: torch.Tensor, kept: torch.Tensor, C: torch.Tensor | None) -> torch.Tensor:
-    return torch.zeros_like(W).index_copy(1, kept, fitted(W, kept, C))
+    return torch.zeros_like(W).index_copy(1, kept, fitted(W, kept, C, 1e-8))
 
 
 @pytest.mark.parametrize("metrics", ["none", "diagonal", "inputs", "both"])
 def test_the_error_is_that_of_the_weight_fitted_again(metrics: str) -> None:
     W, C, G = case()
     given = {"none": None, "diagonal": C.diagonal()}.get(metrics, C), G if metrics == "both" else None
-    found = removal(W, *given)
+    found = removal(W, *given, damping=1e-8)
     true = [error(W - stored(W, found.kept(12 - gone), given[0]), *given) for gone in range(13)]
     assert found.error.tolist() == pytest.approx(true, rel=1e-5, abs=1e-9)
     assert bool((found.error.diff() >= 0).all())
@@ -32,21 +33,21 @@ def test_the_fit_is_that_of_least_squares() -> None:
     W, X = normal(6, 12), normal(80, 12, seed=1)
     kept = torch.tensor([0, 3, 4, 9])
     wanted = torch.linalg.lstsq(X[:, kept], X @ W.T).solution.T
-    torch.testing.assert_close(fitted(W, kept, X.T @ X), wanted, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(fitted(W, kept, X.T @ X, 1e-8), wanted, rtol=1e-6, atol=1e-6)
 
 
 def test_the_first_to_go_costs_least_of_all() -> None:
     W, C, G = case()
     each = [torch.tensor([j for j in range(12) if j != gone]) for gone in range(12)]
     costs = [error(W - stored(W, kept, C), C, G) for kept in each]
-    found = removal(W, C, G)
+    found = removal(W, C, G, 1e-8)
     assert int(found.order[0]) == int(np.argmin(costs))
     assert found.kept(11).tolist() == each[int(np.argmin(costs))].tolist()
 
 
 def test_some_inputs_go_in_one_step() -> None:
     W, C, G = case(6, 200)  # three at once
-    found = removal(W, C, G)
+    found = removal(W, C, G, 1e-8)
     assert sorted(found.order.tolist()) == list(range(200))
     for gone in (3, 99, 198):
         true = error(W - stored(W, found.kept(200 - gone), C), C, G)
@@ -62,3 +63,32 @@ def test_twins_and_inputs_that_nothing_reads_go_first_and_cost_nothing() -> None
     assert {0, 6} & set(found.order[:2].tolist())
     assert found.error[2] < 1e-5 * found.error[8]
     assert fitted(W, torch.tensor([1, 2]), torch.zeros(8, 8).double()).equal(W[:, [1, 2]])
+
+
+@pytest.mark.parametrize("positions", [8, 31])
+def test_what_few_positions_show_by_chance_is_not_relied_on(positions: int) -> None:
+    """With fewer positions than inputs the others give every input back exactly, there; sums are of float32."""
+    W, X = normal(16, 32), normal(positions, 32, seed=1)
+    seen, all_over = (X.T @ X / positions).float().double(), torch.eye(32, dtype=torch.float64)
+    kept = removal(W, seen, damping=0.01 * 32 / positions).kept(24)
+    ridged, loose = (fitted(W, kept, seen, damping) for damping in (0.01 * 32 / positions, 1e-6))
+    plain = error(W.index_fill(1, kept, 0), all_over)
+
+    def missed(V: torch.Tensor) -> float:
+        return error(W - torch.zeros_like(W).index_copy(1, kept, V), all_over)
+
+    assert missed(ridged) < 2 * plain
+    assert missed(ridged) < missed(loose)
+    assert error(W - torch.zeros_like(W).index_copy(1, kept, ridged), seen) < 0.2 * error(
+        W.index_fill(1, kept, 0), seen
+    )
+
+
+def test_a_metric_that_rounding_made_indefinite_is_dampened_more() -> None:
+    W, C = normal(6, 12), metric(12, 3)
+    C = C - 3e-5 * C.diagonal().mean() * torch.eye(12, dtype=C.dtype)
+    found = removal(W, C, damping=1e-6)
+    assert sorted(found.order.tolist()) == list(range(12))
+    assert bool(fitted(W, found.kept(4), C, 1e-6).isfinite().all())
+    with pytest.raises(NumericalError, match="not positive definite"):
+        removal(W, -C)

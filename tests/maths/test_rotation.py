@@ -85,3 +85,12 @@ def test_it_pays_where_few_inputs_are_large(bits):
     W[:, ::16] *= 8
     lost = [error(W - quantize(W, Grid(bits, None, rotated=x)).dense()) for x in (False, True)]
     assert lost[1] < 0.5 * lost[0]
+
+
+def test_a_diagonal_metric_is_a_matrix_for_rotated_inputs():
+    W, C = normal(24, 64), metric(64, 1).diagonal()
+    grid = Grid(3, 32, rotated=True)
+    assert torch.equal(on_grid(C, grid), turned_metric(C.diag()))
+    found = quantize(W, grid, C)
+    assert torch.equal(found.codes, quantize(W, grid, C.diag()).codes)
+    assert error(W - found.dense(), C) < error(W - quantize(W, Grid(2, 32), C).dense(), C)

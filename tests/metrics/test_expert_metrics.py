@@ -28,7 +28,8 @@ def moment(name, modality):
 def statistics():
     manifest = SimpleNamespace(data=SimpleNamespace(modalities=("text", "image")))
     positions = lambda name, modality: COUNTS[modality][NAMES.index(name)]  # noqa: E731
-    whole = SimpleNamespace(path=None, manifest=manifest, moment=moment, positions=positions)
+    labels = lambda name, modality: 1000  # noqa: E731
+    whole = SimpleNamespace(path=None, manifest=manifest, moment=moment, positions=positions, labels=labels)
     return ExpertStatistics(whole, NAMES, 1.5)
 
 
@@ -64,3 +65,17 @@ def test_an_expert_that_nothing_chose_has_its_layers_means_and_the_weight_of_a_t
         mean = sum(x.second for name in NAMES if (x := moment(name, modality))) / sum(counts)
         assert found.count == statistics.positions(NAMES[3], modality) == 1
         torch.testing.assert_close(found.second, mean)
+
+
+def test_positions_behind_an_expert_are_those_of_the_modalities_that_chose_it(statistics, monkeypatch):
+    """Joint, with γ times the ratio of both shares, where both did; one where none did."""
+    monkeypatch.setattr(metric, "expert_statistics", lambda whole, _: statistics)
+    part = Recipe.read("jw-svd", {"metric.gamma": 0.7}).metric
+    found = []
+    for name in NAMES:
+        linear = Linear(name, "backbone", "b", "up", 3, 5, None, torch.float32)
+        found.append(metric.positions_behind(part, linear, statistics)[0])
+    gammas = [0.7 * (COUNTS["image"][n] / 12) / (COUNTS["text"][n] / 40) for n in (0, 1)]
+    both = [(1 + g) ** 2 / (1 / COUNTS["text"][n] + g**2 / COUNTS["image"][n]) for n, g in enumerate(gammas)]
+    assert found == [pytest.approx(both[0]), pytest.approx(both[1]), 4, pytest.approx((1.7) ** 2 / (1 + 0.49))]
+    assert statistics.lean(NAMES[2]) == 1

@@ -34,6 +34,7 @@ class Stub:
 
     moments: dict[str, dict[str, Moment]]
     gradients: dict[str, GradMoment] | None = None
+    labelled: int = 0
     path: Path = field(default=Path("stats"))
 
     @property
@@ -48,6 +49,9 @@ class Stub:
         found = self.moment(linear, modality)
         return 0 if found is None else found.count
 
+    def labels(self, linear: str, modality: str) -> int:
+        return self.labelled
+
     def gradient(self, linear: str, modality: str) -> GradMoment | None:
         return None if modality != "text" or self.gradients is None else self.gradients.get(linear)
 
@@ -60,7 +64,7 @@ BOTH = Stub(
 
 def test_the_stub_has_what_metrics_read():
     read = {name for name, value in vars(Stub).items() if not name.startswith("_") and (callable(value))}
-    assert read == {"moment", "positions", "gradient"} <= vars(Statistics).keys()
+    assert read == {"moment", "positions", "labels", "gradient"} <= vars(Statistics).keys()
 
 
 def metric(part: MetricPart, linear: Linear = BACKBONE, statistics=BOTH):
@@ -186,13 +190,22 @@ def test_positions_behind_a_joint_metric_are_those_of_a_mean_as_noisy(gamma):
     part = MetricPart(kind="whitening", modality="joint", gamma=gamma)
     draws = torch.randn(20_000, 70, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     mean = (draws[:, :20].mean(1) + gamma * draws[:, 20:].mean(1)) / (1 + gamma)
-    assert positions_behind(part, BACKBONE, BOTH) == pytest.approx(1 / float(mean.var()), rel=0.05)
-    assert positions_behind(part, TOWER, BOTH) == 50
+    inputs, outputs = positions_behind(part, BACKBONE, BOTH)
+    assert inputs == pytest.approx(1 / float(mean.var()), rel=0.05)
+    assert outputs == pytest.approx(4 / (1 / 20 + 1 / 50))  # β is 1
+    assert positions_behind(part.model_copy(update={"beta": gamma, "gamma": 1.0}), BACKBONE, BOTH) == (outputs, inputs)
+    assert positions_behind(part, TOWER, BOTH) == (50, 50)
 
 
 def test_positions_behind_the_metric_of_one_modality_are_its_own():
-    assert positions_behind(MetricPart(kind="whitening", modality="text"), BACKBONE, BOTH) == 20
-    assert positions_behind(MetricPart(kind="whitening", modality="image"), BACKBONE, BOTH) == 50
-    assert positions_behind(MetricPart(kind="whitening", modality="text"), TOWER, BOTH) == 0
-    assert positions_behind(MetricPart(kind="whitening", modality="text", unreached="image"), TOWER, BOTH) == 50
-    assert positions_behind(MetricPart(kind="identity"), BACKBONE, None) == 0
+    assert positions_behind(MetricPart(kind="whitening", modality="text"), BACKBONE, BOTH) == (20, 20)
+    assert positions_behind(MetricPart(kind="whitening", modality="image"), BACKBONE, BOTH) == (50, 50)
+    assert positions_behind(MetricPart(kind="whitening", modality="text"), TOWER, BOTH) == (0, 0)
+    assert positions_behind(MetricPart(kind="whitening", modality="text", unreached="image"), TOWER, BOTH) == (50, 50)
+    assert positions_behind(MetricPart(kind="identity"), BACKBONE, None) == (0, 0)
+
+
+def test_no_more_positions_stand_behind_outputs_than_labels():
+    few = Stub(BOTH.moments, labelled=30)
+    assert positions_behind(MetricPart(kind="curvature", modality="text"), BACKBONE, few) == (20, 20)
+    assert positions_behind(MetricPart(kind="curvature", modality="image"), BACKBONE, few) == (50, 30)

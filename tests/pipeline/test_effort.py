@@ -21,7 +21,7 @@ THOROUGH = {"compensate.samples": 128, "tune.epochs": 4, "tune.samples": 128}
         ("quick", "spectrim", {"compensate.samples": 9}, {}, ({"compensate.samples": 9}, {"samples": 32})),
         ("quick", "svd", {}, {}, ({}, {})),  # which reads none
         ("thorough", "laser", {"metric.eta": "token"}, {}, ({"metric.eta": "token"}, {"samples": 256})),
-        ("thorough", "adasvd", {}, {}, (THOROUGH, {"samples": 256})),
+        ("thorough", "adasvd", {}, {}, ({"tune.epochs": 4, "tune.samples": 128}, {"samples": 256})),  # it has 256
         ("thorough", "spectrim", {"tune.epochs": 0}, {"samples": 9}, (THOROUGH | {"tune.epochs": 0}, {"samples": 9})),
     ],
 )

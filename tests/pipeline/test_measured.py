@@ -121,7 +121,12 @@ def test_a_damaged_file_is_named(places):
     with prepared(places) as found:
         found.measured.add(0.1, {"text": 0.2})
     (file,) = (places / "s" / "measured").iterdir()
-    for content in ("{", '{"plans": [{"predicted": 0.1}]}', '{"plans": 3}'):
+    row = '{"predicted": 0.1, "nats": {"text": 0.2}}'
+    wrong = ("{}", '{"text": NaN}', '{"text": -1}', '{"text": 0.2, "image": 0.1}')
+    for content in (
+        "{", '{"plans": [{"predicted": 0.1}]}', '{"plans": 3}', f'{{"plans": [{row.replace("0.1", "0")}]}}',
+        *(f'{{"plans": [{row}, {{"predicted": 0.2, "nats": {nats}}}]}}' for nats in wrong),
+    ):  # fmt: skip
         file.write_text(content)
         with prepared(places) as found, pytest.raises(StatisticsError, match="is damaged"):
             bool(found.measured)

@@ -68,6 +68,20 @@ def test_the_curve_rises_in_bytes_and_falls_in_loss(found):
     assert bars == sorted(bars, reverse=True)
 
 
+def test_other_sizes_are_those_that_would_be_made(places):
+    """Where the embedding takes its share of a size, it does so at every size."""
+    changes = {"compensate.kind": "none", "quantize.bits": "auto", "quantize.embeddings": "auto"}
+    given = {"stats": places / "s", "processor": processor("llava"), "changes": changes}
+    with compression(families.FAMILIES["llava"](), "spectrim", **given) as prepared:
+        size = round(0.55 * prepared.sizes.dense)
+        seen = outlook(prepared, Budget(size=size))
+        points = [point for point in (*seen.curve, seen.less, seen.more) if point is not None]
+        for point in points:
+            assert prepared.planned(Budget(size=point.file_bytes)).loss == pytest.approx(point.loss, rel=0.05)
+        assert sorted(point.file_bytes for point in points)[0] < size < prepared.sizes.dense
+        assert seen.less.loss > seen.plan.loss > seen.more.loss
+
+
 def test_a_recipe_without_losses_says_so():
     with compression(families.FAMILIES["llama"](), "svd") as prepared:
         seen = outlook(prepared, Budget(retain=0.5))

@@ -13,10 +13,12 @@ from torch import nn
 import families
 from helpers.problems import problem
 from spectrim.anatomy import anatomy
+from spectrim.errors import BudgetError
 from spectrim.linear import Linear
 from spectrim.maths.removal import fitted
 from spectrim.maths.rounding import Grid, conditional, expected
 from spectrim.plan.options import menu
+from spectrim.plan.plan import Plan, plan_row
 from spectrim.plan.spend import Curve, spend
 from spectrim.plan.units import Units, units_of
 from spectrim.recipe import QuantizePart, StoragePart
@@ -55,6 +57,35 @@ def test_the_linears_of_an_mlp_are_found_where_nothing_else_has_parameters() -> 
         for x in parts.linears
     ]
     assert not units_of(wider)
+
+
+class _Largest(nn.Module):
+    """The activation of Gemma 3n's first layers: what is not above the mean of all units becomes zero."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x - x.mean(-1, keepdim=True))
+
+
+def test_units_that_an_activation_mixes_are_left_alone() -> None:
+    model = families.FAMILIES["llama"]()
+    parts = anatomy(model)
+    whole = units_of(parts.linears, model)
+    reader, first = next(iter(whole.items()))
+    mlp = model.get_submodule(reader.rpartition(".")[0])
+    mlp.act_fn = _Largest()
+    assert reader not in units_of(parts.linears, model)
+    assert units_of(parts.linears, model).keys() == whole.keys() - {reader}
+    assert not mlp.gate_proj._forward_hooks
+    assert not mlp.down_proj._forward_pre_hooks
+    mlp.forward = lambda x, residual: x
+    assert reader not in units_of(parts.linears, model)
+    with torch.device("meta"):
+        assert units_of(parts.linears, type(model)(model.config)).keys() == whole.keys()
+    rows = {name: plan_row(parts.linear(name), "narrow", {"outputs": 40}) for name in first}
+    plan = Plan(recipe="spectrim", linears=rows | {reader: plan_row(parts.linear(reader), "narrow", {"inputs": 40})})
+    plan.fitted(parts).check_outputs(whole)
+    with pytest.raises(BudgetError, match=f"takes outputs from '{first[0]}', and something in its MLP needs all"):
+        plan.fitted(parts).check_outputs({})
 
 
 @pytest.mark.parametrize("quantize", PARTS)

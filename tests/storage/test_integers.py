@@ -170,14 +170,14 @@ def test_scales_are_in_the_dtype_of_the_model(dtype: torch.dtype) -> None:
 
 
 def test_few_positions_dampen_inputs_and_outputs_by_their_numbers() -> None:
-    given = replace(problem(24, 64, quantize=QuantizePart(bits=3)), positions=256.0)
+    given = replace(problem(24, 64, quantize=QuantizePart(bits=3)), positions=(256.0, 128.0))
     layer = layer_of(given, Grid(3, None).spec)
     rounded = {
         damping: quantize(given.W, Grid(3, None), given.C, given.G, dtype=torch.float32, damping=damping).dense()
-        for damping in ((0.06, 0.02875), (0.06, 0.06), (0.1, 0.1))
+        for damping in ((0.06, 0.0475), (0.06, 0.06), (0.1, 0.1))
     }
     same = [torch.equal(layer.product(), dense.float()) for dense in rounded.values()]
     assert same == [True, False, False]
-    weights = conditional(given.C, 64, given.W, 0.06), conditional(given.G, 24, given.W, 0.02875)
+    weights = conditional(given.C, 64, given.W, 0.06), conditional(given.G, 24, given.W, 0.0475)
     priced = expected(given.W.double(), Grid(3, None), *weights, torch.float32)
     assert INTEGERS.options(given).error.tolist() == [pytest.approx(float(priced.sum()))]

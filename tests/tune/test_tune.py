@@ -16,7 +16,7 @@ from spectrim.away import is_away
 from spectrim.calibrate import calibrate
 from spectrim.calibrate.labels import Labelled
 from spectrim.checkpoint import load, read_provenance
-from spectrim.errors import NumericalError, RecipeError, UsageError
+from spectrim.errors import NumericalError, RecipeError, SampleError, UsageError
 from spectrim.maths.rotation import turned
 from spectrim.maths.rounding import Grid, quantize
 from spectrim.pipeline import compress, compression
@@ -119,15 +119,44 @@ def test_the_start_is_kept_where_nothing_is_better(words, tmp_path):
     assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
 
 
-def test_a_failure_leaves_the_dense_model(words, tmp_path, monkeypatch):
+@pytest.fixture
+def broken_after(monkeypatch):
+    """Makes all divergences NaN after so many."""
+    real, calls = divergence._between, []
+
+    def start(most):
+        def later(found, target):
+            calls.append(0)
+            return real(found * (torch.nan if len(calls) > most else 1), target)
+
+        monkeypatch.setattr(divergence, "_between", later)
+
+    return start
+
+
+def test_steps_that_are_not_finite_are_taken_back(words, tmp_path, broken_after):
     model, statistics = prepare("llama", words, tmp_path / "s")
-    dense, real, calls = weights(model), divergence._between, []
+    before, _ = small(model, statistics, "llama", {"compensate.kind": "none"})
+    broken_after(4)
+    after, tuned = small(model, statistics, "llama", TUNE)
+    assert (tuned.step, tuned.after) == (0, tuned.before)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
 
-    def later(found, target):
-        calls.append(0)
-        return real(found * (torch.nan if len(calls) > 4 else 1), target)
 
-    monkeypatch.setattr(divergence, "_between", later)
+def test_windows_of_one_token_are_refused_before_samples_run(words, tmp_path):
+    given = {"processor": processor("llama"), "text": words, "samples": 4, "seqlen": 1}
+    with pytest.raises(SampleError, match=r"windows of one token \(--seqlen 1\) have none; give 2 or more"):
+        compress(
+            families.FAMILIES["llama"](), tmp_path / "out", recipe="jw-svd", retain=0.5, changes={"tune.epochs": 1},
+            **given,
+        )  # fmt: skip
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_failure_leaves_the_dense_model(words, tmp_path, broken_after):
+    model, statistics = prepare("llama", words, tmp_path / "s")
+    dense = weights(model)
+    broken_after(0)
     with pytest.raises(NumericalError, match=r"not finite; set tune\.epochs=0"):
         small(model, statistics, "llama", TUNE)
     assert_same(model, dense)

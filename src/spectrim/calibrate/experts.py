@@ -42,8 +42,12 @@ class ExpertStatistics(Statistics):
         return Moment(Gram.of(own.second * a + mean.second * b), own.abs_sum, own.count)
 
     def positions(self, linear: str, modality: Modality) -> int:
-        """Tokens that the moment of the expert weighs as much as."""
-        return max(1, self._whole.positions(linear, modality))
+        """Tokens that the moment of the expert weighs as much as: its own, one where none of any modality chose it."""
+        return self._whole.positions(linear, modality) or int(not self._chosen(linear))
+
+    def labels(self, linear: str, modality: Modality) -> int:
+        """Labelled tokens behind the expert's output gradients."""
+        return self._whole.labels(linear, modality)
 
     def gradient(self, linear: str, modality: Modality) -> GradMoment | None:
         """Gradient statistic of the expert; None where none was gathered of any expert.
@@ -80,7 +84,7 @@ class ExpertStatistics(Statistics):
         for modality in ("image", "text"):
             every = sum(self._whole.positions(name, modality) for name in self._names)
             shares.append(self.positions(linear, modality) / max(1, every))
-        return shares[0] / shares[1]
+        return shares[0] / shares[1] if all(shares) else 1.0
 
     def _chosen(self, linear: str) -> bool:
         """Whether any token chose the expert."""

@@ -82,7 +82,7 @@ def labelled_samples(
         if number not in numbers:
             continue
         inputs = model_inputs(model, batch)
-        draw = seed * 1_000_003 + number
+        draw = (seed * 1_000_003 + number) % 2**63
         sampler = torch.Generator().manual_seed(draw) if sampled else None
         length = inputs["input_ids"].shape[1]
         first = modality not in known.checked

@@ -60,6 +60,11 @@ class Statistics:
         units = self._units(linear, modality, gradients=False)
         return sum(unit.counts[unit.owners[linear]] for unit in units if linear in unit.owners)
 
+    def labels(self, linear: str, modality: Modality) -> int:
+        """From how many labelled tokens of a modality a linear's output gradients come; 0 where none were gathered."""
+        units = self._units(linear, modality, gradients=True)
+        return sum(unit.labels for unit in units if linear in unit.outputs)
+
     def gradient(self, linear: str, modality: Modality) -> GradMoment | None:
         """Gradient statistic of a linear; None when none was gathered from that modality.
 

@@ -42,6 +42,15 @@ _log = logging.getLogger(__name__)
 _HELD = 2**30  # bytes that outputs of a dense unit may take; where they are more, it runs again for each group
 
 
+def check_kinds(recipe: Recipe, plan: Plan) -> None:
+    """Raises RecipeError where the recipe's kind of compensation has no way to fit what a plan stores."""
+    kinds = {plan.linears[name].form for name in plan.changed}
+    if recipe.compensate.kind == "adacomp" and (others := sorted(x for x in kinds if not form(x).alternates)):
+        raise RecipeError(
+            f"adaComp fits float factors, and the form '{others[0]}' has none; set compensate.kind=anchored or none"
+        )
+
+
 class Compensation:
     """Compensation of one model under one recipe, anchored or by adaComp (docs/methods.md, section 7).
 
@@ -63,11 +72,7 @@ class Compensation:
         self._memory = memory
         self._model, self._parts, self._recipe, self._plan = model, parts, recipe, plan
         self._maker, self._statistics, self._processor = maker, statistics, processor
-        kinds = {plan.linears[name].form for name in plan.changed}
-        if recipe.compensate.kind == "adacomp" and (others := sorted(x for x in kinds if not form(x).alternates)):
-            raise RecipeError(
-                f"adaComp fits float factors, and the form '{others[0]}' has none; set compensate.kind=anchored or none"
-            )
+        check_kinds(recipe, plan)
         self._own_kind: Literal["curvature", "whitening"] = (
             "curvature" if recipe.metric.kind == "curvature" else "whitening"
         )

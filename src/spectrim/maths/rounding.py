@@ -148,7 +148,9 @@ def slabs(W: torch.Tensor) -> Sequence[torch.Tensor]:
 
 def on_grid(C: torch.Tensor | None, grid: Grid) -> torch.Tensor | None:
     """The metric of the inputs that a grid's codes multiply; of those on a rotated grid it is no diagonal."""
-    return turned_metric(C) if grid.rotated and C is not None else C
+    if not grid.rotated or C is None:
+        return C
+    return turned_metric(C.diag() if C.ndim == 1 else C)
 
 
 def conditional(M: torch.Tensor | None, size: int, like: torch.Tensor, damping: float = DAMPING) -> torch.Tensor:
@@ -285,7 +287,7 @@ def _triangular(
     lower, failed = torch.linalg.cholesky_ex(M)
     del M
     if int(failed) or not finite(lower):
-        raise NumericalError("a metric of quantization is not positive definite; check the moments")
+        raise NumericalError("a metric is not positive definite; raise quantize.damping, or check the moments")
     weights = torch.empty_like(lower.diagonal())
     weights[last] = lower.diagonal().square()
     upper = lower.div_(lower.diagonal().clone()).flip(0, 1)  # M = upper diag(weights) upperᵀ

@@ -59,16 +59,21 @@ def layer_metric(
         raise RecipeError(f"metric '{part.kind}' needs calibration statistics; give a statistics directory or samples")
     _check_gathered(part, statistics)
     read = expert_statistics(statistics, linear)
-    if isinstance(read, ExpertStatistics) and part.modality == "joint":
-        lean = read.lean(linear.name)  # modalities weigh as their losses do: by the expert's share of their tokens
-        part = part.model_copy(update={"gamma": part.gamma * lean, "beta": part.beta * lean})
-    metric = _gathered(part, linear, read, device, inputs)
+    metric = _gathered(_leaned(part, linear, read), linear, read, device, inputs)
     if metric is not None and read is statistics:
         return metric
     reached = any(statistics.positions(linear.name, m) for m in statistics.manifest.data.modalities)
     if metric is not None:
         return metric if reached else replace(metric, source="experts")
     return Metric(None, "identity" if reached else "unreached")
+
+
+def _leaned(part: MetricPart, linear: Linear, read: Statistics) -> MetricPart:
+    """The same, in which modalities weigh as the losses of an expert do: by its share of their tokens."""
+    if not isinstance(read, ExpertStatistics) or part.modality != "joint":
+        return part
+    lean = read.lean(linear.name)
+    return part.model_copy(update={"gamma": part.gamma * lean, "beta": part.beta * lean})
 
 
 def _gathered(
@@ -128,19 +133,27 @@ def summed(
     return read.positions(name, "image" if source == "image" else "text")
 
 
-def positions_behind(part: MetricPart, linear: Linear, statistics: Statistics | None) -> float:
-    """How many positions the metrics of a linear are estimated from; 0 where there are none.
+def positions_behind(part: MetricPart, linear: Linear, statistics: Statistics | None) -> tuple[float, float]:
+    """How many positions the metrics of a linear's inputs and outputs are estimated from; 0 where there are none.
 
-    Of two modalities it is the number whose mean would be as noisy as theirs: ``(1 + γ)² / (1/n_T + γ²/n_I)``.
+    A gradient comes from the labels, so that outputs have no more positions than there are of these. Of two modalities
+    it is the number whose mean would be as noisy as theirs: ``(1 + γ)² / (1/n_T + γ²/n_I)``, and β for outputs.
     """
     if statistics is None or part.kind == "identity":
-        return 0
+        return 0, 0
     read, gathered = expert_statistics(statistics, linear), statistics.manifest.data.modalities
-    counts = chosen(part, {m: n for m in gathered if (n := read.positions(linear.name, m))})
+    seen = {m: n for m in gathered if (n := read.positions(linear.name, m))}
+    inputs = chosen(part, seen)
+    outputs = chosen(part, {m: min(n, read.labels(linear.name, m) or n) for m, n in seen.items()})
+    part = _leaned(part, linear, read)
+    return _as_noisy(inputs, part.gamma), _as_noisy(outputs, part.beta)
+
+
+def _as_noisy(counts: Sequence[int], weight: float) -> float:
     if len(counts) < 2:
         return counts[0] if counts else 0
     text, image = counts
-    return (1 + part.gamma) ** 2 / (1 / text + part.gamma**2 / image)
+    return (1 + weight) ** 2 / (1 / text + weight**2 / image)
 
 
 def joint_weights(traces: Sequence[float], gamma: float) -> list[float]:

@@ -86,14 +86,17 @@ class Budget:
             return int(self.retain * sizes.linears)
         if self.bits is not None:
             return min(sizes.linears, int(self.bits * sizes.params / 8))
-        whole = sizes.dense + sizes.cache(self).dense if self.context is not None else sizes.dense
-        if self.size_bytes >= whole:
+        if self.size_bytes >= (whole := self.whole(sizes)):
             beside = "" if self.context is None else f" with a cache of {self.context}"
             raise BudgetError(
                 f"the dense model{beside} takes {written(whole, self.unit)}, no more than {self.size}; use it as it "
                 "is, or give a smaller size"
             )
         return self.size_bytes - sizes.fixed
+
+    def whole(self, sizes: "Sizes") -> int:
+        """What the dense model takes of a size: with the cache where it is counted."""
+        return sizes.dense + sizes.cache(self).dense if self.context is not None else sizes.dense
 
     def remedy(self, sizes: "Sizes", missing: int) -> str:
         """What to ask for in place of a limit that so many bytes are missing of."""

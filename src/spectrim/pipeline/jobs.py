@@ -17,6 +17,7 @@ from spectrim.calibrate.snapshot import check_home
 from spectrim.checkpoint import check_target, read_config
 from spectrim.checkpoint.plain import check_experts, check_recipe, one_grid
 from spectrim.checks import check_directory, check_once, check_sources
+from spectrim.compensate.run import check_kinds
 from spectrim.dense import check_dense
 from spectrim.errors import BudgetError, RecipeError, SampleError, UsageError
 from spectrim.files import user_path
@@ -24,6 +25,7 @@ from spectrim.linear import Linear
 from spectrim.pipeline.budget import Budget, Sizes
 from spectrim.pipeline.tables import least_bytes
 from spectrim.plan.plan import Plan
+from spectrim.plan.units import units_of
 from spectrim.recipe import Recipe
 from spectrim.settings import EFFORT, CalibrationOptions, effort
 from spectrim.storage import DENSE, forms
@@ -55,6 +57,8 @@ class Job:
         """What of the plan or the budgets the model rules out, before samples run. Raises SpectrimError."""
         if self.plan is not None:
             plan = self.fitted_plan(parts)
+            plan.check_outputs(units_of(parts.linears, model))
+            check_kinds(self.recipe, plan)
             _check_format(self.recipe, plan)
             if self.recipe.quantize.plain:
                 check_experts(model, [name for name, row in plan.linears.items() if row.form != DENSE])
@@ -150,6 +154,11 @@ def check_samples(recipe: Recipe, statistics: Statistics | None, samples: Mappin
         raise SampleError(
             "compensate.weight=auto judges by samples that it leaves out, and there is one alone; give more, or set "
             "compensate.weight to a number"
+        )
+    if recipe.tune.epochs and has.seqlen < 2:
+        raise SampleError(
+            "the end-to-end pass (tune.epochs) compares predictions of a next token, and windows of one token "
+            "(--seqlen 1) have none; give 2 or more, or set tune.epochs=0"
         )
     if recipe.tune.epochs and has.samples < 2:
         raise SampleError(
@@ -263,8 +272,8 @@ def with_effort(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Changes of a recipe, and options of the calibration, with what a level of effort sets and nobody else does.
 
-    Whoever changes anything of a recipe's compensation keeps all of it. Samples are set where the compression
-    `gathers` them, for a recipe that reads some.
+    Whoever changes anything of a recipe's compensation keeps all of it, and no number of a recipe is lowered. Samples
+    are set where the compression `gathers` them, for a recipe that reads some.
 
     Raises:
         RecipeError: the recipe or the changes are none.
@@ -273,7 +282,9 @@ def with_effort(
     level, changed, given = effort(name), dict(changes or {}), dict(samples)
     chosen = Recipe.read(recipe, changed)
     if chosen.compensate.kind != "none" and not any(key.split(".")[0] == "compensate" for key in changed):
-        changed = {**level.compensation, **changed}
+        own = {key: _value(chosen, key) for key in level.compensation}
+        more = {key: x for key, x in level.compensation.items() if isinstance(x, str) or x >= (own[key] or 0)}
+        changed = {**more, **changed}
         chosen = Recipe.read(recipe, changed)
     elif level.compensation.keys() - changed.keys() - {"compensate.kind"}:
         why = "does not compensate" if chosen.compensate.kind == "none" else "has changes of compensation of its own"
@@ -281,6 +292,11 @@ def with_effort(
     if gathers and name != EFFORT and chosen.needs_statistics:
         given = {"samples": level.samples, **given}
     return changed, given
+
+
+def _value(recipe: Recipe, key: str) -> Any:
+    part, name = key.split(".")
+    return getattr(getattr(recipe, part), name)
 
 
 def _check_format(recipe: Recipe, plan: Plan) -> None:

@@ -2,19 +2,24 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 
 import numpy as np
 
 from spectrim.anatomy import Anatomy
 from spectrim.calibrate import Statistics
+from spectrim.compensate import store
 from spectrim.disk.lock import writing
 from spectrim.errors import StatisticsError
 from spectrim.files import read_object, write_whole
 from spectrim.metrics.spectra import cache_key
+from spectrim.plan import maker
 from spectrim.recipe import Recipe
+from spectrim.tune import run as tune
 
-VERSION = 1  # of what the numbers mean; a change makes earlier files unused
+# Of what the numbers mean, and of what they are measured on; a change makes earlier files unused.
+VERSIONS = (1, maker.VERSION, store.VERSION, tune.VERSION)
 _LEAST = 1e-6  # nats; below it there is rounding alone
 
 Nats = Mapping[str, float]
@@ -29,7 +34,7 @@ class Measured:
 
     def __init__(self, statistics: Statistics, parts: Anatomy, recipe: Recipe) -> None:
         content = recipe.model_dump(mode="json", exclude={"version", "name", "summary", "paper"})
-        key = json.dumps([VERSION, cache_key(recipe.metric, statistics, parts), content], sort_keys=True)
+        key = json.dumps([*VERSIONS, cache_key(recipe.metric, statistics, parts), content], sort_keys=True)
         self._directory = statistics.path
         self._rounds_tables = isinstance(recipe.quantize.embeddings, int)  # which costs something under every plan
         self._path = statistics.path / "measured" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
@@ -40,7 +45,15 @@ class Measured:
             return {}
         try:
             rows = read_object(self._path)["plans"]
-            return {float(row["predicted"]): {m: float(x) for m, x in row["nats"].items()} for row in rows}
+            found: dict[float, Nats] = {
+                float(row["predicted"]): {m: float(x) for m, x in row["nats"].items()} for row in rows
+            }
+            for predicted, nats in found.items():
+                if not 0 < predicted < math.inf or not all(0 <= x < math.inf for x in nats.values()):
+                    raise ValueError(f"of a predicted loss of {predicted} it has {nats}")
+                if not nats or nats.keys() != next(iter(found.values())).keys():
+                    raise ValueError("not all plans have the same modalities")
+            return found
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise StatisticsError(f"{self._path} is damaged ({error}); remove it and measure again") from error
 

@@ -3,7 +3,7 @@
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from rich.table import Table
@@ -192,7 +192,10 @@ def outlook(prepared: Compression, budget: Budget, *, measured: bool = False) ->
 
     def other(retain: float) -> Plan | None:
         try:
-            return prepared.plan(retain).model_copy(update={"tables": plan.tables})
+            if budget.size is None:
+                return prepared.plan(retain)
+            size = budget.size_bytes + round((retain - share) * plan.dense_bytes)  # tables have their share of it
+            return prepared.planned(replace(budget, size=min(size, budget.whole(sizes) - 1)))
         except BudgetError:  # below the smallest
             return None
 

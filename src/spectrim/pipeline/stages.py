@@ -98,7 +98,7 @@ class Compression:
 
     def planned(self, budget: Budget) -> Plan:
         """The plan of least loss within a limit. Raises BudgetError where it cannot be met; says what can."""
-        free, share = shared(self.recipe, self.parts, budget, self.sizes, self.unreached, self._samples)
+        free, share = shared(self.recipe, self.parts, budget, self.sizes, self._left_dense, self._samples)
         searching = None if self.progress is None else partial(self.progress, "options")
         menus, wanted = self.maker.menus(free, searching), self._wanted()
         if budget.context is not None:
@@ -173,23 +173,22 @@ class Compression:
 
     @cached_property
     def unreached(self) -> frozenset[str]:
-        """Names of the linears that no sample says anything about, which therefore stay dense.
+        """Names of the linears that no sample says anything about.
 
         Where predicted losses are compared, that is all that none of the recipe's modality reaches.
         """
         found, rule = self.spectra.sources, self.recipe.allocation.rule
         blind = {name for name in found if rule == "loss-aware" and self.spectra.spectrum(name).loss is None}
-        names = [name for name, source in found.items() if name in blind or source == "unreached"]
-        if names:
+        return frozenset(name for name, source in found.items() if name in blind or source == "unreached")
+
+    @cached_property
+    def _left_dense(self) -> frozenset[str]:
+        """The same, which plans of the recipe therefore leave dense."""
+        if names := [name for name in self.spectra.sources if name in self.unreached]:
             some = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
-            _log.warning(
-                "%d of %d linears stay dense, since no %s sample reaches them: %s",
-                len(names),
-                len(found),
-                self._samples,
-                some,
-            )
-        return frozenset(names)
+            told = len(names), len(self.spectra.sources), self._samples, some
+            _log.warning("%d of %d linears stay dense, since no %s sample reaches them: %s", *told)
+        return self.unreached
 
     @property
     def _samples(self) -> str:
@@ -258,6 +257,7 @@ class Compression:
         Where plans of the recipe were measured, they tell. Otherwise, with compensation, nothing predicts by modality
         what is left: the plan's own prediction stands (see `_joint`).
         """
+        plan.check_outputs(self.maker.all_units)
         told = self.measured.at(plan.loss) if self.measured and plan.loss is not None else None
         losses = None
         if told is None and self.recipe.compensate.kind == "none":

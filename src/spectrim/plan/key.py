@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 from spectrim.anatomy import Anatomy
 from spectrim.calibrate import Statistics
@@ -12,7 +12,7 @@ from spectrim.recipe import Recipe
 
 
 def made_key(
-    version: int,
+    versions: Sequence[int],
     statistics: Statistics,
     parts: Anatomy,
     recipe: Recipe,
@@ -21,9 +21,11 @@ def made_key(
 ) -> str:
     """16 hexadecimal digits; ``without`` names parts of the recipe that come into play later.
 
+    ``versions`` are those of what is kept, and of whatever it was made from.
+
     All of a recipe counts but what says who it is, and the allocation, of which the rows of the plan are what came out.
     """
     content = recipe.model_dump(mode="json", exclude={"version", "name", "summary", "paper", "allocation", *without})
     forms = {name: [row.form, row.spec] for name, row in rows.items()}
-    key = json.dumps([version, cache_key(recipe.metric, statistics, parts), content, forms], sort_keys=True)
+    key = json.dumps([*versions, cache_key(recipe.metric, statistics, parts), content, forms], sort_keys=True)
     return hashlib.sha256(key.encode()).hexdigest()[:16]

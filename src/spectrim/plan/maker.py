@@ -27,8 +27,9 @@ from spectrim.plan.plan import PlanRow
 from spectrim.plan.units import units_of
 from spectrim.recipe import Recipe
 from spectrim.storage import Problem, Tensors, form, forms, made
+from spectrim.storage.problem import ridge_of
 
-VERSION = 4  # of what options and tensors on disk mean; a change makes earlier files unused
+VERSION = 5  # of what options and tensors on disk mean; a change makes earlier files unused
 
 
 def solving(linear: Linear, recipe: Recipe, form: str = "full") -> int:
@@ -84,24 +85,26 @@ class Maker:
     @cached_property
     def units(self) -> Mapping[str, tuple[str, ...]]:
         """The MLPs that may lose units (see :func:`spectrim.plan.units.units_of`); none where the recipe has none."""
-        return self._units if self._recipe.stored.narrow else {}
+        return self.all_units if self._recipe.stored.narrow else {}
 
     @cached_property
-    def _units(self) -> Mapping[str, tuple[str, ...]]:
+    def all_units(self) -> Mapping[str, tuple[str, ...]]:
         """All MLPs of which units can be taken, as a plan may ask of a recipe that would not."""
         return units_of(self._parts.linears, self._model)
 
     def removal_of(self, name: str) -> Callable[[], Removal] | None:
         """What gives the order in which the units go that a linear computes or reads; None for other linears."""
-        reader = next((reader for reader, first in self._units.items() if name in (reader, *first)), None)
+        reader = next((reader for reader, first in self.all_units.items() if name in (reader, *first)), None)
         return None if reader is None else partial(self._removal, reader)
 
     def _removal(self, reader: str) -> Removal:
         if reader not in self._removals:
             W = values(self._model.get_submodule(reader))
-            metric = layer_metric(self._recipe.metric, self._parts.linear(reader), self._statistics, W.device)
+            linear = self._parts.linear(reader)
+            metric = layer_metric(self._recipe.metric, linear, self._statistics, W.device)
             G = None if metric.output is None else metric.output.dense(len(W), W.device)
-            self._removals[reader] = removal(W, metric.value, G)
+            seen, _ = positions_behind(self._recipe.metric, linear, self._statistics)
+            self._removals[reader] = removal(W, metric.value, G, ridge_of(linear.in_features, seen))
         return self._removals[reader]
 
     def menus(self, linears: Sequence[Linear], progress: Callable[[int, int], None] | None = None) -> dict[str, Menu]:

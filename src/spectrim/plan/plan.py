@@ -4,7 +4,7 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -197,6 +197,16 @@ class Plan(_Part):
                     )
         found = {name: rows.pop(name) for name in tables}
         return Plan(recipe=self.recipe, retain=self.retain, limit=self.limit, linears=rows, tables=found)
+
+    def check_outputs(self, units: Mapping[str, tuple[str, ...]]) -> None:
+        """Raise BudgetError where outputs are taken that are no `units` (see `units_of`): something else reads them."""
+        computed = {name for first in units.values() for name in first}
+        for name, row in self.linears.items():
+            if "outputs" in row.spec and name not in computed:
+                raise BudgetError(
+                    f"the plan takes outputs from '{name}', and something in its MLP needs all of them (a norm, or "
+                    f"other parameters); correct it, or make it {DENSE}"
+                )
 
 
 def summed_up(rows: Sequence[PlanRow]) -> dict[str, Any]:

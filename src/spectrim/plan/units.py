@@ -1,9 +1,13 @@
 """MLPs that may lose hidden units: linears that compute them and one that reads them, as one row of the allocation."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from inspect import signature
+from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from spectrim.linear import Linear
@@ -19,7 +23,7 @@ def units_of(linears: Sequence[Linear], model: nn.Module | None = None) -> dict[
     """By a linear that reads the units of an MLP: those that compute them, one output a unit.
 
     All are children of one module. With a `model`, that module has no other parameters, as the norms have that some
-    models put between: they would mix units. Experts are left alone.
+    models put between, and its activation takes units one by one: else units would be mixed. Experts are left alone.
     """
     found: dict[str, tuple[str, ...]] = {}
     for reader in linears:
@@ -34,8 +38,42 @@ def units_of(linears: Sequence[Linear], model: nn.Module | None = None) -> dict[
             inside = {id(p) for name in (*names, reader.name) for p in model.get_submodule(name).parameters()}
             if any(id(p) not in inside for p in model.get_submodule(home).parameters()):
                 continue
+            if _mixed(model, home, first, reader):
+                continue
         found[reader.name] = names
     return found
+
+
+def _mixed(model: nn.Module, home: str, first: Sequence[Linear], reader: Linear) -> bool:
+    """Whether a unit depends on what others are, as with Gemma 3n's activation, which keeps the largest: by trying.
+
+    A module that takes more than its input is not tried, and mixed. Nor can one without values be, on the meta device:
+    it counts as if it took units one by one.
+    """
+    mlp, modules = model.get_submodule(home), [model.get_submodule(x.name) for x in first]
+    needed = [
+        p for p in signature(mlp.forward).parameters.values()
+        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]  # fmt: skip
+    if len(needed) != 1:
+        return True
+    half, seen, weight = reader.in_features // 2, list[torch.Tensor](), next(modules[0].parameters())
+    if weight.is_meta and not hasattr(modules[0], "_hf_hook"):
+        return False
+    device = "cpu" if weight.is_meta else weight.device
+    x = torch.linspace(-1, 1, 2 * first[0].in_features, device=device).to(weight.dtype).view(1, 2, -1)
+
+    def others(_: nn.Module, __: Any, y: torch.Tensor) -> torch.Tensor:
+        return torch.cat([3 * y[..., :half] + 1, y[..., half:]], dim=-1)
+
+    with ExitStack() as hooks, torch.no_grad():
+        catch = model.get_submodule(reader.name).register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+        hooks.callback(catch.remove)
+        mlp(x)
+        for module in modules:
+            hooks.callback(module.register_forward_hook(others).remove)
+        mlp(x)
+    return not torch.equal(seen[0][..., half:], seen[1][..., half:])
 
 
 @dataclass(frozen=True)

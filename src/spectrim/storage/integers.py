@@ -110,10 +110,9 @@ def rounded(
 ) -> Quantized:
     """W on a grid with scales in `dtype`, errors fed on in C and G as the recipe says (see `quantize`)."""
     signed = problem.quantize.signed
-    inputs, outputs = (problem.dampening(size) for size in (W.shape[1], len(W)))
-    if inputs is None or outputs is None:
+    if (damping := problem.dampening(W.shape[1], len(W))) is None:
         return quantize(W, grid, dtype=dtype, signed=signed)
-    return quantize(W, grid, C, G, dtype=dtype, damping=(inputs, outputs), signed=signed)
+    return quantize(W, grid, C, G, dtype=dtype, damping=damping, signed=signed)
 
 
 register(Integers())

@@ -195,7 +195,7 @@ def remaining(problem: Problem, side: str, kept: torch.Tensor) -> Problem:
     """What is left of a problem with the units `kept` [k] of its inputs, the weight fitted again, or of its outputs."""
     C, output = problem.C, problem.output
     if side == "inputs":
-        linear, W = replace(problem.linear, in_features=len(kept)), fitted(problem.W, kept, C)
+        linear, W = replace(problem.linear, in_features=len(kept)), fitted(problem.W, kept, C, problem.ridge)
         C = None if C is None else C[kept] if C.ndim == 1 else C[kept[:, None], kept]
     else:
         linear, W = replace(problem.linear, out_features=len(kept)), problem.W[kept]

@@ -11,7 +11,7 @@ from torch.nn.utils import skip_init
 
 from spectrim.linear import Linear
 from spectrim.maths.decompose import Directions, OutputMetric, decompose
-from spectrim.maths.removal import Removal, removal
+from spectrim.maths.removal import DAMPING, Removal, removal
 from spectrim.maths.rotation import BLOCK
 from spectrim.maths.rounding import Grid, conditional, expected, fitting_group, on_grid
 from spectrim.recipe import QuantizePart, StoragePart
@@ -19,6 +19,15 @@ from spectrim.recipe import QuantizePart, StoragePart
 # Whether inputs are rotated is decided by so many rows in so many bits; it takes time whenever the layer runs, so that
 # the error has to fall by a twentieth.
 _TRIED, _TRIED_BITS, _WORTH = 256, 3, 0.95
+_RIDGE = 0.01  # of refitted columns, for each input by position
+
+
+def ridge_of(size: int, positions: float) -> float:
+    """The dampening of a metric of so many inputs, seen in so many positions, where columns are fitted again.
+
+    From fewer positions than inputs some of them can be had from the others exactly, which is chance.
+    """
+    return max(DAMPING, min(1.0, _RIDGE * size / positions)) if positions else DAMPING
 
 
 @dataclass(frozen=True)
@@ -34,7 +43,8 @@ class Problem:
         kept: the spectrum in these metrics, where one has been made.
         units: which units of an MLP can go, where others that compute or read them have to agree; gives that, in
             metrics of its own.
-        positions: how many stand behind the metrics, 0 where there are no samples.
+        positions: how many stand behind the metric of the inputs, and that of the outputs; 0 where there are no
+            samples.
     """
 
     linear: Linear
@@ -45,7 +55,7 @@ class Problem:
     heads: int = 1
     kept: Directions | None = None
     units: Callable[[], Removal] | None = None
-    positions: float = 0
+    positions: tuple[float, float] = (0, 0)
 
     @cached_property
     def W(self) -> torch.Tensor:  # noqa: N802
@@ -85,7 +95,12 @@ class Problem:
     @cached_property
     def removal(self) -> Removal:
         """The order in which its units go: as is given, or its inputs in these metrics."""
-        return removal(self.W, self.C, self.G) if self.units is None else self.units()
+        return removal(self.W, self.C, self.G, self.ridge) if self.units is None else self.units()
+
+    @property
+    def ridge(self) -> float:
+        """Dampening of the input metric where columns are fitted again (see `ridge_of`)."""
+        return ridge_of(self.linear.in_features, self.positions[0])
 
     def input_weights(self, grid: Grid) -> torch.Tensor:
         """How much a squared rounding residual on a grid counts, by input that its codes multiply, [in] float64.
@@ -93,7 +108,7 @@ class Problem:
         Where errors are fed on that is far less than the diagonal of the metric says (see `conditional`).
         """
         if grid.rotated not in self._by_input:
-            self._by_input[grid.rotated] = self._weights(on_grid(self.C, grid), self.W.shape[1])
+            self._by_input[grid.rotated] = self._weights(on_grid(self.C, grid), self.W.shape[1], self.positions[0])
         return self._by_input[grid.rotated]
 
     @cached_property
@@ -103,17 +118,19 @@ class Problem:
     @cached_property
     def output_weights(self) -> torch.Tensor:
         """The same by output, [out]."""
-        return self._weights(self.G, len(self.W))
+        return self._weights(self.G, len(self.W), self.positions[1])
 
-    def _weights(self, M: torch.Tensor | None, size: int) -> torch.Tensor:
-        damping, like = self.dampening(size), self.W.new_empty(0, dtype=torch.float64)
+    def _weights(self, M: torch.Tensor | None, size: int, positions: float) -> torch.Tensor:
+        damping, like = self.quantize.dampening(size, positions), self.W.new_empty(0, dtype=torch.float64)
         if M is None or M.ndim == 1 or damping is not None:
             return conditional(M, size, like, damping or 0.0)
         return M.diagonal().to(like)
 
-    def dampening(self, size: int) -> float | None:
-        """Of a metric of `size` inputs or outputs in the error feedback; None with rounding to nearest."""
-        return self.quantize.dampening(size, self.positions)
+    def dampening(self, size: int, out: int) -> tuple[float, float] | None:
+        """Of metrics of `size` inputs and `out` outputs in the error feedback; None with rounding to nearest."""
+        pairs = zip((size, out), self.positions, strict=True)
+        inputs, outputs = (self.quantize.dampening(*pair) for pair in pairs)
+        return None if inputs is None or outputs is None else (inputs, outputs)
 
     @cached_property
     def rotates(self) -> bool:

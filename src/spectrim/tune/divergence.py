@@ -12,7 +12,6 @@ import torch
 from torch.nn.functional import kl_div
 from transformers import PreTrainedModel
 
-from spectrim.errors import NumericalError
 from spectrim.tune.samples import Sample, predicted, read
 
 ROWS = 128  # positions whose predictions are held at once; fewer or more take longer on a CPU
@@ -77,7 +76,4 @@ def _of_heads(dense: PreTrainedModel, small: PreTrainedModel, mine: torch.Tensor
 
 def _between(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Σ KL of predictions [rows, vocabulary]: logits, and the log-probabilities float32 that are wanted."""
-    found = kl_div(logits.float().log_softmax(-1), target, reduction="sum", log_target=True)
-    if not bool(found.isfinite()):
-        raise NumericalError("the predictions of the compressed model are not finite; set tune.epochs=0")
-    return found
+    return kl_div(logits.float().log_softmax(-1), target, reduction="sum", log_target=True)

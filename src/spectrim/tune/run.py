@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from itertools import chain
-from math import ceil, cos, log, pi
+from math import ceil, cos, isfinite, log, pi
 from typing import Any
 
 import torch
@@ -18,9 +18,12 @@ from spectrim.anatomy import Anatomy
 from spectrim.calibrate import Statistics
 from spectrim.calibrate.data import reload_data
 from spectrim.calibrate.passes import prepared
+from spectrim.compensate import store
 from spectrim.disk.lock import writing
 from spectrim.disk.sealed import open_sealed, write_sealed
+from spectrim.errors import NumericalError
 from spectrim.files import parse_json
+from spectrim.plan import maker
 from spectrim.plan.key import made_key
 from spectrim.plan.plan import Plan
 from spectrim.recipe import Recipe
@@ -76,7 +79,7 @@ class Tuning:
     ) -> None:
         self._dense, self._small, self._part = dense, small, recipe.tune
         self._statistics, self._processor, self._sees = statistics, processor, parts.tower is not None
-        self._key = made_key(VERSION, statistics, parts, recipe, plan.rows)
+        self._key = made_key((VERSION, store.VERSION, maker.VERSION), statistics, parts, recipe, plan.rows)
         self.path = statistics.path / "tuned" / f"{self._key}.safetensors"
 
     def run(self, progress: Callable[[int, int], None] | None = None) -> Tuned:
@@ -117,6 +120,8 @@ class Tuning:
         batches = {m: _turns(some, ceil(len(some) / per_epoch), settings.seed) for m, some in seen.items() if some}
         with self._training(trained):
             before = best = self._nats(held)
+            if not all(map(isfinite, before.values())):
+                raise NumericalError("the predictions of the compressed model are not finite; set tune.epochs=0")
             kept, at, since = [one.tensor.detach().clone() for one in trained], 0, 0
             for step in range(1, steps + 1):
                 for modality, turns in batches.items():
@@ -134,7 +139,8 @@ class Tuning:
                 if step % part_of_epoch == 0 or step == steps:
                     for one in trained:
                         one.write_mean()
-                    gains = _score(now := self._nats(held), best) < 0
+                    now = self._nats(held)
+                    gains = all(map(isfinite, now.values())) and _score(now, best) < 0
                     if gains:
                         best, at = now, step
                     else:  # what gained nothing is taken back
