@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import families
-from helpers.problems import problem
+from helpers.matrices import normal
+from helpers.problems import lost, problem
 from spectrim.anatomy import anatomy
 from spectrim.errors import BudgetError
 from spectrim.linear import Linear
@@ -22,7 +23,7 @@ from spectrim.plan.plan import Plan, plan_row
 from spectrim.plan.spend import Curve, spend
 from spectrim.plan.units import Units, units_of
 from spectrim.recipe import QuantizePart, StoragePart
-from spectrim.storage import form
+from spectrim.storage import filled, form
 
 NAMES = ("mlp.gate", "mlp.up", "mlp.down")
 
@@ -167,3 +168,17 @@ def test_integers_of_every_width_are_priced_as_those_of_a_linear_of_that_size(ro
             lost = float(expected(W.double(), grid, *weights, torch.float32).sum())
             lost += float(down.removal.error[128 - count]) if role == "down" else 0.0
             assert prices[json.dumps({side: count, "grid": grid.spec})] == pytest.approx(lost, rel=1e-6)
+
+
+@pytest.mark.parametrize("width", [24, 40, 56])
+def test_widths_from_few_positions_cost_what_is_predicted(width: int) -> None:
+    """Or less, as the prediction counts the dampening; the metric has a quarter of full rank, in float32."""
+    X = normal(16, 64, seed=5)
+    C = (X.T @ X / 16).float().double()
+    many = problem(8, 64, role="down", storage=StoragePart(narrow=True))
+    given = replace(many, metrics=lambda: (C, many.output), positions=(16, 16))
+    narrow = form("narrow")
+    offered = narrow.options(given)
+    prices = {offered.spec(n)["inputs"]: offered.error[n] for n in range(len(offered.bytes))}
+    made = filled(given.empty(), "narrow", {"inputs": width}, narrow.make(given, {"inputs": width}))
+    assert 0.001 * prices[width] < lost(given, made.product().detach()) < 1.001 * prices[width]
