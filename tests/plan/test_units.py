@@ -78,8 +78,11 @@ def test_units_that_an_activation_mixes_are_left_alone() -> None:
     assert units_of(parts.linears, model).keys() == whole.keys() - {reader}
     assert not mlp.gate_proj._forward_hooks
     assert not mlp.down_proj._forward_pre_hooks
-    mlp.forward = lambda x, residual: x
-    assert reader not in units_of(parts.linears, model)
+    for other in (lambda x, residual: x, lambda x: x, lambda x: x.missing):
+        mlp.forward = other
+        assert reader not in units_of(parts.linears, model)
+    mlp.forward = lambda x: mlp.down_proj(input=torch.relu(mlp.gate_proj(input=x)) * mlp.up_proj(input=x))
+    assert reader in units_of(parts.linears, model)
     with torch.device("meta"):
         assert units_of(parts.linears, type(model)(model.config)).keys() == whole.keys()
     rows = {name: plan_row(parts.linear(name), "narrow", {"outputs": 40}) for name in first}

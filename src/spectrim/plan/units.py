@@ -1,5 +1,6 @@
 """MLPs that may lose hidden units: linears that compute them and one that reads them, as one row of the allocation."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from spectrim.plan.options import Menu, dense_alone
 from spectrim.plan.spend import Curve
 from spectrim.storage.narrow import READERS, Narrow
 
+_log = logging.getLogger(__name__)
 _COMPUTE = {"down": ("gate", "up", "gate_up"), "fc2": ("fc1",)}
 assert _COMPUTE.keys() == set(READERS)
 
@@ -63,16 +65,25 @@ def _mixed(model: nn.Module, home: str, first: Sequence[Linear], reader: Linear)
     device = "cpu" if weight.is_meta else weight.device
     x = torch.linspace(-1, 1, 2 * first[0].in_features, device=device).to(weight.dtype).view(1, 2, -1)
 
+    def read(_: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        seen.append(args[0] if args else named["input"])
+
     def others(_: nn.Module, __: Any, y: torch.Tensor) -> torch.Tensor:
         return torch.cat([3 * y[..., :half] + 1, y[..., half:]], dim=-1)
 
     with ExitStack() as hooks, torch.no_grad():
-        catch = model.get_submodule(reader.name).register_forward_pre_hook(lambda _, given: seen.append(given[0]))
-        hooks.callback(catch.remove)
-        mlp(x)
-        for module in modules:
-            hooks.callback(module.register_forward_hook(others).remove)
-        mlp(x)
+        reads = model.get_submodule(reader.name)
+        hooks.callback(reads.register_forward_pre_hook(read, with_kwargs=True).remove)
+        try:
+            mlp(x)
+            for module in modules:
+                hooks.callback(module.register_forward_hook(others).remove)
+            mlp(x)
+        except Exception as error:  # code of a model may want anything
+            _log.info("%s does not run by itself (%s), so that it keeps all units", home, error)
+            return True
+    if len(seen) != 2:
+        return True
     return not torch.equal(seen[0][..., half:], seen[1][..., half:])
 
 
