@@ -77,7 +77,9 @@ def test_what_an_mlp_loses_is_what_its_reader_loses(calibrated):
             E = problem.W.double().index_add(1, W["units"].long(), -W["N.weight"].double())
             expected += error(E, problem.C, problem.G)
             count = len(W["units"])
-            assert float(problem.removal.error[-count - 1]) == pytest.approx(error(E, problem.C, problem.G), rel=1e-4)
+            ridge = problem.ridge * float(problem.C.diagonal().mean())
+            priced = error(E, problem.C, problem.G) + ridge * error(E, None, problem.G)
+            assert float(problem.removal.error[-count - 1]) == pytest.approx(priced, rel=1e-4)
         assert prepared.predicted(plan)["text"] == pytest.approx(expected, rel=0.05)  # G is dampened in one of them
 
 
