@@ -44,7 +44,8 @@ def test_every_linear_of_every_family_is_compensated(family, monkeypatch, tmp_pa
         size = parts.linear(name).in_features
         return Moment(Gram.of(torch.eye(size, dtype=torch.float64)), torch.ones(size, dtype=torch.float64), 1)
 
-    statistics = SimpleNamespace(path=tmp_path, manifest=manifest, moment=moment)
+    counts = {"positions": lambda *_: 1, "labels": lambda *_: 1}
+    statistics = SimpleNamespace(path=tmp_path, manifest=manifest, moment=moment, **counts)
     writers: set[str] = set()
     real = Unit.groups
 

@@ -7,12 +7,10 @@ from pathlib import Path
 from spectrim.anatomy import Anatomy
 from spectrim.calibrate import Statistics
 from spectrim.disk.sealed import Sealed, open_sealed, write_sealed
-from spectrim.plan.key import made_key
+from spectrim.plan.key import COMPENSATED, made_key
 from spectrim.plan.plan import Plan
 from spectrim.recipe import Recipe
 from spectrim.storage import Tensors
-
-VERSION = 9  # of what the tensors mean; a change makes earlier files unused
 
 
 class Store:
@@ -20,7 +18,7 @@ class Store:
 
     def __init__(self, statistics: Statistics, parts: Anatomy, recipe: Recipe, plan: Plan) -> None:
         self.home = statistics.path
-        key = made_key((VERSION,), statistics, parts, recipe, plan.linears, without={"tune"})
+        key = made_key((COMPENSATED,), statistics, parts, recipe, plan.linears, without={"tune"})
         self.directory = self.home / "compensated" / key
 
     def has(self, unit: str) -> bool:

@@ -9,17 +9,17 @@ import numpy as np
 
 from spectrim.anatomy import Anatomy
 from spectrim.calibrate import Statistics
-from spectrim.compensate import store
 from spectrim.disk.lock import writing
 from spectrim.errors import StatisticsError
 from spectrim.files import read_object, write_whole
 from spectrim.metrics.spectra import cache_key
 from spectrim.plan import maker
+from spectrim.plan.key import COMPENSATED
 from spectrim.recipe import Recipe
 from spectrim.tune import run as tune
 
 # Of what the numbers mean, and of what they are measured on; a change makes earlier files unused.
-VERSIONS = (1, maker.VERSION, store.VERSION, tune.VERSION)
+VERSIONS = (1, maker.VERSION, COMPENSATED, tune.VERSION)
 _LEAST = 1e-6  # nats; below it there is rounding alone
 
 Nats = Mapping[str, float]

@@ -10,6 +10,8 @@ from spectrim.metrics.spectra import cache_key
 from spectrim.plan.plan import PlanRow
 from spectrim.recipe import Recipe
 
+COMPENSATED = 9  # version of what compensated tensors on disk mean; a change makes earlier files unused
+
 
 def made_key(
     versions: Sequence[int],

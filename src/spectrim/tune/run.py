@@ -18,13 +18,12 @@ from spectrim.anatomy import Anatomy
 from spectrim.calibrate import Statistics
 from spectrim.calibrate.data import reload_data
 from spectrim.calibrate.passes import prepared
-from spectrim.compensate import store
 from spectrim.disk.lock import writing
 from spectrim.disk.sealed import open_sealed, write_sealed
 from spectrim.errors import NumericalError
 from spectrim.files import parse_json
 from spectrim.plan import maker
-from spectrim.plan.key import made_key
+from spectrim.plan.key import COMPENSATED, made_key
 from spectrim.plan.plan import Plan
 from spectrim.recipe import Recipe
 from spectrim.tune.divergence import divergence, gradients, rough_products
@@ -79,7 +78,7 @@ class Tuning:
     ) -> None:
         self._dense, self._small, self._part = dense, small, recipe.tune
         self._statistics, self._processor, self._sees = statistics, processor, parts.tower is not None
-        self._key = made_key((VERSION, store.VERSION, maker.VERSION), statistics, parts, recipe, plan.rows)
+        self._key = made_key((VERSION, COMPENSATED, maker.VERSION), statistics, parts, recipe, plan.rows)
         self.path = statistics.path / "tuned" / f"{self._key}.safetensors"
 
     def run(self, progress: Callable[[int, int], None] | None = None) -> Tuned:
