@@ -81,7 +81,8 @@ def test_what_few_positions_show_by_chance_is_not_relied_on(positions: int) -> N
 
 
 def test_a_metric_that_rounding_made_indefinite_is_dampened_more() -> None:
-    W, C = normal(6, 12), metric(12, 3)
+    W, X = normal(6, 12), normal(8, 12, seed=3)
+    C = X.T @ X
     C = C - 3e-5 * C.diagonal().mean() * torch.eye(12, dtype=C.dtype)
     found = removal(W, C, damping=1e-6)
     assert sorted(found.order.tolist()) == list(range(12))
