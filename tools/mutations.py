@@ -194,7 +194,7 @@ MUTATIONS = [
     M("images weigh as much for any expert", "metrics/metric.py", "    part = _leaned(part, linear, read)\n    return _as_noisy", "    return _as_noisy"),
     M("refitted columns without dampening", "storage/problem.py", "return max(DAMPING, min(1.0, _RIDGE * size / positions)) if positions else DAMPING", "return DAMPING"),
     M("dampened once", "maths/removal.py", "_TRIES = 5", "_TRIES = 1"),
-    M("mixed units are taken", "plan/units.py", "return not torch.equal(seen[0][..., half:], seen[1][..., half:])", "return False"),
+    M("mixed units are taken", "plan/units.py", "return len(seen) != 2 or not torch.equal(seen[0][..., half:], seen[1][..., half:])", "return False"),
     M("a diagonal of rotated inputs", "maths/rounding.py", "return turned_metric(C.diag() if C.ndim == 1 else C)", "return turned_metric(C) if C.ndim > 1 else C"),
     M("steps that are not finite are kept", "tune/run.py", "gains = all(map(isfinite, now.values())) and _score(now, best) < 0", "gains = not _score(now, best) >= 0"),
     M("any dampening", "recipe.py", "return min(_MOST_DAMPING, ", "return max(0.0, "),

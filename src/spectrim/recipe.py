@@ -4,6 +4,7 @@ The built-in ones are in recipes/.
 """
 
 import math
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 from importlib.resources import files
 from pathlib import Path
@@ -112,18 +113,15 @@ class StoragePart(_Part):
     experts: Literal["each", "same"] = "each"
 
 
-def _share(value: object) -> object:
-    """A number in [0, 1], or auto; ValueError for anything else."""
-    if value == "auto" or (isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1):
-        return value
-    raise ValueError("give a number from 0 to 1, or auto")
+def _or_auto(wanted: str, fits: Callable[[float], bool]) -> BeforeValidator:
+    """Lets numbers that fit and auto pass; ValueError that says what is `wanted` for anything else."""
 
+    def checked(value: object) -> object:
+        if value == "auto" or (isinstance(value, int | float) and not isinstance(value, bool) and fits(value)):
+            return value
+        raise ValueError(f"give a number {wanted}, or auto")
 
-def _positive(value: object) -> object:
-    """A finite number above 0, or auto; ValueError for anything else."""
-    if value == "auto" or (isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf):
-        return value
-    raise ValueError("give a number above 0, or auto")
+    return BeforeValidator(checked)
 
 
 class CompensatePart(_Part):
@@ -146,7 +144,7 @@ class CompensatePart(_Part):
 
     kind: Literal["none", "anchored", "adacomp"] = "none"
     residual: bool = True
-    weight: Annotated[float | Literal["auto"], BeforeValidator(_share)] = "auto"
+    weight: Annotated[float | Literal["auto"], _or_auto("from 0 to 1", lambda x: 0 <= x <= 1)] = "auto"
     damping: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
     samples: int | None = Field(default=None, ge=1)
     refine: int = Field(default=0, ge=0)
@@ -168,18 +166,18 @@ class QuantizePart(_Part):
     points. ``method`` gptq rounds with error feedback in the recipe's metric, rtn rounds to nearest. The dampening
     ``damping`` is the share of the mean of each metric's diagonal that is added to the diagonal for the feedback; more
     of it keeps errors out of directions that the samples do not contain, and ``auto`` chooses it by how many positions
-    stand behind the metric. ``rotate``: where that clearly lowers the
-    predicted error, a linear rotates its inputs, 16 neighbours at a time. ``roles`` says which linears may be
-    quantized. ``format`` compressed-tensors makes checkpoints that others load without spectrim: all linears that may
-    be quantized become dense integers on one grid, and all others stay dense. ``embeddings`` says in how many bits
-    input embedding and output head are stored; with ``auto`` a size decides, and None leaves them dense.
+    stand behind the metric. ``rotate``: where that clearly lowers the predicted error, a linear rotates its inputs, 16
+    neighbours at a time. ``roles`` says which linears may be quantized. ``format`` compressed-tensors makes checkpoints
+    that others load without spectrim: all linears that may be quantized become dense integers on one grid, and all
+    others stay dense. ``embeddings`` says in how many bits input embedding and output head are stored; with ``auto`` a
+    size decides, and None leaves them dense.
     """
 
     bits: Literal[2, 3, 4, 8, "auto"] | None = None
     group: Literal[32, 64, 128] | None = 128
     symmetric: bool = True
     method: Literal["gptq", "rtn"] = "gptq"
-    damping: Annotated[float | Literal["auto"], BeforeValidator(_positive)] = "auto"
+    damping: Annotated[float | Literal["auto"], _or_auto("above 0", lambda x: 0 < x < math.inf)] = "auto"
     rotate: bool = False
     roles: Literal["all", "feed-forward"] = "all"
     format: Format = "spectrim"
@@ -199,12 +197,17 @@ class QuantizePart(_Part):
         """Whether linears of this role may be quantized."""
         return self.bits is not None and (self.roles == "all" or role in FEED_FORWARD)
 
+    @property
+    def fed(self) -> bool:
+        """Whether rounding errors are fed on to what is rounded later."""
+        return self.method == "gptq"
+
     def dampening(self, size: int, positions: float) -> float | None:
         """Of the metric of so many inputs or outputs in the error feedback; None with rounding to nearest.
 
         The noise of a mean of products over n positions grows by size / n (docs/methods.md, section 8).
         """
-        if self.method != "gptq":
+        if not self.fed:
             return None
         if self.damping != "auto":
             return self.damping

@@ -82,9 +82,9 @@ def load(
     options = {"output_loading_info": True, **kwargs}
     empty, apart = None, False
     dense = local and not quantized and quantization(config) is None
-    bounded, given = memory if dense and device_map in (None, "cpu") else None, _dtype(dtype)
-    if bounded is not None and too_large(Path(source), bounded, given or _dtype(getattr(config, "dtype", None))):
-        empty = load_empty(source, dtype=given, trust_remote_code=bool(kwargs["trust_remote_code"]))
+    held = _dtype(dtype) or _dtype(getattr(config, "dtype", None))
+    if memory is not None and dense and device_map in (None, "cpu") and too_large(Path(source), memory, held):
+        empty = load_empty(source, dtype=held, trust_remote_code=bool(kwargs["trust_remote_code"]))
         device_map = places(empty)
         if apart := any(unfused(module) for module in empty.modules()):
             options["quantization_config"] = ExpertsApart(fused=holds_fused(weight_files(Path(source))))

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from spectrim.disk.sealed import open_sealed, write_sealed
 from spectrim.errors import NumericalError
 from spectrim.linear import Linear
 from spectrim.maths.decompose import OutputMetric
-from spectrim.maths.removal import Removal, removal
+from spectrim.maths.removal import Removal
 from spectrim.maths.roots import check_finite
 from spectrim.metrics.metric import layer_metric, positions_behind
 from spectrim.metrics.spectra import Spectra
@@ -27,7 +28,6 @@ from spectrim.plan.plan import PlanRow
 from spectrim.plan.units import units_of
 from spectrim.recipe import Recipe
 from spectrim.storage import Problem, Tensors, form, forms, made
-from spectrim.storage.problem import ridge_of
 
 VERSION = 5  # of what options and tensors on disk mean; a change makes earlier files unused
 
@@ -99,12 +99,7 @@ class Maker:
 
     def _removal(self, reader: str) -> Removal:
         if reader not in self._removals:
-            W = values(self._model.get_submodule(reader))
-            linear = self._parts.linear(reader)
-            metric = layer_metric(self._recipe.metric, linear, self._statistics, W.device)
-            G = None if metric.output is None else metric.output.dense(len(W), W.device)
-            seen, _ = positions_behind(self._recipe.metric, linear, self._statistics)
-            self._removals[reader] = removal(W, metric.value, G, ridge_of(linear.in_features, seen))
+            self._removals[reader] = replace(self.problem(self._parts.linear(reader)), units=None).removal
         return self._removals[reader]
 
     def menus(self, linears: Sequence[Linear], progress: Callable[[int, int], None] | None = None) -> dict[str, Menu]:

@@ -4,7 +4,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -49,16 +48,10 @@ def units_of(linears: Sequence[Linear], model: nn.Module | None = None) -> dict[
 def _mixed(model: nn.Module, home: str, first: Sequence[Linear], reader: Linear) -> bool:
     """Whether a unit depends on what others are, as with Gemma 3n's activation, which keeps the largest: by trying.
 
-    A module that takes more than its input is not tried, and mixed. Nor can one without values be, on the meta device:
-    it counts as if it took units one by one.
+    One that does not run by itself, such as one that takes more than its input, counts as mixed. One without values, on
+    the meta device, cannot be tried: it counts as if it took units one by one.
     """
     mlp, modules = model.get_submodule(home), [model.get_submodule(x.name) for x in first]
-    needed = [
-        p for p in signature(mlp.forward).parameters.values()
-        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]  # fmt: skip
-    if len(needed) != 1:
-        return True
     half, seen, weight = reader.in_features // 2, list[torch.Tensor](), next(modules[0].parameters())
     if weight.is_meta and not hasattr(modules[0], "_hf_hook"):
         return False
@@ -82,9 +75,7 @@ def _mixed(model: nn.Module, home: str, first: Sequence[Linear], reader: Linear)
         except Exception as error:  # code of a model may want anything
             _log.info("%s does not run by itself (%s), so that it keeps all units", home, error)
             return True
-    if len(seen) != 2:
-        return True
-    return not torch.equal(seen[0][..., half:], seen[1][..., half:])
+    return len(seen) != 2 or not torch.equal(seen[0][..., half:], seen[1][..., half:])
 
 
 @dataclass(frozen=True)

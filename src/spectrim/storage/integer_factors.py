@@ -77,7 +77,7 @@ def load_rounded(problem: Problem, layer: Any, W: torch.Tensor, directions: Sequ
     A, factor = (part.double() for part in sides(W, *directions[1:]))
     rounded_B = rounded(problem, factor, layer.B.grid, C, None, narrow)
     B = rounded_B.dense()
-    if problem.quantize.method == "rtn":
+    if not problem.quantize.fed:
         rounded_A = rounded(problem, A, layer.A.grid, None, None, narrow)
     else:
         tried = [rounded(problem, X, layer.A.grid, gram(B, C), G, narrow) for X in (A, refit(W, A, B, C))]

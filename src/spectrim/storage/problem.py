@@ -22,14 +22,6 @@ _TRIED, _TRIED_BITS, _WORTH = 256, 3, 0.95
 _RIDGE = 0.01  # of refitted columns, for each input by position
 
 
-def ridge_of(size: int, positions: float) -> float:
-    """The dampening of a metric of so many inputs, seen in so many positions, where columns are fitted again.
-
-    From fewer positions than inputs some of them can be had from the others exactly, which is chance.
-    """
-    return max(DAMPING, min(1.0, _RIDGE * size / positions)) if positions else DAMPING
-
-
 @dataclass(frozen=True)
 class Problem:
     """One weight, and the metrics in which its error counts: what a form makes options and tensors of.
@@ -99,8 +91,12 @@ class Problem:
 
     @property
     def ridge(self) -> float:
-        """Dampening of the input metric where columns are fitted again (see `ridge_of`)."""
-        return ridge_of(self.linear.in_features, self.positions[0])
+        """Dampening of the input metric where columns are fitted again.
+
+        From fewer positions than inputs some of them can be had from the others exactly, which is chance.
+        """
+        size, positions = self.linear.in_features, self.positions[0]
+        return max(DAMPING, min(1.0, _RIDGE * size / positions)) if positions else DAMPING
 
     def input_weights(self, grid: Grid) -> torch.Tensor:
         """How much a squared rounding residual on a grid counts, by input that its codes multiply, [in] float64.
@@ -167,7 +163,7 @@ class Problem:
         inputs = self.input_weights(grid) if inputs is None else inputs
         outputs = self.output_weights if outputs is None else outputs
         matrix = self.output is not None or (self.C is not None and self.C.ndim > 1)
-        fed, signed = matrix and self.quantize.method == "gptq", self.quantize.signed
+        fed, signed = matrix and self.quantize.fed, self.quantize.signed
         return expected(W.double(), grid, inputs, outputs, self.linear.dtype, signed=signed, fed=fed)
 
     @property
